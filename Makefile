@@ -1,0 +1,52 @@
+# Everything from a clean clone: `make demo` makes the picture in the README, `make test` runs the tests.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export SCUMBLE_HOME ?= $(HOME)/.scumble
+
+.PHONY: setup demo test check format lint types layers bench serve lock clean
+
+setup: $(READY)
+
+# torch comes through pip: its CPU build is what a machine without a GPU gets.
+# Of nvidia-pytriton only the tritonserver binary is wanted, so none of its dependencies.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
+	touch $@
+
+demo: setup
+	$(BIN)/scumble demo --out demo/out
+
+test: setup
+	$(BIN)/pytest
+
+check: setup format lint types layers test
+
+format:
+	$(BIN)/ruff format --check .
+
+lint:
+	$(BIN)/ruff check .
+
+types:
+	$(BIN)/mypy
+	for body in model_repository/*/1/model.py; do $(BIN)/mypy $$body || exit 1; done
+
+layers:
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python benches/mixed.py
+
+serve: setup
+	$(BIN)/scumble serve
+
+# Pins what the tests ran with; names versions only, no machine and no host.
+lock: setup
+	$(BIN)/pip freeze --exclude-editable | grep -v '^scumble' | sed 's/+cpu//' | grep -v '^nvidia-pytriton' > constraints.txt
+
+clean:
+	rm -rf $(VENV) demo/out .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""The graphs that Scumble runs, with adapters as inputs, and (later) their export to ONNX and TensorRT."""

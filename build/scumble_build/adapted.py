@@ -1,0 +1,91 @@
+"""Layers that take low-rank factors as an input. The base's weights stay where they are and are only read.
+
+For row i with slot s = slot[i]:   y[i] = W x[i] + bias + B[s] (scale[i] ⊙ (A[s]ᵀ x[i]))
+
+(Hu et al., LoRA, 2106.09685, with α/r folded into B and the request's weights in `scale`.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from scumble_build.layout import Layout, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What the first `m` rows of a batch carry; rows from `m` on carry nothing and cost nothing.
+
+    A (slots, Σin, R), B (slots, Σout, R), slot (m,) int64, scale (m, R).
+    """
+
+    A: Tensor
+    B: Tensor
+    slot: Tensor
+    scale: Tensor
+
+
+@dataclass(slots=True)
+class FactorInput:
+    """The one place from which all layers of a graph read this call's factors. Owned by one thread at a time."""
+
+    factors: Factors | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer or a 1×1 convolution with factors as an input."""
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, target: Target, source: FactorInput) -> None:
+        super().__init__()
+        self.base = base
+        self.target = target
+        self.source = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `(rows, N, in)` for a linear layer, `(rows, in, H, W)` for a convolution."""
+        y: Tensor = self.base(x)
+        factors = self.source.factors
+        if factors is None:
+            return y
+        if x.ndim == 3:
+            return _add(x, y, self.target, factors)
+        flat = _add(x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2), self.target, factors)
+        return flat.transpose(1, 2).reshape(y.shape)
+
+
+def _add(x: Tensor, y: Tensor, target: Target, factors: Factors) -> Tensor:
+    """y `(rows, N, out)` plus the factors' part for the rows that carry any; `y` may be written to."""
+    rows = factors.slot.shape[0]
+    # Sliced per layer before the gather: gathering first would copy every layer's factors for every row.
+    A = factors.A[:, target.in_offset : target.in_offset + target.fan_in].index_select(0, factors.slot)
+    B = factors.B[:, target.out_offset : target.out_offset + target.fan_out].index_select(0, factors.slot)
+    if rows == x.shape[0]:
+        return torch.baddbmm(y, torch.bmm(x, A) * factors.scale[:, None], B.transpose(1, 2))
+    hidden = torch.bmm(x[:rows], A) * factors.scale[:, None]
+    y[:rows] += torch.bmm(hidden, B.transpose(1, 2))
+    return y
+
+
+def find_targets(module: nn.Module, prefix: str) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Every linear layer and 1×1 convolution below `module`, as `prefix + dotted name` → layer."""
+    return {
+        prefix + name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
+    }
+
+
+def layout_of(targets: dict[str, nn.Linear | nn.Conv2d]) -> Layout:
+    return Layout.of((name, layer.weight.shape[1], layer.weight.shape[0]) for name, layer in targets.items())
+
+
+def adapt(root: nn.Module, targets: dict[str, nn.Linear | nn.Conv2d], prefix: str) -> tuple[Layout, FactorInput]:
+    """Put an AdaptedLinear in front of each target below `root`; the layers themselves are shared, not copied."""
+    layout, source = layout_of(targets), FactorInput()
+    for name, layer in targets.items():
+        parent, _, child = name.removeprefix(prefix).rpartition(".")
+        setattr(root.get_submodule(parent), child, AdaptedLinear(layer, layout.targets[name], source))
+    return layout, source

@@ -1,0 +1,67 @@
+"""Pictures from a Scumble server, with any mix of adapters per request.
+
+    import scumble
+
+    with scumble.Client("127.0.0.1:8001") as client:
+        client.images.generate("a red apple", adapters=["styles/ink:0.8"]).save("apple.png")
+
+Names are loaded when they are first used, so that a part which needs only the errors does not load gRPC.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scumble.client import Client, Health
+    from scumble.errors import (
+        Cancelled,
+        Incompatible,
+        IntegrityError,
+        InvalidRequest,
+        NotFound,
+        QueueFull,
+        Refused,
+        ScumbleError,
+        Unavailable,
+    )
+    from scumble.events import Done, Event, Failed, Queued, Step
+    from scumble.images import Images
+    from scumble.request import Adapter, Request
+
+__all__ = [
+    "Adapter",
+    "Cancelled",
+    "Client",
+    "Done",
+    "Event",
+    "Failed",
+    "Health",
+    "Images",
+    "Incompatible",
+    "IntegrityError",
+    "InvalidRequest",
+    "NotFound",
+    "QueueFull",
+    "Queued",
+    "Refused",
+    "Request",
+    "ScumbleError",
+    "Step",
+    "Unavailable",
+]
+
+_HOMES = {
+    "Client": "scumble.client",
+    "Health": "scumble.client",
+    "Images": "scumble.images",
+    **dict.fromkeys(("Adapter", "Request"), "scumble.request"),
+    **dict.fromkeys(("Done", "Event", "Failed", "Queued", "Step"), "scumble.events"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES.get(name, "scumble.errors")), name)

@@ -1,0 +1,100 @@
+"""What can go wrong, as one tree. Each error has a stable code for programs and a message for people.
+
+    ScumbleError
+    ├── InvalidRequest   2  a field is missing, malformed or out of range      code invalid_request
+    ├── NotFound         3  no such adapter, version, alias, base or file      code not_found
+    ├── Refused          4  it exists but may not be used so                   code refused
+    │   └── Incompatible 4  the adapter does not fit the base                  code incompatible
+    ├── IntegrityError   5  stored bytes are not what their digest says        code integrity
+    └── Unavailable      6  the server or something it needs is not there      code unavailable
+        ├── QueueFull    6  try again after `retry_after` seconds              code queue_full
+        └── Cancelled    6  the caller took the request back                   code cancelled
+
+The number is the exit status of the `scumble` command.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ScumbleError(Exception):
+    """Base of all errors. `fields` carry what a program needs beside the message."""
+
+    code: ClassVar[str] = "internal"
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = fields
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "message": self.message,
+            **({"fields": self.fields} if self.fields else {}),
+        }
+
+
+class InvalidRequest(ScumbleError):
+    """A field is missing, malformed or out of range; `fields["field"]` names it."""
+
+    code = "invalid_request"
+    exit_status = 2
+
+
+class NotFound(ScumbleError):
+    code = "not_found"
+    exit_status = 3
+
+
+class Refused(ScumbleError):
+    code = "refused"
+    exit_status = 4
+
+
+class Incompatible(Refused):
+    code = "incompatible"
+
+
+class IntegrityError(ScumbleError):
+    code = "integrity"
+    exit_status = 5
+
+
+class Unavailable(ScumbleError):
+    code = "unavailable"
+    exit_status = 6
+
+
+class QueueFull(Unavailable):
+    """The queue is full; `fields["retry_after"]` is in seconds."""
+
+    code = "queue_full"
+
+
+class Cancelled(Unavailable):
+    code = "cancelled"
+
+
+_BY_CODE: dict[str, type[ScumbleError]] = {
+    kind.code: kind
+    for kind in (
+        ScumbleError,
+        InvalidRequest,
+        NotFound,
+        Refused,
+        Incompatible,
+        IntegrityError,
+        Unavailable,
+        QueueFull,
+        Cancelled,
+    )
+}
+
+
+def from_dict(data: dict[str, Any]) -> ScumbleError:
+    """The inverse of `ScumbleError.to_dict`; an unknown code becomes a plain ScumbleError."""
+    kind = _BY_CODE.get(str(data.get("code")), ScumbleError)
+    return kind(str(data.get("message", "")), **data.get("fields", {}))

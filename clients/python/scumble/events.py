@@ -1,0 +1,47 @@
+"""What a running request says while it runs. The server sends them; `images.stream` yields them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scumble.errors import ScumbleError
+
+Pixels: TypeAlias = NDArray[np.uint8]
+"""`(n, H, W, 3)`, RGB, 0–255."""
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """Accepted; `position` requests are ahead of it (0: next)."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`step` of `steps` is done for every image of the request (1 ≤ step ≤ steps)."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The pictures and the receipt (DESIGN: what was asked, bound, drawn and timed)."""
+
+    images: Pixels
+    receipt: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended without a picture; nobody else's was touched."""
+
+    error: ScumbleError
+
+
+Event: TypeAlias = Queued | Step | Done | Failed

@@ -1,0 +1,91 @@
+"""Receipts on the client's side: read from a file, and turned back into the request that draws the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from scumble.errors import InvalidRequest, NotFound
+from scumble.images import PNG_RECEIPT
+from scumble.request import Request
+
+SCHEMA = 1
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """The receipt in a PNG of ours, in a `--receipt` file, or in what `scumble generate --json` printed.
+
+    Raises NotFound if there is no file, InvalidRequest if it holds no receipt of a schema we know.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise NotFound(f"receipt {path} does not exist", path=str(path)) from error
+    except OSError as error:
+        raise InvalidRequest(
+            f"receipt {path} cannot be read: {error.strerror}", field="from_receipt"
+        ) from error
+    text = _png_text(path) if content.startswith(b"\x89PNG") else content
+    try:
+        data = json.loads(text)
+        receipt: dict[str, Any] = data.get("receipt", data)
+        known = receipt["schema"] == SCHEMA
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InvalidRequest(
+            f"{path} holds no receipt; give a PNG or a receipt file that `scumble generate` wrote",
+            field="from_receipt",
+        ) from error
+    if not known:
+        raise InvalidRequest(
+            f"{path}: receipt of schema {receipt['schema']!r}, this client reads {SCHEMA}",
+            field="from_receipt",
+        )
+    return receipt
+
+
+def request_from_receipt(receipt: dict[str, Any]) -> Request:
+    """The request that draws the same again: every reference pinned to the digest that was bound.
+
+    Of one picture out of several (`image` in a PNG's receipt) only that one is asked for.
+    Raises InvalidRequest if the receipt lacks something.
+    """
+    try:
+        fields = dict(receipt["request"])
+        fields["base"] = _pin(receipt["base"]["ref"], receipt["base"]["digest"])
+        fields["adapters"] = [
+            {
+                "ref": _pin(bound["ref"], bound["digest"]),
+                "weight": bound["weight"],
+                "text_weight": bound["text_weight"],
+            }
+            for bound in receipt["adapters"]
+        ]
+        if "image" in receipt:
+            fields |= {"seed": receipt["seeds"][receipt["image"]], "num_images": 1}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidRequest(f"the receipt is not complete: {error!r}", field="from_receipt") from error
+    return Request.parse(fields)
+
+
+def receipt_digest(receipt: dict[str, Any]) -> str:
+    """`sha256:…` over what determines the picture; the same request on the same weights has the same."""
+    determined = {key: receipt[key] for key in ("schema", "request", "base", "adapters", "seeds", "engine")}
+    canonical = json.dumps(determined, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _pin(ref: str, digest: str) -> str:
+    name = ref.partition("@")[0]
+    return f"{name}@sha256:{digest.removeprefix('sha256:')}"
+
+
+def _png_text(path: Path) -> str:
+    try:
+        with Image.open(path) as picture:
+            return str(getattr(picture, "text", {}).get(PNG_RECEIPT, ""))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise InvalidRequest(f"{path} is a damaged PNG: {error}", field="from_receipt") from error

@@ -1,0 +1,224 @@
+"""The contract with Triton as data: which tensors carry a request, and which its events.
+
+Model `scumble_stream` (decoupled) answers one request with many responses, each one `Event`.
+Model `scumble` (plain) answers with one: the outputs of the last event, without `event`.
+Neither batches in Triton (`max_batch_size` 0). Only what was given is sent; the base's manifest has the rest.
+
+Laws: `tensors_to_request(request_to_tensors(r)) == r`, but for `guidance_scale`, which travels as FP32
+(7.3 arrives as 7.300000190734863; what arrived is what the receipt says, so a receipt repeats exactly).
+`tensors_to_event(event_to_tensors(e)) == e`. `seed` is exact. Texts are UTF-8; weights are JSON, so exact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scumble.errors import InvalidRequest, ScumbleError, from_dict
+from scumble.events import Done, Event, Failed, Queued, Step
+from scumble.request import Request
+
+STREAM_MODEL = "scumble_stream"
+UNARY_MODEL = "scumble"
+MAX_MESSAGE_BYTES = 2**31 - 1
+"""Of one gRPC message, both ways; 16 pictures of 2048 x 2048 are 201 MB."""
+
+Datatype: TypeAlias = Literal["BYTES", "FP32", "INT32", "INT64", "UINT8"]
+Tensors: TypeAlias = Mapping[str, NDArray[Any]]
+
+NUMPY: dict[Datatype, type[np.generic]] = {
+    "BYTES": np.object_,
+    "FP32": np.float32,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT8": np.uint8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One line of a model's `config.pbtxt`."""
+
+    name: str
+    datatype: Datatype
+    dims: tuple[int, ...] = (1,)
+    optional: bool = True
+
+
+INPUTS = (
+    TensorSpec("prompt", "BYTES", optional=False),
+    TensorSpec("negative_prompt", "BYTES"),
+    TensorSpec("base", "BYTES"),
+    TensorSpec("scheduler", "BYTES"),
+    TensorSpec("seed", "INT64"),
+    TensorSpec("steps", "INT32"),
+    TensorSpec("width", "INT32"),
+    TensorSpec("height", "INT32"),
+    TensorSpec("num_images", "INT32"),
+    TensorSpec("guidance_scale", "FP32"),
+    TensorSpec("adapters", "BYTES"),  # JSON list of {ref, weight, text_weight}
+    TensorSpec("options", "BYTES"),  # JSON object
+    TensorSpec("images", "BYTES", (-1,)),  # reserved: encoded pictures
+    TensorSpec("tensors", "BYTES"),  # reserved: safetensors
+)
+QUERY = TensorSpec("query", "BYTES")
+"""Of `scumble_stream` alone: `stats` asks for the counters; the prompt is then empty and nothing is drawn."""
+STREAM_INPUTS = (*INPUTS, QUERY)
+
+UNARY_OUTPUTS = (
+    TensorSpec("images", "UINT8", (-1, -1, -1, 3)),  # with Done
+    TensorSpec("receipt", "BYTES"),  # JSON, with Done
+    TensorSpec("error", "BYTES"),  # JSON, ScumbleError.to_dict(); alone
+)
+STREAM_OUTPUTS = (
+    TensorSpec("event", "BYTES"),  # JSON: {type: queued|step|done|failed, position | step, steps}
+    *UNARY_OUTPUTS,
+    TensorSpec("stats", "BYTES"),  # JSON, the one answer to the query
+)
+
+_JSON_FIELDS = {"adapters": list, "options": dict}
+_RESERVED = frozenset({"images", "tensors"})
+_DATATYPES = {spec.name: spec.datatype for spec in STREAM_INPUTS}
+
+
+def request_to_tensors(request: Request) -> dict[str, NDArray[Any]]:
+    """The inputs that `request` sets; a field at its default is left out."""
+    given = request.model_dump(mode="json", exclude_defaults=True) | {"prompt": request.prompt}
+    if request.adapters:
+        given["adapters"] = [adapter.model_dump(exclude_none=True) for adapter in request.adapters]
+    return {name: _to_tensor(name, value) for name, value in given.items()}
+
+
+def tensors_to_request(tensors: Tensors) -> Request:
+    """Check what arrived. Raises InvalidRequest naming the field; the server calls this once per request."""
+    given: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if name == QUERY.name:
+            continue
+        if name in _RESERVED:
+            raise InvalidRequest(f"{name}: this server takes none yet; leave it out", field=name)
+        given[name] = _from_tensor(name, tensor)
+    return Request.parse(given)
+
+
+def event_to_tensors(event: Event) -> dict[str, NDArray[Any]]:
+    """The outputs of one response of `scumble_stream`; without `event`, those of `scumble`."""
+    match event:
+        case Queued(position):
+            return {"event": _json_tensor({"type": "queued", "position": position})}
+        case Step(step, steps):
+            return {"event": _json_tensor({"type": "step", "step": step, "steps": steps})}
+        case Done(images, receipt):
+            event_json = _json_tensor({"type": "done"})
+            return {"event": event_json, "images": images, "receipt": _json_tensor(receipt)}
+        case Failed(error):
+            return {"event": _json_tensor({"type": "failed"}), "error": _json_tensor(error.to_dict())}
+
+
+def tensors_to_event(tensors: Tensors) -> Event:
+    """One response of either model. Raises ScumbleError if it is not one of ours."""
+    try:
+        data = _json_value(tensors["event"]) if "event" in tensors else {"type": _result_type(tensors)}
+        match data["type"]:
+            case "queued":
+                return Queued(int(data["position"]))
+            case "step":
+                return Step(int(data["step"]), int(data["steps"]))
+            case "done":
+                return Done(np.asarray(tensors["images"], np.uint8), _json_value(tensors["receipt"]))
+            case "failed":
+                return Failed(from_dict(_json_value(tensors["error"])))
+            case unknown:
+                raise ScumbleError(
+                    f"the server sent an event of unknown type {unknown!r}; is it newer than this client?"
+                )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ScumbleError(f"the server sent an event that cannot be read: {error!r}") from error
+
+
+def stats_query() -> dict[str, NDArray[Any]]:
+    return {"prompt": _bytes_tensor(""), QUERY.name: _bytes_tensor("stats")}
+
+
+def is_stats_query(tensors: Tensors) -> bool:
+    """Raises InvalidRequest for any other query."""
+    if QUERY.name not in tensors:
+        return False
+    query = _from_tensor(QUERY.name, tensors[QUERY.name])
+    if query != "stats":
+        raise InvalidRequest(f"query {query!r} is unknown; there is 'stats'", field=QUERY.name)
+    return True
+
+
+def stats_to_tensors(stats: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    return {"stats": _json_tensor(stats)}
+
+
+def tensors_to_stats(tensors: Tensors) -> dict[str, Any]:
+    """`Service.stats()` again: JSON made texts of the keys of `batch_sizes`."""
+    if "error" in tensors:
+        raise from_dict(_json_value(tensors["error"]))
+    stats: dict[str, Any] = _json_value(tensors["stats"])
+    sizes = stats.get("batch_sizes", {})
+    return stats | {"batch_sizes": {int(size): steps for size, steps in sizes.items()}}
+
+
+def _result_type(tensors: Tensors) -> str:
+    return "failed" if "error" in tensors else "done"
+
+
+def _to_tensor(name: str, value: Any) -> NDArray[Any]:
+    if name in _JSON_FIELDS:
+        return _json_tensor(value)
+    if _DATATYPES[name] == "BYTES":
+        try:
+            return _bytes_tensor(value)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"{name}: not Unicode text ({error.reason})", field=name) from error
+    return np.array([value], NUMPY[_DATATYPES[name]])
+
+
+def _from_tensor(name: str, tensor: NDArray[Any]) -> Any:
+    if tensor.size != 1:
+        raise InvalidRequest(f"{name}: has {tensor.size} values, takes one", field=name)
+    value = tensor.reshape(-1)[0]
+    if _DATATYPES.get(name) != "BYTES":
+        return value.item() if isinstance(value, np.generic) else value
+    try:
+        text = value.decode() if isinstance(value, bytes) else str(value)
+        return _parse_json(name, text) if name in _JSON_FIELDS else text
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"{name}: not UTF-8 text ({error.reason} at {error.start})", field=name
+        ) from error
+
+
+def _parse_json(name: str, text: str) -> Any:
+    kind = _JSON_FIELDS[name]
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{name}: not JSON ({error})", field=name) from error
+    if not isinstance(value, kind):
+        word = "list" if kind is list else "object"
+        raise InvalidRequest(f"{name}: is a JSON {type(value).__name__}, takes a JSON {word}", field=name)
+    return value
+
+
+def _bytes_tensor(text: str) -> NDArray[np.object_]:
+    tensor: NDArray[np.object_] = np.empty(1, np.object_)  # np.array([b"a\0"]) would make it dtype S
+    tensor[0] = text.encode()
+    return tensor
+
+
+def _json_tensor(value: Any) -> NDArray[np.object_]:
+    return _bytes_tensor(json.dumps(value, separators=(",", ":")))
+
+
+def _json_value(tensor: NDArray[Any]) -> Any:
+    return json.loads(tensor.reshape(-1)[0])

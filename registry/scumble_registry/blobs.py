@@ -1,0 +1,152 @@
+"""Bytes named by their sha256, behind one small interface. `tests/contract/test_blob_store.py` is its
+meaning.
+
+A blob is immutable: its name says what it holds. So a store needs no locks, two writers of the same bytes do
+the same thing, and damage shows as soon as somebody hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from scumble.errors import IntegrityError, NotFound, Unavailable
+
+_CHUNK = 1 << 20
+
+
+class Blob(BaseModel):
+    """What a manifest says of some bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+    @property
+    def hex(self) -> str:
+        return self.digest.removeprefix("sha256:")
+
+
+class BlobStore(Protocol):
+    """Safe for any number of threads and processes at once."""
+
+    def put(self, source: BinaryIO) -> Blob:
+        """Store all bytes of `source`, durably, before this returns.
+
+        Atomic: after a failure or a crash the blob is there whole or not at all. Idempotent; storing the same
+        bytes again also repairs a damaged blob. Raises Unavailable when there is no room or no permission.
+        """
+        ...
+
+    def open(self, blob: Blob) -> BinaryIO:
+        """The bytes, unchecked. Raises NotFound."""
+        ...
+
+    def place(self, blob: Blob, target: Path) -> None:
+        """Make `target` (new) a read-only file with the bytes, unchecked, the cheapest way. Raises NotFound."""
+        ...
+
+
+class FileStore:
+    """A BlobStore in a folder: `blobs/sha256/ab/ab12…`, written as temp name, fsync, rename, fsync of the
+    folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._blobs = root / "blobs" / "sha256"
+        self._tmp = root / "tmp"
+
+    def path(self, blob: Blob) -> Path:
+        return self._blobs / blob.hex[:2] / blob.hex
+
+    def put(self, source: BinaryIO) -> Blob:
+        with explain_os_errors(self._blobs):
+            self._tmp.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self._tmp)
+            try:
+                with os.fdopen(handle, "wb") as target:
+                    blob = copy_and_hash(source, target)
+                    target.flush()
+                    os.fchmod(target.fileno(), 0o444)
+                    os.fsync(target.fileno())
+                self._keep(Path(name), self.path(blob))
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+        return blob
+
+    def open(self, blob: Blob) -> BinaryIO:
+        try:
+            return self.path(blob).open("rb")
+        except FileNotFoundError:
+            raise _missing(blob) from None
+
+    def place(self, blob: Blob, target: Path) -> None:
+        try:
+            os.link(self.path(blob), target)
+        except FileNotFoundError:
+            raise _missing(blob) from None
+        except OSError:  # another file system, or one without links
+            with self.open(blob) as source, target.open("xb") as copy:
+                shutil.copyfileobj(source, copy, _CHUNK)
+                os.fchmod(copy.fileno(), 0o444)
+                os.fsync(copy.fileno())
+
+    def _keep(self, temporary: Path, final: Path) -> None:
+        if not final.parent.is_dir():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            sync_folder(self._blobs)
+        temporary.replace(final)
+        sync_folder(final.parent)
+
+
+def copy_and_hash(source: BinaryIO, target: BinaryIO) -> Blob:
+    digest, size = hashlib.sha256(), 0
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        target.write(chunk)
+        size += len(chunk)
+    return Blob(digest=f"sha256:{digest.hexdigest()}", size=size)
+
+
+def check(source: BinaryIO, blob: Blob, what: str) -> None:
+    """Hash `source`; raises IntegrityError, naming `what`, if it is not `blob`."""
+    actual = hashlib.file_digest(source, "sha256").hexdigest()
+    if actual != blob.hex:
+        raise IntegrityError(
+            f"{what} should be {blob.digest} but its bytes hash to sha256:{actual}; "
+            "publish the same file again (that rewrites the damaged copy) or restore a backup",
+            digest=blob.digest,
+            actual=f"sha256:{actual}",
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def explain_os_errors(place: Path) -> Iterator[None]:
+    """No room, no permission, a file where a folder should be: Unavailable, naming the place."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or place
+        raise Unavailable(f"cannot write {where}: {error.strerror}; check space and permissions") from error
+
+
+def _missing(blob: Blob) -> NotFound:
+    return NotFound(f"blob {blob.digest} is not in the store", digest=blob.digest)

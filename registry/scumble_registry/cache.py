@@ -1,0 +1,107 @@
+"""Published files as files again, for whoever needs a path. May be deleted at any time; filled and checked on
+demand.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from scumble_registry.blobs import Blob, BlobStore, check, explain_os_errors
+from scumble_registry.manifest import Manifest
+
+
+class Cache:
+    """Any thread and process may fill it at once: each works on its own copy and renames it into place."""
+
+    def __init__(self, root: Path, blobs: BlobStore) -> None:
+        self._root = root
+        self._blobs = blobs
+        self._checked: set[str] = set()
+
+    def folder(self, manifest: Manifest, digest: str) -> Path:
+        """All files of a version, read-only, hashed when the folder was filled. Raises IntegrityError,
+        Unavailable.
+        """
+        final = self._root / digest.removeprefix("sha256:")
+        if not _is_whole(final, manifest):
+            self._fill(manifest, final)
+        return final
+
+    def blob(self, blob: Blob, what: str, suffix: str = "") -> Path:
+        """One blob as a file, hashed once per open registry (a damaged copy is replaced). Raises
+        IntegrityError.
+        """
+        path = self._root / "blobs" / (blob.hex + suffix)
+        if blob.digest not in self._checked or not path.is_file():
+            with explain_os_errors(self._root):
+                self._place_checked(blob, path, what)
+            self._checked.add(blob.digest)
+        return path
+
+    def copy(self, manifest: Manifest, target: Path) -> None:
+        """The files as the caller's own, writable copies in the new folder `target`. Raises IntegrityError."""
+        for name, blob in manifest.files.items():
+            path = target / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._blobs.open(blob) as source, path.open("xb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+            with path.open("rb") as written:
+                check(written, blob, name)
+
+    def _fill(self, manifest: Manifest, final: Path) -> None:
+        with explain_os_errors(self._root):
+            self._root.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=".filling-", dir=self._root))
+            try:
+                for name, blob in manifest.files.items():
+                    path = work / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._blobs.place(blob, path)
+                    with path.open("rb") as source:
+                        check(source, blob, name)
+                work.chmod(0o755)
+                _swap(work, final, manifest)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+
+    def _place_checked(self, blob: Blob, path: Path, what: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".filling-", dir=self._root))
+        try:
+            fresh = work / path.name
+            self._blobs.place(blob, fresh)
+            with fresh.open("rb") as source:
+                check(source, blob, what)
+            fresh.replace(path)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_whole(folder: Path, manifest: Manifest) -> bool:
+    try:
+        return all((folder / name).stat().st_size == blob.size for name, blob in manifest.files.items())
+    except OSError:
+        return False
+
+
+def _swap(work: Path, final: Path, manifest: Manifest) -> None:
+    """`work` becomes `final`. Somebody else may have been quicker; a folder that is not whole is replaced."""
+    for _ in range(3):
+        try:
+            os.rename(work, final)  # noqa: PTH104 - refuses a folder that is not empty, which is what we want
+        except OSError:
+            if _is_whole(final, manifest):
+                return
+            broken = Path(tempfile.mkdtemp(prefix=".broken-", dir=final.parent))
+            try:
+                os.rename(final, broken)  # noqa: PTH104 - onto the empty folder
+            except FileNotFoundError:
+                pass
+            finally:
+                shutil.rmtree(broken, ignore_errors=True)
+        else:
+            return
+    os.rename(work, final)  # noqa: PTH104 - say why it does not work

@@ -1,0 +1,78 @@
+"""What fits what, derived from the files alone.
+
+A *target* is a weighted module of the base by its canonical name, e.g. `unet.mid_block.attentions.0.proj_in`
+or `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`, with its weight's shape `(out, in)` or `(out,
+in, k, k)`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from scumble.errors import Incompatible
+
+Shape = tuple[int, ...]
+Family = Literal["sd1", "sd2", "sdxl"]
+
+
+class BaseCompatibility(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["base"] = "base"
+    family: Family
+    prediction_type: Literal["epsilon", "v_prediction"]
+    in_channels: int
+    """Of the UNet: 4 as a rule, 9 for inpainting bases."""
+    latent_channels: int
+    sample_size: int
+    """Side of the latents that the base was trained at."""
+    vae_scale: int
+    """Pixels per latent: 8 as a rule."""
+    cross_attention_dim: int
+    text_widths: tuple[int, ...]
+    """Hidden size of each text encoder."""
+    targets: dict[str, Shape]
+
+
+class LoraCompatibility(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["lora"] = "lora"
+    family: Family | None
+    """The base's, if one was named; else by the width of the text context, else None."""
+    requires: dict[str, Shape]
+    ranks: dict[str, int]
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming the first target (in sorted order) that does not match, and both
+        shapes.
+        """
+        for target, shape in sorted(self.requires.items()):
+            has = base.targets.get(target)
+            if has is None:
+                raise Incompatible(
+                    f"the adapter changes {target} {_show(shape)}, which this {base.family} base does not have; "
+                    "use the base that it was trained on",
+                    target=target,
+                    adapter_shape=shape,
+                    base_shape=None,
+                )
+            if matrix_shape(has) != matrix_shape(shape):
+                raise Incompatible(
+                    f"the adapter changes {target} as {_show(shape)}, but in this {base.family} base "
+                    f"it is {_show(has)}; use the base that it was trained on",
+                    target=target,
+                    adapter_shape=shape,
+                    base_shape=has,
+                )
+
+
+def matrix_shape(shape: Shape) -> Shape:
+    """A 1x1 convolution is a matrix: SD 1's and SD 2's `proj_in` differ in nothing else."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _show(shape: Shape) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,45 @@
+"""From files to what the registry stores: one module per method, each with the same three names.
+
+    KIND                       the word in the manifest
+    recognises(source)         do these files look like mine? Content decides, not endings.
+    read(source, base)         check everything, derive compatibility, write the normalised record
+
+A new method is a module here and its name in FORMATS.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from scumble.errors import Refused
+from scumble_registry.formats import base, lora
+from scumble_registry.formats.source import Draft, Source
+from scumble_registry.manifest import Manifest
+
+
+class Format(Protocol):
+    KIND: str
+
+    def recognises(self, source: Source) -> bool: ...
+
+    def read(self, source: Source, base: Manifest | None) -> Draft:
+        """Raises Refused for what may not be in a registry, Incompatible for what does not fit `base`."""
+        ...
+
+
+FORMATS: tuple[Format, ...] = (base, lora)
+
+
+def read(source: Source, base: Manifest | None) -> Draft:
+    """The draft of the one format that recognises `source`."""
+    for form in FORMATS:
+        if form.recognises(source):
+            return form.read(source, base)
+    known = ", ".join(form.KIND for form in FORMATS)
+    raise Refused(
+        f"{source.path} is none of the kinds that can be published ({known}): a base is a folder with "
+        "model_index.json, a LoRA is a safetensors file (or a folder with one) of lora_A/lora_B or lora_down/lora_up"
+    )
+
+
+__all__ = ["FORMATS", "Draft", "Format", "Source", "read"]

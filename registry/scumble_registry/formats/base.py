@@ -1,0 +1,184 @@
+"""A base: a diffusers folder of Stable Diffusion 1.x, 2.x or XL. Everything is read from configs and headers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from pydantic import ValidationError
+
+from scumble.errors import InvalidRequest, Refused
+from scumble_registry.compatibility import BaseCompatibility, Family, Shape
+from scumble_registry.formats.safetensors_header import Header, read_header
+from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.manifest import Defaults, Manifest
+
+KIND = "base"
+_LIBRARIES = {
+    "diffusers",
+    "transformers",
+    "stable_diffusion",
+    None,
+}  # no module of the folder's own is imported
+_OPENCLIP_WIDTH = 1024  # SD 2's text encoder
+
+
+def recognises(source: Source) -> bool:
+    return "model_index.json" in source.files
+
+
+def read(source: Source, base: Manifest | None) -> Draft:
+    if base is not None:
+        raise InvalidRequest("a base stands alone: leave --base out", field="base")
+    check_plain(source)
+    folder = _Folder(source, {name: read_header(file) for name, file in source.weights().items()})
+    return Draft(source.files, folder.compatibility(), defaults=folder.defaults())
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    source: Source
+    headers: dict[str, Header]
+
+    def compatibility(self) -> BaseCompatibility:
+        unet, vae = self.config("unet"), self.config("vae")
+        self._check_index()
+        self._check_shards()
+        self._check_class("unet", "UNet2DConditionModel")
+        self._check_class("vae", "AutoencoderKL")
+        encoders = self._text_encoders()
+        widths = tuple(_integer(self.config(name), "hidden_size", name) for name in encoders)
+        context = _same(unet.get("cross_attention_dim"), "cross_attention_dim")
+        if context != sum(widths):
+            raise Refused(
+                f"the UNet reads text of width {context}, but the text encoders give {sum(widths)}; "
+                "these components do not belong together"
+            )
+        targets: dict[str, Shape] = {}
+        for component in ("unet", "vae", *encoders):
+            found = dict(self._weighted(component))
+            if not found:
+                raise Refused(f"{component} has no safetensors weights; publish the whole folder")
+            targets |= {} if component == "vae" else found
+        return BaseCompatibility(
+            family=_family(widths),
+            prediction_type=self._prediction_type(),
+            in_channels=_integer(unet, "in_channels", "unet"),
+            latent_channels=_integer(vae, "latent_channels", "vae"),
+            sample_size=_same(unet.get("sample_size"), "sample_size"),
+            vae_scale=2 ** (len(vae.get("block_out_channels") or [0]) - 1),
+            cross_attention_dim=context,
+            text_widths=widths,
+            targets=targets,
+        )
+
+    def defaults(self) -> Defaults:
+        """From `scumble.json` where the folder has one; 30 steps of DDIM at 7.5 and the trained size
+        otherwise.
+        """
+        unet, vae = self.config("unet"), self.config("vae")
+        side = _same(unet.get("sample_size"), "sample_size") * 2 ** (len(vae.get("block_out_channels") or [0]) - 1)
+        values: dict[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scheduler": "ddim"}
+        values |= {"width": side, "height": side}
+        if "scumble.json" in self.source.files:
+            given = _object(self.source.json("scumble.json"), "scumble.json")
+            values |= _object(given.get("defaults", given), "scumble.json")
+        try:
+            return Defaults.model_validate(values)
+        except ValidationError as error:
+            problems = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
+            raise Refused(f"the defaults in scumble.json are not usable: {problems}") from error
+
+    def config(self, component: str) -> dict[str, Any]:
+        return _object(self.source.json(f"{component}/config.json"), f"{component}/config.json")
+
+    def _check_index(self) -> None:
+        index = _object(self.source.json("model_index.json"), "model_index.json")
+        for name, value in index.items():
+            if isinstance(value, list) and (len(value) != 2 or value[0] not in _LIBRARIES):
+                raise Refused(f"model_index.json loads {name} from {value}; only diffusers and transformers may be")
+        if not any(name.startswith("tokenizer/") for name in self.source.files):
+            raise Refused("the folder lacks tokenizer/; publish the whole folder")
+
+    def _check_shards(self) -> None:
+        for name in self.source.files:
+            if name.endswith(".safetensors.index.json"):
+                shards = _object(_object(self.source.json(name), name).get("weight_map"), name).values()
+                folder = name.rpartition("/")[0]
+                missing = sorted({str(shard) for shard in shards if f"{folder}/{shard}" not in self.source.files})
+                if missing:
+                    raise Refused(f"{name} names files that are not there: {', '.join(missing)}")
+
+    def _check_class(self, component: str, expected: str) -> None:
+        found = self.config(component).get("_class_name")
+        if found != expected:
+            raise Refused(
+                f"{component} is a {found}, not a {expected}: only Stable Diffusion 1.x, 2.x and XL are bases"
+            )
+
+    def _text_encoders(self) -> tuple[str, ...]:
+        names = tuple(n for n in ("text_encoder", "text_encoder_2") if f"{n}/config.json" in self.source.files)
+        if names == ("text_encoder_2",):
+            raise Refused("this is SDXL's refiner (one text encoder, the second); it cannot be a base yet")
+        if not names:
+            raise Refused("the folder lacks text_encoder/config.json; publish the whole folder")
+        return names
+
+    def _prediction_type(self) -> Literal["epsilon", "v_prediction"]:
+        name = "scheduler/scheduler_config.json"
+        found = _object(self.source.json(name), name).get("prediction_type", "epsilon")
+        if found not in {"epsilon", "v_prediction"}:
+            raise Refused(f"{name} says prediction_type {found!r}; epsilon and v_prediction can be served")
+        return cast(Literal["epsilon", "v_prediction"], found)
+
+    def _weighted(self, component: str) -> Iterator[tuple[str, Shape]]:
+        """Canonical name and weight shape of every matrix and convolution of a component."""
+        for name, header in self.headers.items():
+            if name.rpartition("/")[0] != component:
+                continue
+            for key, info in header.tensors.items():
+                module, _, role = key.rpartition(".")
+                if role == "weight" and len(info.shape) in {2, 4} and "embeddings." not in module:
+                    yield canonical_name(f"{component}.{module}"), info.shape
+
+
+def canonical_name(module: str) -> str:
+    """`text_encoder.encoder…` → `text_encoder.text_model.encoder…`: transformers ≥ 5.6 saves some folders
+    without.
+
+    >>> canonical_name("text_encoder.encoder.layers.0.mlp.fc1")
+    'text_encoder.text_model.encoder.layers.0.mlp.fc1'
+    """
+    component, _, rest = module.partition(".")
+    if component.startswith("text_encoder") and not rest.startswith(("text_model.", "text_projection")):
+        return f"{component}.text_model.{rest}"
+    return module
+
+
+def _family(widths: tuple[int, ...]) -> Family:
+    if len(widths) == 2:
+        return "sdxl"
+    return "sd2" if widths == (_OPENCLIP_WIDTH,) else "sd1"
+
+
+def _integer(config: dict[str, Any], key: str, component: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise Refused(f"{component}/config.json says {key} = {value!r}; a positive integer is needed")
+    return value
+
+
+def _same(value: Any, key: str) -> int:
+    """One integer, or a list that holds the same one."""
+    values = set(value) if isinstance(value, list) else {value}
+    one = next(iter(values)) if len(values) == 1 else None
+    if type(one) is not int or one < 1:
+        raise Refused(f"unet/config.json says {key} = {value!r}; one positive integer is needed")
+    return one
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Refused(f"{name} must hold a JSON object")
+    return value

@@ -1,0 +1,161 @@
+"""safetensors, read with bounds: the header is parsed here before anything trusts it.
+
+Layout of a file: u64 little-endian length N, N bytes of JSON (name → dtype, shape, data_offsets;
+`__metadata__` holds strings), then the data. The library accepts a 51 MB header of 800 000 empty tensors (26
+s, 1.7 GB) and duplicate keys in silence; this parser does not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from scumble.errors import Refused
+
+MAX_HEADER = 8 << 20
+MAX_TENSORS = 20_000
+MAX_DIMS = 8
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, counted from the start of the data."""
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Raises Refused, naming the file and the fault. After it, every tensor lies inside the file, none
+    overlap.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size} (at most {MAX_HEADER})")
+            entries = _parse_json(file.read(length))
+        metadata = _parse_metadata(entries.pop("__metadata__", {}))
+        if len(entries) > MAX_TENSORS:
+            raise ValueError(f"{len(entries)} tensors, at most {MAX_TENSORS}")
+        tensors = {name: _parse_tensor(name, entry) for name, entry in entries.items()}
+        _check_layout(tensors, size - 8 - length)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{path.name} is not a sound safetensors file: {error}", file=path.name) from error
+    return Header(tensors, metadata, 8 + length)
+
+
+def read_tensors(path: Path, header: Header) -> dict[str, Array]:
+    """All tensors, memory-mapped read-only."""
+    if path.stat().st_size == header.data_start:
+        data: Array = np.empty(0, dtype=np.uint8)  # nothing can be mapped
+    else:
+        data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", offset=header.data_start))
+    return {
+        name: data[info.begin : info.end].view(DTYPES[info.dtype]).reshape(info.shape)
+        for name, info in header.tensors.items()
+    }
+
+
+def write(tensors: dict[str, Array], metadata: dict[str, str]) -> bytes:
+    """A safetensors file with one possible form: wider dtypes first (so all data is aligned), then by name."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    begin = 0
+    for name in order:
+        end = begin + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": names[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    data = [np.ascontiguousarray(tensors[name]).tobytes() for name in order]
+    return b"".join([struct.pack("<Q", len(text)), text, *data])
+
+
+def _parse_json(text: bytes) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise ValueError("the header is not a JSON object")
+    entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    if not isinstance(entries, dict):
+        raise ValueError("the header is not a JSON object")  # noqa: TRY004 - a fault of the file, not of a type
+    return entries
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in result if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in the header")
+    return result
+
+
+def _parse_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ must map strings to strings")
+    return metadata
+
+
+def _parse_tensor(name: str, entry: Any) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"tensor {name!r} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
+        raise ValueError(f"tensor {name!r} has no sound shape (at most {MAX_DIMS} dimensions)")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has no sound data_offsets")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"tensor {name!r} has shape {shape} of {dtype} but {end - begin} bytes")
+    return TensorInfo(dtype, tuple(shape), begin, end)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
+
+
+def _check_layout(tensors: dict[str, TensorInfo], size: int) -> None:
+    """The tensors fill the data exactly: no hole, no overlap, nothing after the end."""
+    position = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            raise ValueError(f"tensor {name!r} begins at byte {info.begin}, not where the one before ends ({position})")
+        position = info.end
+    if position != size:
+        raise ValueError(f"the tensors take {position} bytes, but the file has {size} after its header")

@@ -1,0 +1,127 @@
+"""The files that somebody publishes, and what a format makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scumble.errors import NotFound, Refused
+from scumble_registry.manifest import Compatibility, Defaults
+
+_MAX_FILES = 2000
+_MAX_JSON = 64 << 20  # tokenizers
+_TEXT = frozenset({".json", ".txt", ".md", ".yaml"})
+_PICTURES = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff", ".jpeg": b"\xff\xd8\xff", ".webp": b"RIFF"}
+_PLAIN_NAMES = frozenset({"LICENSE", "NOTICE", "README", "AUTHORS", "COPYING"})
+_WEIGHTS = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".onnx", ".h5", ".msgpack", ".gguf", ".npz"})
+_CODE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip (torch.save), pickles
+
+Stamp = tuple[int, int, int]
+"""Inode, size and time of change: differs when a file was written to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    path: Path
+    files: dict[str, Path]
+    """Relative path with '/' → file, sorted; regular files only."""
+
+    @classmethod
+    def scan(cls, path: Path) -> Source:
+        """Raises NotFound for nothing there; Refused for links, special files and hidden surprises."""
+        if not os.path.lexists(path):
+            raise NotFound(f"there is no file or folder {path}")
+        path = path.resolve()  # the path itself may be a link that the publisher chose
+        if path.is_dir():
+            files = {file.relative_to(path).as_posix(): file for file in _walk(path)}
+        else:
+            files = {path.name: path}
+        for name, file in files.items():
+            if not stat.S_ISREG(file.lstat().st_mode):
+                raise Refused(f"{name} is a link or a special file; publish regular files only")
+            if not name.isprintable():
+                raise Refused(f"the file name {name!r} has characters that cannot be shown; rename it")
+        if len({name.casefold() for name in files}) < len(files):
+            raise Refused("two file names differ in upper and lower case only; some file systems cannot hold both")
+        return cls(path, dict(sorted(files.items())))
+
+    def stamps(self) -> dict[str, Stamp]:
+        """To be compared before and after: a file that changes while it is published is refused."""
+        found = {name: file.stat() for name, file in self.files.items()}
+        return {name: (stats.st_ino, stats.st_size, stats.st_mtime_ns) for name, stats in found.items()}
+
+    def json(self, name: str) -> Any:
+        """Raises Refused, naming the file, when it is missing, too large or no JSON."""
+        file = self.files.get(name)
+        if file is None:
+            raise Refused(f"{self.path} lacks {name}; publish the whole folder")
+        if file.stat().st_size > _MAX_JSON:
+            raise Refused(f"{name} is larger than {_MAX_JSON} bytes, too large for JSON of this kind")
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"{name} is not JSON: {error}") from error
+
+    def weights(self) -> dict[str, Path]:
+        return {name: file for name, file in self.files.items() if file.suffix == ".safetensors"}
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a format derives from a source; publishing adds the rest of the manifest."""
+
+    files: dict[str, Path]
+    compatibility: Compatibility
+    record: bytes | None = None
+    defaults: Defaults | None = None
+    trigger_words: tuple[str, ...] = ()
+
+
+def check_plain(source: Source) -> None:
+    """Refuse everything beside safetensors that is not plainly a text or a picture."""
+    for name, file in source.files.items():
+        if file.suffix in _WEIGHTS:
+            raise Refused(
+                f"{name} is not safetensors; only safetensors weights enter the registry. Save the model again "
+                "with safe_serialization=True (diffusers' default) and remove the other files",
+                file=name,
+            )
+        if file.suffix == ".json":
+            source.json(name)
+        elif not _is_plain(file):
+            raise Refused(f"{name} is neither safetensors, text nor a picture; remove it and publish again", file=name)
+
+
+def _is_plain(file: Path) -> bool:
+    if file.suffix == ".safetensors":
+        return True  # its header is parsed where it is read
+    with file.open("rb") as source:
+        start = source.read(4096)
+    if start.startswith(_CODE_MAGIC):
+        return False
+    if file.suffix in _PICTURES:
+        return start.startswith(_PICTURES[file.suffix])
+    if file.suffix == ".model":  # sentencepiece
+        return True
+    return (file.suffix in _TEXT or file.name in _PLAIN_NAMES) and b"\0" not in start
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files; hidden ones (`.git`, `.cache`, `.DS_Store`) belong to tools and are left out."""
+    count = 0
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if (Path(parent) / name).is_symlink():
+                raise Refused(f"{Path(parent) / name} is a link; publish regular files and folders only")
+        for name in names:
+            if not name.startswith("."):
+                count += 1
+                if count > _MAX_FILES:
+                    raise Refused(f"{folder} has more than {_MAX_FILES} files; is it the right folder?")
+                yield Path(parent) / name

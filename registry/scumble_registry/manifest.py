@@ -1,0 +1,118 @@
+"""What a version is: one JSON document, whose sha256 is the version's digest.
+
+Canonical form: keys sorted by code point, no white space, UTF-8 without escapes beyond JSON's own, no NaN,
+absent optional fields left out. Laws: `Manifest.parse(m.canonical()) == m`, and equal manifests have equal
+bytes.
+
+The manifest names every blob by digest and size, so the digest covers all content. It does not hold the name,
+the version number, the time of publishing, aliases or status: the same content and metadata then have the
+same digest wherever and whenever they are published, which is what makes publishing idempotent. Those live in
+the database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from scumble.errors import IntegrityError, InvalidRequest, Refused
+from scumble_registry.blobs import Blob
+from scumble_registry.compatibility import BaseCompatibility, LoraCompatibility
+from scumble_registry.references import parse_digest
+
+SCHEMA = 1
+_MAX_BYTES = 8 << 20
+
+Compatibility = Annotated[BaseCompatibility | LoraCompatibility, Field(discriminator="kind")]
+
+
+class Defaults(BaseModel):
+    """What a request gets that leaves a field out. Only bases have them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(ge=1, le=1000)
+    guidance_scale: float = Field(ge=0, le=100, allow_inf_nan=False)
+    scheduler: Literal["ddim", "euler", "dpmpp_2m"]
+    width: int = Field(ge=8, le=2048, multiple_of=8)
+    height: int = Field(ge=8, le=2048, multiple_of=8)
+
+
+class Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = SCHEMA
+    files: dict[str, Blob]
+    """Path (with '/') → blob, exactly as published."""
+    record: Blob | None = None
+    """The normalised form that the server reads; bases have none."""
+    compatibility: Compatibility
+    """Derived from the files, never taken from the publisher's word."""
+    defaults: Defaults | None = None
+    base: str | None = None
+    """Digest of the base that an adapter was published for and checked against."""
+    trigger_words: tuple[str, ...] = ()
+    license: str | None = None
+    description: str = ""
+    provenance: dict[str, JsonValue] = Field(default_factory=dict)
+    """By convention: trainer, config, data_digest, seed, parent, libraries, time, peak_memory."""
+    metrics: dict[str, JsonValue] = Field(default_factory=dict)
+    sample_grid: Blob | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.compatibility.kind
+
+    @property
+    def blobs(self) -> dict[str, Blob]:
+        """Every blob that this version needs, under the words that an error message uses for it."""
+        extra = {"(record)": self.record, "(sample grid)": self.sample_grid}
+        return self.files | {word: blob for word, blob in extra.items() if blob is not None}
+
+    def canonical(self) -> bytes:
+        data = self.model_dump(mode="json")
+        return canonical_json({key: value for key, value in data.items() if value is not None})
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.canonical())
+
+    def fits(self, base: Manifest) -> None:
+        """Raises Incompatible, naming the first target that does not match, or Refused if `base` is no base."""
+        if not isinstance(base.compatibility, BaseCompatibility):
+            raise Refused(f"a {base.kind} is not a base; name a version of kind base")
+        if isinstance(self.compatibility, BaseCompatibility):
+            raise Refused("this is a base, not an adapter; a base stands alone")
+        self.compatibility.fits(base.compatibility)
+
+    @classmethod
+    def parse(cls, text: bytes, digest: str) -> Manifest:
+        """A stored manifest. Raises IntegrityError if the bytes are not those of `digest`."""
+        if digest_of(text) != parse_digest(digest):
+            raise IntegrityError(
+                f"the manifest of {digest} has been altered (it hashes to {digest_of(text)}); restore a backup",
+                digest=digest,
+            )
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise Refused(f"manifest {digest} was written by a newer scumble; upgrade to read it") from error
+
+
+def canonical_json(data: Any) -> bytes:
+    """Raises InvalidRequest for what JSON cannot say: NaN, infinities, lone surrogates, other Python objects."""
+    try:
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        encoded = text.encode()
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"metadata must be plain JSON with finite numbers: {error}", field="metadata") from error
+    if len(encoded) > _MAX_BYTES:
+        raise InvalidRequest(f"the manifest has {len(encoded)} bytes; at most {_MAX_BYTES}", field="metadata")
+    return encoded
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -1,0 +1,95 @@
+"""From files on disk to a manifest whose blobs are all stored. Nothing is visible until the catalogue has it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from scumble.errors import InvalidRequest, NotFound, Refused
+from scumble_registry import formats
+from scumble_registry.blobs import Blob, BlobStore
+from scumble_registry.formats.source import Draft, Source
+from scumble_registry.manifest import Manifest, canonical_json
+
+_MAX_WORDS, _MAX_WORD, _MAX_TEXT = 100, 200, 20_000
+_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What a publisher says beside the files."""
+
+    license: str | None = None
+    description: str = ""
+    trigger_words: Iterable[str] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    sample_grid: Path | None = None
+
+
+def store(path: Path, base: Manifest | None, details: Details, blobs: BlobStore) -> Manifest:
+    """Check the files, derive what is derived, put every blob. Raises Refused, Incompatible, InvalidRequest."""
+    source = Source.scan(path)
+    before = source.stamps()
+    draft = formats.read(source, base)
+    metadata = _metadata(details, draft)
+    if base is not None:
+        _manifest(draft, {}, None, metadata).fits(base)
+    grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
+    files = {name: _put_file(file, blobs) for name, file in draft.files.items()}
+    record = blobs.put(io.BytesIO(draft.record)) if draft.record is not None else None
+    if source.stamps() != before:
+        raise Refused(f"{path} changed while it was being published; publish it again when it is finished")
+    extra = {"base": base.digest if base else None, "sample_grid": grid}
+    manifest = _manifest(draft, files, record, metadata | extra)
+    manifest.canonical()  # raises InvalidRequest before the catalogue is asked
+    return manifest
+
+
+def _manifest(draft: Draft, files: dict[str, Blob], record: Blob | None, metadata: dict[str, Any]) -> Manifest:
+    try:
+        return Manifest(
+            files=files, record=record, compatibility=draft.compatibility, defaults=draft.defaults, **metadata
+        )
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise InvalidRequest(f"the metadata is not usable: {problems}", field="metadata") from error
+
+
+def _metadata(details: Details, draft: Draft) -> dict[str, Any]:
+    words = tuple(dict.fromkeys(details.trigger_words)) or draft.trigger_words
+    if len(words) > _MAX_WORDS or not all(0 < len(word) <= _MAX_WORD and word.isprintable() for word in words):
+        raise InvalidRequest(
+            f"at most {_MAX_WORDS} trigger words of 1 to {_MAX_WORD} printable characters",
+            field="trigger_words",
+        )
+    if len(details.description) > _MAX_TEXT or len(details.license or "") > _MAX_WORD:
+        raise InvalidRequest(f"a description has at most {_MAX_TEXT} characters, a licence {_MAX_WORD}")
+    return {
+        "trigger_words": words,
+        "license": details.license,
+        "description": details.description,
+        "provenance": json.loads(canonical_json(dict(details.provenance))),
+        "metrics": json.loads(canonical_json(dict(details.metrics))),
+    }
+
+
+def _put_file(file: Path, blobs: BlobStore) -> Blob:
+    with file.open("rb") as source:
+        return blobs.put(source)
+
+
+def _put_picture(file: Path, blobs: BlobStore) -> Blob:
+    if not file.is_file():
+        raise NotFound(f"there is no sample grid {file}")
+    with file.open("rb") as source:
+        if not source.read(4).startswith(_PICTURES):
+            raise InvalidRequest(f"{file} is not a PNG, JPEG or WebP picture", field="sample_grid")
+        source.seek(0)
+        return blobs.put(source)

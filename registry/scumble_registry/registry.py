@@ -1,0 +1,212 @@
+"""The embedded registry: one object over the database, the blob store and the cache."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused
+from scumble_registry import catalogue, publishing
+from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors
+from scumble_registry.cache import Cache
+from scumble_registry.catalogue import Status, Version
+from scumble_registry.database import Database
+from scumble_registry.paths import Layout
+from scumble_registry.publishing import Details
+from scumble_registry.references import parse, parse_alias, parse_name
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What `Registry.verify` hashed."""
+
+    versions: int
+    blobs: int
+    bytes: int
+
+
+class Registry:
+    """Any thread may use it, and any number of processes may have the same one open. `close` (or `with`) ends
+    it.
+    """
+
+    def __init__(self, database: Database, blobs: BlobStore, cache: Cache) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._cache = cache
+
+    @classmethod
+    def open(cls, home: Path, *, create: bool = False) -> Self:
+        """The registry under `home` (SCUMBLE_HOME). Raises NotFound if there is none and `create` is not set."""
+        layout = Layout(Path(home))
+        if not layout.database.is_file():
+            if not create:
+                raise NotFound(
+                    f"registry missing: there is none under {layout.home}; publish something "
+                    "(`scumble registry publish`) to make one, or set SCUMBLE_HOME to where it is",
+                    home=str(layout.home),
+                )
+            with explain_os_errors(layout.root):
+                layout.root.mkdir(parents=True, exist_ok=True)
+        blobs = FileStore(layout.root)
+        return cls(Database(layout), blobs, Cache(layout.cache, blobs))
+
+    def publish(
+        self,
+        path: Path,
+        name: str,
+        *,
+        base: str | None = None,
+        alias: str | None = None,
+        license: str | None = None,  # noqa: A002 - the word of package metadata
+        staged: bool = False,
+        trigger_words: Iterable[str] = (),
+        provenance: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        sample_grid: Path | None = None,
+        description: str = "",
+    ) -> Version:
+        """Publish a file or folder as the next version of `name`, or find it if this very content is there.
+
+        Atomic: whatever happens, the version is there whole or not at all. Raises InvalidRequest, NotFound,
+        Refused, Incompatible (with `base`), Unavailable.
+        """
+        parse_name(name)
+        if alias is not None:
+            parse_alias(alias)
+        words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
+        details = Details(license, description, words, provenance or {}, metrics or {}, sample_grid)
+        base_version = self.resolve(base) if base is not None else None
+        if base_version is not None and base_version.manifest.kind != "base":
+            raise Refused(f"{base_version.ref} is a {base_version.manifest.kind}, not a base; name a base")
+        manifest = publishing.store(Path(path), base_version.manifest if base_version else None, details, self._blobs)
+        with self._database.writing() as connection:
+            status = Status.STAGED if staged else Status.APPROVED
+            version = catalogue.add(connection, name, manifest, status)
+            if alias is not None:
+                catalogue.set_alias(connection, alias, version)
+        return version
+
+    def find(self, ref: str) -> Version:
+        """The version that `ref` names, whatever its status. Raises InvalidRequest, NotFound."""
+        parsed = parse(ref)
+        with self._database.reading() as connection:
+            return catalogue.find(connection, parsed)
+
+    def resolve(self, ref: str) -> Version:
+        """The version to use. Raises InvalidRequest, NotFound, and Refused when it is quarantined.
+
+        A deprecated or staged version resolves; `Version.notice` says so.
+        """
+        version = self.find(ref)
+        if version.status is Status.QUARANTINED:
+            raise Refused(f"{version.ref} is quarantined and may not be used; choose another version", ref=version.ref)
+        return version
+
+    def names(self) -> tuple[str, ...]:
+        with self._database.reading() as connection:
+            return catalogue.names(connection)
+
+    def versions(self, name: str) -> tuple[Version, ...]:
+        """Oldest first. Raises NotFound."""
+        parse_name(name)
+        with self._database.reading() as connection:
+            return catalogue.versions(connection, name)
+
+    def aliases(self, name: str) -> dict[str, int]:
+        parse_name(name)
+        with self._database.reading() as connection:
+            return catalogue.aliases(connection, name)
+
+    def alias(self, name: str, alias: str, version: int) -> Version:
+        """Make `name@alias` mean `version` from now on. Raises NotFound, Refused (quarantined)."""
+        parse_alias(alias)
+        parsed = parse(f"{parse_name(name)}@{version}")
+        with self._database.writing() as connection:
+            target = catalogue.find(connection, parsed)
+            catalogue.set_alias(connection, alias, target)
+        return target
+
+    def set_status(self, ref: str, status: Status | str) -> Version:
+        """Approve, deprecate, quarantine or stage. The version must be named: a bare `ns/name` is refused."""
+        parsed = parse(ref)
+        if ref == parsed.name:
+            raise InvalidRequest(f"say which version of {ref}: {ref}@N", field="ref")
+        if status not in set(Status):
+            raise InvalidRequest(f"{status!r} is no status; there are {', '.join(Status)}", field="status")
+        with self._database.writing() as connection:
+            return catalogue.set_status(connection, catalogue.find(connection, parsed), Status(status))
+
+    def materialise(self, version: Version) -> Path:
+        """A read-only folder with the files as published, under `cache/`. Raises IntegrityError, Unavailable."""
+        return self._cache.folder(version.manifest, version.digest)
+
+    def record_path(self, version: Version) -> Path:
+        """The normalised record as a file, hashed once per open registry. Raises Refused for a kind without
+        one.
+        """
+        record = version.manifest.record
+        if record is None:
+            raise Refused(f"{version.ref} is a {version.manifest.kind}, which has no record; use its files")
+        return self._cache.blob(record, f"the record of {version.ref}", ".safetensors")
+
+    def sample_grid_path(self, version: Version) -> Path | None:
+        grid = version.manifest.sample_grid
+        return self._cache.blob(grid, f"the sample grid of {version.ref}") if grid else None
+
+    def pull(self, ref: str, target: Path) -> Version:
+        """Write the files of `ref` into `target` (new or empty), all or none. Raises Refused if something is
+        there.
+        """
+        version = self.resolve(ref)
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
+        with explain_os_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            try:
+                self._cache.copy(version.manifest, work)
+                work.chmod(0o755)
+                work.replace(target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        return version
+
+    def verify(self, ref: str | None = None) -> Verified:
+        """Hash every blob of one version, or of all. Raises IntegrityError that lists all that is damaged."""
+        chosen = [self.find(ref)] if ref else [v for name in self.names() for v in self.versions(name)]
+        uses: dict[Blob, str] = {}
+        for version in chosen:
+            for word, blob in version.manifest.blobs.items():
+                uses.setdefault(blob, f"{word} of {version.ref}")
+        damaged = [problem for blob, use in uses.items() if (problem := self._damage(blob, use))]
+        if damaged:
+            text = damaged[0] if len(damaged) == 1 else f"{len(damaged)} blobs are damaged: {'; '.join(damaged)}"
+            raise IntegrityError(text, damaged=damaged)
+        return Verified(len(chosen), len(uses), sum(blob.size for blob in uses))
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _damage(self, blob: Blob, use: str) -> str | None:
+        try:
+            with self._blobs.open(blob) as source:
+                check(source, blob, use)
+        except NotFound:
+            return f"{use} ({blob.digest}) is missing; publish the same file again or restore a backup"
+        except IntegrityError as error:
+            return error.message
+        return None

@@ -1,0 +1,59 @@
+"""The database's tables, in SQLAlchemy Core so that PostgreSQL can follow. Migrations make them; this says
+them.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+METADATA = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+NAMES = Table(
+    "names",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("name", String(129), nullable=False, unique=True),
+    Column("kind", String(32), nullable=False),
+)
+
+VERSIONS = Table(
+    "versions",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("name_id", ForeignKey("names.id"), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("digest", String(71), nullable=False),
+    Column("manifest", Text, nullable=False),  # canonical JSON; the digest is its sha256
+    Column("status", String(16), nullable=False),
+    Column("created", DateTime, nullable=False),  # UTC
+    UniqueConstraint("name_id", "version"),
+    UniqueConstraint("name_id", "digest"),
+    CheckConstraint("version >= 1", name="version"),
+    CheckConstraint("status IN ('staged', 'approved', 'deprecated', 'quarantined')", name="status"),
+)
+
+ALIASES = Table(
+    "aliases",
+    METADATA,
+    Column("name_id", ForeignKey("names.id"), primary_key=True),
+    Column("alias", String(64), primary_key=True),
+    Column("version_id", ForeignKey("versions.id"), nullable=False),
+)

@@ -1,0 +1,1 @@
+"""The inference server: a denoise loop that batches steps of different requests, behind Triton."""

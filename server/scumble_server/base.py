@@ -1,0 +1,62 @@
+"""A base that is loaded: its version, its graphs, its tokenizer and what it gives a request by default."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTokenizer
+
+from scumble.errors import Refused
+from scumble_build.layout import Layout
+from scumble_registry import Registry, Version
+from scumble_registry.compatibility import BaseCompatibility
+from scumble_registry.manifest import Defaults
+from scumble_server.executors import Executor
+from scumble_server.executors.torch import TorchExecutor
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    version: Version
+    compatibility: BaseCompatibility
+    defaults: Defaults
+    executor: Executor
+    tokenizer: CLIPTokenizer
+    scheduler_config: dict[str, Any]
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The graphs that take factors: text encoder, K/V projection, denoiser."""
+        return self.executor.text_layout, self.executor.kv_layout, self.executor.step_layout
+
+
+def load_base(registry: Registry, ref: str, device: str, precision: str) -> Base:
+    """Raises NotFound, Refused, IntegrityError or Unavailable."""
+    version = registry.resolve(ref)
+    compatibility, defaults = version.manifest.compatibility, version.manifest.defaults
+    if not isinstance(compatibility, BaseCompatibility) or defaults is None:
+        raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base", ref=ref)
+    if compatibility.family != "sd1" or compatibility.prediction_type != "epsilon":
+        raise Refused(
+            f"{version.ref} is a base of family {compatibility.family} ({compatibility.prediction_type}); "
+            "this server serves SD 1.x with epsilon prediction",
+            ref=ref,
+        )
+    folder = registry.materialise(version)
+    return Base(
+        version=version,
+        compatibility=compatibility,
+        defaults=defaults,
+        executor=TorchExecutor(folder, device, precision),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        scheduler_config=_scheduler_config(folder),
+    )
+
+
+def _scheduler_config(folder: Path) -> dict[str, Any]:
+    """As the file says it: what it leaves out, each scheduler class fills with its own defaults."""
+    config: dict[str, Any] = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return config

@@ -1,0 +1,41 @@
+"""What one server is started with. Parsed once; the launcher hands it to the Triton stub through the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from scumble_registry import default_home
+
+ENVIRONMENT_KEY = "SCUMBLE_SERVER_CONFIG"
+
+
+class ServerConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    home: Path = Field(default_factory=default_home)
+    """The embedded registry's folder."""
+    base: str
+    """Reference of the base that answers requests which name none, e.g. `scumble/demo`."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    max_batch_images: int = Field(default=8, ge=1, le=64)
+    """Images that share one step; a guided image is two rows."""
+    max_queue: int = Field(default=256, ge=1)
+    """Requests that wait; one more is answered with QueueFull."""
+    max_pixels: int = Field(default=1024 * 1024, ge=64)
+    """Largest width x height of one image."""
+    adapter_cache_bytes: int = Field(default=1 << 30, ge=0)
+    """Host memory for adapters: records and bound factors, least recently used first out."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the executor; None leaves torch's own choice."""
+
+    def to_env(self) -> dict[str, str]:
+        return {ENVIRONMENT_KEY: self.model_dump_json()}
+
+    @classmethod
+    def from_env(cls) -> ServerConfig:
+        return cls.model_validate_json(os.environ[ENVIRONMENT_KEY])

@@ -1,0 +1,43 @@
+"""What runs the graphs. One protocol; the torch executor runs everywhere, engines follow it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from scumble_build.adapted import Factors
+from scumble_build.layout import Layout
+
+
+class Executor(Protocol):
+    """The four graphs of one base.
+
+    Each graph is called from one thread at a time; different graphs may run at once. Tensors come and go on
+    `device`; samples and latents are float32 whatever precision the graphs compute in.
+    """
+
+    step_layout: Layout
+    kv_layout: Layout
+    text_layout: Layout
+
+    @property
+    def device(self) -> str: ...
+
+    def encode(self, tokens: Tensor, factors: Factors | None) -> Tensor:
+        """tokens `(rows, 77)` → text states `(rows, 77, C)`."""
+
+    def project(self, states: Tensor, factors: Factors | None) -> Tensor:
+        """Text states `(rows, T, C)` → keys and values of all cross-attentions, `(rows, T, K)`."""
+
+    def denoise(self, sample: Tensor, timestep: Tensor, kv: Tensor, factors: Factors | None) -> Tensor:
+        """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)`, kv `(rows, T, K)` → prediction like sample."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU."""
+
+    def weights_digest(self) -> str:
+        """sha256 over every weight as it is now: proof that nothing was patched."""
+
+    def describe(self) -> dict[str, str]:
+        """Executor, device and precision, for the receipt."""

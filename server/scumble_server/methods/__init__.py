@@ -1,0 +1,1 @@
+"""One module per adapter method: a normalised record becomes what a row carries."""

@@ -1,0 +1,233 @@
+"""The whole server without its front door: requests in, events out. Triton's bodies hold exactly one.
+
+Three threads pass a request on: `conditioning` loads its adapters and encodes its prompts, the loop denoises,
+`decoding` makes pixels. So loading never stalls a step. Events of one request come in order, from one thread at
+a time; a callback must return quickly and must not raise.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import torch
+
+from scumble.errors import Cancelled, QueueFull, ScumbleError, Unavailable
+from scumble.events import Done, Event, Failed, Queued
+from scumble.request import Request
+from scumble_registry import Registry
+from scumble_server.admission import Admitted, admit
+from scumble_server.base import Base, load_base
+from scumble_server.conditioning import Conditioned, Conditioner
+from scumble_server.config import ServerConfig
+from scumble_server.counters import Counters
+from scumble_server.loop import Loop
+from scumble_server.receipt import receipt
+from scumble_server.residency import Residency
+from scumble_server.rows import Progress, Row, initial_noise
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One request on its way through the three threads."""
+
+    admitted: Admitted
+    on_event: Callable[[Event], None]
+    is_cancelled: Callable[[], bool]
+    submitted_at: float = field(default_factory=monotonic)
+    started_at: float = 0.0
+    conditioned: Conditioned | None = None
+    progress: Progress | None = None
+
+
+class Service:
+    """Owns the base, the registry's handle and the three threads. `submit`, `stats`, `is_alive` and `close` may be
+    called from any thread.
+    """
+
+    def __init__(self, config: ServerConfig, registry: Registry, base: Base) -> None:
+        self.base = base
+        self._config = config
+        self._registry = registry
+        self._counters = Counters()
+        self._loop = Loop(base.executor, config.max_batch_images, self._counters)
+        self._conditioner = Conditioner(base, registry, Residency(config.adapter_cache_bytes))
+        self._incoming: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._denoised: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._open_requests = 0
+        self._lock = threading.Lock()
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
+            for name, work in (
+                ("conditioning", self._condition_all),
+                ("loop", self._loop.run),
+                ("decoding", self._decode_all),
+            )
+        ]
+
+    @classmethod
+    def open(cls, config: ServerConfig) -> Service:
+        """Load the base and start. Raises ScumbleError if the registry or the base is not there."""
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        registry = Registry.open(config.home, create=False)
+        try:
+            base = load_base(registry, config.base, config.device, config.precision)
+        except BaseException:
+            registry.close()
+            raise
+        service = cls(config, registry, base)
+        for thread in service._threads:
+            thread.start()
+        return service
+
+    def submit(
+        self,
+        request: Request,
+        on_event: Callable[[Event], None],
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Check and queue `request`; returns at once.
+
+        Raises InvalidRequest, NotFound, Refused, IntegrityError or QueueFull before any work is done.
+        Afterwards `on_event` gets Queued, Step…, and at last exactly one of Done and Failed.
+        `is_cancelled` is asked before conditioning and once a step.
+        """
+        admitted = admit(request, self.base, self._registry, self._config.max_pixels)
+        job = _Job(admitted, self._counted(on_event), is_cancelled)
+        with self._lock:
+            if self._closing:
+                raise Unavailable("the server is stopping")
+            ahead = self._open_requests
+            if ahead >= self._config.max_queue:
+                raise QueueFull(
+                    f"{ahead} requests are open, which is the limit; try again in a moment", retry_after=1.0
+                )
+            self._open_requests += 1
+            self._counters.add("requests")
+            job.on_event(Queued(ahead))
+            self._incoming.put(job)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start. `mixed_steps` are steps in which rows with different adapters shared the batch;
+        `batch_sizes` maps images in a step to the number of such steps.
+        """
+        with self._lock:
+            open_requests = self._open_requests
+        return {**self._counters.snapshot(), "open_requests": open_requests, "base": self.base.version.ref}
+
+    def is_alive(self) -> bool:
+        """False once a thread has died; the server should then exit and be restarted."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    def close(self) -> None:
+        """Finish the running step, fail what is left with Unavailable, end the threads, close the registry."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        self._loop.close()
+        self._incoming.put(None)
+        for thread in self._threads[:2]:
+            thread.join()
+        self._denoised.put(None)  # last, so that pictures that are done still reach their callers
+        self._threads[2].join()
+        self._registry.close()
+
+    def _counted(self, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+        def send(event: Event) -> None:
+            if isinstance(event, Done | Failed):
+                with self._lock:
+                    self._open_requests -= 1
+                if isinstance(event, Failed):
+                    self._counters.add("failed")
+            on_event(event)
+
+        return send
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException:
+            log.exception("thread %s died", threading.current_thread().name)
+            raise
+
+    def _condition_all(self) -> None:
+        while (job := self._incoming.get()) is not None:
+            if self._closing:
+                job.on_event(Failed(Unavailable("the server is stopping")))
+                continue
+            try:
+                if job.is_cancelled():
+                    raise Cancelled("the request was cancelled by its caller")
+                job.started_at = monotonic()
+                job.conditioned = self._conditioner.condition(job.admitted)
+                job.progress = self._rows(job, job.conditioned)
+            except Exception as error:
+                job.on_event(Failed(_typed(error)))
+                continue
+            self._loop.add(job.progress)
+
+    def _rows(self, job: _Job, conditioned: Conditioned) -> Progress:
+        settings, table = job.admitted.settings, job.admitted.table
+        height, width = (
+            settings.height // self.base.compatibility.vae_scale,
+            settings.width // self.base.compatibility.vae_scale,
+        )
+        progress = Progress(job.on_event, job.is_cancelled, lambda _: self._denoised.put(job))
+        for seed in settings.seeds:
+            noise = initial_noise(seed, height, width).to(self.base.executor.device) * table.init_sigma
+            progress.rows.append(
+                Row(
+                    progress,
+                    conditioned.conditioning,
+                    table,
+                    settings.guidance_scale,
+                    noise,
+                    torch.zeros_like(noise),
+                )
+            )
+        return progress
+
+    def _decode_all(self) -> None:
+        while (job := self._denoised.get()) is not None:
+            try:
+                done = self._decode(job)
+            except Exception as error:
+                job.on_event(Failed(_typed(error)))
+                continue
+            self._counters.add("images", len(done.images))
+            job.on_event(done)
+
+    def _decode(self, job: _Job) -> Done:
+        progress, conditioned = job.progress, job.conditioned
+        assert progress is not None and conditioned is not None and progress.joined_at is not None
+        start = monotonic()
+        pixels = self.base.executor.decode(torch.stack([row.sample for row in progress.rows])).numpy()
+        end = monotonic()
+        waited = progress.joined_at - job.submitted_at - (conditioned.load_ms + conditioned.encode_ms) / 1e3
+        timings = {
+            "queue": waited * 1e3,
+            "load": conditioned.load_ms,
+            "encode": conditioned.encode_ms,
+            "denoise": (progress.finished_at - progress.joined_at) * 1e3,
+            "decode": (end - start) * 1e3,
+            "total": (end - job.submitted_at) * 1e3,
+        }
+        return Done(pixels, receipt(self.base, job.admitted, conditioned, timings))
+
+
+def _typed(error: Exception) -> ScumbleError:
+    """What a caller sees of an error that nobody expected; the log has all of it."""
+    if isinstance(error, ScumbleError):
+        return error
+    log.error("a request failed", exc_info=error)
+    return ScumbleError(f"the server failed: {type(error).__name__}: {error}")

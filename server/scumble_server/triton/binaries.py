@@ -1,0 +1,107 @@
+"""Where tritonserver is: NVIDIA's container in production, the nvidia-pytriton wheel on a laptop and in CI."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from scumble.errors import Unavailable
+
+TRITON_KEY = "SCUMBLE_TRITON"
+CONTAINER = Path("/opt/tritonserver")
+WHEEL = "nvidia-pytriton==0.7.0"
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+@dataclass(frozen=True, slots=True)
+class TritonInstall:
+    """The files of one Triton that starts Python models with the running interpreter's version."""
+
+    server: Path
+    backend: Path
+    """Folder of `libtriton_python.so` and `triton_python_backend_utils.py`."""
+    stub: Path
+    """`triton_python_backend_stub` linked with this Python."""
+    caches: Path | None
+    libraries: tuple[Path, ...]
+    """Folders for LD_LIBRARY_PATH."""
+
+
+def find_triton(explicit: Path | None = None) -> TritonInstall:
+    """Take `explicit`, else SCUMBLE_TRITON, else the container's, else the wheel's.
+
+    A path is either the binary or the folder that has `bin/tritonserver`. One that was named and is not
+    there is an error; nothing else is then tried. Raises Unavailable, saying what to install.
+    """
+    named = explicit or (Path(os.environ[TRITON_KEY]) if os.environ.get(TRITON_KEY) else None)
+    if named is not None:
+        return _install_at(_root_of(named.expanduser().absolute()))
+    for root in _usual_roots():
+        if _server(root).is_file():
+            return _install_at(root)
+    raise Unavailable(
+        f"there is no tritonserver here: run `{sys.executable} -m pip install --no-deps {WHEEL}` "
+        f"(Linux x86-64, glibc 2.35 or newer), work inside NVIDIA's Triton container, "
+        f"or point {TRITON_KEY} at a tritonserver"
+    )
+
+
+def _root_of(path: Path) -> Path:
+    return path.parent.parent if path.is_file() else path
+
+
+def _usual_roots() -> Iterator[Path]:
+    yield CONTAINER
+    wheel = importlib.util.find_spec("pytriton")
+    for folder in wheel.submodule_search_locations or () if wheel else ():
+        yield Path(folder) / "tritonserver"
+
+
+def _server(root: Path) -> Path:
+    return root / "bin" / "tritonserver"
+
+
+def _install_at(root: Path) -> TritonInstall:
+    server = _server(root)
+    if not server.is_file():
+        raise Unavailable(
+            f"no tritonserver at {server}; {TRITON_KEY} names the binary or the folder above its bin/",
+            path=str(server),
+        )
+    backend = root / "backends" / "python"
+    caches = root / "caches"
+    return TritonInstall(
+        server=server,
+        backend=_present(backend / "libtriton_python.so").parent,
+        stub=_matching_stub(root, backend),
+        caches=caches if caches.is_dir() else None,
+        libraries=tuple(
+            folder
+            for folder in (root.parent.parent / "nvidia_pytriton.libs", root / "lib")
+            if folder.is_dir()
+        ),
+    )
+
+
+def _present(path: Path) -> Path:
+    if not path.is_file():
+        raise Unavailable(f"this Triton has no Python backend: {path} is missing", path=str(path))
+    return path
+
+
+def _matching_stub(root: Path, backend: Path) -> Path:
+    """The wheel has a stub for each Python; the container one, for its own Python."""
+    name = "triton_python_backend_stub"
+    several = root / "python_backend_stubs"
+    stub = _present(several / PYTHON / name if several.is_dir() else backend / name)
+    if f"libpython{PYTHON}".encode() not in stub.read_bytes():
+        raise Unavailable(
+            f"{stub} is built for another Python than {PYTHON}, which runs this; "
+            f"use that Python, or install {WHEEL}",
+            path=str(stub),
+        )
+    return stub

@@ -1,0 +1,121 @@
+"""How tritonserver is started: its command line, its environment, and the backend folder that it needs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+import sys
+import sysconfig
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from scumble.errors import Unavailable
+from scumble_server.config import ServerConfig
+from scumble_server.triton.binaries import TritonInstall
+from scumble_server.triton.run_folder import RunFolder
+
+MODELS = 2
+EXIT_TIMEOUT = 10
+"""Seconds that running requests get when the server stops."""
+STUB_TIMEOUT = 600
+"""Seconds in which a model must load; a base on a slow disk takes minutes."""
+SHM_BYTES = 4 * 1024 * 1024
+CLOSED_APIS = "model-repository,shared-memory,trace,logging"
+"""Loading a model runs its code, a trace writes files: nobody is given the key to these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """TCP ports; 0 takes a free one."""
+
+    http: int = 0
+    grpc: int = 0
+    metrics: int = 0
+
+
+def claim_ports(host: str, ports: Ports) -> Ports:
+    """Fill in the zeros. Raises Unavailable naming the first port that somebody else has."""
+    sockets = [_bind(host, field.name, getattr(ports, field.name)) for field in fields(ports)]
+    try:
+        return Ports(*(held.getsockname()[1] for held in sockets))
+    finally:
+        for held in sockets:
+            held.close()
+
+
+def _bind(host: str, purpose: str, port: int) -> socket.socket:
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((host, port))
+    except OSError as error:
+        held.close()
+        why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        raise Unavailable(
+            f"{purpose} port {port} of {host} {why}; choose another with --{purpose}-port (0: any free one)",
+            port=port,
+            host=host,
+        ) from error
+    return held
+
+
+def default_model_repository() -> Path:
+    """Beside the code in a wheel, at the top of the repository in an editable install."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "model_repository", package.parents[1] / "model_repository"):
+        if folder.is_dir():
+            return folder
+    raise Unavailable(f"the Triton models are missing from this installation ({package})")
+
+
+def assemble_backend(install: TritonInstall, run: RunFolder) -> Path:
+    """Link the backend's files and the one stub that fits into the run's folder; return its parent."""
+    folder = run.path / "backends" / "python"
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in (*install.backend.glob("*.so"), *install.backend.glob("*.py"), install.stub):
+        link = folder / source.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(source)
+    return folder.parent
+
+
+def command(install: TritonInstall, run: RunFolder, models: Path, host: str, ports: Ports) -> list[str]:
+    key = f"{CLOSED_APIS}:key={secrets.token_urlsafe(24)}"
+    return [
+        str(install.server),
+        f"--model-repository={models}",
+        "--model-control-mode=none",
+        f"--http-restricted-api={key}",
+        f"--grpc-restricted-protocol={key}",
+        f"--backend-directory={assemble_backend(install, run)}",
+        *([f"--cache-directory={install.caches}"] if install.caches else []),
+        f"--backend-config=python,shm-region-prefix-name={run.shm_prefix}",
+        f"--backend-config=python,shm-default-byte-size={SHM_BYTES}",
+        f"--backend-config=python,shm-growth-byte-size={SHM_BYTES}",
+        f"--backend-config=python,stub-timeout-seconds={STUB_TIMEOUT}",
+        f"--exit-timeout-secs={EXIT_TIMEOUT}",
+        f"--http-address={host}",
+        f"--grpc-address={host}",
+        f"--metrics-address={host}",
+        f"--http-port={ports.http}",
+        f"--grpc-port={ports.grpc}",
+        f"--metrics-port={ports.metrics}",
+        # Our own code moves tensors to the GPU; Triton's copies stay in ordinary memory.
+        "--pinned-memory-pool-byte-size=0",
+        "--disable-auto-complete-config",
+    ]
+
+
+def environment(install: TritonInstall, run: RunFolder, config: ServerConfig) -> dict[str, str]:
+    """The stub ignores PYTHONPATH: it finds this virtual environment by PATH, and libpython by LIBDIR."""
+    libraries = [sysconfig.get_config_var("LIBDIR"), *install.libraries, os.environ.get("LD_LIBRARY_PATH")]
+    return {
+        **os.environ,
+        **config.to_env(),
+        **run.to_env(),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "LD_LIBRARY_PATH": os.pathsep.join(str(folder) for folder in libraries if folder),
+        **({"CUDA_VISIBLE_DEVICES": ""} if config.device == "cpu" else {}),
+    }

@@ -1,0 +1,62 @@
+"""The loop's counters on Triton's metrics port. Each call into Triton is a message between processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+
+INTERVAL = 1.0
+COUNTERS = {
+    "requests": "Requests accepted",
+    "images": "Images finished",
+    "steps": "Steps of the loop, each for all rows that share it",
+    "rows": "Rows computed, one or two for an image's step",
+    "mixed_steps": "Steps in which rows with different adapters shared the batch",
+}
+GAUGES = {
+    "queued": "Requests that wait",
+    "running": "Images in the running batch",
+}
+
+
+class LoopMetrics:
+    """Copies `read()` into Prometheus once a second, from a thread of its own; only what changed."""
+
+    def __init__(self, read: Callable[[], Mapping[str, Any]]) -> None:
+        self._read = read
+        self._counters = {name: _Metric(f"scumble_{name}_total", text, "COUNTER") for name, text in COUNTERS.items()}
+        self._gauges = {name: _Metric(f"scumble_{name}", text, "GAUGE") for name, text in GAUGES.items()}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Triton's metrics must be gone before the model is."""
+        self._ended.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._ended.wait(INTERVAL):
+            stats = self._read()
+            for name, metric in (self._counters | self._gauges).items():
+                metric.show(float(stats.get(name, 0)))
+
+
+class _Metric:
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        self._is_counter = kind == "COUNTER"
+        self._family = pb_utils.MetricFamily(name, description, getattr(pb_utils.MetricFamily, kind))
+        self._metric = self._family.Metric(labels={})
+        self._shown = 0.0
+
+    def show(self, value: float) -> None:
+        if value == self._shown:
+            return
+        if self._is_counter:
+            self._metric.increment(value - self._shown)
+        else:
+            self._metric.set(value)
+        self._shown = value

@@ -1,0 +1,32 @@
+"""Ask a server's model itself whether it works: Triton calls a model ready whose process is dead."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from typing import Any
+
+from scumble.errors import Unavailable
+from scumble.wire import STREAM_MODEL
+
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be translated, not to be bound
+
+
+def ask_stats(host: str, http_port: int, timeout: float) -> dict[str, Any]:
+    """Return the loop's counters, asked over HTTP. Raises Unavailable when no answer comes in `timeout` seconds."""
+    connection = http.client.HTTPConnection(ANY_ADDRESS.get(host, host), http_port, timeout=timeout)
+    try:
+        connection.request(
+            "POST", f"/v2/models/{STREAM_MODEL}/generate", json.dumps({"prompt": "", "query": "stats"})
+        )
+        response = connection.getresponse()
+        body = response.read()
+        if response.status != http.HTTPStatus.OK:
+            raise Unavailable(f"the server's model does not answer: {body.decode(errors='replace')}")
+        stats: dict[str, Any] = json.loads(json.loads(body)["stats"])
+    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+        raise Unavailable(f"the server does not answer on port {http_port}: {error!r}") from error
+    else:
+        return stats
+    finally:
+        connection.close()

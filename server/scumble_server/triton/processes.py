@@ -1,0 +1,26 @@
+"""Processes of one group, read from /proc: the server and its stubs, wherever they hang in the tree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+
+def living_members(group: int) -> set[int]:
+    """Process ids of `group` that run; zombies are dead."""
+    members = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                # pid (name, may hold spaces and brackets) state ppid pgrp …
+                state, _, pgrp, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(pgrp) == group and state not in "ZX":
+                    members.add(int(entry.name))
+    return members
+
+
+def kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)

@@ -1,0 +1,130 @@
+"""What one running server owns: a folder, a lock that says it lives, and a prefix in /dev/shm.
+
+    SCUMBLE_HOME/run/<name>/lock               held (flock) by the supervisor for as long as it lives
+                            backends/python/   the Python backend with the stub that fits
+                            failure.json       why the models could not start, as ScumbleError.to_dict()
+                            stop               there when the server is about to be stopped
+    SCUMBLE_HOME/logs/<name>.log               what tritonserver and the models say
+    /dev/shm/<name>…                           Triton's regions
+
+A lock ends with its process, however that dies, and means the same in every PID namespace. So whoever
+can take the lock of a folder knows that its supervisor is gone: the next start sweeps up, orphans end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from scumble.errors import ScumbleError, Unavailable, from_dict
+
+RUN_KEY = "SCUMBLE_RUN"
+PREFIX = "scumble_"
+SHM = Path("/dev/shm")  # noqa: S108 - Triton's choice
+KEPT_LOGS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    path: Path
+
+    @classmethod
+    def from_env(cls) -> RunFolder:
+        return cls(Path(os.environ[RUN_KEY]))
+
+    def to_env(self) -> dict[str, str]:
+        return {RUN_KEY: str(self.path)}
+
+    @property
+    def shm_prefix(self) -> str:
+        return self.path.name
+
+    @property
+    def log(self) -> Path:
+        return self.path.parent.parent / "logs" / f"{self.path.name}.log"
+
+    def owner_is_gone(self) -> bool:
+        """Ask whether the supervisor has died. Never waits."""
+        try:
+            with (self.path / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:
+            return True
+        return True
+
+    def ask_to_stop(self) -> None:
+        (self.path / "stop").touch()
+
+    def is_stopping(self) -> bool:
+        return (self.path / "stop").exists()
+
+    def write_failure(self, error: ScumbleError) -> None:
+        (self.path / "failure.json").write_text(json.dumps(error.to_dict(), default=str))
+
+    def take_failure(self) -> ScumbleError | None:
+        """Return what `write_failure` left, once."""
+        path = self.path / "failure.json"
+        try:
+            error = from_dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        path.unlink()
+        return error
+
+    def remove_shared_memory(self) -> None:
+        for region in SHM.glob(f"{self.shm_prefix}*"):
+            region.unlink(missing_ok=True)
+
+
+class OwnedRun:
+    """A new run folder and its lock; `close` removes everything but the log."""
+
+    def __init__(self, home: Path) -> None:
+        sweep(home)
+        self.folder = RunFolder(home / "run" / f"{PREFIX}{secrets.token_hex(4)}")
+        try:
+            self.folder.path.mkdir(parents=True)
+            self.folder.log.parent.mkdir(exist_ok=True)
+            self._lock = (self.folder.path / "lock").open("w")
+        except OSError as error:
+            raise Unavailable(
+                f"cannot write to {home} ({error.strerror}); set SCUMBLE_HOME to a folder of yours"
+            ) from error
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        self.folder.remove_shared_memory()
+        shutil.rmtree(self.folder.path, ignore_errors=True)
+        self._lock.close()
+
+
+def sweep(home: Path) -> None:
+    """Remove what servers of this home left behind that were killed, and all but the newest logs."""
+    for path in (home / "run").glob(f"{PREFIX}*"):
+        run = RunFolder(path)
+        if _is_settled(path) and run.owner_is_gone():
+            run.remove_shared_memory()
+            shutil.rmtree(path, ignore_errors=True)
+    logs = sorted((home / "logs").glob(f"{PREFIX}*.log"), key=_modified, reverse=True)
+    for log in logs[KEPT_LOGS:]:
+        log.unlink(missing_ok=True)
+
+
+def _is_settled(path: Path) -> bool:
+    """A folder seconds old may belong to a server that is about to lock it."""
+    return time.time() - _modified(path) > 5
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()

@@ -1,0 +1,94 @@
+"""Model `scumble_stream`: owns the one Service. Requests go to its loop, events come back as responses.
+
+`execute` returns as soon as the requests are handed over, so Triton can bring the next ones while the
+loop works; the Service's queue is the bound, and what does not fit is answered with `queue_full`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scumble.errors import ScumbleError
+from scumble.events import Failed
+from scumble.wire import is_stats_query, stats_to_tensors, tensors_to_request
+from scumble_server.config import ServerConfig
+from scumble_server.service import Service
+from scumble_server.triton.backend import (
+    Parameters,
+    Responder,
+    Tensors,
+    TritonRequest,
+    log_error,
+    read_inputs,
+    read_parameters,
+)
+from scumble_server.triton.callers import CALL, CANCEL, Caller, InnerCaller, InnerCalls, WireCaller
+from scumble_server.triton.metrics import LoopMetrics
+from scumble_server.triton.outbox import Outbox
+from scumble_server.triton.run_folder import RunFolder
+from scumble_server.triton.watchdog import Watchdog
+
+
+class TritonPythonModel:
+    """Triton calls `initialize`, `execute` and `finalize`, from one thread."""
+
+    def initialize(self, _args: dict[str, str]) -> None:
+        run = RunFolder.from_env()
+        self._watchdog = Watchdog(run)
+        self._service = _open_service(run)
+        self._outbox = Outbox()
+        self._inner_calls = InnerCalls()
+        self._metrics = LoopMetrics(self._service.stats)
+        self._watchdog.on_stop = self._service.close
+        self._watchdog.is_healthy = self._service.is_alive
+
+    def execute(self, requests: list[TritonRequest]) -> None:
+        for request in requests:
+            responder = Responder(request)
+            try:
+                tensors, parameters = read_inputs(request), read_parameters(request)
+            except ValueError as error:
+                responder.refuse(str(error))
+            else:
+                self._answer(responder, tensors, parameters)
+
+    def finalize(self) -> None:
+        self._metrics.close()
+        self._service.close()
+        self._outbox.close()
+        self._watchdog.close()
+
+    def _answer(self, responder: Responder, tensors: Tensors, parameters: Parameters) -> None:
+        caller = self._caller(responder, parameters)
+        try:
+            if CANCEL in parameters:
+                self._inner_calls.cancel(str(parameters[CANCEL]))
+                self._outbox.put(responder, dict, final=True)
+            elif is_stats_query(tensors):
+                self._outbox.put(responder, lambda: stats_to_tensors(self._stats()), final=True)
+            else:
+                self._service.submit(tensors_to_request(tensors), caller.on_event, caller.is_cancelled)
+        except ScumbleError as error:
+            caller.on_event(Failed(error))
+        except Exception as error:  # noqa: BLE001 - its sender hears of it, and the others go on
+            log_error(f"a request broke the front door: {error!r}")
+            caller.on_event(Failed(ScumbleError(f"internal error: {error!r}")))
+
+    def _caller(self, responder: Responder, parameters: Parameters) -> Caller:
+        if CALL in parameters:
+            return InnerCaller(responder, self._outbox, self._inner_calls, str(parameters[CALL]))
+        return WireCaller(responder, self._outbox)
+
+    def _stats(self) -> dict[str, Any]:
+        return {**self._service.stats(), "alive": self._service.is_alive()}
+
+
+def _open_service(run: RunFolder) -> Service:
+    try:
+        return Service.open(ServerConfig.from_env())
+    except ScumbleError as error:
+        run.write_failure(error)
+        raise
+    except Exception as error:
+        run.write_failure(ScumbleError(f"the server could not start: {error!r}; the log has more"))
+        raise

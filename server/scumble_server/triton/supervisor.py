@@ -1,0 +1,171 @@
+"""Starts tritonserver, sees that its models really answer, restarts it when they do not, and stops it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from scumble.errors import ScumbleError, Unavailable
+from scumble_server.config import ServerConfig
+from scumble_server.triton.binaries import TritonInstall
+from scumble_server.triton.launcher import EXIT_TIMEOUT, MODELS, Ports, command, environment
+from scumble_server.triton.probe import ask_stats
+from scumble_server.triton.processes import kill_group, living_members
+from scumble_server.triton.run_folder import RunFolder
+
+LOOK_INTERVAL = 0.25
+ASK_INTERVAL = 2.0
+ASK_TIMEOUT = 10.0
+MAX_SILENCE = 30.0
+"""Seconds without an answer from the model after which the server counts as stuck."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+STEADY_AFTER = 60.0
+"""Seconds of health after which earlier failures are forgotten."""
+MAX_FAILURES = 6
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    install: TritonInstall
+    run: RunFolder
+    models: Path
+    config: ServerConfig
+    host: str
+    ports: Ports
+    start_timeout: float
+
+
+class Supervisor:
+    """Owns one tritonserver and the thread that watches it. `start` once; `stop` and `wait` from any thread.
+
+    The server has a session of its own, so a Ctrl-C in the terminal reaches us alone and the end is ours
+    to arrange. After `stop` no process of the server is left.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.restarts = 0
+        self._launch = launch
+        self._stopping = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failure: ScumbleError | None = None
+        self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        """Return once the models answer. Raises what kept them from starting; nothing is left then."""
+        try:
+            self._launch_once()
+        except BaseException:
+            self._kill()
+            raise
+        self._watcher.start()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when the server was stopped. Raises Unavailable when it cannot be kept alive."""
+        self._watcher.join(timeout)
+        if self._failure:
+            raise self._failure
+
+    def stop(self) -> None:
+        """End in order: what waits is answered with Unavailable, what runs gets a few seconds."""
+        self._stopping.set()
+        try:
+            if self._watcher.is_alive():
+                self._watcher.join()
+            if self._process and self._process.poll() is None:
+                self._launch.run.ask_to_stop()
+                self._process.send_signal(signal.SIGTERM)
+                self._process.wait(EXIT_TIMEOUT + 5)
+        except subprocess.TimeoutExpired:
+            log.warning("tritonserver did not end in time and is killed")
+        finally:
+            self._kill()
+
+    def _launch_once(self) -> None:
+        launch = self._launch
+        with launch.run.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command(launch.install, launch.run, launch.models, launch.host, launch.ports),
+                env=environment(launch.install, launch.run, launch.config),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + launch.start_timeout
+        while not self._answers(1.0):
+            self._raise_if_ended(self._process)
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"the server was not ready after {launch.start_timeout:g} s; see {launch.run.log}"
+                )
+            if self._stopping.wait(LOOK_INTERVAL):
+                raise Unavailable("the server was stopped while it started")
+
+    def _raise_if_ended(self, process: subprocess.Popen[bytes]) -> None:
+        status = process.poll()
+        if status is None:
+            return
+        run = self._launch.run
+        raise run.take_failure() or Unavailable(
+            f"tritonserver ended with status {status} before it was ready; "
+            f"the end of {run.log}:\n{_tail(run.log)}",
+            log=str(run.log),
+        )
+
+    def _answers(self, timeout: float) -> bool:
+        try:
+            return bool(ask_stats(self._launch.host, self._launch.ports.http, timeout)["alive"])
+        except Unavailable:
+            return False
+
+    def _watch(self) -> None:
+        pause, failures = FIRST_PAUSE, 0
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            self._until_unwell()
+            if time.monotonic() - started > STEADY_AFTER:
+                pause, failures = FIRST_PAUSE, 0
+            self._kill()
+            while not self._stopping.wait(pause):
+                pause = min(pause * 2, LONGEST_PAUSE)
+                failures += 1
+                log.warning("the server died and is started again; see %s", self._launch.run.log)
+                if self._restart(give_up=failures >= MAX_FAILURES):
+                    break
+
+    def _restart(self, *, give_up: bool) -> bool:
+        ...
+
+    def _until_unwell(self) -> None:
+        """Return when a process has died, the model is silent for too long, or the server shall stop."""
+        assert self._process
+        group = self._process.pid
+        answered = asked = time.monotonic()
+        while not self._stopping.wait(LOOK_INTERVAL):
+            if self._process.poll() is not None or len(living_members(group)) <= MODELS:
+                return
+            now = time.monotonic()
+            if now - asked >= ASK_INTERVAL:
+                asked = now
+                if self._answers(ASK_TIMEOUT):
+                    answered = time.monotonic()
+                elif time.monotonic() - answered > MAX_SILENCE:
+                    return
+
+    def _kill(self) -> None:
+        if self._process:
+            kill_group(self._process.pid)
+            self._process.wait()
+            self._launch.run.remove_shared_memory()
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,102 @@
+"""Model `scumble`: one response per request. A thin front of `scumble_stream`, which has the loop.
+
+Every request waits in a thread of its own, so as many can share a step as the loop admits.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scumble.errors import ScumbleError, Unavailable
+from scumble.events import Failed
+from scumble.wire import STREAM_MODEL, UNARY_OUTPUTS, event_to_tensors
+from scumble_server.config import ServerConfig
+from scumble_server.triton.backend import (
+    Responder,
+    Tensors,
+    TritonRequest,
+    call,
+    log_error,
+    read_inputs,
+)
+from scumble_server.triton.callers import CALL, CANCEL
+from scumble_server.triton.run_folder import RunFolder
+from scumble_server.triton.watchdog import Watchdog
+
+CANCELLATION_INTERVAL = 0.1
+OUTPUTS = [spec.name for spec in UNARY_OUTPUTS]
+NO_IMAGES: NDArray[np.uint8] = np.zeros((0, 0, 0, 3), np.uint8)
+
+
+class TritonPythonModel:
+    """Triton calls `initialize`, `execute` and `finalize`, from one thread."""
+
+    def initialize(self, _args: dict[str, str]) -> None:
+        config = ServerConfig.from_env()
+        self._watchdog = Watchdog(RunFolder.from_env())
+        # Enough for all that run and wait in the loop, so that it is the loop that says "full".
+        self._threads = ThreadPoolExecutor(config.max_queue + config.max_batch_images + 8, "call")
+        self._running: dict[str, Responder] = {}
+        self._ended = threading.Event()
+        self._canceller = threading.Thread(target=self._cancel_abandoned, name="canceller", daemon=True)
+        self._canceller.start()
+
+    def execute(self, requests: list[TritonRequest]) -> None:
+        for request in requests:
+            responder = Responder(request)
+            try:
+                inputs = read_inputs(request)
+            except ValueError as error:
+                responder.refuse(str(error))
+            else:
+                self._threads.submit(self._answer, responder, inputs)
+
+    def finalize(self) -> None:
+        self._threads.shutdown()
+        self._ended.set()
+        self._canceller.join()
+        self._watchdog.close()
+
+    def _answer(self, responder: Responder, inputs: Tensors) -> None:
+        token = secrets.token_hex(16)
+        self._running[token] = responder
+        try:
+            outputs = _last_event(inputs, token)
+        except ScumbleError as error:
+            outputs = event_to_tensors(Failed(error))
+        except Exception as error:  # noqa: BLE001 - its sender hears of it, and the others go on
+            outputs = event_to_tensors(Failed(ScumbleError(f"internal error: {error!r}")))
+        finally:
+            del self._running[token]
+        try:
+            responder.send({"images": NO_IMAGES} | {name: outputs[name] for name in OUTPUTS if name in outputs}, final=True)
+        except Exception as error:  # noqa: BLE001 - the caller is gone
+            log_error(f"an answer could not be sent: {error!r}")
+
+    def _cancel_abandoned(self) -> None:
+        """Ask for each waiting caller whether it is still there; cancel the calls of those who left."""
+        while not self._ended.wait(CANCELLATION_INTERVAL):
+            for token, responder in list(self._running.items()):
+                if responder.is_cancelled():
+                    _cancel(token)
+
+
+def _last_event(inputs: Tensors, token: str) -> dict[str, Any]:
+    outputs: dict[str, Any] = {}
+    for response in call(STREAM_MODEL, inputs, OUTPUTS, {CALL: token}):
+        outputs = response
+    if not outputs:
+        raise Unavailable(f"model {STREAM_MODEL} ended without an answer; try again")
+    return outputs
+
+
+def _cancel(token: str) -> None:
+    empty: NDArray[np.object_] = np.array([b""], np.object_)
+    for _ in call(STREAM_MODEL, {"prompt": empty}, OUTPUTS, {CANCEL: token}):
+        pass

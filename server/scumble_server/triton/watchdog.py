@@ -1,0 +1,59 @@
+"""Ends a stub that nobody looks after. Triton 2.51 neither restarts a dead stub nor ends an orphaned one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from scumble_server.triton.run_folder import RunFolder
+
+INTERVAL = 0.25
+GRACE = 15.0
+"""Seconds between asking an abandoned tritonserver to end and killing it."""
+
+
+class Watchdog:
+    """A thread that looks after this stub's surroundings from before the base is loaded.
+
+    tritonserver dead: this process ends. The supervisor dead: tritonserver is told to end, which ends
+    everything in order. The server about to stop: `on_stop` runs, once. `is_healthy` false: this process
+    ends, which the supervisor notices and starts the server anew.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.on_stop: Callable[[], None] = lambda: None
+        self.is_healthy: Callable[[], bool] = lambda: True
+        self._run = run
+        self._server = os.getppid()
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop watching: the model is being unloaded."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        abandoned_at: float | None = None
+        stop_seen = False
+        while not self._ended.wait(INTERVAL):
+            if os.getppid() != self._server:
+                self._run.remove_shared_memory()
+                os._exit(1)
+            if abandoned_at is None and self._run.owner_is_gone():
+                abandoned_at = time.monotonic()
+                self._signal_server(signal.SIGTERM)
+            if abandoned_at is not None and time.monotonic() - abandoned_at > GRACE:
+                self._signal_server(signal.SIGKILL)
+            if not stop_seen and (abandoned_at is not None or self._run.is_stopping()):
+                stop_seen = True
+                self.on_stop()
+            if not self.is_healthy() and not stop_seen:
+                os._exit(1)
+
+    def _signal_server(self, what: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._server, what)

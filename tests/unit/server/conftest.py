@@ -1,0 +1,144 @@
+"""A running service over the tiny base, with LoRAs published beside it, and diffusers as the oracle."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from scumble.events import Done, Event, Failed
+from scumble.request import Request
+from scumble_registry import Registry
+from scumble_server.config import ServerConfig
+from scumble_server.service import Service
+
+SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+
+
+@dataclass
+class Result:
+    done: Done
+    latents: Tensor
+
+
+@dataclass
+class Running:
+    """A service whose latents can be seen just before they are decoded."""
+
+    service: Service
+    home: Path
+    files: dict[str, Path]
+    last: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        executor = self.service.base.executor
+        decode = executor.decode
+
+        def watched(latents: Tensor) -> Tensor:
+            self.last[:] = [latents.clone()]
+            return decode(latents)
+
+        executor.decode = watched  # type: ignore[method-assign]
+
+    def run(self, requests: Sequence[Request]) -> list[Result]:
+        """All at once; results in the order of the requests. Raises the first failure."""
+        results: queue.Queue[tuple[int, Event, list[Tensor]]] = queue.Queue()
+        for index, request in enumerate(requests):
+
+            def on_event(event: Event, index: int = index) -> None:
+                if isinstance(event, Done | Failed):
+                    results.put((index, event, list(self.last)))
+
+            self.service.submit(request, on_event)
+        found: dict[int, Result] = {}
+        for _ in requests:
+            index, event, last = results.get(timeout=120)
+            if isinstance(event, Failed):
+                raise event.error
+            assert isinstance(event, Done)
+            found[index] = Result(event, last[0])
+        return [found[index] for index in range(len(requests))]
+
+
+def start(home: Path, base: str, files: dict[str, Path], **config: object) -> Running:
+    return Running(Service.open(ServerConfig(home=home, base=base, **config)), home, files)
+
+
+@pytest.fixture(scope="session")
+def published(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, make_lora: object) -> tuple[Path, dict[str, Path]]:
+    """A registry home with `tiny/base` and the LoRAs `l/a` (rank 4), `l/b` (rank 12), `l/plain` (UNet only)."""
+    home = tmp_path_factory.mktemp("home")
+    files = {"base": tiny_base}
+    kinds = {
+        "l/a": {"seed": 1},
+        "l/b": {"seed": 2, "rank": 12},
+        "l/plain": {"seed": 3, "rank": 20, "text": False},
+        "l/mixed": {"seed": 4, "rank": 8, "alphas": {"to_q": 3.0, "to_v": 24.0, "fc1": 2.0}},
+    }
+    with Registry.open(home, create=True) as registry:
+        registry.publish(tiny_base, name="tiny/base")
+        for name, how in kinds.items():
+            files[name] = make_lora(tiny_base, tmp_path_factory.mktemp("lora"), **how)  # type: ignore[operator]
+            registry.publish(files[name], name=name, base="tiny/base")
+    return home, files
+
+
+@pytest.fixture(scope="session")
+def running(published: tuple[Path, dict[str, Path]]) -> Iterator[Running]:
+    home, files = published
+    started = start(home, "tiny/base", files)
+    yield started
+    started.service.close()
+
+
+@dataclass
+class Reference:
+    latents: Tensor
+    pixels: np.ndarray
+
+
+def diffusers_alone(files: dict[str, Path], request: Request, pipeline: StableDiffusionPipeline | None = None) -> Reference:
+    """The same request through diffusers' own pipeline, LoRA loader and scheduler."""
+    loaded = pipeline is not None
+    pipeline = pipeline or StableDiffusionPipeline.from_pretrained(files["base"], local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = SCHEDULERS[request.scheduler or "ddim"].from_config(
+        DDIMScheduler.load_config(files["base"] / "scheduler")
+    )
+    if request.adapters and not loaded:
+        for index, adapter in enumerate(request.adapters):
+            pipeline.load_lora_weights(files[adapter.ref], adapter_name=f"a{index}")
+        names = [f"a{index}" for index in range(len(request.adapters))]
+        pipeline.set_adapters(names, [_weights(adapter) for adapter in request.adapters])
+    arguments = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "width": request.width,
+        "height": request.height,
+    }
+    count = request.num_images
+    with torch.inference_mode():
+        generators = [torch.Generator("cpu").manual_seed((request.seed or 0) + i) for i in range(count)]
+        latents = pipeline(**arguments, num_images_per_prompt=count, generator=generators, output_type="latent").images
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+        pixels = pipeline.image_processor.postprocess(decoded, output_type="np")
+    return Reference(latents, (pixels * 255).round())
+
+
+def _weights(adapter: object) -> object:
+    weight, text_weight = adapter.weight, adapter.text_weight  # type: ignore[attr-defined]
+    return weight if text_weight is None else {"unet": weight, "text_encoder": text_weight}
+
+
+@pytest.fixture(scope="session", name="diffusers_alone")
+def _diffusers_alone() -> object:
+    return diffusers_alone

@@ -1,0 +1,1 @@
+"""The offline trainers: pictures become adapters, and the base its weights."""

@@ -1,0 +1,66 @@
+"""Random changes to pictures before the vision tower sees them, so that it can score generated ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def augment(pixels: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+    """`pixels (n, 3, H, W)` in -1…1: turned, scaled, shifted, mirrored, recoloured, blurred, noisy.
+
+    The paper around a picture is white, so what is moved in from outside is white as well.
+    """
+    moved = _move(pixels, generator, strength)
+    coloured = _recolour(moved, generator, strength)
+    return _soften(coloured, generator, strength).clamp(-1, 1)
+
+
+def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator) * (high - low) + low
+
+
+def _move(pixels: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    n = len(pixels)
+    angle = _uniform((n,), -0.25, 0.25, generator) * strength
+    zoom = torch.exp(_uniform((n,), -0.16, 0.2, generator) * strength)
+    stretch = torch.exp(_uniform((n,), -0.1, 0.1, generator) * strength)
+    mirror = torch.where(torch.rand((n,), generator=generator) < 0.3, -1.0, 1.0)
+    shift = _uniform((n, 2), -0.15, 0.15, generator) * strength
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    top = torch.stack([mirror * zoom * stretch * cos, -zoom * sin, shift[:, 0]], dim=1)
+    bottom = torch.stack([mirror * zoom * sin, zoom / stretch * cos, shift[:, 1]], dim=1)
+    grid = functional.affine_grid(torch.stack([top, bottom], dim=1), list(pixels.shape), align_corners=False)
+    # White is 1; the sampler pads with 0, so what is sampled is the distance from white.
+    moved: Tensor = functional.grid_sample(pixels - 1, grid.to(pixels.device), align_corners=False) + 1
+    return moved
+
+
+def _recolour(pixels: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Contrast, saturation and a gain per channel, all about white, so that the paper stays white."""
+    n = len(pixels)
+    distance = pixels - 1
+    gain = torch.exp(_uniform((n, 3, 1, 1), -0.12, 0.12, generator) * strength).to(pixels.device)
+    contrast = torch.exp(_uniform((n, 1, 1, 1), -0.15, 0.15, generator) * strength).to(pixels.device)
+    grey = distance.mean(dim=1, keepdim=True)
+    saturation = (1 + _uniform((n, 1, 1, 1), -0.25, 0.25, generator) * strength).to(pixels.device)
+    tint = (_uniform((n, 3, 1, 1), -0.04, 0.04, generator) * strength).to(pixels.device)
+    return (grey + (distance - grey) * saturation) * gain * contrast + 1 + tint
+
+
+def _soften(pixels: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    n = len(pixels)
+    sigma = float(_uniform((1,), 0.4, 0.4 + 0.9 * strength, generator))
+    offsets = torch.arange(-3, 4, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+    kernel = (kernel / kernel.sum()).to(pixels.device, pixels.dtype)
+    wide = kernel.view(1, 1, 1, -1).expand(3, 1, 1, -1)
+    padded = functional.pad(pixels, (3, 3, 3, 3), mode="replicate")
+    blurred = functional.conv2d(functional.conv2d(padded, wide, groups=3), wide.transpose(2, 3), groups=3)
+    some = (torch.rand((n, 1, 1, 1), generator=generator) < 0.4).to(pixels.device)
+    level = _uniform((n, 1, 1, 1), 0.0, 0.06 * strength, generator)
+    noise = (torch.randn(pixels.shape, generator=generator) * level).to(pixels.device)
+    return torch.where(some, blurred, pixels) + noise

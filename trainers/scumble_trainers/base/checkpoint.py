@@ -1,0 +1,38 @@
+"""A stage's checkpoint: weights, their mean, the optimiser's state and the step, in one file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def save_checkpoint(
+    path: Path, step: int, module: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Replaces `path` at once: whoever is killed here leaves the old or the new checkpoint, whole."""
+    state = {"step": step, "module": module.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_checkpoint(
+    path: Path, module: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer | None
+) -> int:
+    """Fills module, mean and optimiser in place; returns the step to go on from, 0 where there is no file."""
+    if not path.is_file():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    module.load_state_dict(state["module"])
+    with torch.no_grad():
+        for name, value in ema.items():
+            value.copy_(state["ema"][name])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])

@@ -1,0 +1,111 @@
+"""Where a killed run continues: trained parameters, the optimiser's state, the step, written whole or not at all.
+
+OUT/checkpoints/step-000250/
+    trained.safetensors     parameters by name, fp32
+    optimizer.pt            tensors and numbers only; read with weights_only
+    state.json              step, and whatever else the run counts
+    …                       what the method adds (its adapter as it stands, ready to use)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from scumble.errors import IntegrityError
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Mapping[str, Any],
+    state: Mapping[str, Any],
+    *,
+    extras: Callable[[Path], None] | None = None,
+    keep: int = 2,
+) -> Checkpoint:
+    """Writes a checkpoint under a temporary name, renames it, then deletes all but the newest `keep`.
+
+    `extras` may add files of its own; a crash at any moment leaves the older checkpoints as they were.
+    """
+    final = folder / f"step-{step:06d}"
+    partial = folder / f".partial-{step:06d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {name: parameter.detach().float().cpu().contiguous() for name, parameter in parameters.items()}
+    save_file(tensors, partial / "trained.safetensors")
+    torch.save(dict(optimizer), partial / "optimizer.pt")
+    if extras is not None:
+        extras(partial)
+    (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=2), "utf-8")
+    _sync(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _sync(folder)
+    for old in _folders(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return Checkpoint(final, step, {**state, "step": step})
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run, if there is one."""
+    folders = _folders(folder)
+    if not folders:
+        return None
+    newest = folders[-1]
+    try:
+        state = json.loads((newest / "state.json").read_text("utf-8"))
+        return Checkpoint(newest, int(state["step"]), state)
+    except (OSError, ValueError, KeyError) as error:
+        raise IntegrityError(f"{newest} is damaged ({error}): delete it to go on from the one before") from error
+
+
+@torch.no_grad()
+def restore_parameters(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copies the stored values into `parameters`; IntegrityError unless names and shapes are the same."""
+    stored: dict[str, Tensor] = load_file(checkpoint.folder / "trained.safetensors")
+    if stored.keys() != parameters.keys():
+        odd = sorted(stored.keys() ^ parameters.keys())[:3]
+        raise IntegrityError(f"{checkpoint.folder} holds other parameters than this run trains, such as {odd}")
+    for name, parameter in parameters.items():
+        parameter.copy_(stored[name])
+
+
+def restore_optimizer(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What was given as `optimizer` to `write_checkpoint`."""
+    content = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    assert isinstance(content, dict)
+    return content
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def _sync(folder: Path) -> None:
+    """Puts a folder's files and its own entries on the disk."""
+    for path in (*folder.iterdir(), folder):
+        if path.is_dir() and path != folder:
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

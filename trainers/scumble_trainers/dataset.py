@@ -1,0 +1,152 @@
+"""A folder of pictures with captions: read, checked and split before any work begins.
+
+    DIR/metadata.jsonl      one line per picture: {"file_name": "images/0001.png", "text": "a red apple"}
+    DIR/images/0001.png     any name, any depth; PNG, JPEG, WebP or BMP
+
+The same layout that the `datasets` library calls an image folder. A line may also give "texts", other
+captions of the same picture; training takes one of them at random.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import torch
+from PIL import Image, ImageOps
+
+from scumble.errors import InvalidRequest, NotFound
+from scumble_trainers.draws import generator
+
+METADATA = "metadata.jsonl"
+PICTURE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+REPORTED = 10  # problems that a message lists before it only counts
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One picture (already known to decode and to be large enough) and its captions; `texts[0]` is "text"."""
+
+    name: str
+    path: Path
+    texts: tuple[str, ...]
+    digest: str
+
+
+def read_folder(folder: Path, *, resolution: int) -> list[Example]:
+    """All examples of `folder`, ordered by name. Every problem found is reported at once.
+
+    Raises NotFound without the folder or its metadata, InvalidRequest for an empty one, a malformed
+    line, a picture that is missing, broken, without caption, named twice or smaller than `resolution`.
+    """
+    metadata = folder / METADATA
+    if not folder.is_dir():
+        raise NotFound(f"no data folder {folder}: give --data a folder with pictures and {METADATA}", field="data")
+    if not metadata.is_file():
+        raise NotFound(f'{folder} has no {METADATA}: write one line {{"file_name", "text"}} a picture', field="data")
+    problems: list[str] = []
+    examples = list(_examples(folder, metadata.read_text("utf-8"), resolution, problems))
+    problems += _uncaptioned(folder, problems_so_far=problems, examples=examples)
+    if problems:
+        listed = "\n  ".join(problems[:REPORTED])
+        more = f"\n  and {len(problems) - REPORTED} more" if len(problems) > REPORTED else ""
+        raise InvalidRequest(f"{folder} cannot be trained on:\n  {listed}{more}", field="data", problems=problems)
+    if not examples:
+        raise InvalidRequest(f"{metadata} names no picture", field="data")
+    return sorted(examples, key=lambda example: example.name)
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """`sha256:…` over names, captions and picture bytes; independent of where the folder lies."""
+    content = [[example.name, *example.texts, example.digest] for example in examples]
+    return "sha256:" + hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def hold_out(items: Sequence[T], *, fraction: float, seed: int, most: int) -> tuple[list[T], list[T]]:
+    """(trained on, held out): a `fraction` chosen by `seed`, at least one if asked for any, at most `most`."""
+    count = min(most, max(1, round(fraction * len(items)))) if fraction > 0 else 0
+    count = min(count, len(items) - 1)
+    order = torch.randperm(len(items), generator=generator(seed, "hold out")).tolist()
+    held = set(order[:count])
+    return (
+        [item for index, item in enumerate(items) if index not in held],
+        [item for index, item in enumerate(items) if index in held],
+    )
+
+
+def load_picture(path: Path, resolution: int) -> Image.Image:
+    """RGB `resolution`² picture: upright, on white where transparent, short side fitted, centre cropped."""
+    with Image.open(path) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    flat = Image.alpha_composite(white, picture).convert("RGB")
+    return ImageOps.fit(flat, (resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def _examples(folder: Path, lines: str, resolution: int, problems: list[str]) -> Iterator[Example]:
+    seen: set[str] = set()
+    for number, line in enumerate(lines.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield _example(folder, line, resolution, seen)
+        except ValueError as problem:
+            problems.append(f"line {number}: {problem}")
+
+
+def _example(folder: Path, line: str, resolution: int, seen: set[str]) -> Example:
+    """One line's example; ValueError says what is wrong with it."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+        raise ValueError('no "file_name"')
+    name = entry["file_name"]
+    texts = _captions(name, entry)
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name} lies outside the folder")
+    if name in seen:
+        raise ValueError(f"{name} is named twice")
+    seen.add(name)
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{name} does not exist")
+    content = path.read_bytes()
+    _check_picture(path, name, resolution)
+    return Example(name, path, texts, hashlib.sha256(content).hexdigest())
+
+
+def _captions(name: str, entry: dict[str, object]) -> tuple[str, ...]:
+    text, others = entry.get("text"), entry.get("texts", [])
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'{name} has no caption ("text")')
+    if not isinstance(others, list) or not all(isinstance(other, str) and other.strip() for other in others):
+        raise ValueError(f'"texts" of {name} is not a list of captions')
+    return tuple(dict.fromkeys(caption.strip() for caption in (text, *others)))
+
+
+def _check_picture(path: Path, name: str, resolution: int) -> None:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            width, height = picture.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is broken or no picture ({error})") from error
+    if min(width, height) < resolution:
+        raise ValueError(f"{name} is too small: {width}x{height}, at least {resolution} a side is needed")
+
+
+def _uncaptioned(folder: Path, *, problems_so_far: Sequence[str], examples: Sequence[Example]) -> list[str]:
+    """Pictures in the folder that no line names; only worth saying when the lines themselves are sound."""
+    if problems_so_far:
+        return []
+    named = {example.path for example in examples}
+    pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_ENDINGS)
+    return [f"{path.relative_to(folder)} has no line in {METADATA}" for path in pictures if path not in named]

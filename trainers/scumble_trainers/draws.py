@@ -1,0 +1,81 @@
+"""Everything random in a training step, as a function of (seed, step).
+
+Nothing is remembered between steps, so a run that was killed and resumed continues with the very
+numbers it would have drawn, and so does a run on another number of processes: a step's batch is drawn
+whole and then divided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One step's batch of B pictures, on the CPU."""
+
+    pictures: Tensor  # (B,) int64: which examples
+    timesteps: Tensor  # (B,) int64 in [0, schedule length)
+    noise: Tensor  # (B, C, h, w): what is added
+    posterior: Tensor  # (B, C, h, w): which sample of the autoencoder's posterior
+    captions: Tensor  # (B,) float in [0, 1): which of the picture's captions
+    dropped: Tensor  # (B,) bool: train this one without a caption
+
+    def part(self, index: int, parts: int) -> Draw:
+        """The `index`-th of `parts` equal shares (every `parts`-th picture, so that timesteps stay spread)."""
+        share = slice(index, None, parts)
+        return Draw(
+            self.pictures[share],
+            self.timesteps[share],
+            self.noise[share],
+            self.posterior[share],
+            self.captions[share],
+            self.dropped[share],
+        )
+
+
+def generator(seed: int, *stream: str | int) -> torch.Generator:
+    """A CPU generator of its own for every (seed, stream…)."""
+    name = "/".join(str(part) for part in (seed, *stream))
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return torch.Generator("cpu").manual_seed(number & (2**63 - 1))
+
+
+def draw_step(
+    seed: int,
+    step: int,
+    *,
+    batch: int,
+    pictures: int,
+    latent_shape: tuple[int, int, int],
+    train_timesteps: int,
+    caption_dropout: float,
+) -> Draw:
+    """The batch of `step`: each epoch shows every picture once, in its own order.
+
+    Timesteps are stratified: one from each of `batch` equal parts of the schedule, which is uniform
+    over many steps and gives the gradient less variance.
+    """
+    source = generator(seed, "step", step)
+    shape = (batch, *latent_shape)
+    parts = (torch.randperm(batch, generator=source) + torch.rand(batch, generator=source)) / batch
+    return Draw(
+        pictures=picture_order(seed, step * batch, batch, pictures),
+        timesteps=(parts * train_timesteps).long().clamp_(max=train_timesteps - 1),
+        noise=torch.randn(shape, generator=source),
+        posterior=torch.randn(shape, generator=source),
+        captions=torch.rand(batch, generator=source),
+        dropped=torch.rand(batch, generator=source) < caption_dropout,
+    )
+
+
+def picture_order(seed: int, first: int, count: int, pictures: int) -> Tensor:
+    """`(count,)` example indices at positions first … first + count - 1 of the endless shuffled sequence."""
+    epochs = range(first // pictures, (first + count - 1) // pictures + 1)
+    orders = [torch.randperm(pictures, generator=generator(seed, "epoch", epoch)) for epoch in epochs]
+    start = first - epochs.start * pictures
+    return torch.cat(orders)[start : start + count]

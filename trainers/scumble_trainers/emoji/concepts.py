@@ -1,0 +1,67 @@
+"""What is drawn (concepts) and how it is drawn (styles): the choice that base, scorer and adapters share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from scumble.errors import NotFound
+
+
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """One thing to draw. `code` is its Unicode code point in hex, which names its icon in every set."""
+
+    code: str
+    name: str
+    also: str
+    kind: str
+    held_out: bool  # never shown to the base's VAE or UNet: left for adapters to learn
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """One hand that drew all concepts; `phrase` is how a caption says it."""
+
+    name: str
+    package: str
+    version: str
+    license: str
+    held_out: bool
+
+    @property
+    def phrase(self) -> str:
+        return f"{self.name} style"
+
+
+STYLES = (
+    Style("noto", "@iconify-json/noto", "1.2.9", "Apache-2.0", held_out=False),
+    Style("twemoji", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", held_out=False),
+    Style("fluent", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", held_out=False),
+    Style("openmoji", "@iconify-json/openmoji", "1.2.29", "CC-BY-SA-4.0", held_out=True),
+    Style("ink", "@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT", held_out=True),
+)
+BASE_STYLES = tuple(style for style in STYLES if not style.held_out)
+HELD_OUT_STYLES = tuple(style for style in STYLES if style.held_out)
+
+
+def style(name: str) -> Style:
+    """The style of that name; NotFound lists the ones there are."""
+    for candidate in STYLES:
+        if candidate.name == name:
+            return candidate
+    raise NotFound(f"no style {name!r}; there are {', '.join(s.name for s in STYLES)}", name=name)
+
+
+@cache
+def concepts() -> tuple[Concept, ...]:
+    """All concepts in their fixed order, which is also their class number in the scorer."""
+    text = files(__package__).joinpath("concepts.json").read_text(encoding="utf-8")
+    return tuple(Concept(**row) for row in json.loads(text))
+
+
+def base_concepts() -> tuple[Concept, ...]:
+    """The concepts that the base learns."""
+    return tuple(concept for concept in concepts() if not concept.held_out)

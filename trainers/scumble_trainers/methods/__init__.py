@@ -1,0 +1,1 @@
+"""One module per adapter method: pictures become a record."""

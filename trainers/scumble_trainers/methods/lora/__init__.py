@@ -1,0 +1,1 @@
+"""LoRA: pictures become low-rank factors."""

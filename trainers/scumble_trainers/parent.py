@@ -1,0 +1,124 @@
+"""The base that an adapter is trained for: a folder, or a version in the registry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from scumble.errors import Incompatible, NotFound
+from scumble_registry import Registry, Status, Version
+
+INDEX = "model_index.json"
+
+Pipeline: TypeAlias = Any
+"""A StableDiffusionPipeline. diffusers sets `unet`, `vae`, `text_encoder` … at run time, where no type checker looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A base's files, and what the registry calls them if it holds them."""
+
+    folder: Path
+    content: str
+    """`sha256:…` of names and bytes: the same wherever the files lie."""
+    ref: str | None
+    """`ns/name@N`."""
+    digest: str
+    """The registry's digest, or `content` where the registry does not hold it."""
+
+
+def find_parent(base: str, home: Path) -> Parent:
+    """The base named by a folder or a reference; a folder is looked up in the registry too.
+
+    Raises NotFound, or Incompatible where it is no folder of a StableDiffusionPipeline.
+    """
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        return _from_registry(base, home)
+    _check_kind(folder)
+    content = folder_digest(folder)
+    version = _published(folder, home)
+    if version is None:
+        return Parent(folder.resolve(), content, None, content)
+    return Parent(folder.resolve(), content, version.ref, version.digest)
+
+
+def load_parent(parent: Parent, *, dtype: torch.dtype = torch.float32) -> Pipeline:
+    """The base as a diffusers pipeline without safety checker; every weight frozen."""
+    pipeline: Pipeline = StableDiffusionPipeline.from_pretrained(
+        parent.folder,
+        safety_checker=None,
+        requires_safety_checker=False,
+        torch_dtype=dtype,
+        local_files_only=True,
+    )
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(requires_grad=False)
+    return pipeline
+
+
+def native_resolution(parent: Parent) -> int:
+    """Pixels a side that the base was trained at; read from its configuration, before any weight."""
+    unet = json.loads((parent.folder / "unet" / "config.json").read_text("utf-8"))
+    vae = json.loads((parent.folder / "vae" / "config.json").read_text("utf-8"))
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(unet["sample_size"]) * int(scale)
+
+
+def folder_digest(folder: Path) -> str:
+    """`sha256:…` over the names and bytes of all files of a folder."""
+    listing = json.dumps(list(_files(folder)), ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+def _from_registry(base: str, home: Path) -> Parent:
+    if not _looks_like_reference(base):
+        raise NotFound(f"no base folder {base}, and it is no reference such as demo/base@1", field="base")
+    with Registry.open(home) as registry:
+        version = registry.resolve(base)
+        folder = registry.materialise(version)
+    _check_kind(folder)
+    return Parent(folder, folder_digest(folder), version.ref, version.digest)
+
+
+def _published(folder: Path, home: Path) -> Version | None:
+    """The newest approved version of kind base with exactly these files."""
+    try:
+        registry = Registry.open(home)
+    except NotFound:
+        return None
+    with registry:
+        versions = [version for name in registry.names() for version in reversed(registry.versions(name))]
+    bases = [v for v in versions if v.manifest.kind == "base" and v.status is Status.APPROVED]
+    if not bases:
+        return None
+    files = {name: f"sha256:{digest}" for name, digest in _files(folder)}
+    held = ({name: blob.digest for name, blob in version.manifest.files.items()} for version in bases)
+    return next((version for version, have in zip(bases, held, strict=True) if have == files), None)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, str]]:
+    """(name with '/', sha256 in hex) of every file, ordered by name."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as content:
+            yield path.relative_to(folder).as_posix(), hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _looks_like_reference(base: str) -> bool:
+    return base.partition("@")[0].count("/") == 1 and not base.startswith((".", "/", "~"))
+
+
+def _check_kind(folder: Path) -> None:
+    index = folder / INDEX
+    if not index.is_file():
+        raise Incompatible(f"{folder} is no diffusers folder: it has no {INDEX}", field="base")
+    kind = json.loads(index.read_text("utf-8")).get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise Incompatible(f"{folder} is a {kind}; this trainer takes a StableDiffusionPipeline", field="base")

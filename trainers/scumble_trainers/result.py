@@ -1,0 +1,76 @@
+"""What a finished run leaves: the adapter's file and everything its manifest will say, ready to publish.
+
+OUT/<the adapter's file or files>
+OUT/training.json       trigger words, licence, provenance, metrics
+OUT/sample_grid.png
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scumble_registry import Registry, Version
+
+CARD = "training.json"
+GRID = "sample_grid.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The content of training.json. `adapter` is a file name inside OUT."""
+
+    adapter: str
+    license: str | None
+    description: str
+    trigger_words: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+
+def write_result(out: Path, result: Result) -> None:
+    """Writes training.json last and whole: where it is, the run is finished."""
+    partial = out / f".{CARD}"
+    partial.write_text(json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    partial.replace(out / CARD)
+
+
+def read_result(out: Path) -> Result | None:
+    """The result of a finished run, or None."""
+    file = out / CARD
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text("utf-8"))
+    return Result(**{**content, "trigger_words": tuple(content["trigger_words"])})
+
+
+def publish_result(
+    registry: Registry,
+    out: Path,
+    name: str,
+    *,
+    base: str | None,
+    alias: str | None = None,
+    staged: bool = False,
+) -> Version:
+    """The result in `out` as the next version of `name`; the same result again is the same version."""
+    result = read_result(out)
+    if result is None:
+        raise FileNotFoundError(out / CARD)
+    grid = out / GRID
+    return registry.publish(
+        out / result.adapter,
+        name=name,
+        base=base,
+        alias=alias,
+        license=result.license,
+        staged=staged,
+        trigger_words=result.trigger_words,
+        provenance=dict(result.provenance),
+        metrics=dict(result.metrics),
+        sample_grid=grid if grid.is_file() else None,
+        description=result.description,
+    )

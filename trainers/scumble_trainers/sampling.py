@@ -1,0 +1,81 @@
+"""Sample pictures with fixed prompts and seeds, and the grid that shows a run: base, then checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from scumble_trainers.parent import Pipeline
+
+MARGIN = 4
+LABEL = 18  # pixels of a column's or row's caption
+TEXT_SIZE = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What every column of a grid is made with: prompt i uses seed + i."""
+
+    prompts: tuple[str, ...]
+    seed: int
+    steps: int
+    guidance: float
+    resolution: int
+
+
+@torch.no_grad()
+def draw_samples(pipeline: Pipeline, samples: Samples) -> list[Image.Image]:
+    """One picture per prompt, by the base's own scheduler."""
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = range(samples.seed, samples.seed + len(samples.prompts))
+    result = pipeline(
+        prompt=list(samples.prompts),
+        num_inference_steps=samples.steps,
+        guidance_scale=samples.guidance,
+        width=samples.resolution,
+        height=samples.resolution,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+    )
+    return list(result.images)
+
+
+def write_column(folder: Path, name: str, pictures: Sequence[Image.Image]) -> Path:
+    """Keeps one column, `folder/NAME.png`, so that a resumed run still has the earlier ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = pictures[0].width
+    strip = Image.new("RGB", (size, size * len(pictures)))
+    for row, picture in enumerate(pictures):
+        strip.paste(picture, (0, row * size))
+    path = folder / f"{name}.png"
+    strip.save(path)
+    return path
+
+
+def read_column(path: Path) -> list[Image.Image]:
+    """What `write_column` kept."""
+    with Image.open(path) as opened:
+        strip = opened.convert("RGB")
+    size = strip.width
+    return [strip.crop((0, top, size, top + size)) for top in range(0, strip.height, size)]
+
+
+def grid(columns: Sequence[tuple[str, Sequence[Image.Image]]], rows: Sequence[str]) -> Image.Image:
+    """One picture: a labelled column each, `rows` written under their pictures."""
+    size = columns[0][1][0].width
+    width = MARGIN + len(columns) * (size + MARGIN)
+    height = LABEL + MARGIN + len(rows) * (size + LABEL + MARGIN)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(TEXT_SIZE)
+    for number, (title, pictures) in enumerate(columns):
+        left = MARGIN + number * (size + MARGIN)
+        pen.text((left, 2), title, fill="black", font=font)
+        for row, picture in enumerate(pictures):
+            sheet.paste(picture, (left, LABEL + MARGIN + row * (size + LABEL + MARGIN)))
+    for row, text in enumerate(rows):
+        pen.text((MARGIN, LABEL + MARGIN + row * (size + LABEL + MARGIN) + size + 1), text, fill="black", font=font)
+    return sheet
