@@ -23,7 +23,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def make_tiny_base(folder: Path, seed: int = 0) -> Path:
+def make_tiny_base(folder: Path, seed: int = 0, width: int = 16) -> Path:
     """SD 1.5's classes and block types at toy width: 64x64 pixels, 8x8 latents. Same seed, same weights."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
@@ -42,7 +42,7 @@ def make_tiny_base(folder: Path, seed: int = 0) -> Path:
     )
     unet = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 32),
+        block_out_channels=(width, 2 * width),
         layers_per_block=1,
         cross_attention_dim=32,
         attention_head_dim=4,
@@ -117,3 +117,8 @@ def make_lora(
 @pytest.fixture(scope="session", name="make_lora")
 def _make_lora() -> Callable[..., Path]:
     return make_lora
+
+
+@pytest.fixture(scope="session", name="make_tiny_base")
+def _make_tiny_base() -> Callable[..., Path]:
+    return make_tiny_base

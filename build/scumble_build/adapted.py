@@ -20,12 +20,14 @@ class Factors:
     """What the first `m` rows of a batch carry; rows from `m` on carry nothing and cost nothing.
 
     A (slots, Σin, R), B (slots, Σout, R), slot (m,) int64, scale (m, R).
+    `rows_per_slot` is g where slot is 0…0 1…1 2…2 with g rows each, else 0: then slots are gathered row by row.
     """
 
     A: Tensor
     B: Tensor
     slot: Tensor
     scale: Tensor
+    rows_per_slot: int = 0
 
 
 @dataclass(slots=True)
@@ -48,25 +50,46 @@ class AdaptedLinear(nn.Module):
         """x `(rows, N, in)` for a linear layer, `(rows, in, H, W)` for a convolution."""
         y: Tensor = self.base(x)
         factors = self.source.factors
-        if factors is None:
-            return y
-        if x.ndim == 3:
-            return _add(x, y, self.target, factors)
-        flat = _add(x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2), self.target, factors)
-        return flat.transpose(1, 2).reshape(y.shape)
+        if factors is not None:
+            if x.ndim == 3:
+                _add(x, y, self.target, factors)
+            else:
+                _add_channels_first(x, y, self.target, factors)
+        return y
 
 
-def _add(x: Tensor, y: Tensor, target: Target, factors: Factors) -> Tensor:
-    """y `(rows, N, out)` plus the factors' part for the rows that carry any; `y` may be written to."""
+def _add(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
+    """Add the factors' part to the rows of y `(rows, N, out)` that carry any."""
     rows = factors.slot.shape[0]
-    # Sliced per layer before the gather: gathering first would copy every layer's factors for every row.
-    A = factors.A[:, target.in_offset : target.in_offset + target.fan_in].index_select(0, factors.slot)
-    B = factors.B[:, target.out_offset : target.out_offset + target.fan_out].index_select(0, factors.slot)
-    if rows == x.shape[0]:
-        return torch.baddbmm(y, torch.bmm(x, A) * factors.scale[:, None], B.transpose(1, 2))
-    hidden = torch.bmm(x[:rows], A) * factors.scale[:, None]
-    y[:rows] += torch.bmm(hidden, B.transpose(1, 2))
-    return y
+    A, B = _slice(target, factors)
+    # Rows of one slot lie side by side: together they are one product, and nothing is copied.
+    batch = A.shape[0]
+    hidden = torch.bmm(x[:rows].reshape(batch, -1, x.shape[-1]), A)
+    hidden.view(rows, -1, hidden.shape[-1]).mul_(factors.scale[:, None])
+    y[:rows].view(batch, -1, y.shape[-1]).baddbmm_(hidden, B.transpose(1, 2))
+
+
+def _add_channels_first(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
+    """The same for x `(rows, in, H, W)` and y `(rows, out, H, W)`."""
+    rows = factors.slot.shape[0]
+    A, B = _slice(target, factors)
+    group = rows // A.shape[0]
+    if group > 1:
+        A, B = A.repeat_interleave(group, 0), B.repeat_interleave(group, 0)
+    hidden = torch.bmm(A.transpose(1, 2), x[:rows].flatten(2)).mul_(factors.scale[:, :, None])
+    y[:rows].view(rows, y.shape[1], -1).baddbmm_(B, hidden)
+
+
+def _slice(target: Target, factors: Factors) -> tuple[Tensor, Tensor]:
+    """This layer's A `(b, in, R)` and B `(b, out, R)`: one for each slot where rows lie slot by slot, else for each row.
+
+    Sliced before the gather: gathering first would copy every layer's factors for every row.
+    """
+    A = factors.A[:, target.in_offset : target.in_offset + target.fan_in]
+    B = factors.B[:, target.out_offset : target.out_offset + target.fan_out]
+    if factors.rows_per_slot:
+        return A, B
+    return A.index_select(0, factors.slot), B.index_select(0, factors.slot)
 
 
 def find_targets(module: nn.Module, prefix: str) -> dict[str, nn.Linear | nn.Conv2d]:

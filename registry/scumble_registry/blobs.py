@@ -109,24 +109,26 @@ class FileStore:
         sync_folder(final.parent)
 
 
-def copy_and_hash(source: BinaryIO, target: BinaryIO) -> Blob:
+def copy_and_hash(source: BinaryIO, target: BinaryIO | None = None) -> Blob:
+    """Read `source` to its end, writing it to `target` if there is one."""
     digest, size = hashlib.sha256(), 0
     while chunk := source.read(_CHUNK):
         digest.update(chunk)
-        target.write(chunk)
         size += len(chunk)
+        if target is not None:
+            target.write(chunk)
     return Blob(digest=f"sha256:{digest.hexdigest()}", size=size)
 
 
 def check(source: BinaryIO, blob: Blob, what: str) -> None:
     """Hash `source`; raises IntegrityError, naming `what`, if it is not `blob`."""
-    actual = hashlib.file_digest(source, "sha256").hexdigest()
-    if actual != blob.hex:
+    actual = copy_and_hash(source)
+    if actual != blob:
         raise IntegrityError(
-            f"{what} should be {blob.digest} but its bytes hash to sha256:{actual}; "
+            f"{what} should be {blob.digest} but its {actual.size} bytes hash to {actual.digest}; "
             "publish the same file again (that rewrites the damaged copy) or restore a backup",
             digest=blob.digest,
-            actual=f"sha256:{actual}",
+            actual=actual.digest,
         )
 
 
@@ -139,13 +141,13 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def explain_os_errors(place: Path) -> Iterator[None]:
+def explain_os_errors(place: Path, doing: str = "write") -> Iterator[None]:
     """No room, no permission, a file where a folder should be: Unavailable, naming the place."""
     try:
         yield
     except OSError as error:
         where = error.filename or place
-        raise Unavailable(f"cannot write {where}: {error.strerror}; check space and permissions") from error
+        raise Unavailable(f"cannot {doing} {where}: {error.strerror}; check space and permissions") from error
 
 
 def _missing(blob: Blob) -> NotFound:

@@ -86,7 +86,7 @@ def aliases(connection: Connection, name: str) -> dict[str, int]:
         .where(NAMES.c.name == name)
         .order_by(ALIASES.c.alias)
     )
-    return {alias: version for alias, version in connection.execute(query)}
+    return {row.alias: row.version for row in connection.execute(query)}
 
 
 def add(connection: Connection, name: str, manifest: Manifest, status: Status) -> Version:

@@ -121,6 +121,7 @@ def resolve(ref: Ref, home: Home = None, as_json: Json = False) -> None:
     with _open(home) as registry:
         version = registry.resolve(ref)
     _say(version, as_json, f"{version.ref} {version.digest}")
+    _note(version)
 
 
 @app.command()
@@ -134,6 +135,7 @@ def pull(
     with _open(home) as registry:
         version = registry.pull(ref, out)
     _say(version, as_json, f"{version.ref}: {len(version.manifest.files)} files in {out}")
+    _note(version)
 
 
 @app.command()
@@ -198,7 +200,10 @@ def _say(version: Version, as_json: bool, text: str) -> None:
         _print_json(_entry(version))
         return
     typer.echo(text)
-    if version.notice and version.status is not Status.STAGED:
+
+
+def _note(version: Version) -> None:
+    if version.notice:
         typer.echo(f"note: {version.notice}", err=True)
 
 

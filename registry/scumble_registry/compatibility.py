@@ -7,11 +7,11 @@ in, k, k)`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from scumble.errors import Incompatible
+from scumble.errors import Incompatible, Refused
 
 Shape = tuple[int, ...]
 Family = Literal["sd1", "sd2", "sdxl"]
@@ -67,6 +67,19 @@ class LoraCompatibility(BaseModel):
                     adapter_shape=shape,
                     base_shape=has,
                 )
+
+
+Compatibility = Annotated[BaseCompatibility | LoraCompatibility, Field(discriminator="kind")]
+"""A new kind is one more class here."""
+
+
+def check_fit(adapter: Compatibility, base: Compatibility) -> None:
+    """Raises Incompatible, or Refused when one of them is not what its place asks for."""
+    if not isinstance(base, BaseCompatibility):
+        raise Refused(f"a {base.kind} is not a base; name a version of kind base")
+    if isinstance(adapter, BaseCompatibility):
+        raise Refused("this is a base, not an adapter; a base stands alone")
+    adapter.fits(base)
 
 
 def matrix_shape(shape: Shape) -> Shape:

@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from scumble.errors import IntegrityError, InvalidRequest, Refused
 from scumble_registry.blobs import Blob
-from scumble_registry.compatibility import BaseCompatibility, LoraCompatibility
+from scumble_registry.compatibility import Compatibility, check_fit
 from scumble_registry.references import parse_digest
 
-SCHEMA = 1
 _MAX_BYTES = 8 << 20
-
-Compatibility = Annotated[BaseCompatibility | LoraCompatibility, Field(discriminator="kind")]
 
 
 class Defaults(BaseModel):
@@ -44,7 +41,7 @@ class Defaults(BaseModel):
 class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     files: dict[str, Blob]
     """Path (with '/') → blob, exactly as published."""
     record: Blob | None = None
@@ -61,6 +58,15 @@ class Manifest(BaseModel):
     """By convention: trainer, config, data_digest, seed, parent, libraries, time, peak_memory."""
     metrics: dict[str, JsonValue] = Field(default_factory=dict)
     sample_grid: Blob | None = None
+
+    @field_validator("files")
+    @classmethod
+    def _paths_stay_inside(cls, files: dict[str, Blob]) -> dict[str, Blob]:
+        for name in files:
+            parts = name.split("/")
+            if not name or "\\" in name or "\0" in name or {"", ".", ".."} & set(parts):
+                raise ValueError(f"{name!r} is not a path inside the folder")
+        return files
 
     @property
     def kind(self) -> str:
@@ -82,11 +88,7 @@ class Manifest(BaseModel):
 
     def fits(self, base: Manifest) -> None:
         """Raises Incompatible, naming the first target that does not match, or Refused if `base` is no base."""
-        if not isinstance(base.compatibility, BaseCompatibility):
-            raise Refused(f"a {base.kind} is not a base; name a version of kind base")
-        if isinstance(self.compatibility, BaseCompatibility):
-            raise Refused("this is a base, not an adapter; a base stands alone")
-        self.compatibility.fits(base.compatibility)
+        check_fit(self.compatibility, base.compatibility)
 
     @classmethod
     def parse(cls, text: bytes, digest: str) -> Manifest:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble_registry import formats
-from scumble_registry.blobs import Blob, BlobStore
+from scumble_registry.blobs import Blob, BlobStore, explain_os_errors
+from scumble_registry.compatibility import check_fit
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest, canonical_json
 
@@ -34,22 +35,24 @@ class Details:
 
 
 def store(path: Path, base: Manifest | None, details: Details, blobs: BlobStore) -> Manifest:
-    """Check the files, derive what is derived, put every blob. Raises Refused, Incompatible, InvalidRequest."""
-    source = Source.scan(path)
-    before = source.stamps()
-    draft = formats.read(source, base)
-    metadata = _metadata(details, draft)
-    if base is not None:
-        _manifest(draft, {}, None, metadata).fits(base)
-    grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
-    files = {name: _put_file(file, blobs) for name, file in draft.files.items()}
-    record = blobs.put(io.BytesIO(draft.record)) if draft.record is not None else None
-    if source.stamps() != before:
-        raise Refused(f"{path} changed while it was being published; publish it again when it is finished")
+    """Check the files, derive what is derived, put every blob.
+
+    Raises NotFound, Refused, Incompatible, InvalidRequest before anything is stored, Unavailable at any time.
+    """
+    with explain_os_errors(path, "read"):
+        source = Source.scan(path)
+        before = source.stamps()
+        draft = formats.read(source, base)
+        metadata = _metadata(details, draft)
+        if base is not None:
+            check_fit(draft.compatibility, base.compatibility)
+        grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
+        files = {name: _put_file(file, blobs) for name, file in draft.files.items()}
+        record = blobs.put(io.BytesIO(draft.record)) if draft.record is not None else None
+        if source.stamps() != before:
+            raise Refused(f"{path} changed while it was being published; publish it again when it is finished")
     extra = {"base": base.digest if base else None, "sample_grid": grid}
-    manifest = _manifest(draft, files, record, metadata | extra)
-    manifest.canonical()  # raises InvalidRequest before the catalogue is asked
-    return manifest
+    return _manifest(draft, files, record, metadata | extra)
 
 
 def _manifest(draft: Draft, files: dict[str, Blob], record: Blob | None, metadata: dict[str, Any]) -> Manifest:

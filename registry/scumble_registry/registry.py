@@ -163,7 +163,7 @@ class Registry:
         """Write the files of `ref` into `target` (new or empty), all or none. Raises Refused if something is
         there.
         """
-        version = self.resolve(ref)
+        version, target = self.resolve(ref), Path(target).absolute()
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
         with explain_os_errors(target):

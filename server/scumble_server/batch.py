@@ -21,7 +21,7 @@ class Batch:
     """
 
     def __init__(self, rows: Sequence[Row], executor: Executor) -> None:
-        self.rows = sorted(rows, key=lambda row: row.conditioning.factors is None)
+        self.rows = sorted(rows, key=_by_set)
         self._executor = executor
         device = executor.device
         self._kv = torch.cat([row.conditioning.kv for row in self.rows])
@@ -62,8 +62,17 @@ class Batch:
         return self._kv.shape[0]
 
 
+def _by_set(row: Row) -> tuple[bool, int]:
+    """Rows with factors first, equal bound sets side by side."""
+    factors = row.conditioning.factors
+    return factors is None, id(factors.bound) if factors is not None else 0
+
+
 def _stack(carried: Sequence[RowFactors | None], counts: Sequence[int], device: str) -> Factors | None:
-    """One slot per distinct bound set; a slot of lower rank is padded with zero columns to the batch's rank."""
+    """One slot per distinct bound set, in the order of the rows; `carried` has equal sets side by side.
+
+    A slot of lower rank is padded with zero columns to the batch's rank.
+    """
     present = [(factors, count) for factors, count in zip(carried, counts, strict=True) if factors is not None]
     if not present:
         return None
@@ -72,11 +81,13 @@ def _stack(carried: Sequence[RowFactors | None], counts: Sequence[int], device: 
     rank = max(each.rank for each in bound.values())
     scale = torch.cat([_pad(factors.scale, rank).expand(count, -1) for factors, count in present])
     slot = torch.cat([torch.full((count,), slots[id(factors.bound)]) for factors, count in present])
+    rows_of_slot = slot.bincount()
     return Factors(
         torch.stack([_pad(each.A, rank) for each in bound.values()]).to(device),
         torch.stack([_pad(each.B, rank) for each in bound.values()]).to(device),
         slot.to(device),
         scale.to(device),
+        rows_per_slot=int(rows_of_slot[0]) if (rows_of_slot == rows_of_slot[0]).all() else 0,
     )
 
 

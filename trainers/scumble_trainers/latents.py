@@ -51,7 +51,7 @@ class Latents:
 def pixels(picture: Image.Image) -> Tensor:
     """`(3, H, W)` in [-1, 1]."""
     array = np.asarray(picture, dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(array).permute(2, 0, 1)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def encode_pictures(
         stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
         if progress is not None:
             progress(min(start + batch, len(examples)), len(examples))
-    return Latents(torch.cat(means), torch.cat(stds))
+    return Latents(torch.cat(means).contiguous(), torch.cat(stds).contiguous())
 
 
 def cached_latents(

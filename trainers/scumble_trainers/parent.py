@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar as disable_loading_bar
 
 from scumble.errors import Incompatible, NotFound
 from scumble_registry import Registry, Status, Version
@@ -18,7 +20,7 @@ from scumble_registry import Registry, Status, Version
 INDEX = "model_index.json"
 
 Pipeline: TypeAlias = Any
-"""A StableDiffusionPipeline. diffusers sets `unet`, `vae`, `text_encoder` … at run time, where no type checker looks."""
+"""A StableDiffusionPipeline. diffusers sets `unet`, `vae`, `text_encoder` … at run time, unseen by type checkers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,14 @@ def find_parent(base: str, home: Path) -> Parent:
 
 
 def load_parent(parent: Parent, *, dtype: torch.dtype = torch.float32) -> Pipeline:
-    """The base as a diffusers pipeline without safety checker; every weight frozen."""
+    """The base as a diffusers pipeline without safety checker, every weight frozen; the autoencoder stays fp32."""
+    disable_progress_bar()
+    disable_loading_bar()
     pipeline: Pipeline = StableDiffusionPipeline.from_pretrained(
         parent.folder,
         safety_checker=None,
         requires_safety_checker=False,
-        torch_dtype=dtype,
+        dtype={"default": dtype, "vae": torch.float32},
         local_files_only=True,
     )
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):

@@ -84,7 +84,7 @@ class Connection:
             case grpc.StatusCode.UNAVAILABLE:
                 text = f"no Scumble server answers at {self.url} ({detail}); start one with `scumble serve`"
             case grpc.StatusCode.DEADLINE_EXCEEDED:
-                text = f"the server at {self.url} gave no result within {timeout} s"
+                text = f"the server at {self.url} gave no result within {timeout:.3g} s"
             case grpc.StatusCode.CANCELLED:
                 return Cancelled("the request was cancelled", url=self.url)
             case grpc.StatusCode.UNIMPLEMENTED:

@@ -217,7 +217,7 @@ def _bytes_tensor(text: str) -> NDArray[np.object_]:
 
 
 def _json_tensor(value: Any) -> NDArray[np.object_]:
-    return _bytes_tensor(json.dumps(value, separators=(",", ":")))
+    return _bytes_tensor(json.dumps(value, separators=(",", ":"), default=str))  # str: paths in an error's fields
 
 
 def _json_value(tensor: NDArray[Any]) -> Any:

@@ -21,6 +21,7 @@ _LIBRARIES = {
     "stable_diffusion",
     None,
 }  # no module of the folder's own is imported
+_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _OPENCLIP_WIDTH = 1024  # SD 2's text encoder
 
 
@@ -98,6 +99,10 @@ class _Folder:
         for name, value in index.items():
             if isinstance(value, list) and (len(value) != 2 or value[0] not in _LIBRARIES):
                 raise Refused(f"model_index.json loads {name} from {value}; only diffusers and transformers may be")
+        for name in self._text_encoders():
+            found = index.get(name)
+            if found not in [["transformers", encoder] for encoder in _TEXT_ENCODERS]:
+                raise Refused(f"model_index.json says {name} is {found}; only {' or '.join(_TEXT_ENCODERS)} can be")
         if not any(name.startswith("tokenizer/") for name in self.source.files):
             raise Refused("the folder lacks tokenizer/; publish the whole folder")
 

@@ -37,6 +37,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 Array = NDArray[Any]
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             size = path.stat().st_size
             prefix = file.read(8)
+            if prefix.startswith(_PICKLES):
+                raise ValueError("it is a pickle or a zip, as torch.save writes them; save it as safetensors")
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size} (at most {MAX_HEADER})")
@@ -111,7 +114,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
         raise ValueError("the header is not a JSON object")
     entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
     if not isinstance(entries, dict):
-        raise ValueError("the header is not a JSON object")  # noqa: TRY004 - a fault of the file, not of a type
+        raise ValueError("the header is not a JSON object")
     return entries
 
 

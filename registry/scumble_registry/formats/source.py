@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from scumble.errors import NotFound, Refused
-from scumble_registry.manifest import Compatibility, Defaults
+from scumble_registry.compatibility import Compatibility
+from scumble_registry.manifest import Defaults
 
 _MAX_FILES = 2000
 _MAX_JSON = 64 << 20  # tokenizers
@@ -43,7 +44,9 @@ class Source:
             files = {path.name: path}
         for name, file in files.items():
             if not stat.S_ISREG(file.lstat().st_mode):
-                raise Refused(f"{name} is a link or a special file; publish regular files only")
+                raise Refused(
+                    f"{name} is a link or a special file; publish regular files (`cp -rL` makes them from links)"
+                )
             if not name.isprintable():
                 raise Refused(f"the file name {name!r} has characters that cannot be shown; rename it")
         if len({name.casefold() for name in files}) < len(files):

@@ -77,6 +77,7 @@ class TorchExecutor:
             factors.B.to(self._device, self._dtype),
             factors.slot.to(self._device),
             factors.scale.to(self._device, self._dtype),
+            factors.rows_per_slot,
         )
 
     def weights_digest(self) -> str:

@@ -89,4 +89,4 @@ def row_factors(bound: BoundSet | None, weights: Sequence[float]) -> RowFactors 
 
 def _matrix(factor: NDArray[Any]) -> Tensor:
     """A factor of a linear layer or a 1×1 convolution as a float32 matrix."""
-    return torch.from_numpy(np.ascontiguousarray(factor, dtype=np.float32).reshape(factor.shape[:2]))
+    return torch.from_numpy(factor.astype(np.float32).reshape(factor.shape[:2]))

@@ -80,9 +80,7 @@ def _install_at(root: Path) -> TritonInstall:
         stub=_matching_stub(root, backend),
         caches=caches if caches.is_dir() else None,
         libraries=tuple(
-            folder
-            for folder in (root.parent.parent / "nvidia_pytriton.libs", root / "lib")
-            if folder.is_dir()
+            folder for folder in (root.parent.parent / "nvidia_pytriton.libs", root / "lib") if folder.is_dir()
         ),
     )
 
@@ -100,8 +98,7 @@ def _matching_stub(root: Path, backend: Path) -> Path:
     stub = _present(several / PYTHON / name if several.is_dir() else backend / name)
     if f"libpython{PYTHON}".encode() not in stub.read_bytes():
         raise Unavailable(
-            f"{stub} is built for another Python than {PYTHON}, which runs this; "
-            f"use that Python, or install {WHEEL}",
+            f"{stub} is built for another Python than {PYTHON}, which runs this; use that Python, or install {WHEEL}",
             path=str(stub),
         )
     return stub

@@ -18,7 +18,7 @@ from scumble_server.triton.run_folder import RunFolder
 
 MODELS = 2
 EXIT_TIMEOUT = 10
-"""Seconds that running requests get when the server stops."""
+"""Seconds until tritonserver ends by itself although clients hold connections; the supervisor is quicker."""
 STUB_TIMEOUT = 600
 """Seconds in which a model must load; a base on a slow disk takes minutes."""
 SHM_BYTES = 4 * 1024 * 1024

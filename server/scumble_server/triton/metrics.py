@@ -12,13 +12,13 @@ INTERVAL = 1.0
 COUNTERS = {
     "requests": "Requests accepted",
     "images": "Images finished",
+    "failed": "Requests that ended without a picture",
     "steps": "Steps of the loop, each for all rows that share it",
     "rows": "Rows computed, one or two for an image's step",
     "mixed_steps": "Steps in which rows with different adapters shared the batch",
 }
 GAUGES = {
-    "queued": "Requests that wait",
-    "running": "Images in the running batch",
+    "open_requests": "Requests that wait or run",
 }
 
 

@@ -21,6 +21,12 @@ class Outbox:
         """Send later; the tensors are made then, too."""
         self._waiting.put(lambda: responder.send(make_tensors(), final=final))
 
+    def flush(self) -> None:
+        """Return when all that waits now has been sent, or after ten seconds."""
+        sent = threading.Event()
+        self._waiting.put(sent.set)
+        sent.wait(10)
+
     def close(self) -> None:
         """Send what waits, then end the thread."""
         self._waiting.put(None)

@@ -12,13 +12,16 @@ from scumble.wire import STREAM_MODEL
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be translated, not to be bound
 
 
+def reachable(host: str) -> str:
+    """Return an address of a server that was bound to `host`."""
+    return ANY_ADDRESS.get(host, host)
+
+
 def ask_stats(host: str, http_port: int, timeout: float) -> dict[str, Any]:
     """Return the loop's counters, asked over HTTP. Raises Unavailable when no answer comes in `timeout` seconds."""
-    connection = http.client.HTTPConnection(ANY_ADDRESS.get(host, host), http_port, timeout=timeout)
+    connection = http.client.HTTPConnection(reachable(host), http_port, timeout=timeout)
     try:
-        connection.request(
-            "POST", f"/v2/models/{STREAM_MODEL}/generate", json.dumps({"prompt": "", "query": "stats"})
-        )
+        connection.request("POST", f"/v2/models/{STREAM_MODEL}/generate", json.dumps({"prompt": "", "query": "stats"}))
         response = connection.getresponse()
         body = response.read()
         if response.status != http.HTTPStatus.OK:

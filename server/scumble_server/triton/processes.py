@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 
@@ -22,5 +23,8 @@ def living_members(group: int) -> set[int]:
 
 
 def kill_group(group: int) -> None:
+    """Return when no member runs any more."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
+    while living_members(group):
+        time.sleep(0.01)

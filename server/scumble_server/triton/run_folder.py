@@ -3,7 +3,7 @@
     SCUMBLE_HOME/run/<name>/lock               held (flock) by the supervisor for as long as it lives
                             backends/python/   the Python backend with the stub that fits
                             failure.json       why the models could not start, as ScumbleError.to_dict()
-                            stop               there when the server is about to be stopped
+                            stop, drained      the supervisor wants to stop; every request has its answer
     SCUMBLE_HOME/logs/<name>.log               what tritonserver and the models say
     /dev/shm/<name>…                           Triton's regions
 
@@ -65,6 +65,12 @@ class RunFolder:
 
     def is_stopping(self) -> bool:
         return (self.path / "stop").exists()
+
+    def say_drained(self) -> None:
+        (self.path / "drained").touch()
+
+    def is_drained(self) -> bool:
+        return (self.path / "drained").exists()
 
     def write_failure(self, error: ScumbleError) -> None:
         (self.path / "failure.json").write_text(json.dumps(error.to_dict(), default=str))

@@ -6,6 +6,7 @@ loop works; the Service's queue is the bound, and what does not fit is answered 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from scumble.errors import ScumbleError
@@ -33,13 +34,14 @@ class TritonPythonModel:
     """Triton calls `initialize`, `execute` and `finalize`, from one thread."""
 
     def initialize(self, _args: dict[str, str]) -> None:
-        run = RunFolder.from_env()
-        self._watchdog = Watchdog(run)
-        self._service = _open_service(run)
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        self._folder = RunFolder.from_env()
+        self._watchdog = Watchdog(self._folder)
+        self._service = _open_service(self._folder)
         self._outbox = Outbox()
         self._inner_calls = InnerCalls()
         self._metrics = LoopMetrics(self._service.stats)
-        self._watchdog.on_stop = self._service.close
+        self._watchdog.on_stop = self._drain
         self._watchdog.is_healthy = self._service.is_alive
 
     def execute(self, requests: list[TritonRequest]) -> None:
@@ -53,10 +55,16 @@ class TritonPythonModel:
                 self._answer(responder, tensors, parameters)
 
     def finalize(self) -> None:
+        self._watchdog.close()
         self._metrics.close()
         self._service.close()
         self._outbox.close()
-        self._watchdog.close()
+
+    def _drain(self) -> None:
+        """Answer everything before the server is stopped; from the watchdog's side."""
+        self._service.close()
+        self._outbox.flush()
+        self._folder.say_drained()
 
     def _answer(self, responder: Responder, tensors: Tensors, parameters: Parameters) -> None:
         caller = self._caller(responder, parameters)

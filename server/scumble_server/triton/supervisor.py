@@ -14,17 +14,20 @@ from pathlib import Path
 from scumble.errors import ScumbleError, Unavailable
 from scumble_server.config import ServerConfig
 from scumble_server.triton.binaries import TritonInstall
-from scumble_server.triton.launcher import EXIT_TIMEOUT, MODELS, Ports, command, environment
+from scumble_server.triton.launcher import MODELS, Ports, command, environment
 from scumble_server.triton.probe import ask_stats
 from scumble_server.triton.processes import kill_group, living_members
 from scumble_server.triton.run_folder import RunFolder
 
+DRAIN_TIMEOUT = 20.0
+"""Seconds for the running step and the answers on their way, when the server stops."""
+EXIT_GRACE = 3.0
 LOOK_INTERVAL = 0.25
 ASK_INTERVAL = 2.0
 ASK_TIMEOUT = 10.0
 MAX_SILENCE = 30.0
 """Seconds without an answer from the model after which the server counts as stuck."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 STEADY_AFTER = 60.0
 """Seconds of health after which earlier failures are forgotten."""
 MAX_FAILURES = 6
@@ -74,19 +77,25 @@ class Supervisor:
             raise self._failure
 
     def stop(self) -> None:
-        """End in order: what waits is answered with Unavailable, what runs gets a few seconds."""
+        """End in order: what waits is answered with Unavailable, the running step is finished."""
         self._stopping.set()
         try:
             if self._watcher.is_alive():
                 self._watcher.join()
             if self._process and self._process.poll() is None:
                 self._launch.run.ask_to_stop()
+                self._wait_for(self._launch.run.is_drained, DRAIN_TIMEOUT)
                 self._process.send_signal(signal.SIGTERM)
-                self._process.wait(EXIT_TIMEOUT + 5)
-        except subprocess.TimeoutExpired:
-            log.warning("tritonserver did not end in time and is killed")
+                # Idle connections of clients keep tritonserver for its whole exit timeout; nobody is served any more.
+                self._wait_for(lambda: False, EXIT_GRACE)
         finally:
             self._kill()
+
+    def _wait_for(self, condition: Callable[[], bool], timeout: float) -> None:
+        """Return when `condition` holds, the server has ended, or the time is over."""
+        deadline = time.monotonic() + timeout
+        while self._process and self._process.poll() is None and not condition() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _launch_once(self) -> None:
         launch = self._launch
@@ -103,9 +112,7 @@ class Supervisor:
         while not self._answers(1.0):
             self._raise_if_ended(self._process)
             if time.monotonic() > deadline:
-                raise Unavailable(
-                    f"the server was not ready after {launch.start_timeout:g} s; see {launch.run.log}"
-                )
+                raise Unavailable(f"the server was not ready after {launch.start_timeout:g} s; see {launch.run.log}")
             if self._stopping.wait(LOOK_INTERVAL):
                 raise Unavailable("the server was stopped while it started")
 
@@ -115,8 +122,7 @@ class Supervisor:
             return
         run = self._launch.run
         raise run.take_failure() or Unavailable(
-            f"tritonserver ended with status {status} before it was ready; "
-            f"the end of {run.log}:\n{_tail(run.log)}",
+            f"tritonserver ended with status {status} before it was ready; the end of {run.log}:\n{_tail(run.log)}",
             log=str(run.log),
         )
 
@@ -127,22 +133,35 @@ class Supervisor:
             return False
 
     def _watch(self) -> None:
-        pause, failures = FIRST_PAUSE, 0
+        failures = 0
         while not self._stopping.is_set():
             started = time.monotonic()
             self._until_unwell()
-            if time.monotonic() - started > STEADY_AFTER:
-                pause, failures = FIRST_PAUSE, 0
+            if self._stopping.is_set():
+                return
             self._kill()
-            while not self._stopping.wait(pause):
-                pause = min(pause * 2, LONGEST_PAUSE)
-                failures += 1
-                log.warning("the server died and is started again; see %s", self._launch.run.log)
-                if self._restart(give_up=failures >= MAX_FAILURES):
-                    break
+            failures = 0 if time.monotonic() - started > STEADY_AFTER else failures
+            failures = self._restart(failures)
+            if failures >= MAX_FAILURES:
+                return
 
-    def _restart(self, *, give_up: bool) -> bool:
-        ...
+    def _restart(self, failures: int) -> int:
+        """Try until the server is up, with longer and longer pauses; return how often it has failed in a row."""
+        while failures < MAX_FAILURES:
+            failures += 1
+            log.warning("the server died and is started again; see %s", self._launch.run.log)
+            if self._stopping.wait(min(FIRST_PAUSE * 2**failures, LONGEST_PAUSE)):
+                break
+            try:
+                self._launch_once()
+            except ScumbleError as error:
+                self._kill()
+                self._failure = Unavailable(f"the server died and does not come back: {error.message}")
+            else:
+                self._failure = None
+                self.restarts += 1
+                break
+        return failures
 
     def _until_unwell(self) -> None:
         """Return when a process has died, the model is silent for too long, or the server shall stop."""
@@ -161,6 +180,7 @@ class Supervisor:
                     return
 
     def _kill(self) -> None:
+        """Leave no process of the server and none of its shared memory."""
         if self._process:
             kill_group(self._process.pid)
             self._process.wait()

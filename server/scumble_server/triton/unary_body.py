@@ -75,7 +75,9 @@ class TritonPythonModel:
         finally:
             del self._running[token]
         try:
-            responder.send({"images": NO_IMAGES} | {name: outputs[name] for name in OUTPUTS if name in outputs}, final=True)
+            responder.send(
+                {"images": NO_IMAGES} | {name: outputs[name] for name in OUTPUTS if name in outputs}, final=True
+            )
         except Exception as error:  # noqa: BLE001 - the caller is gone
             log_error(f"an answer could not be sent: {error!r}")
 

@@ -50,7 +50,7 @@ class Watchdog:
                 self._signal_server(signal.SIGKILL)
             if not stop_seen and (abandoned_at is not None or self._run.is_stopping()):
                 stop_seen = True
-                self.on_stop()
+                threading.Thread(target=self.on_stop, name="stop", daemon=True).start()
             if not self.is_healthy() and not stop_seen:
                 os._exit(1)
 

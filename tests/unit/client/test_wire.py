@@ -1,12 +1,15 @@
 """The wire carries requests and events without loss, and names what does not belong on it."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tritonclient.grpc import model_config_pb2
 
 from scumble import kserve, wire
 from scumble.errors import InvalidRequest, NotFound, QueueFull, ScumbleError
@@ -148,10 +151,7 @@ def test_stats_are_asked_for_by_query_and_keep_their_numbers() -> None:
         wire.is_stats_query({"query": text("secrets")})
 
 
-def test_the_contract_is_what_the_models_are_configured_with(pytestconfig: pytest.Config) -> None:
-    from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
-
+def test_the_models_are_configured_with_the_contract(pytestconfig: pytest.Config) -> None:
     for model, inputs, outputs in (
         (wire.STREAM_MODEL, wire.STREAM_INPUTS, wire.STREAM_OUTPUTS),
         (wire.UNARY_MODEL, wire.INPUTS, wire.UNARY_OUTPUTS),
@@ -163,9 +163,7 @@ def test_the_contract_is_what_the_models_are_configured_with(pytestconfig: pytes
         assert [_spec(tensor, optional=True) for tensor in config.output] == [*outputs]
 
 
-def _spec(tensor: object, *, optional: bool) -> wire.TensorSpec:
-    from tritonclient.grpc import model_config_pb2
-
+def _spec(tensor: Any, *, optional: bool) -> wire.TensorSpec:
     datatype = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
     return wire.TensorSpec(tensor.name, datatype, tuple(tensor.dims), optional=optional)
 

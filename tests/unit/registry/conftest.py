@@ -9,8 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
 from scumble_registry import Registry
 from scumble_registry.formats.safetensors_header import Array, write
+
+settings.register_profile("registry", deadline=None, max_examples=40)
+settings.load_profile("registry")  # machines are shared; a test never times
 
 WIDTH = 8
 UNET = {
@@ -67,7 +72,11 @@ def write_base(tmp_path: Path) -> BaseWriter:
         save(folder / "vae/diffusion_pytorch_model.safetensors", {"conv.weight": np.ones((1, 1), np.float16)})
         save_json(
             folder / "model_index.json",
-            {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]},
+            {
+                "_class_name": "StableDiffusionPipeline",
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+            },
         )
         unet = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": WIDTH, "in_channels": 4}
         save_json(folder / "unet/config.json", unet | {"sample_size": 16})

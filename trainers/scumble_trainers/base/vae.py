@@ -51,14 +51,15 @@ def to_bytes(values: Tensor) -> NDArray[np.uint8]:
 
 
 def reconstruction_loss(made: Tensor, wanted: Tensor) -> Tensor:
-    """L1 on pixels, on their differences (edges) and on means of 8×8 and 32×32 pixels (true colours)."""
+    """L1 on pixels, on edges, on colour (differences between channels) and on means of many pixels."""
     edges = sum(
         (made.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean() for axis in (2, 3)
     )
     colours = sum(
         (functional.avg_pool2d(made, size) - functional.avg_pool2d(wanted, size)).abs().mean() for size in (8, 32)
     )
-    return (made - wanted).abs().mean() + 0.5 * edges + 0.5 * colours
+    chroma = ((made - made.roll(1, dims=1)) - (wanted - wanted.roll(1, dims=1))).abs().mean()
+    return (made - wanted).abs().mean() + 0.5 * edges + 0.5 * colours + 0.5 * chroma
 
 
 class VaeStage:

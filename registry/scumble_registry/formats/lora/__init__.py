@@ -14,7 +14,7 @@ from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, LoraCompatibility
 from scumble_registry.formats.lora import kohya, peft
 from scumble_registry.formats.lora.record import LoraModule, LoraRecord, read_record, write_record
-from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
+from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
 
@@ -47,14 +47,10 @@ def read(source: Source, base: Manifest | None) -> Draft:
     for name, values in tensors.items():
         if not np.isfinite(values).all():
             raise Refused(f"tensor {name} holds NaN or infinite values; the training went wrong", tensor=name)
-    if kohya.recognises(tensors):
-        record = kohya.parse(tensors, _base_of(base))
-    else:
-        record = peft.parse(tensors, header.metadata)
-    compatibility = _derive(record, base)
+    record = _parse(tensors, header.metadata, base)
     return Draft(
         files=source.files if source.path.is_dir() else {FILE_NAME: file},
-        compatibility=compatibility,
+        compatibility=_derive(record, base),
         record=write_record(record),
         trigger_words=trigger_words(header.metadata),
     )
@@ -68,6 +64,12 @@ def trigger_words(metadata: dict[str, str]) -> tuple[str, ...]:
     except ValueError:
         words = text.split(",")
     return tuple(word.strip() for word in words if word.strip()) if _are_strings(words) else ()
+
+
+def _parse(tensors: dict[str, Array], metadata: dict[str, str], base: Manifest | None) -> LoraRecord:
+    if kohya.recognises(tensors):
+        return kohya.parse(tensors, _base_of(base))
+    return peft.parse(tensors, metadata)
 
 
 def _derive(record: LoraRecord, base: Manifest | None) -> LoraCompatibility:

@@ -43,7 +43,7 @@ class Scaling:
         said = match_pattern(self.rank_pattern, module, self.rank)
         if said is not None and said != rank:
             raise Refused(f"{module}: the metadata says rank {said}, the tensors have rank {rank}")
-        alpha = match_pattern(self.alpha_pattern, module, self.alpha)
+        alpha: float | None = match_pattern(self.alpha_pattern, module, self.alpha)
         if alpha == 0:
             raise Refused(f"{module}: lora_alpha is 0, which switches the adapter off; set it and save again")
         return alpha * math.sqrt(rank) if alpha is not None and self.rank_stabilised else alpha

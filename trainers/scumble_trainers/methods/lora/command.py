@@ -142,7 +142,8 @@ def train_lora(
     told = _train_and_publish(
         base, data, out, settings, publish, alias=alias, staged=staged, fresh=fresh, quiet=as_json
     )
-    typer.echo(json.dumps(told, ensure_ascii=False) if as_json else _in_words(told))
+    if told is not None:
+        typer.echo(json.dumps(told, ensure_ascii=False) if as_json else _in_words(told))
 
 
 def _train_and_publish(
@@ -156,8 +157,8 @@ def _train_and_publish(
     staged: bool,
     fresh: bool,
     quiet: bool,
-) -> dict[str, Any]:
-    """Checks the names, trains, publishes; returns what `--json` prints."""
+) -> dict[str, Any] | None:
+    """Checks the names, trains, publishes; returns what `--json` prints, or None in all processes but the first."""
     from accelerate import PartialState  # type: ignore[import-untyped]
 
     from scumble_registry import Registry, default_home
@@ -177,8 +178,10 @@ def _train_and_publish(
     where = out or default_out(home, str(publish))
     with shown(wanted=not quiet) as report:
         result = train(parent, data, where, settings, fresh=fresh, report=report)
-    told: dict[str, Any] = {"out": str(where), "adapter": str(where / result.adapter), **asdict(result)}
-    if publish is None or not PartialState().is_main_process:
+    told: dict[str, Any] = {"out": str(where), **asdict(result), "adapter": str(where / result.adapter)}
+    if not PartialState().is_main_process:
+        return None
+    if publish is None:
         return told
     with Registry.open(home, create=True) as registry:
         version = publish_result(registry, where, publish, base=parent.ref, alias=alias, staged=staged)

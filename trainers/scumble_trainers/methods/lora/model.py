@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,15 @@ def add_factors(pipeline: Pipeline, settings: LoraSettings) -> None:
     if settings.text_encoder:
         text = TEXT_ATTENTION + (TEXT_FEED_FORWARD if feed_forward else ())
         pipeline.text_encoder.add_adapter(_lora(settings, text))
+    for part in (pipeline.unet, pipeline.text_encoder):
+        _in_fp32(part)
+
+
+def _in_fp32(module: nn.Module) -> None:
+    """Factors are trained in fp32 whatever the frozen weights are kept in."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def factors(pipeline: Pipeline) -> dict[str, nn.Parameter]:
@@ -73,7 +83,20 @@ def save_factors(pipeline: Pipeline, folder: Path, dtype: StoredType) -> Path:
         text_encoder_lora_layers=_stored(_text_names(text_encoder), dtype) if text else None,
         text_encoder_lora_adapter_metadata=_metadata(text_encoder) if text else None,
     )
+    _order_header(folder / FILE)
     return folder / FILE
+
+
+def _order_header(file: Path) -> None:
+    """The same tensors and metadata, the header's keys in order: safetensors writes them in a random one.
+
+    Layout: 8 bytes little-endian length, the JSON header padded with spaces, the tensors' bytes.
+    """
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
 
 
 def _lora(settings: LoraSettings, targets: tuple[str, ...]) -> LoraConfig:

@@ -19,7 +19,7 @@ from scumble_trainers.losses import noise_schedule
 from scumble_trainers.methods.lora.model import FILE, add_factors, save_factors
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.methods.lora.training import LoraRun, Material
-from scumble_trainers.parent import Parent, Pipeline, load_parent, native_resolution
+from scumble_trainers.parent import Parent, load_parent, native_resolution
 from scumble_trainers.progress import Report, silent
 from scumble_trainers.provenance import provenance
 from scumble_trainers.result import CARD, GRID, Result, read_result, write_result
@@ -67,7 +67,6 @@ def train(
     accelerator = _accelerator(out, settings)
     run = _prepare(accelerator, parent, examples, out, settings, identity, report)
     run.train(checkpoint)
-    accelerator.end_training()
     result = Result(
         adapter=FILE,
         license=settings.license,
@@ -88,6 +87,7 @@ def train(
         save_factors(run.pipeline, out, settings.save_dtype)
         write_result(out, result)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return result
 
 
@@ -101,15 +101,16 @@ def _prepare(
     report: Report,
 ) -> LoraRun:
     """Loads the base, encodes pictures and captions, and puts the factors in."""
-    pipeline = load_parent(parent).to(accelerator.device)
+    pipeline = load_parent(parent, dtype=_DTYPES[settings.mixed_precision]).to(accelerator.device)
     resolution = identity["resolution"]
-    latents = cached_latents(
-        out / "cache",
-        pipeline.vae,
-        examples,
-        resolution=resolution,
-        progress=lambda done, of: report("latents", done, of),
-    )
+    with accelerator.main_process_first():
+        latents = cached_latents(
+            out / "cache",
+            pipeline.vae,
+            examples,
+            resolution=resolution,
+            progress=lambda done, of: report("latents", done, of),
+        )
     captions = read_captions(pipeline.tokenizer, pipeline.text_encoder, examples, cache=not settings.text_encoder)
     trained, held = hold_out(range(len(examples)), fraction=settings.validation, seed=settings.seed, most=MOST_HELD_OUT)
     material = Material(
@@ -120,16 +121,8 @@ def _prepare(
         held=torch.tensor(held, dtype=torch.int64),
         samples=_samples(settings, [examples[index] for index in held or trained], resolution),
     )
-    _cast(pipeline, settings)
     add_factors(pipeline, settings)
     return LoraRun(accelerator, pipeline, settings, material, out, identity, report)
-
-
-def _cast(pipeline: Pipeline, settings: LoraSettings) -> None:
-    """Frozen parts in the compute type; the factors, added later, stay fp32."""
-    dtype = _DTYPES[settings.mixed_precision]
-    for part in (pipeline.unet, pipeline.text_encoder):
-        part.to(dtype)
 
 
 def _samples(settings: LoraSettings, examples: Sequence[Example], resolution: int) -> Samples:

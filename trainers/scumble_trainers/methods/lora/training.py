@@ -206,7 +206,7 @@ class LoraRun:
         sheet.save(self.out / "sample_grid.png")
         self.report("samples", self.step, self.settings.steps, title)
         for tracker in self.accelerator.trackers:
-            tracker.log_images({"samples": np.asarray(sheet)[None]}, step=self.step)
+            tracker.log_images({"samples": np.asarray(sheet)[None]}, step=self.step, dataformats="NHWC")
 
     def _write(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         if not self.accelerator.is_main_process:
@@ -223,9 +223,12 @@ class LoraRun:
                 "seconds": self.cost.seconds,
                 "peak_memory": self.cost.peak_memory,
             },
-            extras=lambda folder: _save_adapter(self.pipeline, folder, self.settings),
+            extras=self._save_adapter,
             keep=self.settings.keep_checkpoints,
         )
+
+    def _save_adapter(self, folder: Path) -> None:
+        save_factors(self.pipeline, folder, self.settings.save_dtype)
 
     def _restore(
         self, checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
@@ -253,7 +256,3 @@ def learning_rate_factor(settings: LoraSettings, step: int) -> float:
 def _title(column: Path) -> str:
     step = int(column.stem.removeprefix("step-"))
     return f"step {step}" if step else "base"
-
-
-def _save_adapter(pipeline: Pipeline, folder: Path, settings: LoraSettings) -> None:
-    save_factors(pipeline, folder, settings.save_dtype)

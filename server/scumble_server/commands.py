@@ -1,0 +1,80 @@
+"""`scumble serve`. torch is imported by the server's own process alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from scumble_registry import default_home
+from scumble_server.config import ServerConfig
+from scumble_server.triton.launcher import Ports
+from scumble_server.triton.running import LOOPBACK, START_TIMEOUT, RunningServer, running_server
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "fp16", "bf16"]
+PARENT_INTERVAL = 0.5
+
+
+def serve(
+    base: Annotated[str, typer.Option(help="Base that answers requests which name none.")] = "scumble/demo",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = LOOPBACK,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8002,
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
+    precision: Annotated[Precision, typer.Option(help="Numbers that the denoiser computes with.")] = "fp32",
+    max_batch_images: Annotated[int, typer.Option(min=1, max=64, help="Images that share a step.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=1, help="Open requests; more are refused.")] = 256,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
+    home: Annotated[Path | None, typer.Option(help="Registry, caches and logs. [SCUMBLE_HOME]")] = None,
+    triton: Annotated[Path | None, typer.Option(help="tritonserver to run. [SCUMBLE_TRITON]")] = None,
+    start_timeout: Annotated[float, typer.Option(help="Seconds until it must be ready.")] = START_TIMEOUT,
+    exit_with_parent: Annotated[bool, typer.Option(help="Stop when the starting process ends.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON once ready.")] = False,
+) -> None:
+    """Start the server and keep it running until Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config = ServerConfig(
+        home=home.expanduser().resolve() if home else default_home(),
+        base=base,
+        device=device,
+        precision=precision,
+        max_batch_images=max_batch_images,
+        max_queue=max_queue,
+        threads=threads,
+    )
+    ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
+    parent = os.getppid() if exit_with_parent else None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
+    try:
+        with running_server(config, host=host, ports=ports, triton=triton, start_timeout=start_timeout) as server:
+            print(_describe(server, as_json=as_json), flush=True)
+            _wait(server, parent)
+    except KeyboardInterrupt:
+        pass
+
+
+def _wait(server: RunningServer, parent: int | None) -> None:
+    while parent is None or os.getppid() == parent:
+        server.wait(PARENT_INTERVAL)
+
+
+def _describe(server: RunningServer, *, as_json: bool) -> str:
+    places = {
+        "grpc": server.grpc_url,
+        "http": server.http_url,
+        "metrics": server.metrics_url,
+        "log": str(server.log),
+        "pid": os.getpid(),
+    }
+    if as_json:
+        return json.dumps({"ready": True, **places})
+    lines = [f"  {name:8} {place}" for name, place in places.items() if name != "pid"]
+    return "\n".join(["Scumble is ready. Ctrl-C stops it.", *lines])

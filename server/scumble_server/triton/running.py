@@ -1,0 +1,80 @@
+"""A server for the length of a `with`: for tests, the demo, `scumble generate`, and `scumble serve` itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from scumble_server.config import ServerConfig
+from scumble_server.triton.binaries import find_triton
+from scumble_server.triton.launcher import Ports, claim_ports, default_model_repository
+from scumble_server.triton.probe import reachable
+from scumble_server.triton.run_folder import OwnedRun
+from scumble_server.triton.supervisor import Launch, Supervisor
+
+LOOPBACK = "127.0.0.1"
+START_TIMEOUT = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """Where a server listens, and the supervisor that keeps it there."""
+
+    host: str
+    ports: Ports
+    log: Path
+    supervisor: Supervisor
+
+    @property
+    def grpc_url(self) -> str:
+        """`host:port`, as `scumble.Client` and tritonclient take it."""
+        return f"{self._address}:{self.ports.grpc}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{self._address}:{self.ports.http}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{self._address}:{self.ports.metrics}/metrics"
+
+    @property
+    def _address(self) -> str:
+        host = reachable(self.host)
+        return f"[{host}]" if ":" in host else host
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when `timeout` is over. Raises Unavailable when the server cannot be kept alive."""
+        self.supervisor.wait(timeout)
+
+
+@contextmanager
+def running_server(
+    config: ServerConfig,
+    *,
+    host: str = LOOPBACK,
+    ports: Ports = Ports(),  # noqa: B008 - frozen
+    triton: Path | None = None,
+    models: Path | None = None,
+    start_timeout: float = START_TIMEOUT,
+) -> Iterator[RunningServer]:
+    """Start a server, wait until it answers, and stop it at the end of the `with`, however that comes.
+
+    Leaves no process and no shared memory behind. Raises Unavailable when Triton is missing or a port is
+    taken, before anything is started, and whatever kept the base from being loaded.
+    """
+    install = find_triton(triton)
+    claimed = claim_ports(host, ports)
+    repository = models or default_model_repository()
+    run = OwnedRun(config.home)
+    try:
+        supervisor = Supervisor(Launch(install, run.folder, repository, config, host, claimed, start_timeout))
+        supervisor.start()
+        try:
+            yield RunningServer(host, claimed, run.folder.log, supervisor)
+        finally:
+            supervisor.stop()
+    finally:
+        run.close()

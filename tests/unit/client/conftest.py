@@ -1,0 +1,72 @@
+"""A gRPC server in this process that speaks Triton's protocol and answers as a test says.
+
+It stands in for the transport's faults alone; what a real server does is tested against a real one, in tests/e2e.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from scumble import kserve, wire
+from scumble.client import Client
+from scumble.events import Done, Event
+
+Script = Callable[[wire.Tensors], Iterator[Event | str]]
+"""What one request is answered with: events, or a text that Triton itself would report."""
+
+
+class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """`script` answers; `requests` are the ids that came, `cancelled` is set once a caller has left."""
+
+    def __init__(self) -> None:
+        self.script: Script = lambda _: iter([a_picture()])
+        self.requests: list[str] = []
+        self.cancelled = threading.Event()
+        self.ready = True
+        self.port = 0
+
+    def ModelStreamInfer(self, messages: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        for message in messages:
+            self.requests.append(message.id)
+            for event in self.script(kserve.request_tensors(message)):
+                if not context.is_active():
+                    self.cancelled.set()
+                    return
+                if isinstance(event, str):
+                    yield service_pb2.ModelStreamInferResponse(error_message=event)
+                else:
+                    response = kserve.infer_response(message.model_name, message.id, wire.event_to_tensors(event))
+                    yield service_pb2.ModelStreamInferResponse(infer_response=response)
+
+    def ServerLive(self, _request: Any, _context: Any) -> Any:  # noqa: N802
+        return service_pb2.ServerLiveResponse(live=True)
+
+    def ModelReady(self, _request: Any, _context: Any) -> Any:  # noqa: N802
+        return service_pb2.ModelReadyResponse(ready=self.ready)
+
+
+def a_picture(**receipt: Any) -> Done:
+    return Done(np.full((1, 8, 8, 3), 7, np.uint8), {"schema": 1, **receipt})
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    scripted = ScriptedServer()
+    grpc_server = grpc.server(ThreadPoolExecutor(32))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(scripted, grpc_server)
+    scripted.port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    yield scripted
+    grpc_server.stop(0).wait()
+
+
+@pytest.fixture
+def client(server: ScriptedServer) -> Iterator[Client]:
+    with Client(f"127.0.0.1:{server.port}", timeout=20) as client:
+        yield client

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scumble.errors import InvalidRequest, Refused
+from scumble_registry import Registry
+from scumble_registry.compatibility import BaseCompatibility
+
+BaseWriter = Callable[..., Path]
+
+
+def edit(file: Path, **changes: Any) -> None:
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in (data | changes).items() if value != "gone"}))
+
+
+def compatibility(registry: Registry, folder: Path) -> BaseCompatibility:
+    found = registry.publish(folder, "demo/base").manifest.compatibility
+    assert isinstance(found, BaseCompatibility)
+    return found
+
+
+def test_everything_is_derived_from_the_folder(registry: Registry, base: Path) -> None:
+    found = compatibility(registry, base)
+    assert found.family == "sd1"
+    assert found.prediction_type == "epsilon"
+    assert (found.latent_channels, found.sample_size, found.vae_scale) == (4, 16, 8)
+    assert (found.cross_attention_dim, found.text_widths) == (8, (8,))
+    assert found.targets == {
+        "unet.conv_in": (4, 4, 3, 3),
+        "unet.down_blocks.0.attentions.0.proj_in": (4, 4, 1, 1),
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (4, 4),
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": (4, 8),
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (8, 8),
+    }
+
+
+def test_both_spellings_of_the_text_encoder_give_the_same_targets(registry: Registry, write_base: BaseWriter) -> None:
+    old, new = write_base("old", prefix="text_model."), write_base("new", prefix="")
+    assert compatibility(registry, old).targets == compatibility(registry, new).targets
+
+
+def test_v_prediction_comes_from_the_scheduler(registry: Registry, base: Path) -> None:
+    edit(base / "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    assert compatibility(registry, base).prediction_type == "v_prediction"
+
+
+def test_a_text_encoder_of_width_1024_is_sd2(registry: Registry, base: Path) -> None:
+    edit(base / "text_encoder/config.json", hidden_size=1024)
+    edit(base / "unet/config.json", cross_attention_dim=1024)
+    assert compatibility(registry, base).family == "sd2"
+
+
+def test_two_text_encoders_are_sdxl(registry: Registry, base: Path) -> None:
+    shutil.copytree(base / "text_encoder", base / "text_encoder_2")
+    edit(base / "unet/config.json", cross_attention_dim=16)
+    edit(base / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+    found = compatibility(registry, base)
+    assert (found.family, found.text_widths) == ("sdxl", (8, 8))
+    assert "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj" in found.targets
+
+
+def test_defaults_are_the_trained_size_unless_the_folder_says_otherwise(registry: Registry, base: Path) -> None:
+    plain = registry.publish(base, "demo/base").manifest.defaults
+    assert plain is not None
+    assert plain.model_dump() == {
+        "steps": 30,
+        "guidance_scale": 7.5,
+        "scheduler": "ddim",
+        "width": 128,
+        "height": 128,
+    }
+    (base / "scumble.json").write_text('{"defaults": {"steps": 20, "scheduler": "euler"}}')
+    said = registry.publish(base, "demo/base").manifest.defaults
+    assert said is not None
+    assert (said.steps, said.scheduler, said.guidance_scale) == (20, "euler", 7.5)
+
+
+def test_hidden_files_belong_to_tools_and_are_left_out(registry: Registry, base: Path) -> None:
+    first = registry.publish(base, "demo/base")
+    (base / ".cache").mkdir()
+    (base / ".cache" / "lock").write_bytes(b"\0")
+    (base / ".gitattributes").write_text("* text")
+    assert registry.publish(base, "demo/base") == first
+
+
+def add_pickle(folder: Path) -> None:
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"PK\x03\x04")
+
+
+def add_hidden_pickle(folder: Path) -> None:
+    (folder / "README.md").write_bytes(b"\x80\x04 a pickle in disguise")
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "other weights": (add_pickle, "only safetensors weights"),
+    "a pickle called README": (add_hidden_pickle, "neither safetensors, text nor a picture"),
+    "code": (lambda f: (f / "pipeline.py").write_text("boom()"), "neither safetensors"),
+    "a link": (lambda f: (f / "unet/link.json").symlink_to("/etc/passwd"), "link or a special file"),
+    "a linked folder": (lambda f: (f / "more").symlink_to("/etc"), "is a link"),
+    "a pipe": (lambda f: os.mkfifo(f / "unet/pipe.json"), "special file"),
+    "no config": (lambda f: (f / "unet/config.json").unlink(), "lacks unet/config.json"),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "lacks scheduler/"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "lacks tokenizer/"),
+    "no text encoder": (lambda f: shutil.rmtree(f / "text_encoder"), "lacks text_encoder/"),
+    "no VAE weights": (
+        lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(),
+        "vae has no safetensors weights",
+    ),
+    "a missing shard": (
+        lambda f: (f / "unet/x.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        "not there: b.safetensors",
+    ),
+    "no JSON": (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json is not JSON"),
+    "a list": (lambda f: (f / "vae/config.json").write_text("[]"), "must hold a JSON object"),
+    "another UNet": (lambda f: edit(f / "unet/config.json", _class_name="UNet3D"), "UNet3D"),
+    "another text encoder": (
+        lambda f: edit(f / "model_index.json", text_encoder=["transformers", "T5EncoderModel"]),
+        "only CLIPTextModel",
+    ),
+    "a class of its own": (
+        lambda f: edit(f / "model_index.json", unet=["my_code", "Net"]),
+        "only diffusers and transformers",
+    ),
+    "widths that differ": (lambda f: edit(f / "unet/config.json", cross_attention_dim=768), "width 768"),
+    "widths per block": (lambda f: edit(f / "unet/config.json", cross_attention_dim=[8, 4]), "one positive"),
+    "no sample size": (lambda f: edit(f / "unet/config.json", sample_size="gone"), "sample_size"),
+    "predicts samples": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", prediction_type="sample"),
+        "epsilon and v_prediction",
+    ),
+    "defaults that cannot be": (
+        lambda f: (f / "scumble.json").write_text('{"steps": 0}'),
+        "scumble.json are not usable: steps",
+    ),
+    "a refiner": (lambda f: (f / "text_encoder").rename(f / "text_encoder_2"), "refiner"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_folder_is_refused_by_name_and_nothing_is_published(
+    registry: Registry, base: Path, fault: str
+) -> None:
+    break_it, says = BROKEN[fault]
+    break_it(base)
+    with pytest.raises(Refused, match=says):
+        registry.publish(base, "demo/base")
+    assert registry.names() == ()
+
+
+def test_a_base_has_no_base(registry: Registry, base: Path) -> None:
+    registry.publish(base, "demo/base")
+    with pytest.raises(InvalidRequest, match="stands alone"):
+        registry.publish(base, "demo/other", base="demo/base")

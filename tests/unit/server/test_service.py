@@ -1,0 +1,232 @@
+"""The service as its callers see it: events, cancellation, refusals, and a base that never changes."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from scumble.errors import Cancelled, Incompatible, InvalidRequest, NotFound, QueueFull, Refused, ScumbleError
+from scumble.events import Done, Event, Failed, Queued, Step
+from scumble.request import Adapter, Request
+from scumble_registry import Registry
+from scumble_server.config import ServerConfig
+from scumble_server.service import Service
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from .conftest import Running
+
+PLAIN = {"prompt": "a red apple", "seed": 7, "steps": 4, "guidance_scale": 5.0, "width": 64, "height": 64}
+
+
+def request(**changes: Any) -> Request:
+    return Request.parse({**PLAIN, **changes})
+
+
+class Listener:
+    """Collects events; `ended` is set by the last one."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.ended = threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Done | Failed):
+            self.ended.set()
+
+    def wait(self) -> Event:
+        assert self.ended.wait(60)
+        return self.events[-1]
+
+
+def test_events_come_in_order(running: Running) -> None:
+    listener = Listener()
+    running.service.submit(request(num_images=2), listener)
+    assert isinstance(listener.wait(), Done)
+    assert isinstance(listener.events[0], Queued)
+    assert listener.events[1:-1] == [Step(step, 4) for step in (1, 2, 3, 4)]
+
+
+def test_the_receipt_says_what_was_bound(running: Running) -> None:
+    adapters = [Adapter(ref="l/a", weight=0.5), Adapter(ref="l/b", weight=0)]
+    done = running.run([request(adapters=adapters, seed=None, prompt="x " * 100)])[0].done
+    receipt = done.receipt
+    with Registry.open(running.home) as registry:
+        version = registry.resolve("l/a")
+    assert [(each["ref"], each["digest"], each["rank"]) for each in receipt["adapters"]] == [("l/a", version.digest, 4)]
+    assert receipt["dropped"] == [{"ref": "l/b", "reason": "weight 0"}]
+    assert receipt["request"]["seed"] == receipt["seeds"][0] >= 0
+    assert receipt["truncated"]["prompt"].count("x") == 25
+    assert set(receipt["timings_ms"]) == {"queue", "load", "encode", "denoise", "decode", "total"}
+
+
+def test_weight_zero_is_the_base(running: Running) -> None:
+    bare = running.run([request()])[0]
+    zero = running.run([request(adapters=[Adapter(ref="l/a", weight=0)])])[0]
+    assert torch.equal(bare.latents, zero.latents)
+
+
+def test_the_same_receipt_makes_the_same_picture(running: Running) -> None:
+    first = running.run([request(adapters=[Adapter(ref="l/a")], seed=None)])[0]
+    again = running.run([Request.parse(first.done.receipt["request"])])[0]
+    assert (first.done.images == again.done.images).all()
+
+
+def test_two_hundred_random_requests_leave_the_base_as_it_was(running: Running) -> None:
+    before = running.service.base.executor.weights_digest()
+    rng = random.Random(0)
+    requests = [
+        request(
+            seed=rng.randrange(2**31),
+            steps=rng.randint(1, 3),
+            scheduler=rng.choice(["ddim", "euler", "dpmpp_2m"]),
+            guidance_scale=rng.choice([1.0, 4.0]),
+            width=rng.choice([64, 64, 64, 48]),
+            adapters=[
+                Adapter(ref=ref, weight=rng.uniform(-1, 1))
+                for ref in rng.sample(["l/a", "l/b", "l/plain", "l/mixed"], rng.randint(0, 3))
+            ],
+        )
+        for _ in range(200)
+    ]
+    assert len(running.run(requests)) == 200
+    assert running.service.base.executor.weights_digest() == before
+
+
+def test_sizes_take_turns(running: Running) -> None:
+    """A rare size ends long before a busy one has drained."""
+    busy = [request(steps=12, seed=i) for i in range(24)]
+    rare = request(steps=12, width=48)
+    ends: list[str] = []
+    listeners = []
+    for name, each in [*(("busy", one) for one in busy[:4]), ("rare", rare), *(("busy", one) for one in busy[4:])]:
+        listener = Listener()
+        listeners.append(listener)
+
+        def on_event(event: Event, name: str = name, listener: Listener = listener) -> None:
+            if isinstance(event, Done):
+                ends.append(name)
+            listener(event)
+
+        running.service.submit(each, on_event)
+    assert all(isinstance(listener.wait(), Done) for listener in listeners)
+    assert ends.index("rare") < 12
+
+
+def test_cancellation_ends_one_request_within_a_step(running: Running) -> None:
+    cancelled = threading.Event()
+    listener, neighbour = Listener(), Listener()
+
+    def on_event(event: Event) -> None:
+        if event == Step(3, 500):
+            cancelled.set()
+        listener(event)
+
+    running.service.submit(request(steps=500), on_event, cancelled.is_set)
+    running.service.submit(request(steps=20), neighbour)
+    end = listener.wait()
+    assert isinstance(end, Failed)
+    assert isinstance(end.error, Cancelled)
+    assert [event for event in listener.events if isinstance(event, Step)][-1] == Step(3, 500)
+    assert isinstance(neighbour.wait(), Done)
+
+
+def test_a_broken_row_fails_alone(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds decide: the row of seed 13 starts as NaN, its neighbours end well."""
+    import scumble_server.service as module
+
+    noise = module.initial_noise
+    monkeypatch.setattr(module, "initial_noise", lambda seed, h, w: noise(seed, h, w) * (float("nan") if seed == 13 else 1))
+    listeners = [Listener() for _ in range(3)]
+    for seed, listener in zip((12, 13, 14), listeners, strict=True):
+        running.service.submit(request(seed=seed), listener)
+    ends = [listener.wait() for listener in listeners]
+    assert [type(end) for end in ends] == [Done, Failed, Done]
+    assert "NaN" in ends[1].error.message  # type: ignore[union-attr]
+
+
+def test_a_step_that_raises_ends_only_the_row_to_blame(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = running.service.base.executor
+    denoise = executor.denoise
+
+    def picky(sample: torch.Tensor, timestep: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if (timestep == 251).any():
+            raise RuntimeError("not this one")
+        return denoise(sample, timestep, *rest)
+
+    monkeypatch.setattr(executor, "denoise", picky)
+    bad, good = Listener(), Listener()
+    running.service.submit(request(steps=30), good)  # its timesteps are 1 + 33·i
+    running.service.submit(request(steps=4), bad)  # 751, 501, 251
+    assert isinstance(bad.wait(), Failed)
+    assert isinstance(good.wait(), Done)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"adapters": [Adapter(ref="l/none")]}, NotFound, "l/none"),
+        ({"adapters": [Adapter(ref="l/a@9")]}, NotFound, "9"),
+        ({"adapters": [Adapter(ref="l//a")]}, InvalidRequest, "l//a"),
+        ({"adapters": [Adapter(ref="tiny/base")]}, Refused, "base"),
+        ({"adapters": [Adapter(ref="other/lora")]}, Incompatible, "down_blocks"),
+        ({"adapters": [Adapter(ref="big/lora"), Adapter(ref="big/lora")]}, Refused, "256"),
+        ({"base": "l/a"}, Refused, "tiny/base"),
+        ({"base": "no/base"}, NotFound, "no/base"),
+        ({"width": 1024, "height": 1032}, InvalidRequest, "1024x1032"),
+        ({"steps": 1000, "scheduler": "dpmpp_2m", "width": 2048, "height": 2048}, InvalidRequest, "pixels"),
+    ],
+)
+def test_bad_input_is_refused_at_the_edge(
+    running: Running, extra: None, changes: dict[str, Any], error: type[ScumbleError], says: str
+) -> None:
+    before = running.service.stats()["requests"]
+    with pytest.raises(error, match=says):
+        running.service.submit(request(**changes), Listener())
+    assert running.service.stats()["requests"] == before
+    assert len(running.run([request()])) == 1, "the server goes on"
+
+
+@pytest.fixture(scope="session")
+def extra(
+    published: tuple[Path, dict[str, Path]],
+    make_lora: Callable[..., Path],
+    make_tiny_base: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """A LoRA of a wider base, and one whose rank leaves no room for a second."""
+    home, files = published
+    folder = tmp_path_factory.mktemp("extra")
+    wider = make_tiny_base(folder / "wider", width=24)
+    with Registry.open(home) as registry:
+        registry.publish(make_lora(wider, folder / "other", seed=1), name="other/lora")
+        registry.publish(make_lora(files["base"], folder / "big", seed=1, rank=160), name="big/lora")
+
+
+def test_a_full_queue_says_when_to_try_again(published: tuple[Path, dict[str, Path]]) -> None:
+    service = Service.open(ServerConfig(home=published[0], base="tiny/base", max_queue=2))
+    first, second = Listener(), Listener()
+    service.submit(request(steps=200), first)
+    service.submit(request(steps=200), second)
+    with pytest.raises(QueueFull) as caught:
+        service.submit(request(), Listener())
+    assert caught.value.fields["retry_after"] > 0
+    service.close()
+    assert all(isinstance(listener.wait(), Failed) for listener in (first, second)), "closing ends what is open"
+
+
+def test_a_server_without_registry_says_so(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="registry missing"):
+        Service.open(ServerConfig(home=tmp_path / "none", base="tiny/base"))
+
+
+def test_an_adapter_is_no_base(published: tuple[Path, dict[str, Path]]) -> None:
+    with pytest.raises(Refused, match="not a base"):
+        Service.open(ServerConfig(home=published[0], base="l/a"))

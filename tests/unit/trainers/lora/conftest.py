@@ -1,0 +1,107 @@
+"""A tiny random Stable Diffusion of the real classes, made locally, and folders of pictures to train it on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+RESOLUTION = 16
+COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
+
+MakeData = Callable[[int], Path]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps its precision for the life of the process; a test is a process of its own to it."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16×16 pictures, 8×8×4 latents, weights from seed 0."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    torch.manual_seed(0)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=600,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            bos_token_id=512,
+            eos_token_id=513,
+            pad_token_id=513,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=RESOLUTION,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=_tokenizer(folder.parent / "tokenizer"),
+        unet=unet,
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """Byte-level with no merges: every letter is a token."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", "utf-8")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=24)
+
+
+@pytest.fixture
+def make_data(tmp_path: Path) -> MakeData:
+    """Writes a folder with `count` pictures of coloured discs and their captions."""
+
+    def make(count: int) -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir()
+        lines = []
+        for index in range(count):
+            colour = COLOURS[index % len(COLOURS)]
+            picture = Image.new("RGB", (RESOLUTION, RESOLUTION), "white")
+            ImageDraw.Draw(picture).ellipse((2, 2, 8 + index % 6, 12), fill=colour)
+            picture.save(folder / f"{index:02}.png")
+            lines.append(json.dumps({"file_name": f"{index:02}.png", "text": f"{colour} disc {index}, flat style"}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
+        return folder
+
+    return make
