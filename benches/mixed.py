@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
-from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from scumble.events import Done, Event, Failed
 from scumble.request import Adapter, Request
@@ -130,7 +130,8 @@ def factors(unet: UNet2DConditionModel, size: int, rounds: int) -> dict[str, obj
 def count_flops() -> Iterator[list[int]]:
     """The floating point operations of products and convolutions, by torch's own counter."""
     counted = [0]
-    in_place = {torch.ops.aten.baddbmm_: baddbmm_flop}  # the counter knows only the form that makes a new tensor
+    # The counter knows only the form that makes a new tensor.
+    in_place = {torch.ops.aten.baddbmm_: lambda _y, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         yield counted
     counted[0] = counter.get_total_flops()

@@ -1,13 +1,106 @@
-"""The `scumble` command. Packages register their subcommands as entry points; none is imported until asked for."""
+"""The `scumble` command. Packages register subcommands as entry points; only the one asked for is imported."""
 
 from __future__ import annotations
 
+import json
+import sys
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Annotated
+
+import typer
+
+from scumble.errors import ScumbleError, Unavailable
+
 GROUP = "scumble.commands"
+INTERRUPTED = 130
 
 HELP = {
     "demo": "Make pictures with different adapters in one batch, from nothing.",
-    "generate": "Make a picture.",
+    "generate": "Make pictures.",
     "registry": "Publish, find and check adapters and bases.",
-    "serve": "Start the server.",
+    "serve": "Start the server and keep it running.",
     "train": "Train an adapter and publish it.",
 }
+EXTRAS = {
+    "scumble_build": "build",
+    "scumble_registry": "registry",
+    "scumble_server": "server",
+    "scumble_trainers": "trainers",
+}
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit status; leave by SystemExit where the option parser does."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    try:
+        build_app(command)(args=arguments, prog_name="scumble")
+    except ScumbleError as error:
+        return _report(error, as_json="--json" in arguments)
+    except ModuleNotFoundError as error:
+        return _report(_explain_missing(command, error), as_json="--json" in arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def build_app(command: str | None) -> typer.Typer:
+    """Every command by name; of them only `command` loaded."""
+    app = typer.Typer(callback=_options, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        if entry.name == command:
+            _add(app, entry)
+        else:
+            app.command(entry.name, help=HELP.get(entry.name))(_not_loaded)
+    return app
+
+
+def _add(app: typer.Typer, entry: EntryPoint) -> None:
+    loaded = entry.load()
+    if isinstance(loaded, typer.Typer):
+        app.add_typer(loaded, name=entry.name, help=HELP.get(entry.name))
+    else:
+        app.command(entry.name)(loaded)
+
+
+def _not_loaded() -> None:
+    """Stand in for a command that `--help` lists."""
+
+
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda value: _print_version(asked=value))
+    ] = False,
+) -> None:
+    """Pictures with any mix of adapters per request, from a registry that keeps every version."""
+
+
+def _print_version(*, asked: bool) -> None:
+    if asked:
+        print(f"scumble {version('scumble')}")
+        raise typer.Exit
+
+
+def _report(error: ScumbleError, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": error.to_dict()}, default=str))
+    else:
+        print(f"scumble: {error.message}", file=sys.stderr)
+    return error.exit_status
+
+
+def _explain_missing(command: str | None, error: ModuleNotFoundError) -> Unavailable:
+    """What to install; a module of our own that is missing is a bug, and stays one."""
+    entries = [entry for entry in entry_points(group=GROUP) if entry.name == command]
+    extra = EXTRAS.get(entries[0].module.partition(".")[0]) if entries else None
+    if extra is None or not error.name or error.name.startswith("scumble"):
+        raise error
+    return Unavailable(
+        f"`scumble {command}` needs {error.name}, which is not installed: pip install 'scumble[{extra}]'",
+        extra=extra,
+        missing=error.name,
+    )

@@ -101,9 +101,7 @@ class ImagesApi:
         self._timeout = timeout
         self._sleep = sleep
 
-    def generate(
-        self, prompt: str | Request, *, timeout: float | None = None, **fields: Unpack[Fields]
-    ) -> Images:
+    def generate(self, prompt: str | Request, *, timeout: float | None = None, **fields: Unpack[Fields]) -> Images:
         """Make pictures and wait for them. `prompt` may be a whole Request.
 
         Raises what the server refused, or Unavailable. QueueFull is raised after a few retries.

@@ -57,9 +57,7 @@ class Connection:
         except grpc.RpcError as error:
             raise self._explain(error, timeout) from error
         except ValueError as error:
-            raise ScumbleError(
-                f"the server at {self.url} sent a response that cannot be read: {error}"
-            ) from error
+            raise ScumbleError(f"the server at {self.url} sent a response that cannot be read: {error}") from error
         finally:
             call.cancel()
 
@@ -98,14 +96,8 @@ def _parse_url(url: str) -> tuple[str, bool]:
     """`host:port`, `grpc://host:port` or `grpcs://host:port` to target and whether to encrypt."""
     scheme, separator, rest = url.rpartition("://")
     host, colon, port = rest.rstrip("/").rpartition(":")
-    if (
-        scheme not in ("", "grpc", "grpcs")
-        or (separator and not scheme)
-        or not (host and colon and port.isdigit())
-    ):
-        raise InvalidRequest(
-            f"url {url!r}: {_ADDRESS_HINT}, as host:port or grpc[s]://host:port", field="url"
-        )
+    if scheme not in ("", "grpc", "grpcs") or (separator and not scheme) or not (host and colon and port.isdigit()):
+        raise InvalidRequest(f"url {url!r}: {_ADDRESS_HINT}, as host:port or grpc[s]://host:port", field="url")
     return f"{host}:{port}", scheme == "grpcs"
 
 

@@ -26,9 +26,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise NotFound(f"receipt {path} does not exist", path=str(path)) from error
     except OSError as error:
-        raise InvalidRequest(
-            f"receipt {path} cannot be read: {error.strerror}", field="from_receipt"
-        ) from error
+        raise InvalidRequest(f"receipt {path} cannot be read: {error.strerror}", field="from_receipt") from error
     text = _png_text(path) if content.startswith(b"\x89PNG") else content
     try:
         data = json.loads(text)

@@ -94,8 +94,6 @@ def parse_adapter(text: str) -> Adapter:
 
 
 def _explain(error: ValidationError, prefix: str = "") -> InvalidRequest:
-    problems = [
-        (prefix + ".".join(str(part) for part in item["loc"]), item["msg"]) for item in error.errors()
-    ]
+    problems = [(prefix + ".".join(str(part) for part in item["loc"]), item["msg"]) for item in error.errors()]
     text = "; ".join(f"{field}: {message}" for field, message in problems)
     return InvalidRequest(text, field=problems[0][0])

@@ -193,9 +193,7 @@ def _from_tensor(name: str, tensor: NDArray[Any]) -> Any:
         text = value.decode() if isinstance(value, bytes) else str(value)
         return _parse_json(name, text) if name in _JSON_FIELDS else text
     except UnicodeDecodeError as error:
-        raise InvalidRequest(
-            f"{name}: not UTF-8 text ({error.reason} at {error.start})", field=name
-        ) from error
+        raise InvalidRequest(f"{name}: not UTF-8 text ({error.reason} at {error.start})", field=name) from error
 
 
 def _parse_json(name: str, text: str) -> Any:

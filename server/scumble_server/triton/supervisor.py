@@ -21,7 +21,7 @@ from scumble_server.triton.run_folder import RunFolder
 
 DRAIN_TIMEOUT = 20.0
 """Seconds for the running step and the answers on their way, when the server stops."""
-EXIT_GRACE = 3.0
+EXIT_GRACE = 1.0
 LOOK_INTERVAL = 0.25
 ASK_INTERVAL = 2.0
 ASK_TIMEOUT = 10.0

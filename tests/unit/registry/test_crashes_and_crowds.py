@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from scumble.errors import NotFound
 from scumble_registry import Registry
 

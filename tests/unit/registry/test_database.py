@@ -7,15 +7,16 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.schema import CreateTable
+
 from scumble.errors import Unavailable
 from scumble_registry import Registry, migrations
 from scumble_registry.database import HEAD, Database
 from scumble_registry.paths import Layout
 from scumble_registry.tables import METADATA
-from sqlalchemy import text
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.schema import CreateTable
 
 
 @pytest.fixture
@@ -45,9 +46,15 @@ def test_the_database_is_durable_and_checks_references(database: Database) -> No
 
 
 def test_an_error_rolls_everything_back(database: Database) -> None:
-    with pytest.raises(ZeroDivisionError), database.writing() as connection:
-        connection.execute(text("INSERT INTO names (name, kind) VALUES ('a/b', 'lora')"))
-        raise ZeroDivisionError
+    one = text("INSERT INTO names (name, kind) VALUES ('a/b', 'lora')")
+
+    def write_then_fail() -> None:
+        with database.writing() as connection:
+            connection.execute(one)
+            connection.execute(one)
+
+    with pytest.raises(IntegrityError):
+        write_then_fail()
     with database.reading() as connection:
         assert connection.execute(text("SELECT count(*) FROM names")).scalar() == 0
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+
 from scumble.errors import IntegrityError, InvalidRequest, Refused
 from scumble_registry.blobs import Blob
 from scumble_registry.compatibility import LoraCompatibility

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
 from scumble_registry import Registry, Status
 from scumble_registry.blobs import Blob, FileStore
@@ -242,9 +243,9 @@ def test_a_damaged_base_is_never_materialised_or_pulled(
 ) -> None:
     version = registry.publish(base, "demo/base")
     damage(stored(home, version.manifest.files["unet/config.json"]))
-    with pytest.raises(IntegrityError, match="unet/config.json"):
+    with pytest.raises(IntegrityError, match="unet/config"):
         registry.materialise(version)
-    with pytest.raises(IntegrityError, match="unet/config.json"):
+    with pytest.raises(IntegrityError, match="unet/config"):
         registry.pull("demo/base", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert list((home / "cache").iterdir()) == []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry import Registry
 from scumble_registry.compatibility import BaseCompatibility

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from scumble.errors import Incompatible, IntegrityError, Refused
 from scumble_registry import Registry
 from scumble_registry.formats.lora import LoraModule, LoraRecord, read_record, write_record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from scumble.errors import Refused
 from scumble_registry.formats.safetensors_header import MAX_TENSORS, read_header, read_tensors, write
 
@@ -66,10 +68,8 @@ def test_the_library_reads_what_is_written_and_order_does_not_matter(tensors: di
 def test_any_bytes_are_read_or_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     path.write_bytes(data)
-    try:
+    with suppress(Refused):  # and nothing else
         read_header(path)
-    except Refused as error:
-        assert "file.safetensors is not a sound safetensors file" in error.message
 
 
 def duplicate(path: Path) -> Path:

@@ -35,7 +35,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_a_crash_while_writing_leaves_the_earlier_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 5, weight(), {}, {})
 
-    def crash(folder: Path) -> None:
+    def crash(_: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import typer
-from scumble_registry import Registry
 from typer.testing import CliRunner
 
 from scumble.errors import Incompatible, InvalidRequest, NotFound
+from scumble_registry import Registry
 from scumble_trainers.methods.lora.command import train_lora
 from scumble_trainers.parent import find_parent
 
@@ -34,17 +34,13 @@ def command(*arguments: str) -> str:
     return result.stdout
 
 
-def test_it_trains_for_a_base_in_the_registry_and_publishes(
-    base_folder: Path, make_data: Any, home: Path, tmp_path: Path
-) -> None:
+def test_it_trains_for_a_base_in_the_registry_and_publishes(base_folder: Path, make_data: Any, home: Path) -> None:
     with Registry.open(home, create=True) as registry:
         base = registry.publish(base_folder, "demo/base")
     data = str(make_data(4))
     arguments = ["--base", "demo/base@1", "--data", data, "--publish", "styles/flat", "--alias", "staging", *SMALL]
 
-    told = json.loads(
-        command(*arguments, "--trigger", "flat style", "--license", "MIT", "--seed", "3", "--json")
-    )
+    told = json.loads(command(*arguments, "--trigger", "flat style", "--license", "MIT", "--seed", "3", "--json"))
 
     with Registry.open(home) as registry:
         version = registry.resolve("styles/flat@staging")
@@ -61,7 +57,8 @@ def test_it_trains_for_a_base_in_the_registry_and_publishes(
     assert "validation_loss" in str(manifest.metrics["after"])
 
 
-def test_the_same_command_again_is_the_same_version(base_folder: Path, make_data: Any, home: Path) -> None:
+@pytest.mark.usefixtures("home")
+def test_the_same_command_again_is_the_same_version(base_folder: Path, make_data: Any) -> None:
     arguments = ["--base", str(base_folder), "--data", str(make_data(4)), "--publish", "styles/flat", *SMALL]
     words = command(*arguments)
     again = command(*arguments)
@@ -78,6 +75,7 @@ def test_a_folder_that_the_registry_holds_is_known_by_its_reference(base_folder:
     assert find_parent("demo/base", home).content == found.content
 
 
+@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -90,9 +88,7 @@ def test_a_folder_that_the_registry_holds_is_known_by_its_reference(base_folder:
         ([], "--publish ns/name, --out FOLDER"),
     ],
 )
-def test_bad_options_are_named(
-    base_folder: Path, tmp_path: Path, home: Path, options: list[str], error: str
-) -> None:
+def test_bad_options_are_named(base_folder: Path, tmp_path: Path, options: list[str], error: str) -> None:
     arguments = ["--base", str(base_folder), "--data", str(tmp_path), "--steps", "2"]
     with pytest.raises(InvalidRequest, match=error):
         command(*arguments, *options)

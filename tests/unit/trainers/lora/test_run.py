@@ -52,9 +52,7 @@ def pipeline(base_folder: Path) -> Any:
 
 
 def draw(pipe: Any) -> np.ndarray[Any, Any]:
-    result = pipe(
-        "red disc", num_inference_steps=3, generator=torch.Generator("cpu").manual_seed(3), output_type="np"
-    )
+    result = pipe("red disc", num_inference_steps=3, generator=torch.Generator("cpu").manual_seed(3), output_type="np")
     return np.asarray(result.images[0])
 
 
@@ -94,7 +92,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
 ) -> None:
     data, chosen = make_data(8), settings(text_encoder=text_encoder)
 
-    def kill_at_step_5(stage: str, done: int, of: int, note: str = "") -> None:
+    def kill_at_step_5(stage: str, done: int, *_: object) -> None:
         if stage == "training" and done == 5:
             raise Killed
 
@@ -102,7 +100,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
         train(parent, data, tmp_path / "killed", chosen, report=kill_at_step_5)
     steps: list[int] = []
 
-    def count(stage: str, done: int, of: int, note: str = "") -> None:
+    def count(stage: str, done: int, *_: object) -> None:
         if stage == "training":
             steps.append(done)
 
@@ -203,9 +201,7 @@ def test_a_checkpoint_has_the_adapter_as_it_stands_and_the_grid_a_column(
     assert list((out / "logs").rglob("events.out.tfevents.*"))
 
 
-def test_column_0_of_the_grid_is_the_base(
-    parent: Parent, base_folder: Path, make_data: Any, tmp_path: Path
-) -> None:
+def test_column_0_of_the_grid_is_the_base(parent: Parent, base_folder: Path, make_data: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(parent, make_data(4), out, settings(steps=2, sample_seed=3, sample_guidance=7.5, sample_steps=3))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -41,7 +42,9 @@ TRAIN, MODEL, DATA, SAVE, SHOW = "Training", "Factors", "Data", "Result", "Sampl
 
 
 def train_lora(
-    base: Annotated[str, _option("--base", panel=DATA, help="Base: a diffusers folder, or ns/name[@…].")],
+    base: Annotated[
+        str, _option("--base", panel=DATA, help="Base: a diffusers folder, or a reference: ns/name, ns/name@7.")
+    ],
     data: Annotated[Path, _option("--data", panel=DATA, help="Folder with pictures and metadata.jsonl.")],
     steps: Annotated[int, _option("--steps", panel=TRAIN, help="Updates in all.")],
     publish: Annotated[str | None, _option("--publish", panel=SAVE, help="Publish as ns/name.")] = None,
@@ -99,6 +102,7 @@ def train_lora(
 
     Continues from its newest checkpoint when the same command runs again in the same --out.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of picture libraries that nothing here uses
     from scumble_trainers.methods.lora.settings import parse_settings
 
     settings = parse_settings(

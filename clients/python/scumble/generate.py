@@ -1,0 +1,118 @@
+"""`scumble generate`: one request, written as PNG files that carry their receipt."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scumble.client import Client
+from scumble.errors import InvalidRequest, NotFound, Unavailable
+from scumble.events import Done
+from scumble.images import Images, check_png_path, write_whole
+from scumble.progress import ProgressBar
+from scumble.receipt import read_receipt, request_from_receipt
+from scumble.request import Request, parse_adapter
+
+LOCAL_SERVER_GROUP = "scumble.local_server"
+"""Entry point: a function (base or None) → context manager that starts a server and gives its gRPC address."""
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw; may be empty.")] = None,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; several become NAME-0.png …")],
+    base: Annotated[str | None, typer.Option(help="Base, e.g. ns/name@2.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="REF[:WEIGHT]; repeatable.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Drawn and reported if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less: none.")] = None,
+    size: Annotated[str | None, typer.Option(help="WxH in pixels, e.g. 128x128.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, euler or dpmpp_2m.")] = None,
+    num_images: Annotated[int | None, typer.Option("-n", help="Pictures; seeds count up.")] = None,
+    receipt: Annotated[Path | None, typer.Option(help="Also write the receipt, as JSON.")] = None,
+    from_receipt: Annotated[Path | None, typer.Option(help="Draw again what this PNG or receipt says.")] = None,
+    url: Annotated[str | None, typer.Option(help="gRPC address of a server. [SCUMBLE_URL]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print files and receipt as JSON.")] = False,
+) -> None:
+    """Make pictures; without --url or SCUMBLE_URL a server is started for them and stopped again."""
+    given = {
+        "prompt": prompt,
+        "base": base,
+        "adapters": [parse_adapter(text) for text in adapter] if adapter else None,
+        "negative_prompt": negative,
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "scheduler": scheduler,
+        "num_images": num_images,
+        **(_parse_size(size) if size else {}),
+    }
+    request = _request({name: value for name, value in given.items() if value is not None}, from_receipt)
+    check_png_path(out)
+    if receipt and not receipt.parent.is_dir():
+        raise NotFound(f"folder {receipt.parent} does not exist; make it first", path=str(receipt.parent))
+
+    images = _draw(request, url or os.environ.get("SCUMBLE_URL"), quiet=as_json)
+    files = [str(path) for path in images.save(out)]
+    if receipt:
+        write_whole(receipt, json.dumps(images.receipt, indent=2).encode())
+    print(json.dumps({"files": files, "receipt": images.receipt}) if as_json else "\n".join(files))
+
+
+def _request(given: dict[str, Any], from_receipt: Path | None) -> Request:
+    if from_receipt is None:
+        if "prompt" not in given:
+            raise InvalidRequest('give a prompt (it may be "") or --from-receipt FILE', field="prompt")
+        return Request.parse(given)
+    if given:
+        raise InvalidRequest(
+            f"--from-receipt draws the same again and takes no {', '.join(sorted(given))}", field="from_receipt"
+        )
+    return request_from_receipt(read_receipt(from_receipt))
+
+
+def _parse_size(size: str) -> dict[str, int]:
+    width, times, height = size.lower().partition("x")
+    if not (times and width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        raise InvalidRequest(f"size {size!r}: write WIDTHxHEIGHT in pixels, e.g. 128x128", field="size")
+    return {"width": int(width), "height": int(height)}
+
+
+def _draw(request: Request, url: str | None, *, quiet: bool) -> Images:
+    with ProgressBar(quiet=quiet) as bar, _server(url, request.base, bar) as address, Client(address) as client:
+        for event in client.images.stream(request):
+            bar.show(event)
+            if isinstance(event, Done):
+                images = Images(event.images, event.receipt)
+    return images
+
+
+@contextmanager
+def _server(url: str | None, base: str | None, bar: ProgressBar) -> Iterator[str]:
+    """`url`, or a server of our own for the length of the `with`."""
+    if url is not None:
+        yield url
+        return
+    entries = list(entry_points(group=LOCAL_SERVER_GROUP))
+    if not entries:
+        raise Unavailable("no server is named and none is installed: give --url, or pip install 'scumble[server]'")
+    try:
+        local_server = entries[0].load()
+    except ModuleNotFoundError as error:
+        raise Unavailable(
+            f"no server is named, and to start one {error.name} is missing: give --url, "
+            "or pip install 'scumble[server]'"
+        ) from error
+    with ExitStack() as stack:
+        bar.say("starting a server")
+        address = stack.enter_context(local_server(base))
+        bar.say("sent")
+        yield address

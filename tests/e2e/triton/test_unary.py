@@ -1,0 +1,67 @@
+"""Model `scumble`: one request, one response, over HTTP and gRPC, from NVIDIA's own clients."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scumble import Client
+from scumble.request import Adapter, Request
+from scumble_server.triton.running import RunningServer
+
+APPLE = Request(prompt="a red apple", seed=7, steps=4, num_images=2)
+
+
+def test_http_and_grpc_answer_with_the_same_pictures(infer_http: Callable[..., Any], infer_grpc: Callable[..., Any]) -> None:
+    over_http, over_grpc = infer_http(APPLE), infer_grpc(APPLE)
+    assert over_http.as_numpy("images").shape == (2, 64, 64, 3)
+    assert over_http.as_numpy("images").dtype == np.uint8
+    np.testing.assert_array_equal(over_http.as_numpy("images"), over_grpc.as_numpy("images"))
+    assert over_http.as_numpy("error") is None
+
+
+def test_the_stream_makes_the_same_pictures(infer_grpc: Callable[..., Any], client: Client) -> None:
+    np.testing.assert_array_equal(infer_grpc(APPLE).as_numpy("images"), client.images.generate(APPLE).pixels)
+
+
+def test_the_receipt_comes_along(infer_http: Callable[..., Any]) -> None:
+    request = APPLE.model_copy(update={"adapters": (Adapter(ref="l/a", weight=0.5),)})
+    receipt = json.loads(infer_http(request).as_numpy("receipt")[0])
+    assert receipt["request"]["seed"] == 7
+    assert receipt["adapters"][0]["ref"].startswith("l/a")
+
+
+@pytest.mark.parametrize("protocol", ["infer_http", "infer_grpc"])
+def test_eight_at_once_share_steps(protocol: str, request: pytest.FixtureRequest, client: Client) -> None:
+    infer = request.getfixturevalue(protocol)
+    adapters = [(), (Adapter(ref="l/a"),), (Adapter(ref="l/b", weight=0.3),), (Adapter(ref="l/a"), Adapter(ref="l/b"))]
+    requests = [
+        Request(prompt=f"number {index}", seed=index, steps=30 + index, adapters=adapters[index % 4]) for index in range(8)
+    ]
+    before = client.stats()
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(infer, requests))
+    after = client.stats()
+    assert all(result.as_numpy("images").shape == (1, 64, 64, 3) for result in results)
+    assert after["images"] - before["images"] == 8
+    assert after["mixed_steps"] > before["mixed_steps"]
+    assert after["steps"] - before["steps"] < sum(each.steps or 0 for each in requests)
+
+
+def test_an_empty_prompt_is_a_prompt(infer_http: Callable[..., Any]) -> None:
+    assert infer_http(Request(prompt="", steps=1)).as_numpy("images").shape == (1, 64, 64, 3)
+
+
+def test_curl_is_client_enough(server: RunningServer) -> None:
+    body = json.dumps({"prompt": "a red apple", "steps": 1, "width": 8, "height": 8, "seed": 1}).encode()
+    call = urllib.request.Request(f"{server.http_url}/v2/models/scumble/generate", body)
+    with urllib.request.urlopen(call, timeout=60) as response:
+        answer = json.load(response)
+    assert len(answer["images"]) == 8 * 8 * 3
+    assert json.loads(answer["receipt"])["request"]["seed"] == 1
