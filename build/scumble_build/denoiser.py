@@ -109,7 +109,7 @@ class Denoiser(nn.Module):
         self.kv = KVInput()
         places = {place.name: place for place in slices}
         for name, attention in _cross_attentions(unet):
-            attention.set_processor(TextAttention(places[name], self.kv))  # type: ignore[arg-type]  # any callable will do
+            attention.set_processor(TextAttention(places[name], self.kv))
         self.layout, self.source = adapt(unet, _step_targets(unet), PREFIX)
 
     def forward(self, sample: Tensor, timestep: Tensor, kv: Tensor, factors: Factors | None = None) -> Tensor:

@@ -62,6 +62,7 @@ class FileStore:
     """
 
     def __init__(self, root: Path) -> None:
+        self._root = root
         self._blobs = root / "blobs" / "sha256"
         self._tmp = root / "tmp"
 
@@ -102,11 +103,10 @@ class FileStore:
                 os.fsync(copy.fileno())
 
     def _keep(self, temporary: Path, final: Path) -> None:
-        if not final.parent.is_dir():
-            final.parent.mkdir(parents=True, exist_ok=True)
-            sync_folder(self._blobs)
+        final.parent.mkdir(parents=True, exist_ok=True)
         temporary.replace(final)
-        sync_folder(final.parent)
+        for folder in (final.parent, self._blobs, self._blobs.parent, self._root):
+            sync_folder(folder)  # also those that another writer has just made and not yet synced
 
 
 def copy_and_hash(source: BinaryIO, target: BinaryIO | None = None) -> Blob:

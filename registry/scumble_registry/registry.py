@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused
 from scumble_registry import catalogue, publishing
-from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors
+from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors, sync_folder
 from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Status, Version
 from scumble_registry.database import Database
@@ -53,6 +53,7 @@ class Registry:
                 )
             with explain_os_errors(layout.root):
                 layout.root.mkdir(parents=True, exist_ok=True)
+                sync_folder(layout.home)
         blobs = FileStore(layout.root)
         return cls(Database(layout), blobs, Cache(layout.cache, blobs))
 

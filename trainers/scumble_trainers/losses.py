@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -64,23 +64,25 @@ def validation_loss(
     *,
     seed: int,
     levels: int = 4,
-    batch: int = 16,
+    batch: int = 32,
 ) -> float:
     """Mean loss of `latents (N, C, h, w)` with `text (N, T, D)` at `levels` evenly spaced timesteps.
 
     The noise depends on `seed` alone, so two models, or one at two steps, are compared on equal terms.
     """
-    length = schedule.config.num_train_timesteps
-    source = generator(seed, "validation")
-    losses: list[Tensor] = []
-    for level in range(levels):
-        noise = torch.randn(latents.shape, generator=source).to(latents)
-        timestep = int((level + 0.5) / levels * length)
-        for share in _shares(len(latents), batch):
-            timesteps = torch.full((len(latents[share]),), timestep, device=latents.device)
-            losses.append(denoising_loss(schedule, predict, latents[share], noise[share], timesteps, text[share]))
+    count, length = len(latents), schedule.config.num_train_timesteps
+    noise = torch.randn((levels * count, *latents.shape[1:]), generator=generator(seed, "validation"))
+    timesteps = ((torch.arange(levels) + 0.5) / levels * length).long().repeat_interleave(count)
+    pictures = torch.arange(count).repeat(levels)
+    losses = [
+        denoising_loss(
+            schedule,
+            predict,
+            latents[pictures[share]],
+            noise[share].to(latents),
+            timesteps[share].to(latents.device),
+            text[pictures[share]],
+        )
+        for share in (slice(start, start + batch) for start in range(0, levels * count, batch))
+    ]
     return float(torch.cat(losses).mean())
-
-
-def _shares(count: int, size: int) -> Sequence[slice]:
-    return [slice(start, start + size) for start in range(0, count, size)]

@@ -71,7 +71,14 @@ def request_from_receipt(receipt: dict[str, Any]) -> Request:
 
 def receipt_digest(receipt: dict[str, Any]) -> str:
     """`sha256:…` over what determines the picture; the same request on the same weights has the same."""
-    determined = {key: receipt[key] for key in ("schema", "request", "base", "adapters", "seeds", "engine")}
+    asked = {key: value for key, value in receipt["request"].items() if key not in ("base", "adapters")}
+    determined = {
+        "request": asked,
+        "base": receipt["base"]["digest"],
+        "adapters": [[bound["digest"], bound["weight"], bound["text_weight"]] for bound in receipt["adapters"]],
+        "seeds": receipt["seeds"],
+        "engine": receipt["engine"],
+    }
     canonical = json.dumps(determined, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

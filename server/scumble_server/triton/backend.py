@@ -15,6 +15,9 @@ from scumble.errors import Unavailable
 Tensors: TypeAlias = Mapping[str, NDArray[Any]]
 Parameters: TypeAlias = dict[str, str | int | bool]
 
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+"""What a stub logs goes through its stderr into the server's log."""
+
 
 class Sender(Protocol):
     def send(self, response: Any = None, flags: int = 0) -> None: ...
@@ -80,11 +83,3 @@ def call(model: str, inputs: Tensors, outputs: list[str], parameters: Parameters
                 yield {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
     except pb_utils.TritonModelException as error:
         raise Unavailable(f"model {model} did not answer: {error}") from error
-
-
-def log_error(message: str) -> None:
-    pb_utils.Logger.log_error(message)
-
-
-def log_info(message: str) -> None:
-    pb_utils.Logger.log_info(message)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from scumble_server.triton.backend import Responder, Tensors, log_error
+from scumble_server.triton.backend import Responder, Tensors
+
+log = logging.getLogger(__name__)
 
 
 class Outbox:
@@ -36,5 +39,5 @@ class Outbox:
         while send := self._waiting.get():
             try:
                 send()
-            except Exception as error:  # noqa: BLE001 - a caller that is gone must not end the others' answers
-                log_error(f"an answer could not be sent: {error!r}")
+            except Exception:  # a caller that is gone must not end the others' answers
+                log.exception("an answer could not be sent")

@@ -15,11 +15,11 @@ from scumble.wire import is_stats_query, stats_to_tensors, tensors_to_request
 from scumble_server.config import ServerConfig
 from scumble_server.service import Service
 from scumble_server.triton.backend import (
+    LOG_FORMAT,
     Parameters,
     Responder,
     Tensors,
     TritonRequest,
-    log_error,
     read_inputs,
     read_parameters,
 )
@@ -29,12 +29,14 @@ from scumble_server.triton.outbox import Outbox
 from scumble_server.triton.run_folder import RunFolder
 from scumble_server.triton.watchdog import Watchdog
 
+log = logging.getLogger(__name__)
+
 
 class TritonPythonModel:
     """Triton calls `initialize`, `execute` and `finalize`, from one thread."""
 
     def initialize(self, _args: dict[str, str]) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         self._folder = RunFolder.from_env()
         self._watchdog = Watchdog(self._folder)
         self._service = _open_service(self._folder)
@@ -78,8 +80,8 @@ class TritonPythonModel:
                 self._service.submit(tensors_to_request(tensors), caller.on_event, caller.is_cancelled)
         except ScumbleError as error:
             caller.on_event(Failed(error))
-        except Exception as error:  # noqa: BLE001 - its sender hears of it, and the others go on
-            log_error(f"a request broke the front door: {error!r}")
+        except Exception as error:
+            log.exception("a request broke the front door")
             caller.on_event(Failed(ScumbleError(f"internal error: {error!r}")))
 
     def _caller(self, responder: Responder, parameters: Parameters) -> Caller:

@@ -5,6 +5,7 @@ Every request waits in a thread of its own, so as many can share a step as the l
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,11 @@ from scumble.events import Failed
 from scumble.wire import STREAM_MODEL, UNARY_OUTPUTS, event_to_tensors
 from scumble_server.config import ServerConfig
 from scumble_server.triton.backend import (
+    LOG_FORMAT,
     Responder,
     Tensors,
     TritonRequest,
     call,
-    log_error,
     read_inputs,
 )
 from scumble_server.triton.callers import CALL, CANCEL
@@ -33,11 +34,14 @@ CANCELLATION_INTERVAL = 0.1
 OUTPUTS = [spec.name for spec in UNARY_OUTPUTS]
 NO_IMAGES: NDArray[np.uint8] = np.zeros((0, 0, 0, 3), np.uint8)
 
+log = logging.getLogger(__name__)
+
 
 class TritonPythonModel:
     """Triton calls `initialize`, `execute` and `finalize`, from one thread."""
 
     def initialize(self, _args: dict[str, str]) -> None:
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         config = ServerConfig.from_env()
         self._watchdog = Watchdog(RunFolder.from_env())
         # Enough for all that run and wait in the loop, so that it is the loop that says "full".
@@ -70,7 +74,8 @@ class TritonPythonModel:
             outputs = _last_event(inputs, token)
         except ScumbleError as error:
             outputs = event_to_tensors(Failed(error))
-        except Exception as error:  # noqa: BLE001 - its sender hears of it, and the others go on
+        except Exception as error:
+            log.exception("a call broke the front door")
             outputs = event_to_tensors(Failed(ScumbleError(f"internal error: {error!r}")))
         finally:
             del self._running[token]
@@ -78,8 +83,8 @@ class TritonPythonModel:
             responder.send(
                 {"images": NO_IMAGES} | {name: outputs[name] for name in OUTPUTS if name in outputs}, final=True
             )
-        except Exception as error:  # noqa: BLE001 - the caller is gone
-            log_error(f"an answer could not be sent: {error!r}")
+        except Exception:
+            log.exception("an answer could not be sent")
 
     def _cancel_abandoned(self) -> None:
         """Ask for each waiting caller whether it is still there; cancel the calls of those who left."""

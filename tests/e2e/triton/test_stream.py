@@ -16,7 +16,7 @@ from scumble.wire import stats_query
 
 from .conftest import Stream, inputs_of
 
-LONG = Request(prompt="a long walk", seed=1, steps=1000)
+LONG = Request(prompt="a long walk", seed=1, steps=990)
 
 
 def event(result: Any) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from scumble_server.triton.running import RunningServer
 APPLE = Request(prompt="a red apple", seed=7, steps=4, num_images=2)
 
 
-def test_http_and_grpc_answer_with_the_same_pictures(infer_http: Callable[..., Any], infer_grpc: Callable[..., Any]) -> None:
+def test_http_and_grpc_answer_with_the_same_pictures(
+    infer_http: Callable[..., Any], infer_grpc: Callable[..., Any]
+) -> None:
     over_http, over_grpc = infer_http(APPLE), infer_grpc(APPLE)
     assert over_http.as_numpy("images").shape == (2, 64, 64, 3)
     assert over_http.as_numpy("images").dtype == np.uint8
@@ -42,7 +44,8 @@ def test_eight_at_once_share_steps(protocol: str, request: pytest.FixtureRequest
     infer = request.getfixturevalue(protocol)
     adapters = [(), (Adapter(ref="l/a"),), (Adapter(ref="l/b", weight=0.3),), (Adapter(ref="l/a"), Adapter(ref="l/b"))]
     requests = [
-        Request(prompt=f"number {index}", seed=index, steps=30 + index, adapters=adapters[index % 4]) for index in range(8)
+        Request(prompt=f"number {index}", seed=index, steps=30 + index, adapters=adapters[index % 4])
+        for index in range(8)
     ]
     before = client.stats()
     with ThreadPoolExecutor(8) as threads:

@@ -6,9 +6,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
+from sqlalchemy import text
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
 from scumble_registry import Registry, Status
@@ -297,6 +299,45 @@ def test_a_folder_that_cannot_be_written_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(Unavailable, match="cannot write"):
         Registry.open(tmp_path / "file" / "home", create=True)
+
+
+def test_an_altered_manifest_in_the_database_is_an_integrity_error(home: Path, lora: Path) -> None:
+    with Registry.open(home, create=True) as registry:
+        registry.publish(lora, "styles/ink", license="MIT")
+        with registry._database.writing() as connection:
+            connection.execute(text("UPDATE versions SET manifest = replace(manifest, 'MIT', 'GPL')"))
+        with pytest.raises(IntegrityError, match="altered"):
+            registry.resolve("styles/ink")
+
+
+def test_a_file_that_changes_while_it_is_published_is_refused(
+    registry: Registry, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = FileStore.put
+
+    def put_and_touch(store: FileStore, source: BinaryIO) -> Blob:
+        os.utime(lora, (1, 1))
+        return put(store, source)
+
+    monkeypatch.setattr(FileStore, "put", put_and_touch)
+    with pytest.raises(Refused, match="changed while"):
+        registry.publish(lora, "styles/ink")
+    assert registry.names() == ()
+
+
+def test_a_full_disk_is_unavailable_and_leaves_nothing(
+    registry: Registry, lora: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(Unavailable, match="No space left"):
+            registry.publish(lora, "styles/ink")
+    assert registry.names() == ()
+    assert list((home / "registry" / "tmp").iterdir()) == []
+    assert registry.publish(lora, "styles/ink").version == 1
 
 
 def test_a_damaged_database_is_an_integrity_error(home: Path) -> None:

@@ -6,7 +6,6 @@ loss two heads on the vision tower learn to name emoji and style; they are the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from transformers import CLIPTokenizer
 from scumble_trainers.base.augment import augment
 from scumble_trainers.base.device import mixed_precision, step_generator
 from scumble_trainers.base.towers import Clip, contrastive_loss
+from scumble_trainers.base.unseen import Pair, unseen_pairs
 from scumble_trainers.base.vae import to_bytes, to_model
 from scumble_trainers.emoji.captions import captions, plain_caption
 from scumble_trainers.emoji.concepts import STYLES, concepts
@@ -26,21 +26,6 @@ from scumble_trainers.emoji.gallery import Gallery
 from scumble_trainers.emoji.render import contact_sheet
 
 TEXT_LENGTH = 24  # no caption is longer; positions beyond it do not change the pooled embedding
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One picture by its place in the gallery."""
-
-    row: int
-    style: int
-
-
-def unseen_pairs(seed: int, count: int) -> tuple[Pair, ...]:
-    """Pictures that the scorer never sees: one style each of `count` concepts, drawn by `seed`."""
-    order = np.random.default_rng(seed)
-    rows = order.choice(len(concepts()), size=min(count, len(concepts())), replace=False)
-    return tuple(Pair(int(row), int(order.integers(len(STYLES)))) for row in sorted(rows))
 
 
 def all_captions(gallery: Gallery) -> list[list[tuple[str, ...]]]:

@@ -72,6 +72,11 @@ def test_any_bytes_are_read_or_refused(data: bytes, tmp_path: Path) -> None:
         read_header(path)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_whose_length_reads_like_a_pickle_is_still_a_header(length: int, tmp_path: Path) -> None:
+    assert read_header(file_of(tmp_path / "file", b"{}".ljust(length))).tensors == {}
+
+
 def duplicate(path: Path) -> Path:
     one = json.dumps(entry())
     return file_of(path, f'{{"a":{one},"a":{one}}}'.encode(), b"0000")

@@ -1,0 +1,71 @@
+"""A labelled grid of pictures, drawn so that it can be read in a README."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+PAPER = (255, 255, 255)
+INK = (38, 38, 38)
+FAINT = (120, 120, 120)
+FRAME = (222, 222, 222)
+MARGIN = 24
+GAP = 12
+LABEL_WIDTH = 190
+HEADER_HEIGHT = 44
+MIN_CELL = 256
+
+
+def draw_grid(
+    pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[tuple[str, str]]
+) -> Image.Image:
+    """`pictures[row][column]`, all of one size; a row's label is a text and a fainter note.
+
+    Pictures under 256 pixels are enlarged by a whole factor.
+    """
+    width, height = (_enlarge(pictures[0][0])).size
+    page = Image.new(
+        "RGB",
+        (
+            2 * MARGIN + LABEL_WIDTH + len(columns) * (width + GAP),
+            2 * MARGIN + HEADER_HEIGHT + len(rows) * (height + GAP) - GAP,
+        ),
+        PAPER,
+    )
+    draw = ImageDraw.Draw(page)
+    left, top = MARGIN + LABEL_WIDTH + GAP, MARGIN + HEADER_HEIGHT
+    for place, label in enumerate(columns):
+        _column_label(draw, label, left + place * (width + GAP) + width // 2, width)
+    for line, (label, note) in enumerate(rows):
+        y = top + line * (height + GAP)
+        _row_label(draw, label, note, y + height // 2)
+        for place, picture in enumerate(pictures[line]):
+            x = left + place * (width + GAP)
+            page.paste(_enlarge(picture), (x, y))
+            draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
+    return page
+
+
+def _enlarge(picture: Image.Image) -> Image.Image:
+    factor = max(1, MIN_CELL // picture.width)
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _column_label(draw: ImageDraw.ImageDraw, label: str, x: int, width: int) -> None:
+    size = 19
+    while size > 10 and draw.textlength(label, ImageFont.load_default(size)) > width:
+        size -= 1
+    draw.text((x, MARGIN + HEADER_HEIGHT - 14), label, INK, ImageFont.load_default(size), anchor="ms")
+
+
+def _row_label(draw: ImageDraw.ImageDraw, label: str, note: str, y: int) -> None:
+    text, small = ImageFont.load_default(19), ImageFont.load_default(14)
+    lines = [(line, text, INK, 25) for line in textwrap.wrap(label, 19)]
+    lines += [(line, small, FAINT, 19) for line in note.splitlines()]
+    y -= sum(height for *_, height in lines) // 2
+    for line, font, colour, height in lines:
+        draw.text((MARGIN, y), line, colour, font)
+        y += height

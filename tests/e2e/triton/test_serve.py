@@ -1,0 +1,128 @@
+"""`scumble serve` as a process: what it prints, how it ends, and what it says when it cannot start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import psutil
+import pytest
+
+from scumble import Client
+from scumble.errors import ScumbleError
+
+from .test_supervision import server_processes, wait_until
+
+COMMAND = [str(Path(sys.executable).parent / "scumble"), "serve", "--json", "--threads", "1"]
+FREE_PORTS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+
+
+def serve(home: Path, *options: str, base: str = "tiny/base", **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, "--home", str(home), "--base", base, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen[str]
+    places: dict[str, Any]
+
+    @property
+    def log(self) -> Path:
+        return Path(self.places["log"])
+
+    def leaves_nothing(self) -> bool:
+        return not server_processes(self.log) and not list(Path("/dev/shm").glob(f"{self.log.stem}*"))
+
+
+@pytest.fixture
+def served(home: Path) -> Iterator[Served]:
+    process = serve(home, *FREE_PORTS, "--exit-with-parent")
+    assert process.stdout
+    yield Served(process, json.loads(process.stdout.readline()))
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_it_stops_cleanly_in_the_middle_of_work(served: Served, ending: signal.Signals) -> None:
+    assert served.places["ready"] is True
+    outcomes: list[Any] = []
+
+    def work(steps: int) -> None:
+        try:
+            with Client(served.places["grpc"], timeout=60) as client:
+                outcomes.append(client.images.generate("x", steps=steps))
+        except ScumbleError as error:
+            outcomes.append(error)
+
+    workers = [Thread(target=work, args=(990,)) for _ in range(10)]
+    for worker in workers:
+        worker.start()
+    with Client(served.places["grpc"]) as client:
+        wait_until(lambda: client.stats()["open_requests"] == 10)
+    served.process.send_signal(ending)
+    assert served.process.wait(30) == 0
+    for worker in workers:
+        worker.join(10)
+    assert [outcome.code for outcome in outcomes] == ["unavailable"] * 10
+    assert served.leaves_nothing()
+
+
+def test_killed_it_takes_its_server_along(served: Served) -> None:
+    assert len(server_processes(served.log)) == 3
+    served.process.kill()
+    wait_until(served.leaves_nothing, seconds=20)
+
+
+def fails(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
+    output, errors = process.communicate(timeout=60)
+    assert not output, output
+    return process.returncode, json.loads(errors.strip().splitlines()[-1])
+
+
+def test_a_taken_port_is_named(home: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = serve(home, "--http-port", "0", "--metrics-port", "0", "--grpc-port", str(port))
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 6
+    assert str(port) in errors
+    assert "--grpc-port" in errors
+    assert not psutil.pid_exists(process.pid)
+
+
+def test_a_missing_triton_says_what_to_do(home: Path, tmp_path: Path) -> None:
+    process = serve(home, *FREE_PORTS, SCUMBLE_TRITON=str(tmp_path / "nothing"))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 6
+    assert "SCUMBLE_TRITON" in errors
+
+
+@pytest.mark.parametrize(("where", "base", "status"), [("home", "no/base", 3), ("elsewhere", "tiny/base", 3), ("home", "l/a", 4)])
+def test_a_base_that_cannot_be_served_ends_it(
+    home: Path, tmp_path: Path, where: str, base: str, status: int
+) -> None:
+    started = time.monotonic()
+    process = serve(home if where == "home" else tmp_path, *FREE_PORTS, base=base)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert time.monotonic() - started < 60
+    assert "Traceback" not in errors

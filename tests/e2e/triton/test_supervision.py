@@ -1,0 +1,76 @@
+"""Processes die, and the server is still there; the server ends, and nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from scumble import Client
+from scumble_server.config import ServerConfig
+from scumble_server.triton.running import RunningServer, running_server
+
+MODELS = ("scumble_stream", "scumble")
+
+
+@pytest.fixture(scope="module")
+def mortal(config: ServerConfig) -> Iterator[RunningServer]:
+    """A server of its own, whose processes are killed here."""
+    with running_server(config, start_timeout=120) as running:
+        yield running
+
+
+def server_processes(log: Path) -> list[psutil.Process]:
+    """The processes of the server with this log, which has its shared-memory prefix as name."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and log.stem in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def process_of(log: Path, name: str) -> psutil.Process:
+    """tritonserver, or the stub of the model `name`; a stub's command line names its model's file."""
+    (process,) = (each for each in server_processes(log) if matches(each, name))
+    return process
+
+
+def matches(process: psutil.Process, name: str) -> bool:
+    command = process.cmdline()
+    if name == "tritonserver":
+        return command[0].endswith("/tritonserver")
+    return command[0].endswith("_stub") and f"/{name}/1/model.py" in command[1]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("victim", [*MODELS, "tritonserver"])
+def test_whatever_dies_the_server_comes_back(mortal: RunningServer, victim: str) -> None:
+    restarts = mortal.supervisor.restarts
+    process_of(mortal.log, victim).kill()
+    wait_until(lambda: mortal.supervisor.restarts > restarts)
+    with Client(mortal.grpc_url, timeout=30) as client:
+        assert client.images.generate("a red apple", steps=1).pixels.shape == (1, 64, 64, 3)
+    assert len(server_processes(mortal.log)) == 3
+
+
+def test_orphaned_stubs_end(config: ServerConfig) -> None:
+    """What is left when everything above the stubs is killed at once."""
+    with running_server(config, start_timeout=120) as running:
+        os.kill(process_of(running.log, "tritonserver").pid, signal.SIGSTOP)  # it can do nothing for them
+        running.supervisor.stop()
+        assert not server_processes(running.log)
+    assert not list(Path("/dev/shm").glob(f"{running.log.stem}*"))

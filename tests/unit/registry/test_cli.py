@@ -1,0 +1,123 @@
+"""`scumble registry …` as a user types it: output, JSON and exit status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scumble.cli import run
+from scumble_registry import Registry
+from scumble_registry.blobs import FileStore
+
+Scumble = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def scumble(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Scumble:
+    """`status, stdout, stderr = scumble("ls", "--json")`, with SCUMBLE_HOME set and a wide terminal."""
+    monkeypatch.setenv("SCUMBLE_HOME", str(home))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = run(["registry", *map(str, arguments)])
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command
+
+
+def as_json(output: tuple[int, str, str]) -> Any:
+    status, out, _ = output
+    assert status == 0
+    return json.loads(out)
+
+
+def test_the_whole_story_in_commands(scumble: Scumble, base: Path, lora: Path, tmp_path: Path) -> None:
+    assert scumble("publish", base, "--name", "demo/base")[0] == 0
+    publish = ("publish", lora, "--name", "styles/ink", "--base", "demo/base", "--alias", "prod")
+    version = as_json(scumble(*publish, "--license", "MIT", "--trigger", "ink", "--trigger", "wash", "--json"))
+    assert (version["ref"], version["status"], version["kind"]) == ("styles/ink@1", "approved", "lora")
+    assert as_json(scumble("resolve", "styles/ink@prod", "--json"))["digest"] == version["digest"]
+    shown = as_json(scumble("show", "styles/ink", "--json"))
+    assert shown["aliases"] == ["prod"]
+    assert (shown["manifest"]["license"], shown["manifest"]["trigger_words"]) == ("MIT", ["ink", "wash"])
+    assert [entry["ref"] for entry in as_json(scumble("ls", "--json"))] == ["demo/base@1", "styles/ink@1"]
+    assert as_json(scumble("pull", "styles/ink", "-o", tmp_path / "out", "--json"))["version"] == 1
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    assert as_json(scumble("alias", "styles/ink", "beta", "1", "--json"))["ref"] == "styles/ink@1"
+    assert as_json(scumble("deprecate", "styles/ink@1", "--json"))["status"] == "deprecated"
+    assert as_json(scumble("verify", "--json"))["versions"] == 2
+    assert as_json(scumble("quarantine", "styles/ink@1", "--json"))["status"] == "quarantined"
+    assert scumble("resolve", "styles/ink@1")[0] == 4
+    assert as_json(scumble("approve", "styles/ink@1", "--json"))["status"] == "approved"
+
+
+def test_people_read_tables_and_notes(scumble: Scumble, lora: Path) -> None:
+    scumble("publish", lora, "--name", "styles/ink", "--alias", "prod", "--description", "[red]ink[/red]")
+    assert "styles/ink@1" in scumble("ls")[1]
+    assert "prod" in scumble("ls", "styles/ink")[1]
+    assert "[red]ink[/red]" in scumble("show", "styles/ink")[1]
+    assert "all as published" in scumble("verify")[1]
+    scumble("deprecate", "styles/ink@1")
+    status, out, err = scumble("resolve", "styles/ink@1")
+    assert (status, err) == (0, "note: styles/ink@1 is deprecated\n")
+    assert out.startswith("styles/ink@1 sha256:")
+
+
+def test_an_empty_registry_says_so(scumble: Scumble, home: Path) -> None:
+    Registry.open(home, create=True).close()
+    assert "Nothing is published yet" in scumble("ls")[1]
+    assert as_json(scumble("ls", "--json")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "code"),
+    [
+        (["resolve", "ink"], 2, "invalid_request"),
+        (["alias", "styles/ink", "7", "1"], 2, "invalid_request"),
+        (["alias", "styles/ink", "prod", "one"], 2, "invalid_request"),
+        (["quarantine", "styles/ink"], 2, "invalid_request"),
+        (["ls", "ink"], 2, "invalid_request"),
+        (["ls", "styles/oil"], 3, "not_found"),
+        (["show", "styles/ink@2"], 3, "not_found"),
+        (["publish", "/nowhere", "--name", "styles/ink"], 3, "not_found"),
+        (["publish", "/dev/null", "--name", "styles/ink"], 4, "refused"),
+    ],
+)
+def test_each_error_has_its_exit_status_and_code(
+    scumble: Scumble, lora: Path, arguments: list[str], expected: int, code: str
+) -> None:
+    scumble("publish", lora, "--name", "styles/ink")
+    status, out, err = scumble(*arguments, "--json")
+    assert (status, json.loads(out)["error"]["code"], err) == (expected, code, "")
+    status, out, err = scumble(*arguments)
+    assert (status, out) == (expected, "")
+    assert err.startswith("scumble: ")
+
+
+def test_a_registry_that_is_missing_exits_with_3(scumble: Scumble, home: Path) -> None:
+    assert scumble("ls")[0] == 3
+    assert not home.exists()
+
+
+def test_damage_exits_with_5_and_names_what_is_damaged(scumble: Scumble, home: Path, lora: Path) -> None:
+    scumble("publish", lora, "--name", "styles/ink")
+    with Registry.open(home) as registry:
+        record = registry.resolve("styles/ink").manifest.record
+    assert record is not None
+    path = FileStore(home / "registry").path(record)
+    path.unlink()
+    path.write_bytes(b"damage")
+    status, _, err = scumble("verify")
+    assert (status, "(record) of styles/ink@1" in err) == (5, True)
+
+
+def test_a_missing_option_exits_with_2(scumble: Scumble, lora: Path) -> None:
+    assert scumble("publish", lora)[0] == 2
