@@ -113,7 +113,10 @@ def factors(unet: UNet2DConditionModel, size: int, rounds: int) -> dict[str, obj
         flops[name] = counted[0]
     with torch.inference_mode():
         seconds = alternate(
-            {name: (lambda carried=carried: denoiser(sample, timestep, kv, carried)) for name, carried in cases.items()},
+            {
+                name: (lambda carried=carried: denoiser(sample, timestep, kv, carried))
+                for name, carried in cases.items()
+            },
             rounds,
         )
     return {
@@ -207,8 +210,8 @@ def _lora(base: Path, folder: Path, seed: int) -> Path:
 def _factors(layout: Layout, images: int, rank: int) -> Factors:
     """Every target of `images` images, each with a slot of its own."""
     return Factors(
-        torch.randn(images, layout.total_in, rank),
-        torch.randn(images, layout.total_out, rank),
+        torch.randn(images, layout.small.total_in, rank),
+        torch.randn(images, layout.small.total_out, rank),
         torch.arange(images).repeat_interleave(2),
         torch.full((2 * images, rank), 1e-3),
         rows_per_slot=2,

@@ -87,19 +87,37 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
 
 
+FULL_TARGETS = [
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+    "linear_1",
+    "linear_2",
+    "conv_in",
+    "conv_out",
+    "conv",
+]
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 def make_lora(
-    base: Path, folder: Path, *, seed: int, rank: int = 4, text: bool = True, alphas: dict[str, float] | None = None
+    base: Path,
+    folder: Path,
+    *,
+    seed: int,
+    rank: int = 4,
+    text: bool = True,
+    full: bool = False,
+    alphas: dict[str, float] | None = None,
 ) -> Path:
-    """A random LoRA of PEFT's making in the diffusers layout, over every target of the small layout."""
+    """A random LoRA of PEFT's making in the diffusers layout, over every target of the small layout, or the full one."""
     pipeline = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
     torch.manual_seed(seed)
     layers, metadata = {}, {}
     for component, model, targets in (
-        ("unet", pipeline.unet, UNET_TARGETS),
+        ("unet", pipeline.unet, UNET_TARGETS + (FULL_TARGETS if full else [])),
         ("text_encoder", pipeline.text_encoder, TEXT_TARGETS if text else []),
     ):
         if not targets:

@@ -2,7 +2,8 @@
 
 For row i with slot s = slot[i]:   y[i] = W x[i] + bias + B[s] (scale[i] ⊙ (A[s]ᵀ x[i]))
 
-(Hu et al., LoRA, 2106.09685, with α/r folded into B and the request's weights in `scale`.)
+(Hu et al., LoRA, 2106.09685, with α/r folded into B and the request's weights in `scale`.) For a k×k convolution
+A[s]ᵀ x is a convolution to R channels with the base's stride and padding, and B a 1×1 convolution (LoCon).
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from scumble_build.layout import Layout, Target
+from scumble_build.layout import Layout, Shape, Target
+
+Layer = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
     """What the first `m` rows of a batch carry; rows from `m` on carry nothing and cost nothing.
 
-    A (slots, Σin, R), B (slots, Σout, R), slot (m,) int64, scale (m, R).
+    A (slots, Σin, R), B (slots, Σout, R) over the small or the full layout, slot (m,) int64, scale (m, R).
     `rows_per_slot` is g where slot is 0…0 1…1 2…2 with g rows each, else 0: then slots are gathered row by row.
     """
 
@@ -37,28 +41,31 @@ class FactorInput:
     factors: Factors | None = None
 
 
-class AdaptedLinear(nn.Module):
-    """A linear layer or a 1×1 convolution with factors as an input."""
+class Adapted(nn.Module):
+    """A linear layer or a convolution with factors as an input."""
 
-    def __init__(self, base: nn.Linear | nn.Conv2d, target: Target, source: FactorInput) -> None:
+    def __init__(self, base: Layer, target: Target, source: FactorInput) -> None:
         super().__init__()
         self.base = base
         self.target = target
         self.source = source
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `(rows, N, in)` for a linear layer, `(rows, in, H, W)` for a convolution."""
+        """x `(rows, in)` or `(rows, N, in)` for a linear layer, `(rows, in, H, W)` for a convolution."""
         y: Tensor = self.base(x)
         factors = self.source.factors
-        if factors is not None:
-            if x.ndim == 3:
-                _add(x, y, self.target, factors)
-            else:
-                _add_channels_first(x, y, self.target, factors)
+        if factors is None or self.target.in_end > factors.A.shape[1]:
+            return y
+        if isinstance(self.base, nn.Conv2d):
+            _add_convolution(x, y, self.base, self.target, factors)
+        elif x.ndim == 2:
+            _add_linear(x[:, None], y[:, None], self.target, factors)
+        else:
+            _add_linear(x, y, self.target, factors)
         return y
 
 
-def _add(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
+def _add_linear(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
     """Add the factors' part to the rows of y `(rows, N, out)` that carry any."""
     rows = factors.slot.shape[0]
     A, B = _slice(target, factors)
@@ -69,46 +76,76 @@ def _add(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
     y[:rows].view(batch, -1, y.shape[-1]).baddbmm_(hidden, B.transpose(1, 2))
 
 
-def _add_channels_first(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
-    """The same for x `(rows, in, H, W)` and y `(rows, out, H, W)`."""
+def _add_convolution(x: Tensor, y: Tensor, base: nn.Conv2d, target: Target, factors: Factors) -> None:
+    """The same for x `(rows, in, H, W)` and y `(rows, out, H', W')`."""
     rows = factors.slot.shape[0]
     A, B = _slice(target, factors)
     group = rows // A.shape[0]
     if group > 1:
         A, B = A.repeat_interleave(group, 0), B.repeat_interleave(group, 0)
-    hidden = torch.bmm(A.transpose(1, 2), x[:rows].flatten(2)).mul_(factors.scale[:, :, None])
+    x = x[:rows]
+    if base.kernel_size == (1, 1):
+        hidden = torch.bmm(A.transpose(1, 2), x.flatten(2))
+    else:
+        hidden = _convolve(x, A, base, y.shape[2:]).flatten(2)
+    hidden = hidden.mul_(factors.scale[:, :, None])
     y[:rows].view(rows, y.shape[1], -1).baddbmm_(B, hidden)
 
 
+def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d, size: torch.Size) -> Tensor:
+    """x `(m, in, H, W)`, A `(m, k·k·in, R)` → `(m, R, H', W')`: a convolution with kernels of each row's own.
+
+    One product to k·k·R channels, then k·k shifted, strided slices are summed: exact at any stride, and nothing
+    but products and slices, which every executor knows.
+    """
+    (kernel, _), (stride, _), padding = base.kernel_size, base.stride, base.padding[0]
+    assert not isinstance(padding, str)
+    rows, channels, height, width = x.shape
+    rank = A.shape[-1]
+    taps = A.view(rows, kernel * kernel, channels, rank).transpose(2, 3).reshape(rows, -1, channels)
+    product = torch.bmm(taps, x.flatten(2)).view(rows, kernel, kernel, rank, height, width)
+    product = pad(product, (padding, padding, padding, padding))
+    reach = [stride * (side - 1) + 1 for side in size]
+    shifted = [
+        product[:, i, j, :, i : i + reach[0] : stride, j : j + reach[1] : stride]
+        for i in range(kernel)
+        for j in range(kernel)
+    ]
+    return torch.stack(shifted).sum(0)
+
+
 def _slice(target: Target, factors: Factors) -> tuple[Tensor, Tensor]:
-    """This layer's A `(b, in, R)` and B `(b, out, R)`: one for each slot where rows lie slot by slot, else for each row.
+    """A `(b, in, R)` and B `(b, out, R)` of one layer: for each slot where rows lie slot by slot, else for each row.
 
     Sliced before the gather: gathering first would copy every layer's factors for every row.
     """
-    A = factors.A[:, target.in_offset : target.in_offset + target.fan_in]
-    B = factors.B[:, target.out_offset : target.out_offset + target.fan_out]
+    A = factors.A[:, target.in_offset : target.in_end]
+    B = factors.B[:, target.out_offset : target.out_end]
     if factors.rows_per_slot:
         return A, B
     return A.index_select(0, factors.slot), B.index_select(0, factors.slot)
 
 
-def find_targets(module: nn.Module, prefix: str) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every linear layer and 1×1 convolution below `module`, as `prefix + dotted name` → layer."""
-    return {
-        prefix + name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
-    }
+def find_layers(module: nn.Module, prefix: str) -> dict[str, Layer]:
+    """Every linear layer and convolution below `module`, as `prefix + dotted name` → layer."""
+    return {prefix + name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
 
 
-def layout_of(targets: dict[str, nn.Linear | nn.Conv2d]) -> Layout:
-    return Layout.of((name, layer.weight.shape[1], layer.weight.shape[0]) for name, layer in targets.items())
-
-
-def adapt(root: nn.Module, targets: dict[str, nn.Linear | nn.Conv2d], prefix: str) -> tuple[Layout, FactorInput]:
-    """Put an AdaptedLinear in front of each target below `root`; the layers themselves are shared, not copied."""
-    layout, source = layout_of(targets), FactorInput()
-    for name, layer in targets.items():
+def adapt(root: nn.Module, layers: dict[str, Layer], prefix: str) -> tuple[Layout, FactorInput]:
+    """Put an Adapted in front of each layer below `root`; the layers themselves are shared, not copied."""
+    layout, source = layout_of(layers), FactorInput()
+    for name, layer in layers.items():
         parent, _, child = name.removeprefix(prefix).rpartition(".")
-        setattr(root.get_submodule(parent), child, AdaptedLinear(layer, layout.targets[name], source))
+        setattr(root.get_submodule(parent), child, Adapted(layer, layout.targets[name], source))
     return layout, source
+
+
+def layout_of(layers: dict[str, Layer]) -> Layout:
+    """The small layout is what stands inside attention blocks and text encoders."""
+    return Layout.of(
+        Shape(name, layer.weight[0].numel(), layer.weight.shape[0], _is_small(name)) for name, layer in layers.items()
+    )
+
+
+def _is_small(name: str) -> bool:
+    return ".attentions." in name or not name.startswith("unet.")

@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from scumble_build.adapted import Factors, adapt, find_targets
+from scumble_build.adapted import Factors, Layer, adapt, find_layers
 
 PREFIX = "unet."
 
@@ -84,7 +84,7 @@ class KVProjection(nn.Module):
             _put(shared, f"{name}.to_k", attention.to_k)
             _put(shared, f"{name}.to_v", attention.to_v)
         self.shared = shared
-        self.layout, self.source = adapt(shared, find_targets(shared, PREFIX), PREFIX)
+        self.layout, self.source = adapt(shared, find_layers(shared, PREFIX), PREFIX)
 
     def forward(self, states: Tensor, factors: Factors | None = None) -> Tensor:
         """states `(rows, T, C)` → `(rows, T, Σ 2·width)`."""
@@ -110,7 +110,7 @@ class Denoiser(nn.Module):
         places = {place.name: place for place in slices}
         for name, attention in _cross_attentions(unet):
             attention.set_processor(TextAttention(places[name], self.kv))
-        self.layout, self.source = adapt(unet, _step_targets(unet), PREFIX)
+        self.layout, self.source = adapt(unet, _step_layers(unet), PREFIX)
 
     def forward(self, sample: Tensor, timestep: Tensor, kv: Tensor, factors: Factors | None = None) -> Tensor:
         """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)`, kv `(rows, T, Σ 2·width)` → `(rows, 4, H/8, W/8)`."""
@@ -120,12 +120,12 @@ class Denoiser(nn.Module):
         return prediction
 
 
-def _step_targets(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The small layout: layers inside the attention blocks, without the keys and values of the text."""
+def _step_layers(unet: nn.Module) -> dict[str, Layer]:
+    """Every layer that a step runs through: all but the keys and values of the text."""
     return {
         name: layer
-        for name, layer in find_targets(unet, PREFIX).items()
-        if ".attentions." in name and not name.endswith(("attn2.to_k", "attn2.to_v"))
+        for name, layer in find_layers(unet, PREFIX).items()
+        if not name.endswith(("attn2.to_k", "attn2.to_v"))
     }
 
 

@@ -5,7 +5,11 @@ A graph's LoRA inputs are two tensors, however many layers it has:
     A  (slots, Σ in,  R)      rows `in_offset  … + fan_in`  belong to one target
     B  (slots, Σ out, R)      rows `out_offset … + fan_out` belong to one target
 
-so binding an adapter is two copies, and one graph serves every set of adapters.
+so binding an adapter is two copies, and one graph serves every set of adapters. A k×k convolution has k·k·in
+rows in A, tap by tap.
+
+The *small* layout (layers inside attention blocks, which most LoRAs keep to) is a prefix of the *full* one (every
+layer with weights): tensors with fewer rows mean that no row of the batch needs the layers behind.
 """
 
 from __future__ import annotations
@@ -19,8 +23,18 @@ RANK_BUCKETS = (8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """A layer that can take factors: its canonical name (`unet.…`, `text_encoder.…`) and its rows in A and B."""
+
+    name: str
+    fan_in: int
+    fan_out: int
+    small: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
-    """One layer of the base that takes factors, under its canonical name (`unet.…`, `text_encoder.…`)."""
+    """A layer of the layout and where its rows stand."""
 
     name: str
     fan_in: int
@@ -28,25 +42,46 @@ class Target:
     in_offset: int
     out_offset: int
 
+    @property
+    def in_end(self) -> int:
+        return self.in_offset + self.fan_in
+
+    @property
+    def out_end(self) -> int:
+        return self.out_offset + self.fan_out
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How many rows A and B have."""
+
+    total_in: int
+    total_out: int
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """All targets of one graph, in the order in which their rows stand."""
 
     targets: dict[str, Target]
-    total_in: int
-    total_out: int
+    small: Extent
+    full: Extent
 
     @classmethod
-    def of(cls, shapes: Iterable[tuple[str, int, int]]) -> Layout:
-        """`shapes` yields (name, fan_in, fan_out)."""
+    def of(cls, shapes: Iterable[Shape]) -> Layout:
         targets: dict[str, Target] = {}
-        total_in = total_out = 0
-        for name, fan_in, fan_out in shapes:
-            targets[name] = Target(name, fan_in, fan_out, total_in, total_out)
-            total_in += fan_in
-            total_out += fan_out
-        return cls(targets, total_in, total_out)
+        small = full = Extent(0, 0)
+        for shape in sorted(shapes, key=lambda shape: not shape.small):
+            targets[shape.name] = Target(shape.name, shape.fan_in, shape.fan_out, full.total_in, full.total_out)
+            full = Extent(full.total_in + shape.fan_in, full.total_out + shape.fan_out)
+            if shape.small:
+                small = full
+        return cls(targets, small, full)
+
+    def extent(self, names: Iterable[str]) -> Extent:
+        """The smaller of the two layouts that holds all of `names` that are targets here."""
+        targets = [self.targets[name] for name in names if name in self.targets]
+        return self.small if all(target.in_end <= self.small.total_in for target in targets) else self.full
 
 
 def rank_bucket(rank: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from scumble_build.adapted import Factors, adapt, find_targets
+from scumble_build.adapted import Factors, adapt, find_layers
 
 PREFIX = "text_encoder.text_model."
 
@@ -19,9 +19,9 @@ class TextEncoder(nn.Module):
         encoder = (model.get_submodule("text_model") if hasattr(model, "text_model") else model).get_submodule(
             "encoder"
         )
-        targets = find_targets(encoder, PREFIX + "encoder.")
+        layers = find_layers(encoder, PREFIX + "encoder.")
         self.model = model
-        self.layout, self.source = adapt(encoder, targets, PREFIX + "encoder.")
+        self.layout, self.source = adapt(encoder, layers, PREFIX + "encoder.")
 
     def forward(self, tokens: Tensor, factors: Factors | None = None) -> Tensor:
         """tokens `(rows, 77)` int64 → `(rows, 77, C)`."""

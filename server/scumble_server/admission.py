@@ -9,10 +9,12 @@ from typing import TypeVar
 
 from scumble.errors import InvalidRequest, Refused
 from scumble.request import Adapter, Request
-from scumble_build.layout import Layout, rank_bucket
+from scumble_build.layout import rank_bucket
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import LoraCompatibility
 from scumble_server.base import Base
+from scumble_server.block_weights import BlockWeights, block_weights
+from scumble_server.methods import lora
 from scumble_server.schedulers import Table, table
 
 Value = TypeVar("Value")
@@ -24,10 +26,19 @@ class Bound:
 
     spec: Adapter
     version: Version
+    blocks: BlockWeights | None
 
     @property
     def text_weight(self) -> float:
         return self.spec.weight if self.spec.text_weight is None else self.spec.text_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which adapters act when. `weights[phase]` has a weight for each adapter; `phase_of_step` one entry a step."""
+
+    weights: tuple[tuple[float, ...], ...]
+    phase_of_step: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,7 @@ class Admitted:
     settings: Settings
     table: Table
     adapters: tuple[Bound, ...]
+    schedule: Schedule
     dropped: tuple[tuple[Adapter, str], ...]
 
 
@@ -69,16 +81,43 @@ def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> 
     """Raises InvalidRequest, NotFound or Refused, naming what is wrong."""
     _check_base(request, base, registry)
     settings = _settle(request, base, max_pixels)
-    dropped = tuple((spec, "weight 0") for spec in request.adapters if _is_idle(spec))
-    adapters = tuple(_resolve(spec, base, registry) for spec in request.adapters if not _is_idle(spec))
+    adapters: list[Bound] = []
+    dropped: list[tuple[Adapter, str]] = []
+    for spec in request.adapters:
+        bound = _resolve(spec, base, registry)
+        if reason := _idle(bound, settings.steps):
+            dropped.append((spec, reason))
+        else:
+            adapters.append(bound)
     for layout in base.layouts:
-        rank_bucket(_columns(adapters, layout))
-    coefficients = table(settings.scheduler, base.scheduler_config, settings.steps)
-    return Admitted(request, settings, coefficients, adapters, dropped)
+        rank_bucket(sum(lora.rank_in(layout, _ranks(bound)) for bound in adapters))
+    return Admitted(
+        request,
+        settings,
+        table(settings.scheduler, base.scheduler_config, settings.steps),
+        tuple(adapters),
+        _schedule([bound.spec for bound in adapters], settings.steps),
+        tuple(dropped),
+    )
 
 
-def _is_idle(spec: Adapter) -> bool:
-    return spec.weight == 0 and not spec.text_weight
+def _idle(bound: Bound, steps: int) -> str | None:
+    """Why this adapter would change nothing, or None."""
+    has_text = any(name.startswith("text_encoder.") for name in _ranks(bound))
+    if bound.text_weight and has_text:
+        return None
+    if bound.spec.weight == 0:
+        return "weight 0"
+    if not any(bound.spec.is_active(step, steps) for step in range(steps)):
+        return f"no step of {steps} lies between start {bound.spec.start:g} and end {bound.spec.end:g}"
+    return None
+
+
+def _schedule(specs: Sequence[Adapter], steps: int) -> Schedule:
+    """Steps with the same weights are one phase; a request without start or end has a single one."""
+    of_step = [tuple(spec.weight if spec.is_active(step, steps) else 0.0 for spec in specs) for step in range(steps)]
+    weights = tuple(dict.fromkeys(of_step))
+    return Schedule(weights, tuple(weights.index(each) for each in of_step))
 
 
 def _check_base(request: Request, base: Base, registry: Registry) -> None:
@@ -120,24 +159,22 @@ def _settle(request: Request, base: Base, max_pixels: int) -> Settings:
 
 
 def _resolve(spec: Adapter, base: Base, registry: Registry) -> Bound:
+    if spec.start > spec.end:
+        raise InvalidRequest(f"{spec.ref}: start {spec.start:g} is after end {spec.end:g}", field="adapters.start")
     version = registry.resolve(spec.ref)
     version.manifest.fits(base.version.manifest)
     compatibility = version.manifest.compatibility
     if not isinstance(compatibility, LoraCompatibility):
         raise Refused(f"{version.ref} is a {version.manifest.kind}; this server serves LoRAs", ref=spec.ref)
-    served = [layout.targets for layout in base.layouts]
     for target in compatibility.requires:
-        if not any(target in targets for targets in served):
+        if not any(target in layout.targets for layout in base.layouts):
             raise Refused(
-                f"{version.ref} changes {target}, which is outside the attention blocks; "
-                "this server applies LoRAs inside attention blocks and text encoders",
-                ref=spec.ref,
-                target=target,
+                f"{version.ref} changes {target}, which this server cannot adapt", ref=spec.ref, target=target
             )
-    return Bound(spec, version)
+    return Bound(spec, version, block_weights(spec.blocks, base.blocks, base.compatibility.targets))
 
 
-def _columns(adapters: Sequence[Bound], layout: Layout) -> int:
-    """Rank columns that `adapters` need together in one graph."""
-    ranks = [each.version.manifest.compatibility.ranks for each in adapters]  # type: ignore[union-attr]
-    return sum(max((r for name, r in each.items() if name in layout.targets), default=0) for each in ranks)
+def _ranks(bound: Bound) -> dict[str, int]:
+    compatibility = bound.version.manifest.compatibility
+    assert isinstance(compatibility, LoraCompatibility)
+    return compatibility.ranks

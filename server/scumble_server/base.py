@@ -10,6 +10,7 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from scumble.errors import Refused
+from scumble_build.blocks import UNetBlocks, blocks_of
 from scumble_build.layout import Layout
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import BaseCompatibility
@@ -26,6 +27,10 @@ class Base:
     executor: Executor
     tokenizer: CLIPTokenizer
     scheduler_config: dict[str, Any]
+
+    @property
+    def blocks(self) -> UNetBlocks:
+        return blocks_of(self.compatibility.targets)
 
     @property
     def layouts(self) -> tuple[Layout, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -17,7 +18,7 @@ from scumble_server.batch import factors_of
 from scumble_server.methods import lora
 from scumble_server.prompts import tokenize
 from scumble_server.residency import Residency
-from scumble_server.rows import Conditioning
+from scumble_server.rows import Conditioning, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +43,36 @@ class Conditioner:
     def condition(self, admitted: Admitted) -> Conditioned:
         start = monotonic()
         adapters = admitted.adapters
-        records = [self._record(each) for each in adapters]
+        pieces = [lora.Piece(self._record(each), each.blocks) for each in adapters]
         executor = self._base.executor
-        weights = [each.spec.weight for each in adapters]
-        text = lora.row_factors(
-            self._bind("text", executor.text_layout, adapters, records),
-            [each.text_weight for each in adapters],
+        text, kv, step = (
+            self._bind(name, layout, adapters, pieces)
+            for name, layout in (
+                ("text", executor.text_layout),
+                ("kv", executor.kv_layout),
+                ("step", executor.step_layout),
+            )
         )
-        kv_factors = lora.row_factors(self._bind("kv", executor.kv_layout, adapters, records), weights)
-        step = lora.row_factors(self._bind("step", executor.step_layout, adapters, records), weights)
         loaded = monotonic()
         tokens, cut = self._tokens(admitted)
-        states = executor.encode(tokens, factors_of(text, len(tokens), executor.device))
-        kv = executor.project(states, factors_of(kv_factors, len(tokens), executor.device))
+        text_factors = lora.row_factors(text, [each.text_weight for each in adapters])
+        states = executor.encode(tokens, factors_of(text_factors, len(tokens), executor.device))
+        phases = tuple(self._phase(states, kv, step, weights) for weights in admitted.schedule.weights)
         encoded = monotonic()
         return Conditioned(
-            Conditioning(kv, step, frozenset(each.version.digest for each in adapters)),
-            tuple(max(record[name].rank for name in record) for record in records),
+            Conditioning(phases, admitted.schedule.phase_of_step, frozenset(each.version.digest for each in adapters)),
+            tuple(max(module.rank for module in piece.record.values()) for piece in pieces),
             cut,
             (loaded - start) * 1e3,
             (encoded - loaded) * 1e3,
         )
+
+    def _phase(
+        self, states: Tensor, kv: lora.BoundSet | None, step: lora.BoundSet | None, weights: Sequence[float]
+    ) -> Phase:
+        executor = self._base.executor
+        kv_factors = factors_of(lora.row_factors(kv, weights), len(states), executor.device)
+        return Phase(executor.project(states, kv_factors), lora.row_factors(step, weights))
 
     def _record(self, bound: Bound) -> LoraRecord:
         version = bound.version
@@ -73,11 +83,11 @@ class Conditioner:
         )
 
     def _bind(
-        self, graph: str, layout: Layout, adapters: tuple[Bound, ...], records: list[LoraRecord]
+        self, graph: str, layout: Layout, adapters: tuple[Bound, ...], pieces: list[lora.Piece]
     ) -> lora.BoundSet | None:
-        key = (graph, *(each.version.digest for each in adapters))
+        key = (graph, *((each.version.digest, each.blocks) for each in adapters))
         return self._residency.get(
-            key, lambda: lora.bind(layout, records), lambda bound: bound.nbytes if bound is not None else 0
+            key, lambda: lora.bind(layout, pieces), lambda bound: bound.nbytes if bound is not None else 0
         )
 
     def _tokens(self, admitted: Admitted) -> tuple[Tensor, dict[str, str]]:

@@ -92,7 +92,7 @@ class Loop:
             return None
         self._turn = (self._turn + 1) % len(sizes)
         size = sizes[self._turn]
-        if size not in self._batches:
+        if size not in self._batches or self._batches[size].is_stale():
             self._batches[size] = Batch([row for row in self._active if row.size == size], self._executor)
         return self._batches[size]
 

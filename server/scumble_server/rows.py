@@ -14,15 +14,23 @@ from scumble_server.methods.lora import RowFactors
 from scumble_server.schedulers import Table
 
 
-@dataclass(slots=True)
-class Conditioning:
-    """What the text and the adapters of one request become: shared by its images.
+@dataclass(frozen=True, slots=True, eq=False)
+class Phase:
+    """A stretch of a schedule in which the same adapters act.
 
-    kv `(1, T, K)` of the prompt, or `(2, T, K)` of negative prompt and prompt where it is guided.
+    kv `(1, T, K)` of the prompt, or `(2, T, K)` of negative prompt and prompt where the request is guided.
     """
 
     kv: Tensor
     factors: RowFactors | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditioning:
+    """What the text and the adapters of one request become: shared by its images."""
+
+    phases: tuple[Phase, ...]
+    phase_of_step: tuple[int, ...]
     adapters: frozenset[str]
     """Digests of the bound adapters: how the loop counts that strangers share a step."""
 
@@ -73,6 +81,10 @@ class Row:
     @property
     def done(self) -> bool:
         return self.step == self.table.steps
+
+    @property
+    def phase(self) -> Phase:
+        return self.conditioning.phases[self.conditioning.phase_of_step[self.step]]
 
     @property
     def size(self) -> tuple[int, int]:

@@ -1,4 +1,8 @@
-"""Sample pictures with fixed prompts and seeds, and the grid that shows a run: base, then checkpoints."""
+"""Sample pictures with fixed prompts and seeds, and the grid that shows a run: base, then checkpoints.
+
+OUT/samples/step-000250.png     one column: the pictures of one moment, top to bottom; step 0 is the base
+OUT/sample_grid.png             all columns so far, labelled
+"""
 
 from __future__ import annotations
 
@@ -43,24 +47,21 @@ def draw_samples(pipeline: Pipeline, samples: Samples) -> list[Image.Image]:
     return list(result.images)
 
 
-def write_column(folder: Path, name: str, pictures: Sequence[Image.Image]) -> Path:
-    """Keeps one column, `folder/NAME.png`, so that a resumed run still has the earlier ones."""
+def add_column(out: Path, step: int, pictures: Sequence[Image.Image], rows: Sequence[str]) -> Image.Image:
+    """Keeps the pictures of `step` and redraws `out/sample_grid.png` from all columns up to it.
+
+    Columns are files of their own, so a run that is resumed still shows the earlier ones.
+    """
+    folder = out / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    size = pictures[0].width
-    strip = Image.new("RGB", (size, size * len(pictures)))
-    for row, picture in enumerate(pictures):
-        strip.paste(picture, (0, row * size))
-    path = folder / f"{name}.png"
-    strip.save(path)
-    return path
-
-
-def read_column(path: Path) -> list[Image.Image]:
-    """What `write_column` kept."""
-    with Image.open(path) as opened:
-        strip = opened.convert("RGB")
-    size = strip.width
-    return [strip.crop((0, top, size, top + size)) for top in range(0, strip.height, size)]
+    _strip(pictures).save(folder / f"step-{step:06d}.png")
+    kept = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.png"))}
+    columns = [
+        (f"step {moment}" if moment else "base", _pictures(path)) for moment, path in kept.items() if moment <= step
+    ]
+    sheet = grid(columns, rows)
+    sheet.save(out / "sample_grid.png")
+    return sheet
 
 
 def grid(columns: Sequence[tuple[str, Sequence[Image.Image]]], rows: Sequence[str]) -> Image.Image:
@@ -79,3 +80,19 @@ def grid(columns: Sequence[tuple[str, Sequence[Image.Image]]], rows: Sequence[st
     for row, text in enumerate(rows):
         pen.text((MARGIN, LABEL + MARGIN + row * (size + LABEL + MARGIN) + size + 1), text, fill="black", font=font)
     return sheet
+
+
+def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
+    size = pictures[0].width
+    strip = Image.new("RGB", (size, size * len(pictures)))
+    for row, picture in enumerate(pictures):
+        strip.paste(picture, (0, row * size))
+    return strip
+
+
+def _pictures(path: Path) -> list[Image.Image]:
+    """What `_strip` joined: square pictures from top to bottom."""
+    with Image.open(path) as opened:
+        strip = opened.convert("RGB")
+    size = strip.width
+    return [strip.crop((0, top, size, top + size)) for top in range(0, strip.height, size)]

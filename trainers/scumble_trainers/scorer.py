@@ -1,6 +1,7 @@
-"""Says what a picture shows and in which style: the base's vision tower with its two heads.
+"""Says what a picture shows and in which style: a small convolutional network with two heads.
 
-It learnt from real renderings only, never from generated pictures, so that it can judge those.
+It learnt from real renderings only, never from generated pictures, so that it can judge those. It is
+apart from the base's own vision tower, which learns with the text encoder and is not as sharp an eye.
 """
 
 from __future__ import annotations
@@ -14,24 +15,65 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPVisionModelWithProjection
 
 from scumble.errors import NotFound
 from scumble_trainers.emoji.concepts import STYLES, Concept, Style, concepts
 
-LOGIT_SCALE = 11.0  # what the heads' unit-length input is multiplied by, in training and here
-HEADS_FILE = "scorer/model.safetensors"
+SIZE = 128
+SCORER_FILE = "scorer/model.safetensors"
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.first(functional.relu(self.norm1(x)))
+        result: Tensor = x + self.second(functional.relu(self.norm2(inner)))
+        return result
+
+
+class ScorerNet(nn.Module):
+    """`pixels (n, 3, 128, 128)` in -1…1 → logits of concepts and of styles.
+
+    Both heads read means over the picture of two levels: a style shows in small patches, a thing in large ones.
+    """
+
+    def __init__(self, classes: int, styles: int, widths: tuple[int, int, int, int] = (16, 32, 64, 128)) -> None:
+        super().__init__()
+        a, b, c, d = widths
+        self.near = nn.Sequential(
+            nn.Conv2d(3, a, 5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.Conv2d(a, b, 3, stride=2, padding=1),
+            _Residual(b),
+            nn.Conv2d(b, c, 3, stride=2, padding=1),
+            _Residual(c),
+        )
+        self.far = nn.Sequential(nn.Conv2d(c, d, 3, stride=2, padding=1), _Residual(d), nn.GroupNorm(8, d), nn.ReLU())
+        self.near_norm = nn.GroupNorm(8, c)
+        self.concept_head = nn.Linear(c + d, classes)
+        self.style_head = nn.Linear(c + d, styles)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        near = self.near(pixels)
+        far = self.far(near)
+        local = functional.relu(self.near_norm(near)).mean(dim=(2, 3))
+        features = torch.cat([local, far.mean(dim=(2, 3))], dim=1).float()
+        return self.concept_head(features), self.style_head(features)
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Logits of n pictures: `concept (n, concepts)`, `style (n, styles)`, `embedding (n, D)` of unit length."""
+    """Logits of n pictures: `concept (n, concepts)`, `style (n, styles)`."""
 
     concept: Tensor
     style: Tensor
-    embedding: Tensor
 
     def best(self, picture: int, among: Sequence[Concept] | None = None) -> tuple[Concept, Style]:
         """The most likely concept (of `among`, or of all) and style of one picture."""
@@ -41,47 +83,39 @@ class Scores:
 
 
 class Scorer:
-    """Owns the vision tower and the heads; stateless after loading, safe to share between threads."""
+    """Owns the network; stateless after loading, safe to share between threads."""
 
-    def __init__(self, tower: CLIPVisionModelWithProjection, concept_head: Tensor, style_head: Tensor) -> None:
-        """Heads are `(classes, D + 1)`: weights, and the bias as the last column."""
-        self.tower = tower.eval().requires_grad_(False)
-        self.concept_head, self.style_head = concept_head.float(), style_head.float()
-        self.size = int(tower.config.image_size)
+    def __init__(self, net: ScorerNet, device: str = "cpu") -> None:
+        self.net, self.device = net.to(device).eval().requires_grad_(False), device
 
     @classmethod
     def load(cls, base: Path, device: str = "cpu") -> Scorer:
-        """Reads `image_encoder/` and the heads of a base's folder; NotFound where it has none."""
-        if not (base / HEADS_FILE).is_file():
-            raise NotFound(f"{base} has no scorer ({HEADS_FILE})", path=str(base))
-        tower = CLIPVisionModelWithProjection.from_pretrained(
-            base / "image_encoder", local_files_only=True, dtype=torch.float32
-        )
-        heads = load_file(base / HEADS_FILE)
-        return cls(tower.to(device), _with_bias(heads, "concept_head"), _with_bias(heads, "style_head"))
+        """Reads `scorer/` of a base's folder; NotFound where it has none."""
+        if not (base / SCORER_FILE).is_file():
+            raise NotFound(f"{base} has no scorer ({SCORER_FILE})", path=str(base))
+        weights = {name: value.float() for name, value in load_file(base / SCORER_FILE).items()}
+        net = ScorerNet(len(weights["concept_head.bias"]), len(weights["style_head.bias"]))
+        net.load_state_dict(weights)
+        return cls(net, device)
 
     @torch.no_grad()
     def score(self, pictures: NDArray[np.uint8] | Sequence[Image.Image], batch: int = 64) -> Scores:
         """Scores `(n, H, W, 3)` bytes, or PIL pictures, of any size."""
-        pixels = torch.stack([self._pixels(picture) for picture in pictures])
-        embeddings = [self.tower(pixel_values=part.to(self.tower.device)).image_embeds for part in pixels.split(batch)]
-        unit = functional.normalize(torch.cat(embeddings).float().cpu(), dim=-1)
-        scaled = torch.cat([unit * LOGIT_SCALE, torch.ones(len(unit), 1)], dim=1)
-        return Scores((scaled @ self.concept_head.T)[:, : len(concepts())], scaled @ self.style_head.T, unit)
+        pixels = torch.stack([_pixels(picture) for picture in pictures])
+        parts = [self.net(part.to(self.device)) for part in pixels.split(batch)]
+        concept, style = (torch.cat(logits).cpu() for logits in zip(*parts, strict=True))
+        return Scores(concept[:, : len(concepts())], style)
 
-    def _pixels(self, picture: NDArray[np.uint8] | Image.Image) -> Tensor:
-        """`(3, S, S)` in -1…1."""
-        image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-        if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(127.5).sub(1)
+
+def _pixels(picture: NDArray[np.uint8] | Image.Image) -> Tensor:
+    """`(3, SIZE, SIZE)` in -1…1."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(127.5).sub(1)
 
 
 def hit_rate(scores: Tensor, wanted: Sequence[int], k: int) -> float:
     """The share of rows of `scores (n, classes)` whose wanted class is among the k best."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return float((best == torch.tensor(list(wanted))[:, None]).any(dim=1).float().mean())
-
-
-def _with_bias(heads: dict[str, Tensor], name: str) -> Tensor:
-    return torch.cat([heads[f"{name}.weight"].float(), heads[f"{name}.bias"].float()[:, None]], dim=1).cpu()

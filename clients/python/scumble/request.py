@@ -29,6 +29,14 @@ class Adapter(_Strict):
     """Strength; negative is allowed, 0 drops the adapter (the receipt says so)."""
     text_weight: Finite | None = None
     """Strength on the text encoder; None means the same as `weight`."""
+    blocks: dict[str, Finite] | tuple[Finite, ...] | None = None
+    """Strength by block, on top of `weight`: the webui's list, or by name (`IN01`, `up_blocks.1`, `BASE`)."""
+    start: Annotated[float, Field(ge=0, le=1)] = 0.0
+    end: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The adapter acts in step i of n unless i/n < start or (i+1)/n > end. The text encoder has no steps."""
+
+    def is_active(self, step: int, steps: int) -> bool:
+        return not (step / steps < self.start or (step + 1) / steps > self.end)
 
 
 class Request(_Strict):

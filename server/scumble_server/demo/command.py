@@ -142,7 +142,7 @@ def _write_cell(images: Images, out: Path, prompt: PromptPart, column: Column) -
 
 
 def _row_label(prompt: PromptPart) -> tuple[str, str]:
-    weight = f"\nweights × {prompt.weight:g}" if prompt.weight != 1 else ""
+    weight = f"\nweights times {prompt.weight:g}" if prompt.weight != 1 else ""
     return prompt.text, f"{prompt.scheduler}, {prompt.steps} steps\nseed {prompt.seed}{weight}"
 
 
@@ -161,7 +161,7 @@ def _describe(report: dict[str, Any]) -> str:
             *(f"  {version['ref']:24} {version['digest']}" for version in report["versions"]),
             f"Steps by images in the batch: {sizes}.",
             f"Different adapters shared a step in {loop['mixed_steps']} of {loop['steps']} steps.",
-            f"{report['pictures']} pictures in {report['seconds']:.1f} s: {report['pictures_per_second']:.2f} per second.",
+            f"{report['pictures']} pictures in {report['seconds']:.1f} s, {report['pictures_per_second']:.2f}/s.",
             f"Look at {report['grid']}",
         ]
     )

@@ -119,7 +119,7 @@ class Plan(_Part):
 
 
 def _label(part: AdapterPart, weight: float) -> str:
-    return f"{part.label} × {weight:g}"
+    return f"{part.label} {weight:g}"
 
 
 def _located(part: PartT, folder: Path) -> PartT:

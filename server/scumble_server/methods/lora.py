@@ -6,7 +6,7 @@ column, so that the same bound set serves every request that asks for these LoRA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scumble_build.layout import Layout, rank_bucket
 from scumble_registry.formats.lora import LoraRecord
+from scumble_server.block_weights import BlockWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +48,46 @@ class RowFactors:
     scale: Tensor
 
 
-def ranks(layout: Layout, records: Sequence[LoraRecord]) -> tuple[int, ...]:
-    """How many columns each record needs in this graph: its largest rank among the graph's targets."""
-    return tuple(max((record[name].rank for name in record if name in layout.targets), default=0) for record in records)
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One LoRA of a set, with its block weights."""
+
+    record: LoraRecord
+    blocks: BlockWeights | None = None
 
 
-def bind(layout: Layout, records: Sequence[LoraRecord]) -> BoundSet | None:
-    """Lay `records` out for one graph; None if none of them touches it.
+def rank_in(layout: Layout, ranks: Mapping[str, int]) -> int:
+    """How many columns a LoRA with these ranks needs in this graph: the largest among the graph's targets."""
+    return max((rank for name, rank in ranks.items() if name in layout.targets), default=0)
 
-    Raises Refused if they need more columns than the largest rank bucket.
+
+def bind(layout: Layout, pieces: Sequence[Piece]) -> BoundSet | None:
+    """Lay a set out for one graph; None if none of it touches the graph.
+
+    Raises Refused if the set needs more columns than the largest rank bucket.
     """
-    widths = ranks(layout, records)
+    widths = tuple(rank_in(layout, {name: module.rank for name, module in piece.record.items()}) for piece in pieces)
     if not any(widths):
         return None
     bucket = rank_bucket(sum(widths))
-    A, B = torch.zeros(layout.total_in, bucket), torch.zeros(layout.total_out, bucket)
+    extent = layout.extent(name for piece in pieces for name in piece.record)
+    A, B = torch.zeros(extent.total_in, bucket), torch.zeros(extent.total_out, bucket)
     start = 0
-    for record, width in zip(records, widths, strict=True):
-        for name in record:
+    for piece, width in zip(pieces, widths, strict=True):
+        for name, module in piece.record.items():
             if (target := layout.targets.get(name)) is None:
                 continue  # another graph's target
-            module = record[name]
+            strength = module.scale * (1.0 if piece.blocks is None else piece.blocks.of(name))
             columns = slice(start, start + module.rank)
-            A[target.in_offset : target.in_offset + target.fan_in, columns] = _matrix(module.down).T
-            B[target.out_offset : target.out_offset + target.fan_out, columns] = _matrix(module.up) * module.scale
+            A[target.in_offset : target.in_end, columns] = _rows(module.down).T
+            B[target.out_offset : target.out_end, columns] = _rows(module.up) * strength
         start += width
     return BoundSet(A, B, widths)
 
 
 def row_factors(bound: BoundSet | None, weights: Sequence[float]) -> RowFactors | None:
-    """`weights[i]` is LoRA i's strength in this graph."""
-    if bound is None:
+    """`weights[i]` is LoRA i's strength in this graph. None if nothing is left of the set."""
+    if bound is None or not any(weights):
         return None
     scale = torch.zeros(bound.rank)
     start = 0
@@ -87,6 +97,9 @@ def row_factors(bound: BoundSet | None, weights: Sequence[float]) -> RowFactors 
     return RowFactors(bound, scale)
 
 
-def _matrix(factor: NDArray[Any]) -> Tensor:
-    """A factor of a linear layer or a 1×1 convolution as a float32 matrix."""
-    return torch.from_numpy(factor.astype(np.float32).reshape(factor.shape[:2]))
+def _rows(factor: NDArray[Any]) -> Tensor:
+    """A factor as a float32 matrix: (r, in) or (out, r); of a convolution (r, k·k·in), tap by tap."""
+    matrix = factor.astype(np.float32)
+    if matrix.ndim == 4:
+        matrix = matrix.transpose(0, 2, 3, 1)
+    return torch.from_numpy(np.ascontiguousarray(matrix.reshape(len(matrix), -1)))

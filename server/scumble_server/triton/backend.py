@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from scumble.errors import Unavailable
@@ -31,23 +32,35 @@ class TritonRequest(Protocol):
 
 
 class Responder:
-    """The way back to one caller: any thread, one at a time, until the final response is sent."""
+    """The way back to one caller, for any thread.
+
+    Triton 2.51 crashes as a whole when it is asked about a caller that has its final response, so a lock
+    keeps the question and that response apart.
+    """
 
     def __init__(self, request: TritonRequest) -> None:
         self._sender = request.get_response_sender()
+        self._lock = threading.Lock()
+        self._ended = False
 
     def send(self, tensors: Tensors, *, final: bool) -> None:
         outputs = [pb_utils.Tensor(name, value) for name, value in tensors.items()]
-        self._sender.send(pb_utils.InferenceResponse(outputs), flags=_flags(final))
+        self._send(pb_utils.InferenceResponse(outputs), final=final)
 
     def refuse(self, message: str) -> None:
         """End with an error of Triton's own, for what is no request of ours at all."""
         error = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
-        self._sender.send(pb_utils.InferenceResponse([], error), flags=_flags(final=True))
+        self._send(pb_utils.InferenceResponse([], error), final=True)
 
     def is_cancelled(self) -> bool:
-        """Ask Triton whether the caller has gone; some 40 µs."""
-        return bool(self._sender.is_cancelled())
+        """Ask Triton whether the caller has gone; some 40 µs. False once it has its final response."""
+        with self._lock:
+            return not self._ended and bool(self._sender.is_cancelled())
+
+    def _send(self, response: Any, *, final: bool) -> None:
+        with self._lock:
+            self._ended = self._ended or final
+            self._sender.send(response, flags=_flags(final))
 
 
 def _flags(final: bool) -> int:

@@ -44,8 +44,7 @@ def test_eight_at_once_share_steps(protocol: str, request: pytest.FixtureRequest
     infer = request.getfixturevalue(protocol)
     adapters = [(), (Adapter(ref="l/a"),), (Adapter(ref="l/b", weight=0.3),), (Adapter(ref="l/a"), Adapter(ref="l/b"))]
     requests = [
-        Request(prompt=f"number {index}", seed=index, steps=30 + index, adapters=adapters[index % 4])
-        for index in range(8)
+        Request(prompt=f"number {i}", seed=i, steps=30 + i, adapters=adapters[i % len(adapters)]) for i in range(8)
     ]
     before = client.stats()
     with ThreadPoolExecutor(8) as threads:

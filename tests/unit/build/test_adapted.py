@@ -16,18 +16,20 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from scumble.errors import Refused
-from scumble_build.adapted import AdaptedLinear, FactorInput, Factors, layout_of
+from scumble_build.adapted import Adapted, FactorInput, Factors, layout_of
 from scumble_build.denoiser import Denoiser, KVProjection
-from scumble_build.layout import RANK_BUCKETS, Layout, rank_bucket
+from scumble_build.layout import RANK_BUCKETS, Extent, Layout, Shape, rank_bucket
 
 
-def adapted(base: nn.Linear | nn.Conv2d) -> AdaptedLinear:
+def adapted(base: nn.Linear | nn.Conv2d) -> Adapted:
     """The layer between two others in the layout, so that its offsets are not zero."""
-    layout = Layout.of([("before", 3, 5), ("it", base.weight.shape[1], base.weight.shape[0]), ("after", 2, 2)])
-    return AdaptedLinear(base, layout.targets["it"], FactorInput())
+    layout = Layout.of(
+        [Shape("before", 3, 5), Shape("it", base.weight[0].numel(), base.weight.shape[0]), Shape("after", 2, 2)]
+    )
+    return Adapted(base, layout.targets["it"], FactorInput())
 
 
-def factors(slot: list[int], rank: int, rows_per_slot: int, layer: AdaptedLinear) -> Factors:
+def factors(slot: list[int], rank: int, rows_per_slot: int, layer: Adapted) -> Factors:
     slots = max(slot) + 1
     target = layer.target
     return Factors(
@@ -93,18 +95,45 @@ def test_the_denoiser_without_factors_is_the_unet(tiny_base: Path) -> None:
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
-def test_the_layouts_share_no_target_and_cover_every_attention_layer(tiny_base: Path) -> None:
+def test_the_layouts_share_no_target_and_cover_every_layer(tiny_base: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet", local_files_only=True)
-    attention = {
-        "unet." + name
-        for name, layer in unet.named_modules()
-        if ".attentions." in name and isinstance(layer, nn.Linear | nn.Conv2d)
-    }
+    layers = {"unet." + name for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     projection = KVProjection(unet)
-    denoiser = Denoiser(unet, projection.slices)
-    step, kv = set(denoiser.layout.targets), set(projection.layout.targets)
+    layout = Denoiser(unet, projection.slices).layout
+    step, kv = set(layout.targets), set(projection.layout.targets)
     assert not step & kv
-    assert step | kv == attention
+    assert step | kv == layers
+    small = {name for name, target in layout.targets.items() if target.in_end <= layout.small.total_in}
+    assert small | kv == {name for name in layers if ".attentions." in name}
+
+
+def test_the_small_layout_is_a_prefix_of_the_full_one() -> None:
+    layout = Layout.of([Shape("deep", 9, 3, small=False), Shape("a", 2, 4), Shape("b", 5, 6)])
+    assert layout.small == Extent(7, 10)
+    assert layout.full == Extent(16, 13)
+    assert layout.extent(["a", "b", "elsewhere"]) == layout.small
+    assert layout.extent(["a", "deep"]) == layout.full
+
+
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, (6, 5)), (3, 2, (6, 5)), (3, 2, (4, 8)), (1, 1, (3, 4))])
+def test_a_convolution_of_any_stride_equals_pefts(kernel: int, stride: int, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    base = nn.Conv2d(6, 10, kernel, stride=stride, padding=kernel // 2)
+    layer = adapted(base)
+    carried = factors([0, 1], 4, 1, layer)
+    x = torch.randn(3, 6, *size)
+    layer.source.factors = carried
+    with torch.no_grad():
+        ours = layer(x)
+        assert torch.allclose(ours[2:], base(x[2:]), atol=1e-6)
+        for row in (0, 1):
+            oracle = PeftConv2d(copy.deepcopy(base), "one", LoraConfig(r=4, lora_alpha=4), r=4, lora_alpha=4)
+            target = layer.target
+            down = carried.A[row, target.in_offset : target.in_end].T.reshape(4, kernel, kernel, 6).permute(0, 3, 1, 2)
+            oracle.lora_A["one"].weight.data = down.contiguous()
+            up = carried.B[row, target.out_offset : target.out_end] * carried.scale[row]
+            oracle.lora_B["one"].weight.data = up[:, :, None, None].clone()
+            assert torch.allclose(ours[row : row + 1], oracle(x[row : row + 1]), atol=1e-4)
 
 
 def test_offsets_leave_no_gap_and_no_overlap() -> None:
@@ -113,7 +142,7 @@ def test_offsets_leave_no_gap_and_no_overlap() -> None:
     ends_out = [(each.out_offset, each.out_offset + each.fan_out) for each in layout.targets.values()]
     assert ends_in == [(0, 3), (3, 5), (5, 9)]
     assert ends_out == [(0, 5), (5, 12), (12, 16)]
-    assert (layout.total_in, layout.total_out) == (9, 16)
+    assert (layout.full.total_in, layout.full.total_out) == (9, 16)
 
 
 def test_rank_buckets() -> None:

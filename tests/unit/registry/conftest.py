@@ -14,7 +14,7 @@ from hypothesis import settings
 from scumble_registry import Registry
 from scumble_registry.formats.safetensors_header import Array, write
 
-settings.register_profile("registry", deadline=None, max_examples=40)
+settings.register_profile("registry", deadline=None, max_examples=25)
 settings.load_profile("registry")  # machines are shared; a test never times
 
 WIDTH = 8

@@ -73,7 +73,7 @@ def start(program: str, *arguments: object) -> subprocess.Popen[str]:
 )
 def test_a_publisher_killed_before_the_commit_leaves_nothing_visible(home: Path, lora: Path, step: str) -> None:
     process = start(DIE, home, lora, step)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == -9, errors
     with Registry.open(home) as registry:
         assert registry.names() == ()
@@ -89,7 +89,7 @@ def test_a_publisher_killed_before_the_commit_leaves_nothing_visible(home: Path,
 
 def test_a_publisher_killed_after_the_commit_has_published(home: Path, lora: Path) -> None:
     process = start(DIE, home, lora, "the version is committed")
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == -9
     with Registry.open(home) as registry:
         assert registry.resolve("styles/ink@prod").version == 1
@@ -99,15 +99,15 @@ def test_a_publisher_killed_after_the_commit_has_published(home: Path, lora: Pat
 
 def test_processes_that_publish_at_once_into_a_new_registry_leave_no_gap(home: Path, write_lora: LoraWriter) -> None:
     shared = write_lora("shared.safetensors", seed=99)
-    own = [[write_lora(f"{i}-{j}.safetensors", seed=10 * i + j) for j in range(3)] for i in range(4)]
+    own = [[write_lora(f"{i}-{j}.safetensors", seed=10 * i + j) for j in range(3)] for i in range(3)]
     processes = [start(PUBLISH, home, files[0], shared, *files[1:]) for files in own]
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, outputs
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3, outputs
     numbers = [[int(line) for line in output.split()] for output, _ in outputs]
     assert len({row[1] for row in numbers}) == 1  # the shared file is one version
     with Registry.open(home) as registry:
-        assert [version.version for version in registry.versions("styles/ink")] == list(range(1, 14))
-        assert {number for row in numbers for number in row} == set(range(1, 14))
+        assert [version.version for version in registry.versions("styles/ink")] == list(range(1, 11))
+        assert {number for row in numbers for number in row} == set(range(1, 11))
         registry.verify()
 
 

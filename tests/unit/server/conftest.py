@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from scumble.events import Done, Event, Failed
@@ -72,7 +73,9 @@ def start(home: Path, base: str, files: dict[str, Path], **config: object) -> Ru
 
 
 @pytest.fixture(scope="session")
-def published(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, make_lora: object) -> tuple[Path, dict[str, Path]]:
+def published(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, make_lora: object
+) -> tuple[Path, dict[str, Path]]:
     """A registry home with `tiny/base` and the LoRAs `l/a` (rank 4), `l/b` (rank 12), `l/plain` (UNet only)."""
     home = tmp_path_factory.mktemp("home")
     files = {"base": tiny_base}
@@ -80,6 +83,7 @@ def published(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, make_lo
         "l/a": {"seed": 1},
         "l/b": {"seed": 2, "rank": 12},
         "l/plain": {"seed": 3, "rank": 20, "text": False},
+        "l/full": {"seed": 5, "rank": 4, "full": True},
         "l/mixed": {"seed": 4, "rank": 8, "alphas": {"to_q": 3.0, "to_v": 24.0, "fc1": 2.0}},
     }
     with Registry.open(home, create=True) as registry:
@@ -104,7 +108,9 @@ class Reference:
     pixels: np.ndarray
 
 
-def diffusers_alone(files: dict[str, Path], request: Request, pipeline: StableDiffusionPipeline | None = None) -> Reference:
+def diffusers_alone(
+    files: dict[str, Path], request: Request, pipeline: StableDiffusionPipeline | None = None
+) -> Reference:
     """The same request through diffusers' own pipeline, LoRA loader and scheduler."""
     loaded = pipeline is not None
     pipeline = pipeline or StableDiffusionPipeline.from_pretrained(files["base"], local_files_only=True)
@@ -126,6 +132,8 @@ def diffusers_alone(files: dict[str, Path], request: Request, pipeline: StableDi
         "height": request.height,
     }
     count = request.num_images
+    arguments["callback_on_step_end"] = _schedule(request)
+    arguments["callback_on_step_end"](pipeline, -1, None, {})
     with torch.inference_mode():
         generators = [torch.Generator("cpu").manual_seed((request.seed or 0) + i) for i in range(count)]
         latents = pipeline(**arguments, num_images_per_prompt=count, generator=generators, output_type="latent").images
@@ -134,9 +142,36 @@ def diffusers_alone(files: dict[str, Path], request: Request, pipeline: StableDi
     return Reference(latents, (pixels * 255).round())
 
 
+def _schedule(request: Request) -> Callable[..., dict[str, object]]:
+    """Sets the UNet's weights for the step that comes next. The text encoder keeps its own."""
+
+    def before_next(
+        pipeline: StableDiffusionPipeline, step: int, _timestep: object, state: dict[str, object]
+    ) -> object:
+        for index, adapter in enumerate(request.adapters):
+            active = adapter.is_active(step + 1, request.steps or 0)
+            for module in pipeline.unet.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.set_scale(f"a{index}", adapter.weight if active else 0.0)
+        return state
+
+    scheduled = any(adapter.start > 0 or adapter.end < 1 for adapter in request.adapters)
+    return before_next if scheduled else lambda *_: {}
+
+
 def _weights(adapter: object) -> object:
     weight, text_weight = adapter.weight, adapter.text_weight  # type: ignore[attr-defined]
-    return weight if text_weight is None else {"unet": weight, "text_encoder": text_weight}
+    text = weight if text_weight is None else text_weight
+    if adapter.blocks is None:  # type: ignore[attr-defined]
+        return {"unet": weight, "text_encoder": text}
+    # diffusers multiplies nothing: a block's weight replaces the adapter's.
+    scales = {name: value * weight for name, value in adapter.blocks.items()}  # type: ignore[attr-defined]
+    unet = {
+        "down": {"block_0": scales.get("down_blocks.0", weight)},
+        "mid": scales.get("mid_block", weight),
+        "up": {"block_1": scales.get("up_blocks.1", weight)},
+    }
+    return {"unet": unet, "text_encoder": text}
 
 
 @pytest.fixture(scope="session", name="diffusers_alone")

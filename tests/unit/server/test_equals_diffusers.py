@@ -36,6 +36,20 @@ CASES = {
     "negative weight": request(adapters=[Adapter(ref="l/a", weight=-0.3)], scheduler="euler"),
     "unet only": request(adapters=[Adapter(ref="l/plain", weight=0.5)], scheduler="dpmpp_2m"),
     "text only": request(adapters=[Adapter(ref="l/b", weight=0.0, text_weight=1.0)]),
+    "full layout": request(adapters=[Adapter(ref="l/full", weight=0.3)]),
+    "full layout beside small": request(
+        adapters=[Adapter(ref="l/a", weight=0.2), Adapter(ref="l/full", weight=-0.2)], width=72, height=56
+    ),
+    "block weights": request(
+        adapters=[
+            Adapter(ref="l/a", weight=0.5, blocks={"down_blocks.0": 0.2, "mid_block": 0.0, "up_blocks.1": 1.5}),
+            Adapter(ref="l/b", weight=0.1),
+        ]
+    ),
+    "start and end": request(
+        steps=10,
+        adapters=[Adapter(ref="l/a", weight=0.4, start=0.3), Adapter(ref="l/plain", weight=0.5, start=0.1, end=0.55)],
+    ),
     "two loras": request(adapters=[Adapter(ref="l/a", weight=0.3), Adapter(ref="l/b", weight=0.2, text_weight=0.6)]),
     "three loras, two images": request(
         adapters=[Adapter(ref="l/plain", weight=0.2), Adapter(ref="l/b", weight=-0.1), Adapter(ref="l/a", weight=0.2)],

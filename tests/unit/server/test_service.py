@@ -143,7 +143,9 @@ def test_a_broken_row_fails_alone(running: Running, monkeypatch: pytest.MonkeyPa
     import scumble_server.service as module
 
     noise = module.initial_noise
-    monkeypatch.setattr(module, "initial_noise", lambda seed, h, w: noise(seed, h, w) * (float("nan") if seed == 13 else 1))
+    monkeypatch.setattr(
+        module, "initial_noise", lambda seed, h, w: noise(seed, h, w) * (float("nan") if seed == 13 else 1)
+    )
     listeners = [Listener() for _ in range(3)]
     for seed, listener in zip((12, 13, 14), listeners, strict=True):
         running.service.submit(request(seed=seed), listener)

@@ -52,15 +52,26 @@ def _recolour(pixels: Tensor, generator: torch.Generator, strength: float) -> Te
 
 
 def _soften(pixels: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    n = len(pixels)
+    """Blurs two pictures in five and puts grain on the next two; changes `pixels` in place."""
+    share = len(pixels) * 2 // 5
     sigma = float(_uniform((1,), 0.4, 0.4 + 0.9 * strength, generator))
-    offsets = torch.arange(-3, 4, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
-    kernel = (kernel / kernel.sum()).to(pixels.device, pixels.dtype)
-    wide = kernel.view(1, 1, 1, -1).expand(3, 1, 1, -1)
-    padded = functional.pad(pixels, (3, 3, 3, 3), mode="replicate")
-    blurred = functional.conv2d(functional.conv2d(padded, wide, groups=3), wide.transpose(2, 3), groups=3)
-    some = (torch.rand((n, 1, 1, 1), generator=generator) < 0.4).to(pixels.device)
-    level = _uniform((n, 1, 1, 1), 0.0, 0.06 * strength, generator)
-    noise = (torch.randn(pixels.shape, generator=generator) * level).to(pixels.device)
-    return torch.where(some, blurred, pixels) + noise
+    pixels[:share] = _blur(pixels[:share], sigma)
+    grain = torch.randn((share, *pixels.shape[1:]), generator=generator)
+    grain *= _uniform((share, 1, 1, 1), 0.0, 0.08 * strength, generator)
+    pixels[share : 2 * share] += grain.to(pixels.device)
+    return pixels
+
+
+def _blur(pixels: Tensor, sigma: float) -> Tensor:
+    """Gaussian of seven pixels, as sums of shifted pictures: much quicker than a convolution on a CPU."""
+    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(4)]
+    total = weights[0] + 2 * sum(weights[1:])
+    for axis in (2, 3):
+        padding = (0, 0, 3, 3) if axis == 2 else (3, 3, 0, 0)
+        padded = functional.pad(pixels, padding, mode="replicate")
+        length = pixels.shape[axis]
+        pixels = pixels * (weights[0] / total)
+        for offset in range(1, 4):
+            pixels += padded.narrow(axis, 3 - offset, length).mul(weights[offset] / total)
+            pixels += padded.narrow(axis, 3 + offset, length).mul(weights[offset] / total)
+    return pixels

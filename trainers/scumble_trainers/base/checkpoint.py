@@ -36,3 +36,11 @@ def load_checkpoint(
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
+
+
+def read_mean(path: Path) -> dict[str, Tensor] | None:
+    """The EMA weights of a checkpoint; None where there is no file."""
+    if not path.is_file():
+        return None
+    mean: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    return mean

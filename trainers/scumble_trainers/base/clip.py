@@ -120,7 +120,8 @@ class ClipStage:
         half = self.batch // 2
         first = torch.randint(len(self.of_concepts), (self.batch - half,), generator=generator)
         second = torch.randint(len(self.of_others), (half,), generator=generator)
-        return torch.cat([self.of_concepts[first], self.of_others[second]])
+        places = torch.cat([self.of_concepts[first], self.of_others[second]])
+        return places[torch.randperm(len(places), generator=generator)]
 
     def _captions(self, places: Tensor, generator: torch.Generator) -> Tensor:
         picks = torch.rand(len(places), generator=generator).tolist()

@@ -15,9 +15,11 @@ from scumble_trainers.base.unseen import unseen_pairs
 from scumble_trainers.emoji.captions import captions
 from scumble_trainers.emoji.concepts import BASE_STYLES, STYLES, Concept, Style, base_concepts, concepts
 from scumble_trainers.emoji.gallery import Gallery
+from scumble_trainers.emoji.render import contact_sheet
 from scumble_trainers.scorer import Scorer, hit_rate
 
 STEPS, GUIDANCE = 25, 4.0
+COUNT, SEED = 200, 2026
 NEEDED = {"concept_top5": 0.60, "style_top1": 0.85, "real_concept_top5": 0.95, "real_style_top1": 0.95}
 
 
@@ -52,7 +54,7 @@ class Evaluation:
         return all(values[name] >= least for name, least in NEEDED.items())
 
 
-def evaluation_prompts(count: int, seed: int) -> tuple[Prompt, ...]:
+def evaluation_prompts(count: int = COUNT, seed: int = SEED) -> tuple[Prompt, ...]:
     """Held-in captions: the (concept, style) pairs in a shuffled order, a random wording each, seeds 0, 1, 2, …"""
     order = np.random.default_rng(seed)
     pairs = [(concept, style) for concept in base_concepts() for style in BASE_STYLES]
@@ -87,9 +89,17 @@ def generate(pipe: Any, prompts: tuple[Prompt, ...], batch: int = 20) -> NDArray
     return np.concatenate(parts)
 
 
-def judge(
-    scorer: Scorer, pictures: NDArray[np.uint8], prompts: tuple[Prompt, ...], gallery: Gallery
-) -> Evaluation:
+def evaluate_base(base: Path, gallery: Gallery, device: torch.device, grid: Path | None = None) -> Evaluation:
+    """The measure of the issue; writes the first 36 pictures to `grid` for a person to look at."""
+    pipe = load_pipeline(base).to(device)
+    prompts = evaluation_prompts()
+    pictures = generate(pipe, prompts)
+    if grid:
+        contact_sheet(pictures[:36], columns=6).save(grid)
+    return judge(Scorer.load(base), pictures, prompts, gallery)
+
+
+def judge(scorer: Scorer, pictures: NDArray[np.uint8], prompts: tuple[Prompt, ...], gallery: Gallery) -> Evaluation:
     """Compares what the scorer sees with what was asked for, and the scorer with the truth."""
     scores = scorer.score(pictures)
     known = base_concepts()

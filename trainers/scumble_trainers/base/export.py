@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from scumble.errors import NotFound
 from scumble_trainers.base.scheduler import new_scheduler
-from scumble_trainers.base.towers import Clip, new_image_encoder, new_image_processor, new_text_encoder
+from scumble_trainers.base.towers import Clip, new_image_processor
+from scumble_trainers.emoji.concepts import STYLES, concepts
+from scumble_trainers.scorer import SCORER_FILE, Scorer, ScorerNet
 
-SCORER_FILE = "scorer/model.safetensors"
+PROJECTION_FILE = "scorer/text_projection.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All models of a base, with the scorer that judges it."""
+
+    vae: AutoencoderKL
+    clip: Clip
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    scorer: ScorerNet
 
 
 def pipeline_of(
@@ -36,19 +50,21 @@ def pipeline_of(
     )
 
 
-def export_base(
-    out: Path, vae: AutoencoderKL, clip: Clip, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
-) -> None:
+def export_base(out: Path, parts: Parts) -> None:
     """Replaces the weights in `out` by these, as fp16 safetensors; other files there stay.
 
-    The folder is written beside it first, so a reader never meets half a model.
+    The folder is written beside it first; a reader meets no half-written file, though for a moment
+    parts of two bases.
     """
     draft = out.with_name(out.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
-    pipeline_of(vae, clip, tokenizer, unet).save_pretrained(draft, safe_serialization=True)
-    scorer = {f"{name}": value for name, value in clip.state_dict().items() if _is_head(name)}
+    pipeline_of(parts.vae, parts.clip, parts.tokenizer, parts.unet).save_pretrained(draft, safe_serialization=True)
     (draft / SCORER_FILE).parent.mkdir()
-    save_file({name: value.contiguous() for name, value in scorer.items()}, draft / SCORER_FILE)
+    save_file(_scorer_weights(parts.scorer), draft / SCORER_FILE)
+    save_file(
+        {name: value for name, value in parts.clip.state_dict().items() if _is_projection(name)},
+        draft / PROJECTION_FILE,
+    )
     for weights in draft.rglob("*.safetensors"):
         _halve(weights)
     out.mkdir(parents=True, exist_ok=True)
@@ -60,27 +76,28 @@ def export_base(
     draft.rmdir()
 
 
-def load_parts(folder: Path) -> tuple[AutoencoderKL, Clip, CLIPTokenizer, UNet2DConditionModel]:
+def load_parts(folder: Path) -> Parts:
     """Reads such a folder back, in float32: to train on, or to measure."""
     if not (folder / "model_index.json").is_file():
         raise NotFound(f"{folder} holds no base: there is no model_index.json", path=str(folder))
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-    heads = load_file(folder / SCORER_FILE)
-    clip = Clip(pipe.text_encoder, pipe.image_encoder, *_head_sizes(heads))
-    clip.load_state_dict({name: value.float() for name, value in heads.items()}, strict=False)
-    return pipe.vae, clip, pipe.tokenizer, pipe.unet
+    clip = Clip(pipe.text_encoder, pipe.image_encoder, classes=len(concepts()), styles=len(STYLES))
+    projection = {name: value.float() for name, value in load_file(folder / PROJECTION_FILE).items()}
+    clip.load_state_dict(projection, strict=False)
+    return Parts(pipe.vae, clip, pipe.tokenizer, pipe.unet, Scorer.load(folder).net)
 
 
-def new_clip(tokenizer: CLIPTokenizer, concepts: int, styles: int) -> Clip:
-    return Clip(new_text_encoder(tokenizer), new_image_encoder(), concepts, styles)
+def _scorer_weights(net: ScorerNet) -> dict[str, Tensor]:
+    """Without the classes of other emoji, which only training needs."""
+    keep = len(concepts())
+    return {
+        name: value[:keep].contiguous() if name.startswith("concept_head") else value.contiguous()
+        for name, value in net.state_dict().items()
+    }
 
 
-def _is_head(name: str) -> bool:
-    return not name.startswith(("text.", "vision."))
-
-
-def _head_sizes(heads: dict[str, torch.Tensor]) -> tuple[int, int]:
-    return len(heads["concept_head.weight"]), len(heads["style_head.weight"])
+def _is_projection(name: str) -> bool:
+    return name.startswith(("text_projection", "log_scale"))
 
 
 def _halve(path: Path) -> None:
@@ -90,12 +107,3 @@ def _halve(path: Path) -> None:
     if not all(bool(torch.isfinite(value).all()) for value in halved.values()):
         raise ValueError(f"{path.name} does not fit half precision")
     save_file(halved, path, metadata={"format": "pt"})
-
-
-def folder_digest_inputs(folder: Path) -> list[str]:
-    """The relative paths of all weights, for a report of sizes."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors"))
-
-
-def write_json(path: Path, data: dict[str, object]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

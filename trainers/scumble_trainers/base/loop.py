@@ -80,15 +80,15 @@ class Ema:
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Lends the mean weights to `module`; afterwards it holds its own again."""
         own = {name: value.detach().clone() for name, value in module.named_parameters()}
-        _copy_into(module, self.values)
+        copy_into(module, self.values)
         try:
             yield
         finally:
-            _copy_into(module, own)
+            copy_into(module, own)
 
 
 @torch.no_grad()
-def _copy_into(module: nn.Module, values: dict[str, Tensor]) -> None:
+def copy_into(module: nn.Module, values: dict[str, Tensor]) -> None:
     for name, parameter in module.named_parameters():
         parameter.copy_(values[name])
 
@@ -116,13 +116,13 @@ def run_stage(stage: Stage, config: LoopConfig, folder: Path) -> dict[str, float
         torch.nn.utils.clip_grad_norm_(stage.module.parameters(), config.clip_norm)
         optimizer.step()
         ema.update(stage.module, step)
-        log.step(step + 1, float(loss), rate)
+        log.step(step + 1, float(loss.detach()), rate)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save_checkpoint(folder / "checkpoint.pt", step + 1, stage.module, ema.values, optimizer)
         if (step + 1) % config.validate_every == 0 and step + 1 < config.steps:
             with ema.applied(stage.module):
                 _validate(stage, folder, step + 1, log)
-    _copy_into(stage.module, ema.values)
+    copy_into(stage.module, ema.values)
     return _validate(stage, folder, config.steps, log)
 
 

@@ -40,7 +40,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH, layers: int =
 
 
 def new_image_encoder(
-    width: int = WIDTH, layers: int = 6, image_size: int = IMAGE_SIZE, patch: int = PATCH
+    width: int = WIDTH, layers: int = 4, image_size: int = IMAGE_SIZE, patch: int = PATCH
 ) -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
@@ -69,14 +69,12 @@ def new_image_processor(image_size: int = IMAGE_SIZE) -> CLIPImageProcessor:
 class Clip(nn.Module):
     """Both towers, the text projection and the heads that name concept and style; trained together."""
 
-    def __init__(
-        self, text: CLIPTextModel, vision: CLIPVisionModelWithProjection, concepts: int, styles: int
-    ) -> None:
+    def __init__(self, text: CLIPTextModel, vision: CLIPVisionModelWithProjection, classes: int, styles: int) -> None:
         super().__init__()
         self.text, self.vision = text, vision
         self.text_projection = nn.Linear(text.config.hidden_size, WIDTH, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.66))  # temperature 0.07, as in CLIP
-        self.concept_head = nn.Linear(WIDTH, concepts)
+        self.concept_head = nn.Linear(WIDTH, classes)
         self.style_head = nn.Linear(WIDTH, styles)
 
     def embed_text(self, ids: Tensor) -> Tensor:

@@ -52,9 +52,7 @@ def to_bytes(values: Tensor) -> NDArray[np.uint8]:
 
 def reconstruction_loss(made: Tensor, wanted: Tensor) -> Tensor:
     """L1 on pixels, on edges, on colour (differences between channels) and on means of many pixels."""
-    edges = sum(
-        (made.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean() for axis in (2, 3)
-    )
+    edges = sum((made.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean() for axis in (2, 3))
     colours = sum(
         (functional.avg_pool2d(made, size) - functional.avg_pool2d(wanted, size)).abs().mean() for size in (8, 32)
     )
@@ -69,17 +67,16 @@ class VaeStage:
 
     def __init__(
         self,
+        vae: AutoencoderKL,
         pictures: NDArray[np.uint8],
         shown: NDArray[np.uint8],
         *,
         seed: int,
         steps: int,
         device: torch.device,
-        vae: AutoencoderKL | None = None,
         batch: int = 16,
     ) -> None:
-        torch.manual_seed(seed)
-        self.module = (vae or new_vae(sample_size=pictures.shape[1])).to(device, memory_format=torch.channels_last)
+        self.module = vae.to(device, memory_format=torch.channels_last)
         self.pictures, self.shown = pictures, shown
         self.seed, self.steps, self.device, self.batch = seed, steps, device, batch
 
@@ -134,5 +131,8 @@ class VaeStage:
 def latent_statistics(vae: AutoencoderKL, pictures: NDArray[np.uint8], device: torch.device) -> float:
     """The factor that brings the latents of these pictures to unit variance (SD's `scaling_factor`)."""
     with torch.no_grad():
-        means = [vae.encode(to_model(part, device)).latent_dist.mean for part in np.array_split(pictures, len(pictures) // 16 + 1)]
+        means = [
+            vae.encode(to_model(part, device)).latent_dist.mean
+            for part in np.array_split(pictures, len(pictures) // 16 + 1)
+        ]
     return float(1 / torch.cat(means).std())

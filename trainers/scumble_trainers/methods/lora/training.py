@@ -23,7 +23,7 @@ from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.parent import Pipeline
 from scumble_trainers.progress import Report
 from scumble_trainers.provenance import Cost, device_name, peak_memory
-from scumble_trainers.sampling import Samples, draw_samples, grid, read_column, write_column
+from scumble_trainers.sampling import Samples, add_column, draw_samples
 
 LEVELS = 8  # noise levels of the validation loss
 MOST_MEASURED = 64  # training pictures that its counterpart is measured on
@@ -163,12 +163,12 @@ class LoraRun:
     def _measure_base(self) -> None:
         """Losses and pictures of the base: the factors still add nothing."""
         self.metrics["before"] = self._losses()
-        self._sample("base")
+        self._sample()
 
     def _measure(self) -> None:
         self.metrics["after"] = self._losses()
         self.accelerator.log(self.metrics["after"], step=self.step)
-        self._sample(f"step {self.step}")
+        self._sample()
 
     @torch.no_grad()
     def _losses(self) -> dict[str, float]:
@@ -192,19 +192,14 @@ class LoraRun:
                 levels=LEVELS,
             )
 
-    def _sample(self, title: str) -> None:
+    def _sample(self) -> None:
         """Adds this moment's column and redraws the grid."""
         if not self.accelerator.is_main_process:
             return
-        folder = self.out / "samples"
+        self.report("samples", self.step, self.settings.steps)
         with self.accelerator.autocast():
             pictures = draw_samples(self.pipeline, self.material.samples)
-        write_column(folder, f"step-{self.step:06d}", pictures)
-        kept = [path for path in sorted(folder.glob("step-*.png")) if int(path.stem[5:]) <= self.step]
-        columns = [(_title(path), read_column(path)) for path in kept]
-        sheet = grid(columns, self.material.samples.prompts)
-        sheet.save(self.out / "sample_grid.png")
-        self.report("samples", self.step, self.settings.steps, title)
+        sheet = add_column(self.out, self.step, pictures, self.material.samples.prompts)
         for tracker in self.accelerator.trackers:
             tracker.log_images({"samples": np.asarray(sheet)[None]}, step=self.step, dataformats="NHWC")
 
@@ -251,8 +246,3 @@ def learning_rate_factor(settings: LoraSettings, step: int) -> float:
         return 1.0
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def _title(column: Path) -> str:
-    step = int(column.stem.removeprefix("step-"))
-    return f"step {step}" if step else "base"
