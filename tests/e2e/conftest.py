@@ -38,7 +38,7 @@ def config(home: Path) -> ServerConfig:
 
 @pytest.fixture(scope="session")
 def server(config: ServerConfig) -> Iterator[RunningServer]:
-    with running_server(config, start_timeout=120) as running:
+    with running_server(config, start_timeout=300) as running:
         yield running
 
 

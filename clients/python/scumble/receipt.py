@@ -54,14 +54,7 @@ def request_from_receipt(receipt: dict[str, Any]) -> Request:
     try:
         fields = dict(receipt["request"])
         fields["base"] = _pin(receipt["base"]["ref"], receipt["base"]["digest"])
-        fields["adapters"] = [
-            {
-                "ref": _pin(bound["ref"], bound["digest"]),
-                "weight": bound["weight"],
-                "text_weight": bound["text_weight"],
-            }
-            for bound in receipt["adapters"]
-        ]
+        fields["adapters"] = _pinned_adapters(receipt)
         if "image" in receipt:
             fields |= {"seed": receipt["seeds"][receipt["image"]], "num_images": 1}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -75,12 +68,27 @@ def receipt_digest(receipt: dict[str, Any]) -> str:
     determined = {
         "request": asked,
         "base": receipt["base"]["digest"],
-        "adapters": [[bound["digest"], bound["weight"], bound["text_weight"]] for bound in receipt["adapters"]],
+        "adapters": [adapter | {"ref": _digest_of(adapter["ref"])} for adapter in _pinned_adapters(receipt)],
         "seeds": receipt["seeds"],
         "engine": receipt["engine"],
     }
     canonical = json.dumps(determined, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _pinned_adapters(receipt: dict[str, Any]) -> list[dict[str, Any]]:
+    """The adapters that were bound, as they were asked for; what was dropped at admission stays out."""
+    digests = {bound["ref"]: bound["digest"] for bound in receipt["adapters"]}
+    asked = receipt["request"]["adapters"]
+    return [
+        adapter | {"ref": _pin(adapter["ref"], digests[adapter["ref"]])}
+        for adapter in asked
+        if adapter["ref"] in digests
+    ]
+
+
+def _digest_of(pinned: str) -> str:
+    return pinned.partition("@")[2]
 
 
 def _pin(ref: str, digest: str) -> str:

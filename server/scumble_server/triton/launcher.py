@@ -16,7 +16,6 @@ from scumble_server.config import ServerConfig
 from scumble_server.triton.binaries import TritonInstall
 from scumble_server.triton.run_folder import RunFolder
 
-MODELS = 2
 EXIT_TIMEOUT = 10
 """Seconds until tritonserver ends by itself although clients hold connections; the supervisor is quicker."""
 STUB_TIMEOUT = 600
@@ -81,7 +80,9 @@ def assemble_backend(install: TritonInstall, run: RunFolder) -> Path:
     return folder.parent
 
 
-def command(install: TritonInstall, run: RunFolder, models: Path, host: str, ports: Ports) -> list[str]:
+def command(
+    install: TritonInstall, run: RunFolder, config: ServerConfig, models: Path, host: str, ports: Ports
+) -> list[str]:
     key = f"{CLOSED_APIS}:key={secrets.token_urlsafe(24)}"
     return [
         str(install.server),
@@ -104,6 +105,7 @@ def command(install: TritonInstall, run: RunFolder, models: Path, host: str, por
         f"--metrics-port={ports.metrics}",
         # Our own code moves tensors to the GPU; Triton's copies stay in ordinary memory.
         "--pinned-memory-pool-byte-size=0",
+        *(["--allow-gpu-metrics=false"] if config.device == "cpu" else []),
         "--disable-auto-complete-config",
     ]
 

@@ -3,6 +3,7 @@
     SCUMBLE_HOME/run/<name>/lock               held (flock) by the supervisor for as long as it lives
                             backends/python/   the Python backend with the stub that fits
                             failure.json       why the models could not start, as ScumbleError.to_dict()
+                            <pid>.stub         one for each model's process
                             stop, drained      the supervisor wants to stop; every request has its answer
     SCUMBLE_HOME/logs/<name>.log               what tritonserver and the models say
     /dev/shm/<name>…                           Triton's regions
@@ -59,6 +60,17 @@ class RunFolder:
         except FileNotFoundError:
             return True
         return True
+
+    def note_stub(self) -> None:
+        """Tell the supervisor of this process."""
+        (self.path / f"{os.getpid()}.stub").touch()
+
+    def stubs(self) -> list[int]:
+        return [int(note.stem) for note in self.path.glob("*.stub")]
+
+    def forget_stubs(self) -> None:
+        for note in self.path.glob("*.stub"):
+            note.unlink()
 
     def ask_to_stop(self) -> None:
         (self.path / "stop").touch()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scumble_server.config import ServerConfig
 from scumble_server.triton.binaries import find_triton
-from scumble_server.triton.launcher import Ports, claim_ports, default_model_repository
+from scumble_server.triton.launcher import Ports, claim_ports, command, default_model_repository, environment
 from scumble_server.triton.probe import reachable
 from scumble_server.triton.run_folder import OwnedRun
 from scumble_server.triton.supervisor import Launch, Supervisor
@@ -70,7 +70,9 @@ def running_server(
     repository = models or default_model_repository()
     run = OwnedRun(config.home)
     try:
-        supervisor = Supervisor(Launch(install, run.folder, repository, config, host, claimed, start_timeout))
+        arguments = command(install, run.folder, config, repository, host, claimed)
+        variables = environment(install, run.folder, config)
+        supervisor = Supervisor(Launch(arguments, variables, run.folder, host, claimed.http, start_timeout))
         supervisor.start()
         try:
             yield RunningServer(host, claimed, run.folder.log, supervisor)

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scumble.errors import ScumbleError, Unavailable
-from scumble_server.config import ServerConfig
-from scumble_server.triton.binaries import TritonInstall
-from scumble_server.triton.launcher import MODELS, Ports, command, environment
 from scumble_server.triton.probe import ask_stats
-from scumble_server.triton.processes import kill_group, living_members
+from scumble_server.triton.processes import is_running, kill_group
 from scumble_server.triton.run_folder import RunFolder
 
 DRAIN_TIMEOUT = 20.0
@@ -24,8 +21,9 @@ DRAIN_TIMEOUT = 20.0
 EXIT_GRACE = 1.0
 LOOK_INTERVAL = 0.25
 ASK_INTERVAL = 2.0
-ASK_TIMEOUT = 10.0
-MAX_SILENCE = 30.0
+FIRST_ANSWER_TIMEOUT = 5.0
+ASK_TIMEOUT = 20.0
+MAX_SILENCE = 60.0
 """Seconds without an answer from the model after which the server counts as stuck."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 STEADY_AFTER = 60.0
@@ -37,13 +35,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    install: TritonInstall
+    """What is started, again and again if need be, and where its models are asked."""
+
+    command: list[str]
+    environment: dict[str, str]
     run: RunFolder
-    models: Path
-    config: ServerConfig
     host: str
-    ports: Ports
-    start_timeout: float
+    http_port: int
+    timeout: float
+    """Seconds until it must be ready."""
 
 
 class Supervisor:
@@ -56,8 +56,10 @@ class Supervisor:
     def __init__(self, launch: Launch) -> None:
         self.restarts = 0
         self._launch = launch
+        self._log = launch.run.log
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
+        self._last_error: ScumbleError | None = None
         self._failure: ScumbleError | None = None
         self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
@@ -99,77 +101,71 @@ class Supervisor:
 
     def _launch_once(self) -> None:
         launch = self._launch
+        launch.run.forget_stubs()
         with launch.run.log.open("ab") as output:
             self._process = subprocess.Popen(
-                command(launch.install, launch.run, launch.models, launch.host, launch.ports),
-                env=environment(launch.install, launch.run, launch.config),
+                launch.command,
+                env=launch.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + launch.start_timeout
-        while not self._answers(1.0):
+        deadline = time.monotonic() + launch.timeout
+        while not self._answers(FIRST_ANSWER_TIMEOUT):
             self._raise_if_ended(self._process)
             if time.monotonic() > deadline:
-                raise Unavailable(f"the server was not ready after {launch.start_timeout:g} s; see {launch.run.log}")
+                raise Unavailable(f"the server was not ready after {launch.timeout:g} s; see {self._log}")
             if self._stopping.wait(LOOK_INTERVAL):
                 raise Unavailable("the server was stopped while it started")
 
     def _raise_if_ended(self, process: subprocess.Popen[bytes]) -> None:
         status = process.poll()
-        if status is None:
-            return
-        run = self._launch.run
-        raise run.take_failure() or Unavailable(
-            f"tritonserver ended with status {status} before it was ready; the end of {run.log}:\n{_tail(run.log)}",
-            log=str(run.log),
-        )
+        if status is not None:
+            raise self._launch.run.take_failure() or Unavailable(
+                f"tritonserver ended with status {status} before it was ready; "
+                f"the end of {self._log}:\n{_tail(self._log)}",
+                log=str(self._log),
+            )
 
     def _answers(self, timeout: float) -> bool:
         try:
-            return bool(ask_stats(self._launch.host, self._launch.ports.http, timeout)["alive"])
+            return bool(ask_stats(self._launch.host, self._launch.http_port, timeout)["alive"])
         except Unavailable:
             return False
 
     def _watch(self) -> None:
         failures = 0
         while not self._stopping.is_set():
-            started = time.monotonic()
+            began = time.monotonic()
             self._until_unwell()
             if self._stopping.is_set():
                 return
             self._kill()
-            failures = 0 if time.monotonic() - started > STEADY_AFTER else failures
-            failures = self._restart(failures)
-            if failures >= MAX_FAILURES:
+            failures = 1 if time.monotonic() - began > STEADY_AFTER else failures + 1
+            if failures > MAX_FAILURES:
+                self._failure = self._last_error or Unavailable(f"the server dies again and again; see {self._log}")
                 return
+            log.warning("the server died and is started again; see %s", self._log)
+            if not self._stopping.wait(min(FIRST_PAUSE * 2**failures, LONGEST_PAUSE)):
+                self._launch_again()
 
-    def _restart(self, failures: int) -> int:
-        """Try until the server is up, with longer and longer pauses; return how often it has failed in a row."""
-        while failures < MAX_FAILURES:
-            failures += 1
-            log.warning("the server died and is started again; see %s", self._launch.run.log)
-            if self._stopping.wait(min(FIRST_PAUSE * 2**failures, LONGEST_PAUSE)):
-                break
-            try:
-                self._launch_once()
-            except ScumbleError as error:
-                self._kill()
-                self._failure = Unavailable(f"the server died and does not come back: {error.message}")
-            else:
-                self._failure = None
-                self.restarts += 1
-                break
-        return failures
+    def _launch_again(self) -> None:
+        try:
+            self._launch_once()
+        except ScumbleError as error:
+            self._last_error = Unavailable(f"the server died and does not come back: {error.message}")
+            self._kill()
+        else:
+            self._last_error = None
+            self.restarts += 1
 
     def _until_unwell(self) -> None:
         """Return when a process has died, the model is silent for too long, or the server shall stop."""
         assert self._process
-        group = self._process.pid
         answered = asked = time.monotonic()
         while not self._stopping.wait(LOOK_INTERVAL):
-            if self._process.poll() is not None or len(living_members(group)) <= MODELS:
+            if self._process.poll() is not None or not all(map(is_running, self._launch.run.stubs())):
                 return
             now = time.monotonic()
             if now - asked >= ASK_INTERVAL:

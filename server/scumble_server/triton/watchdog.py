@@ -29,6 +29,7 @@ class Watchdog:
         self.is_healthy: Callable[[], bool] = lambda: True
         self._run = run
         self._server = os.getppid()
+        run.note_stub()
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 

@@ -21,7 +21,7 @@ MODELS = ("scumble_stream", "scumble")
 @pytest.fixture(scope="module")
 def mortal(config: ServerConfig) -> Iterator[RunningServer]:
     """A server of its own, whose processes are killed here."""
-    with running_server(config, start_timeout=120) as running:
+    with running_server(config, start_timeout=300) as running:
         yield running
 
 
@@ -63,14 +63,13 @@ def test_whatever_dies_the_server_comes_back(mortal: RunningServer, victim: str)
     process_of(mortal.log, victim).kill()
     wait_until(lambda: mortal.supervisor.restarts > restarts)
     with Client(mortal.grpc_url, timeout=30) as client:
-        assert client.images.generate("a red apple", steps=1).pixels.shape == (1, 64, 64, 3)
+        assert client.images.generate("a red apple", steps=1).images.shape == (1, 64, 64, 3)
     assert len(server_processes(mortal.log)) == 3
 
 
-def test_orphaned_stubs_end(config: ServerConfig) -> None:
-    """What is left when everything above the stubs is killed at once."""
-    with running_server(config, start_timeout=120) as running:
-        os.kill(process_of(running.log, "tritonserver").pid, signal.SIGSTOP)  # it can do nothing for them
+def test_a_server_that_hangs_is_killed(config: ServerConfig) -> None:
+    with running_server(config, start_timeout=300) as running:
+        os.kill(process_of(running.log, "tritonserver").pid, signal.SIGSTOP)
         running.supervisor.stop()
         assert not server_processes(running.log)
     assert not list(Path("/dev/shm").glob(f"{running.log.stem}*"))

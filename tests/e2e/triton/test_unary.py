@@ -29,7 +29,7 @@ def test_http_and_grpc_answer_with_the_same_pictures(
 
 
 def test_the_stream_makes_the_same_pictures(infer_grpc: Callable[..., Any], client: Client) -> None:
-    np.testing.assert_array_equal(infer_grpc(APPLE).as_numpy("images"), client.images.generate(APPLE).pixels)
+    np.testing.assert_array_equal(infer_grpc(APPLE).as_numpy("images"), client.images.generate(APPLE).images)
 
 
 def test_the_receipt_comes_along(infer_http: Callable[..., Any]) -> None:

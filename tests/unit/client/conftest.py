@@ -32,17 +32,17 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.port = 0
 
     def ModelStreamInfer(self, messages: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        finished = threading.Event()
+        context.add_callback(lambda: finished.is_set() or self.cancelled.set())
         for message in messages:
             self.requests.append(message.id)
             for event in self.script(kserve.request_tensors(message)):
-                if not context.is_active():
-                    self.cancelled.set()
-                    return
                 if isinstance(event, str):
                     yield service_pb2.ModelStreamInferResponse(error_message=event)
                 else:
                     response = kserve.infer_response(message.model_name, message.id, wire.event_to_tensors(event))
                     yield service_pb2.ModelStreamInferResponse(infer_response=response)
+        finished.set()
 
     def ServerLive(self, _request: Any, _context: Any) -> Any:  # noqa: N802
         return service_pb2.ServerLiveResponse(live=True)

@@ -30,7 +30,7 @@ def a_receipt(**changes: Any) -> dict[str, Any]:
             "num_images": 3,
             "guidance_scale": 5.5,
             "adapters": [
-                {"ref": "styles/ink", "weight": 0.8, "text_weight": None},
+                {"ref": "styles/ink", "weight": 0.8, "text_weight": None, "start": 0.25},
                 {"ref": "styles/none", "weight": 0.0, "text_weight": None},
             ],
             "options": {},
@@ -56,7 +56,7 @@ def test_a_receipt_becomes_its_request_with_every_reference_pinned() -> None:
         height=64,
         num_images=3,
         guidance_scale=5.5,
-        adapters=(Adapter(ref=f"styles/ink@{INK}", weight=0.8, text_weight=0.8),),
+        adapters=(Adapter(ref=f"styles/ink@{INK}", weight=0.8, start=0.25),),
     )
 
 
@@ -118,3 +118,4 @@ def test_the_digest_depends_on_what_determines_the_picture_alone() -> None:
     assert receipt_digest(a_receipt(base={"ref": "other/name", "digest": BASE})) == digest
     assert receipt_digest(a_receipt(base={"ref": "scumble/demo@prod", "digest": INK})) != digest
     assert receipt_digest(a_receipt(seeds=[6, 7, 8])) != digest
+    assert receipt_digest(a_receipt(request=a_receipt()["request"] | {"steps": 21})) != digest

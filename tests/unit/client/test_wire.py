@@ -19,7 +19,16 @@ from scumble.request import Adapter, Request
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 weights = st.floats(allow_nan=False, allow_infinity=False)
 sizes = st.integers(1, 256).map(lambda eighths: 8 * eighths)
-adapters = st.builds(Adapter, ref=texts, weight=weights, text_weight=st.none() | weights)
+fractions = st.floats(0, 1)
+adapters = st.builds(
+    Adapter,
+    ref=texts,
+    weight=weights,
+    text_weight=st.none() | weights,
+    blocks=st.none() | st.dictionaries(texts, weights, max_size=3) | st.lists(weights, max_size=3).map(tuple),
+    start=fractions,
+    end=fractions,
+)
 requests = st.builds(
     Request,
     prompt=texts,

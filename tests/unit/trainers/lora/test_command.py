@@ -21,6 +21,7 @@ SMALL = ["--steps", "2", "--batch-size", "2", "--rank", "2", "--sample-steps", "
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SCUMBLE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)  # no folder here may be taken for a reference
     return tmp_path / "home"
 
 
@@ -36,9 +37,9 @@ def command(*arguments: str) -> str:
 
 def test_it_trains_for_a_base_in_the_registry_and_publishes(base_folder: Path, make_data: Any, home: Path) -> None:
     with Registry.open(home, create=True) as registry:
-        base = registry.publish(base_folder, "demo/base")
+        base = registry.publish(base_folder, "tiny/base")
     data = str(make_data(4))
-    arguments = ["--base", "demo/base@1", "--data", data, "--publish", "styles/flat", "--alias", "staging", *SMALL]
+    arguments = ["--base", "tiny/base@1", "--data", data, "--publish", "styles/flat", "--alias", "staging", *SMALL]
 
     told = json.loads(command(*arguments, "--trigger", "flat style", "--license", "MIT", "--seed", "3", "--json"))
 
@@ -69,10 +70,10 @@ def test_the_same_command_again_is_the_same_version(base_folder: Path, make_data
 def test_a_folder_that_the_registry_holds_is_known_by_its_reference(base_folder: Path, home: Path) -> None:
     assert find_parent(str(base_folder), home).ref is None
     with Registry.open(home, create=True) as registry:
-        version = registry.publish(base_folder, "demo/base")
+        version = registry.publish(base_folder, "tiny/base")
     found = find_parent(str(base_folder), home)
-    assert (found.ref, found.digest) == ("demo/base@1", version.digest)
-    assert find_parent("demo/base", home).content == found.content
+    assert (found.ref, found.digest) == ("tiny/base@1", version.digest)
+    assert find_parent("tiny/base", home).content == found.content
 
 
 @pytest.mark.usefixtures("home")
@@ -98,7 +99,7 @@ def test_bases_that_are_missing_or_of_another_kind_are_refused(tmp_path: Path, h
     with pytest.raises(NotFound):
         find_parent(str(tmp_path / "nowhere"), home)
     with pytest.raises(NotFound):
-        find_parent("demo/base", home)
+        find_parent("tiny/base", home)
     with pytest.raises(Incompatible, match=r"no model_index\.json"):
         find_parent(str(tmp_path), home)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
