@@ -65,6 +65,7 @@ class FileStore:
         self._root = root
         self._blobs = root / "blobs" / "sha256"
         self._tmp = root / "tmp"
+        self._durable: set[Path] = set()
 
     def path(self, blob: Blob) -> Path:
         return self._blobs / blob.hex[:2] / blob.hex
@@ -105,8 +106,11 @@ class FileStore:
     def _keep(self, temporary: Path, final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.replace(final)
-        for folder in (final.parent, self._blobs, self._blobs.parent, self._root):
-            sync_folder(folder)  # also those that another writer has just made and not yet synced
+        sync_folder(final.parent)
+        if final.parent not in self._durable:  # perhaps made just now, by us or another writer
+            for folder in (self._blobs, self._blobs.parent, self._root):
+                sync_folder(folder)
+            self._durable.add(final.parent)
 
 
 def copy_and_hash(source: BinaryIO, target: BinaryIO | None = None) -> Blob:

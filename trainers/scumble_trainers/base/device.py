@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from scumble_trainers.base import workers
+
 
 def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -17,5 +19,5 @@ def mixed_precision(device: torch.device) -> AbstractContextManager[None]:
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The randomness of one step, on the CPU, a function of (seed, step) only."""
-    return torch.Generator("cpu").manual_seed(seed * 1_000_003 + step)
+    """The randomness of one step, on the CPU, a function of (seed, step) and the worker's rank only."""
+    return torch.Generator("cpu").manual_seed(seed * 1_000_003 + step + workers.rank() * 7_000_000_007)

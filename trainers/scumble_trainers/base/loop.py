@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from scumble_trainers.base import workers
 from scumble_trainers.base.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -113,17 +114,20 @@ def run_stage(stage: Stage, config: LoopConfig, folder: Path) -> dict[str, float
         optimizer.zero_grad(set_to_none=True)
         loss = stage.loss(step)
         loss.backward()  # type: ignore[no-untyped-call]
+        workers.average_gradients(stage.module)
         torch.nn.utils.clip_grad_norm_(stage.module.parameters(), config.clip_norm)
         optimizer.step()
         ema.update(stage.module, step)
         log.step(step + 1, float(loss.detach()), rate)
+        if workers.rank() > 0:
+            continue
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save_checkpoint(folder / "checkpoint.pt", step + 1, stage.module, ema.values, optimizer)
         if (step + 1) % config.validate_every == 0 and step + 1 < config.steps:
             with ema.applied(stage.module):
                 _validate(stage, folder, step + 1, log)
     copy_into(stage.module, ema.values)
-    return _validate(stage, folder, config.steps, log)
+    return _validate(stage, folder, config.steps, log) if workers.rank() == 0 else {}
 
 
 def _validate(stage: Stage, folder: Path, step: int, log: _Log) -> dict[str, float]:
@@ -147,6 +151,8 @@ class _Log:
     def step(self, step: int, loss: float, rate: float, every: int = 50) -> None:
         weight = max(0.02, 1 / (step - self.start))
         self.mean_loss += weight * (loss - self.mean_loss)
+        if workers.rank() > 0:
+            return
         if step % every == 0 or step == self.steps:
             speed = (step - self.start) / (time.monotonic() - self.begun)
             self._write({"step": step, "loss": self.mean_loss, "lr": rate, "steps_per_s": speed})

@@ -96,7 +96,9 @@ def _order_header(file: Path) -> None:
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    file.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
+    ordered = file.with_suffix(".partial")
+    ordered.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
+    ordered.replace(file)
 
 
 def _lora(settings: LoraSettings, targets: tuple[str, ...]) -> LoraConfig:
