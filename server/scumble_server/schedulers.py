@@ -67,7 +67,12 @@ def _table(name: str, config_json: str, steps: int) -> Table:
     if steps > limit:
         raise InvalidRequest(f"steps is {steps}, this base has only {limit} timesteps", field="steps")
     scheduler.set_timesteps(steps)
-    rows = [_probe(scheduler, timestep) for timestep in scheduler.timesteps]
+    try:
+        rows = [_probe(scheduler, timestep) for timestep in scheduler.timesteps]
+    except IndexError as error:  # with an offset the last of very many steps lies outside, for diffusers too
+        raise InvalidRequest(
+            f"scheduler {name} cannot do {steps} steps on this base; ask for fewer", field="steps"
+        ) from error
     columns = torch.tensor(rows, dtype=torch.float32).T.contiguous()
     return Table(float(scheduler.init_noise_sigma), scheduler.timesteps.float().clone(), *columns)
 

@@ -133,7 +133,7 @@ def test_without_a_url_a_server_is_started_and_stopped(home: Path, tmp_path: Pat
 def test_ctrl_c_stops_the_server_that_it_started(home: Path, tmp_path: Path) -> None:
     copy = tmp_path / "home"
     shutil.copytree(home, copy)
-    arguments = [SCUMBLE, "generate", "x", "--base", "tiny/base", "--steps", "1000", "-o", str(tmp_path / "a.png")]
+    arguments = [SCUMBLE, "generate", "x", "--base", "tiny/base", "--steps", "500", "-o", str(tmp_path / "a.png")]
     environment = {key: value for key, value in os.environ.items() if key != "SCUMBLE_URL"}
     process = subprocess.Popen(
         arguments, env={**environment, "SCUMBLE_HOME": str(copy)}, stderr=subprocess.PIPE, text=True

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from scumble_registry import Registry
 from scumble_server.config import ServerConfig
 from scumble_server.triton.binaries import find_triton
 from scumble_server.triton.launcher import Ports, claim_ports, command, default_model_repository, environment
@@ -62,10 +63,13 @@ def running_server(
 ) -> Iterator[RunningServer]:
     """Start a server, wait until it answers, and stop it at the end of the `with`, however that comes.
 
-    Leaves no process and no shared memory behind. Raises Unavailable when Triton is missing or a port is
-    taken, before anything is started, and whatever kept the base from being loaded.
+    Leaves no process and no shared memory behind. Before anything is started it raises Unavailable when
+    Triton is missing or a port is taken, NotFound without registry or base; then whatever keeps the base
+    from being loaded.
     """
     install = find_triton(triton)
+    with Registry.open(config.home) as registry:
+        registry.resolve(config.base)
     claimed = claim_ports(host, ports)
     repository = models or default_model_repository()
     run = OwnedRun(config.home)

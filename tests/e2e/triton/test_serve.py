@@ -52,9 +52,11 @@ class Served:
 def served(home: Path) -> Iterator[Served]:
     process = serve(home, *FREE_PORTS, "--exit-with-parent")
     assert process.stdout
-    yield Served(process, json.loads(process.stdout.readline()))
-    process.kill()
-    process.wait()
+    try:
+        yield Served(process, json.loads(process.stdout.readline()))
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
@@ -64,7 +66,7 @@ def test_it_stops_cleanly_in_the_middle_of_work(served: Served, ending: signal.S
 
     def work(steps: int) -> None:
         try:
-            with Client(served.places["grpc"], timeout=60) as client:
+            with Client(served.places["grpc"], timeout=120) as client:
                 outcomes.append(client.images.generate("x", steps=steps))
         except ScumbleError as error:
             outcomes.append(error)
@@ -75,7 +77,7 @@ def test_it_stops_cleanly_in_the_middle_of_work(served: Served, ending: signal.S
     with Client(served.places["grpc"]) as client:
         wait_until(lambda: client.stats()["open_requests"] == 10)
     served.process.send_signal(ending)
-    assert served.process.wait(30) == 0
+    assert served.process.wait(60) == 0
     for worker in workers:
         worker.join(10)
     assert [outcome.code for outcome in outcomes] == ["unavailable"] * 10
@@ -85,12 +87,15 @@ def test_it_stops_cleanly_in_the_middle_of_work(served: Served, ending: signal.S
 def test_killed_it_takes_its_server_along(served: Served) -> None:
     assert len(server_processes(served.log)) == 3
     served.process.kill()
-    wait_until(served.leaves_nothing, seconds=20)
+    wait_until(served.leaves_nothing)
 
 
 def refused(process: subprocess.Popen[str], status: int) -> dict[str, Any]:
     """The error that the command ends with."""
-    output, errors = process.communicate(timeout=60)
+    try:
+        output, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == status, output + errors
     error: dict[str, Any] = json.loads(output)["error"]
     return error

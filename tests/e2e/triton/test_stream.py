@@ -45,7 +45,7 @@ def test_counters_are_asked_in_the_same_way(stream: Stream) -> None:
     assert json.loads(result.as_numpy("stats")[0])["alive"] is True
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

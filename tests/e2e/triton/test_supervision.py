@@ -50,7 +50,7 @@ def matches(process: psutil.Process, name: str) -> bool:
     return command[0].endswith("_stub") and f"/{name}/1/model.py" in command[1]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -62,7 +62,7 @@ def test_whatever_dies_the_server_comes_back(mortal: RunningServer, victim: str)
     restarts = mortal.supervisor.restarts
     process_of(mortal.log, victim).kill()
     wait_until(lambda: mortal.supervisor.restarts > restarts)
-    with Client(mortal.grpc_url, timeout=30) as client:
+    with Client(mortal.grpc_url, timeout=120) as client:
         assert client.images.generate("a red apple", steps=1).images.shape == (1, 64, 64, 3)
     assert len(server_processes(mortal.log)) == 3
 

@@ -15,6 +15,8 @@ from scumble import Client
 from scumble.request import Adapter, Request
 from scumble_server.triton.running import RunningServer
 
+from .test_stream import wait_until
+
 APPLE = Request(prompt="a red apple", seed=7, steps=4, num_images=2)
 
 
@@ -67,3 +69,19 @@ def test_curl_is_client_enough(server: RunningServer) -> None:
         answer = json.load(response)
     assert len(answer["images"]) == 8 * 8 * 3
     assert json.loads(answer["receipt"])["request"]["seed"] == 1
+
+
+def test_prometheus_reads_the_loops_counters(server: RunningServer, client: Client) -> None:
+    client.images.generate("a red apple", steps=1)
+    expected = client.stats()
+
+    def scraped() -> dict[str, float]:
+        with urllib.request.urlopen(server.metrics_url, timeout=60) as response:
+            lines = response.read().decode().splitlines()
+        return {
+            name.partition("{")[0]: float(value)
+            for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("scumble_"))
+        }
+
+    names = {f"scumble_{name}_total": expected[name] for name in ("requests", "images", "steps", "rows", "mixed_steps")}
+    wait_until(lambda: names.items() <= scraped().items())

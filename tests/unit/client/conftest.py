@@ -11,11 +11,15 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from scumble import kserve, wire
 from scumble.client import Client
 from scumble.events import Done, Event
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # a busy machine is no failure
 
 Script = Callable[[wire.Tensors], Iterator[Event | str]]
 """What one request is answered with: events, or a text that Triton itself would report."""

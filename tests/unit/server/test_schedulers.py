@@ -62,6 +62,12 @@ def test_what_no_table_can_say_is_refused(option: str) -> None:
         table("ddim", {**SD15, option: True}, 10)
 
 
+def test_steps_that_leave_the_schedule_are_refused() -> None:
+    """The offset of SD 1.5's config pushes the first of 1000 timesteps to 1000; diffusers fails there."""
+    with pytest.raises(InvalidRequest, match="ddim cannot do 1000 steps"):
+        table("ddim", SD15, 1000)
+
+
 def test_more_steps_than_timesteps_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="1001.*1000"):
         table("euler", SD15, 1001)

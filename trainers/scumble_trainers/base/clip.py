@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from scumble_trainers.base.augment import augment
 from scumble_trainers.base.device import mixed_precision, step_generator
 from scumble_trainers.base.towers import Clip, contrastive_loss
-from scumble_trainers.base.unseen import Pair, unseen_pairs
+from scumble_trainers.base.unseen import Pair
 from scumble_trainers.base.vae import to_bytes, to_model
 from scumble_trainers.emoji.captions import captions, plain_caption
 from scumble_trainers.emoji.concepts import STYLES, concepts

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scumble.errors import InvalidRequest
+from scumble.errors import InvalidRequest, NotFound
 from scumble_trainers.emoji.home import data_home
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ def train_base(
     unet_steps: Annotated[int | None, typer.Option("--unet-steps", min=1)] = None,
     scorer_steps: Annotated[int | None, typer.Option("--scorer-steps", min=1)] = None,
     seed: Annotated[int, typer.Option("--seed", help="Decides every random number of the run.")] = 1,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads to use.")] = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the UNet: a third quicker, after two minutes.")
-    ] = False,
+    number: Annotated[int, typer.Option("--workers", min=1, help="Processes that share the work, on a CPU.")] = 2,
     resume_from: Annotated[
         Path | None, typer.Option("--resume-from", help="A base's folder whose weights to go on from.")
     ] = None,
@@ -47,35 +44,38 @@ def train_base(
     """Train the bundled base: pictures, autoencoder, CLIP, UNet. Goes on where an earlier run stopped."""
     if stage not in (*STAGES, "all"):
         raise InvalidRequest(f"--stage is {stage!r}; it is one of {', '.join(STAGES)}, all", field="stage")
-    import torch
-
+    from scumble_trainers.base import workers
     from scumble_trainers.base.device import best_device
     from scumble_trainers.base.recipe import Recipe
-    from scumble_trainers.base.stages import Workshop
+    from scumble_trainers.base.stages import Workshop, prepare_data
 
-    if threads:
-        torch.set_num_threads(threads)
+    if resume_from and not (resume_from / "model_index.json").is_file():
+        raise NotFound(f"{resume_from} holds no base to go on from", path=str(resume_from))
+    device, begun = best_device(), time.monotonic()
     recipe = Recipe(seed=seed).with_steps(vae=vae_steps, clip=clip_steps, unet=unet_steps, scorer=scorer_steps)
     folder = work_dir or data_home() / ("base" if resume_from is None else "base-resumed")
-    shop = Workshop(folder, recipe, best_device(), resume_from, compiled)
-    packages = data_dir or data_home() / "npm"
-    begun = time.monotonic()
-    wanted = () if evaluate else STAGES if stage == "all" else (stage,)
-    measures = _run(shop, wanted, packages)
+    shop = Workshop(folder, recipe, device, resume_from)
+    wanted = () if evaluate or stage == "data" else STAGES[1:] if stage == "all" else (stage,)
+    prepare_data(shop, data_dir or data_home() / "npm")
+    if wanted and device.type == "cpu" and not workers.is_worker():
+        workers.launch_workers(number, "scumble_trainers.base", sys.argv[sys.argv.index("base") + 1 :])
+    workers.join_workers()
+    report: dict[str, object] = {"stages": _run(shop, wanted), "pictures": str(folder / "gallery")}
+    if workers.rank() > 0:
+        return
     if stage in ("unet", "scorer", "all") and not evaluate:
         _export(shop, out)
-    if not (evaluate or stage == "all"):
-        _report({"stages": measures, "seconds": round(time.monotonic() - begun)}, as_json=as_json)
-        return
-    evaluation = _evaluate(shop, packages, out)
-    report = {"stages": measures, "base": str(out), "evaluation": asdict(evaluation), "passed": evaluation.passed}
+    if evaluate or stage == "all":
+        evaluation = _evaluate(shop, out)
+        report |= {"base": str(out), "evaluation": asdict(evaluation), "passed": evaluation.passed}
     _report({**report, "seconds": round(time.monotonic() - begun)}, as_json=as_json)
-    if evaluate and not evaluation.passed:
+    if evaluate and not report["passed"]:
         raise typer.Exit(1)
 
 
-def _run(shop: Workshop, wanted: tuple[str, ...], packages: Path) -> dict[str, dict[str, float]]:
-    from scumble_trainers.base.stages import prepare_data, train_clip, train_scorer, train_unet, train_vae
+def _run(shop: Workshop, wanted: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    from scumble_trainers.base import workers
+    from scumble_trainers.base.stages import tokenizer_of, train_clip, train_scorer, train_unet, train_vae
 
     trained: dict[str, Callable[[Workshop], dict[str, float]]] = {
         "vae": train_vae,
@@ -83,10 +83,10 @@ def _run(shop: Workshop, wanted: tuple[str, ...], packages: Path) -> dict[str, d
         "unet": train_unet,
         "scorer": train_scorer,
     }
-    if "data" in wanted:
-        print(f"pictures in {shop.folder}", file=sys.stderr)
-        prepare_data(shop, packages)
-    return {name: trained[name](shop) for name in wanted if name in trained}
+    if wanted and workers.rank() == 0:
+        tokenizer_of(shop)
+    workers.wait_for_all()
+    return {name: trained[name](shop) for name in wanted}
 
 
 def _export(shop: Workshop, out: Path) -> None:
@@ -96,11 +96,10 @@ def _export(shop: Workshop, out: Path) -> None:
     export_base(out, trained_parts(shop))
 
 
-def _evaluate(shop: Workshop, packages: Path, out: Path) -> Evaluation:
+def _evaluate(shop: Workshop, out: Path) -> Evaluation:
     from scumble_trainers.base.evaluate import evaluate_base
-    from scumble_trainers.base.stages import prepare_data
 
-    return evaluate_base(out, prepare_data(shop, packages), shop.device, grid=out / "grid.png")
+    return evaluate_base(out, shop.gallery(), shop.device, grid=out / "grid.png")
 
 
 def _report(report: dict[str, object], *, as_json: bool) -> None:

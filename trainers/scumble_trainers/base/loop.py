@@ -127,6 +127,7 @@ def run_stage(stage: Stage, config: LoopConfig, folder: Path) -> dict[str, float
             with ema.applied(stage.module):
                 _validate(stage, folder, step + 1, log)
     copy_into(stage.module, ema.values)
+    workers.wait_for_all()
     return _validate(stage, folder, config.steps, log) if workers.rank() == 0 else {}
 
 

@@ -8,7 +8,7 @@ from scumble_trainers.base.loop import LoopConfig
 
 VAE_LOOP = LoopConfig(steps=6000, learning_rate=1.5e-3, ema_decay=0.998, validate_every=400, save_every=400)
 CLIP_LOOP = LoopConfig(
-    steps=3000,
+    steps=900,
     learning_rate=1e-3,
     weight_decay=0.05,
     ema_decay=0.998,
@@ -17,12 +17,12 @@ CLIP_LOOP = LoopConfig(
     betas=(0.9, 0.98),
 )
 UNET_LOOP = LoopConfig(
-    steps=10_000, learning_rate=1e-3, warmup=300, final_ratio=0.01, validate_every=1000, save_every=500
+    steps=6000, learning_rate=1e-3, warmup=300, final_ratio=0.01, validate_every=700, save_every=500
 )
 
 
 SCORER_LOOP = LoopConfig(
-    steps=3000, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.997, validate_every=200, save_every=200
+    steps=1500, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.997, validate_every=200, save_every=200
 )
 
 

@@ -15,13 +15,20 @@ from scumble_trainers.base.device import mixed_precision, step_generator
 from scumble_trainers.base.unseen import Pair
 from scumble_trainers.base.vae import to_bytes, to_model
 from scumble_trainers.emoji.concepts import STYLES, concepts
+from scumble_trainers.emoji.extras import Extras
 from scumble_trainers.emoji.gallery import Gallery
 from scumble_trainers.emoji.render import contact_sheet
 from scumble_trainers.scorer import ScorerNet, hit_rate
 
 
+GREYED = 0.15  # the share of pictures that lose their colours, as an ink drawing has none
+
+
 class ScorerStage:
-    """Two thirds of a batch are concepts, the rest other emoji: they show what a style is beyond the concepts."""
+    """Two thirds of a batch show concepts, in the five styles or by other hands; the rest are other emoji.
+
+    Other emoji teach what a style is beyond the concepts; other hands teach what a concept is beyond the styles.
+    """
 
     name = "scorer"
 
@@ -30,6 +37,7 @@ class ScorerStage:
         net: ScorerNet,
         gallery: Gallery,
         softened: NDArray[np.uint8],
+        extras: Extras,
         unseen: tuple[Pair, ...],
         *,
         seed: int,
@@ -37,40 +45,42 @@ class ScorerStage:
         batch: int = 96,
     ) -> None:
         self.module = net.to(device, memory_format=torch.channels_last)
-        self.gallery, self.softened, self.unseen = gallery, softened, unseen
-        self.seed, self.device, self.batch = seed, device, batch
+        self.gallery, self.softened, self.extras, self.unseen = gallery, softened, extras, unseen
+        self.seed, self.device, self.batch, self.known = seed, device, batch, len(concepts())
         hidden = {(pair.row, pair.style) for pair in unseen}
-        rows, known = len(gallery.codes), len(concepts())
+        rows = len(gallery.codes)
         places = [(r, s) for r in range(rows) for s in range(len(STYLES)) if (r, s) not in hidden]
-        self.of_concepts = torch.tensor([place for place in places if place[0] < known])
-        self.of_others = torch.tensor([place for place in places if place[0] >= known] or places)
+        # The third column is the number of a picture in `extras`, or -1.
+        learnt = [(row, style, -1) for row, style in places if row < self.known]
+        learnt += [(int(row), -1, number) for number, row in enumerate(extras.rows)]
+        self.of_concepts = torch.tensor(learnt)
+        self.of_others = torch.tensor([(row, style, -1) for row, style in places if row >= self.known])
 
     def loss(self, step: int) -> Tensor:
         generator = step_generator(self.seed, step)
         places = self._draw(generator)
-        pixels = augment(self._pictures(places, generator), generator)
+        pixels = self._seen(places, generator)
         with mixed_precision(self.device):
             concept, style = self.module(pixels.contiguous(memory_format=torch.channels_last))
-        wanted = places.to(self.device)
-        named = functional.cross_entropy(concept.float(), wanted[:, 0], label_smoothing=0.05)
-        return named + functional.cross_entropy(style.float(), wanted[:, 1], label_smoothing=0.05)
+        rows = torch.where(places[:, 0] < self.known, places[:, 0], -1).to(self.device)
+        named = functional.cross_entropy(concept.float(), rows, ignore_index=-1, label_smoothing=0.05)
+        styles = places[:, 1].to(self.device)
+        return named + functional.cross_entropy(style.float(), styles, ignore_index=-1, label_smoothing=0.05)
 
     def validate(self) -> dict[str, float]:
         """Accuracy on the renderings that it never sees, among all concepts and styles."""
         rows, styles = [pair.row for pair in self.unseen], [pair.style for pair in self.unseen]
         concept, style = self.module(to_model(self.gallery.pictures[rows, styles], self.device))
-        concept = concept[:, : len(concepts())].cpu()
         return {
-            "val_concept_top1": hit_rate(concept, rows, 1),
-            "val_concept_top5": hit_rate(concept, rows, 5),
+            "val_concept_top1": hit_rate(concept.cpu(), rows, 1),
+            "val_concept_top5": hit_rate(concept.cpu(), rows, 5),
             "val_style": hit_rate(style.cpu(), styles, 1),
         }
 
     def sample(self, path: Path) -> None:
         """What it sees: a sheet of augmented pictures."""
         generator = step_generator(self.seed, 0)
-        pixels = augment(self._pictures(self._draw(generator), generator), generator)
-        contact_sheet(to_bytes(pixels), columns=12).save(path)
+        contact_sheet(to_bytes(self._seen(self._draw(generator), generator)), columns=12).save(path)
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         others = self.batch // 3
@@ -79,11 +89,19 @@ class ScorerStage:
         places = torch.cat([self.of_concepts[first], self.of_others[second]])
         return places[torch.randperm(len(places), generator=generator)]
 
-    def _pictures(self, places: Tensor, generator: torch.Generator) -> Tensor:
-        """Originals and, two times in five, what the autoencoder made of them."""
+    def _seen(self, places: Tensor, generator: torch.Generator) -> Tensor:
+        """Originals and, two times in five, what the autoencoder made of them; augmented."""
         soft = (torch.rand(len(places), generator=generator) < 0.4).tolist()
         chosen = [
-            (self.softened if use else self.gallery.pictures)[row, style]
-            for use, (row, style) in zip(soft, places.tolist(), strict=True)
+            self._picture(place, softened=use) for use, place in zip(soft, places.tolist(), strict=True)
         ]
-        return to_model(np.stack(chosen), self.device)
+        pixels = augment(to_model(np.stack(chosen), self.device), generator, strength=0.8)
+        grey = (torch.rand((len(places), 1, 1, 1), generator=generator) < GREYED).to(self.device)
+        return torch.where(grey, pixels.mean(dim=1, keepdim=True), pixels)
+
+    def _picture(self, place: list[int], *, softened: bool) -> NDArray[np.uint8]:
+        row, style, extra = place
+        if extra >= 0:
+            return self.extras.pictures[extra]
+        chosen: NDArray[np.uint8] = (self.softened if softened else self.gallery.pictures)[row, style]
+        return chosen

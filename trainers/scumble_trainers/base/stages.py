@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from scumble.errors import NotFound
+from scumble_trainers.base import workers
 from scumble_trainers.base.cache import build_cache
+from scumble_trainers.base.checkpoint import read_mean
 from scumble_trainers.base.clip import ClipStage, all_captions
 from scumble_trainers.base.draw import Drawing
 from scumble_trainers.base.export import Parts, load_parts, pipeline_of
-from scumble_trainers.base.checkpoint import read_mean
 from scumble_trainers.base.loop import copy_into, run_stage
 from scumble_trainers.base.recipe import Recipe
 from scumble_trainers.base.scorer_stage import ScorerStage
@@ -32,7 +33,6 @@ from scumble_trainers.emoji.concepts import BASE_STYLES, HELD_OUT_STYLES, STYLES
 from scumble_trainers.emoji.gallery import Gallery, load_gallery, render_gallery, save_gallery
 from scumble_trainers.emoji.packages import fetch_packages
 from scumble_trainers.scorer import ScorerNet
-
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -48,7 +48,6 @@ class Workshop:
     recipe: Recipe
     device: torch.device
     start: Path | None = None
-    compiled: bool = False
 
     def gallery(self) -> Gallery:
         gallery = load_gallery(self.folder / "gallery")
@@ -102,7 +101,7 @@ def train_vae(shop: Workshop) -> dict[str, float]:
     torch.manual_seed(recipe.seed)
     vae = load_parts(shop.start).vae if shop.start else new_vae(recipe.vae_channels, learnt.shape[1])
     stage = VaeStage(
-        vae, learnt, shown, seed=recipe.seed, steps=recipe.vae.steps, device=shop.device, batch=recipe.vae_batch
+        vae, learnt, shown, seed=recipe.seed, steps=recipe.vae.steps, device=shop.device, batch=_share(recipe.vae_batch)
     )
     return run_stage(stage, recipe.vae, shop.folder / "vae")
 
@@ -119,7 +118,7 @@ def trained_vae(shop: Workshop) -> AutoencoderKL:
     return vae
 
 
-def _new_clip(shop: Workshop, tokenizer: CLIPTokenizer, gallery: Gallery) -> Clip:
+def _new_clip(tokenizer: CLIPTokenizer, gallery: Gallery) -> Clip:
     size = gallery.pictures.shape[2]
     return Clip(
         new_text_encoder(tokenizer),
@@ -133,7 +132,7 @@ def train_clip(shop: Workshop) -> dict[str, float]:
     recipe, gallery = shop.recipe, shop.gallery()
     tokenizer = tokenizer_of(shop)
     torch.manual_seed(recipe.seed + 1)
-    clip = _new_clip(shop, tokenizer, gallery)
+    clip = _new_clip(tokenizer, gallery)
     if shop.start:
         clip.load_state_dict(_known(load_parts(shop.start).clip), strict=False)
     stage = ClipStage(
@@ -144,18 +143,23 @@ def train_clip(shop: Workshop) -> dict[str, float]:
         unseen_pairs(),
         seed=recipe.seed + 2,
         device=shop.device,
-        batch=recipe.clip_batch,
+        batch=_share(recipe.clip_batch),
     )
     return run_stage(stage, recipe.clip, shop.folder / "clip")
 
 
 def softened_pictures(shop: Workshop) -> NDArray[np.uint8]:
-    return soften(shop.folder / "softened.npy", lambda: frozen_vae(shop), shop.gallery(), shop.device, shop.recipe.seed)
+    """Computed by the first worker, read by all."""
+    path, seed = shop.folder / "softened.npy", shop.recipe.seed
+    if workers.rank() == 0:
+        soften(path, lambda: frozen_vae(shop), shop.gallery(), shop.device, seed)
+    workers.wait_for_all()
+    return soften(path, lambda: frozen_vae(shop), shop.gallery(), shop.device, seed)
 
 
 def train_scorer(shop: Workshop) -> dict[str, float]:
     recipe, gallery = shop.recipe, shop.gallery()
-    torch.manual_seed(recipe.seed + 5)
+    torch.manual_seed(recipe.seed + 4)
     net = ScorerNet(len(gallery.codes), len(STYLES))
     if shop.start:
         net.load_state_dict(_known(load_parts(shop.start).scorer), strict=False)
@@ -164,15 +168,15 @@ def train_scorer(shop: Workshop) -> dict[str, float]:
         gallery,
         softened_pictures(shop),
         unseen_pairs(),
-        seed=recipe.seed + 6,
+        seed=recipe.seed + 5,
         device=shop.device,
-        batch=recipe.scorer_batch,
+        batch=_share(recipe.scorer_batch),
     )
     return run_stage(stage, recipe.scorer, shop.folder / "scorer")
 
 
 def trained_clip(shop: Workshop) -> Clip:
-    clip = _new_clip(shop, tokenizer_of(shop), shop.gallery())
+    clip = _new_clip(tokenizer_of(shop), shop.gallery())
     return _load(clip, shop, "clip").to(shop.device)
 
 
@@ -195,8 +199,7 @@ def train_unet(shop: Workshop) -> dict[str, float]:
         seed=recipe.seed + 4,
         device=shop.device,
         draw=Drawing(pipeline_of(vae, clip, tokenizer, unet)),
-        batch=recipe.unet_batch,
-        compiled=shop.compiled,
+        batch=_share(recipe.unet_batch),
     )
     return run_stage(stage, recipe.unet, shop.folder / "unet")
 
@@ -223,6 +226,11 @@ def trained_parts(shop: Workshop) -> Parts:
         unet=_load(unet, shop, "unet") if not start or _has_run(shop, "unet") else unet,
         scorer=_load(scorer, shop, "scorer") if not start or _has_run(shop, "scorer") else scorer,
     )
+
+
+def _share(batch: int) -> int:
+    """What one worker computes of a batch."""
+    return max(1, batch // workers.count())
 
 
 def _has_run(shop: Workshop, stage: str) -> bool:

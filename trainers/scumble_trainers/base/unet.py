@@ -68,12 +68,10 @@ class UnetStage:
         device: torch.device,
         draw: Callable[[Path], None],
         batch: int = 32,
-        compiled: bool = False,
     ) -> None:
         self.module = unet.to(device, memory_format=torch.channels_last)
         self.cache, self.seed, self.device, self.batch, self.draw = cache, seed, device, batch, draw
         self.schedule = noise_schedule(dict(new_scheduler().config))
-        self.forward = torch.compile(self.module) if compiled else self.module
 
     def loss(self, step: int) -> Tensor:
         generator = step_generator(self.seed, step)
@@ -106,7 +104,7 @@ class UnetStage:
 
     def _trained(self, noisy: Tensor, timesteps: Tensor, texts: Tensor) -> Tensor:
         with mixed_precision(self.device):
-            predicted: Tensor = self.forward(noisy, timesteps, texts).sample
+            predicted: Tensor = self.module(noisy, timesteps, texts).sample
         return predicted
 
     def _plain(self, noisy: Tensor, timesteps: Tensor, texts: Tensor) -> Tensor:

@@ -2,30 +2,63 @@
 
 On a processor shared with other programs two processes of one thread each do nearly twice the work of one
 process with two threads, because they wait for each other once a step and not at every layer.
-`torchrun` starts them and sets the environment that `join_workers` reads.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import distributed, nn
 
+# glibc gives big tensors back to the kernel and faults them in again at each step: half of the time was spent so.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG in prctl(2)
+
+
+def is_worker() -> bool:
+    """Whether `launch_workers` (or torchrun) started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def launch_workers(number: int, module: str, arguments: Sequence[str]) -> None:
+    """Becomes torchrun with `number` processes of `python -m module arguments`; does not return.
+
+    Memory is set up for long runs on a CPU, which has to happen before a process starts.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    environment = {"OMP_NUM_THREADS": "1", **_KEEP_MEMORY, **os.environ}
+    sys.stdout.flush()
+    os.execve(sys.executable, [*torchrun, "-m", module, *arguments], environment)  # noqa: S606
+
 
 def join_workers() -> None:
-    """Meets the other processes that `torchrun` started; alone, does nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+    """Meets the other processes; alone, does nothing. A worker ends when whoever started it is killed."""
+    if not is_worker():
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+    if int(os.environ["WORLD_SIZE"]) > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def rank() -> int:
-    """This process's number; 0 writes files and speaks."""
+    """The number of this process; 0 writes files and speaks."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def count() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here: what process 0 wrote before is there for all."""
+    if count() > 1:
+        distributed.barrier()
 
 
 def average_gradients(module: nn.Module) -> None:

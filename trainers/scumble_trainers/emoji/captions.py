@@ -22,7 +22,7 @@ _NO_ARTICLE = (*_PLURAL_OR_MASS, "ice", "wine", "coffee", "beer", "cheese", "can
 
 
 def with_article(noun: str) -> str:
-    """ "apple" → "an apple"; what is plural or uncountable stays bare."""
+    """Turns "apple" into "an apple"; what is plural or uncountable stays bare."""
     if noun in _NO_ARTICLE or noun in ("cherries", "planet earth"):
         return noun
     if noun in ("sun", "moon"):

@@ -11,10 +11,10 @@ from PIL import Image
 
 from scumble_trainers.emoji.captions import canonical_caption, captions
 from scumble_trainers.emoji.concepts import concepts, style
+from scumble_trainers.emoji.home import data_home
 from scumble_trainers.emoji.icons import read_icon_set
 from scumble_trainers.emoji.packages import fetch_packages
 from scumble_trainers.emoji.render import SIZE, render
-from scumble_trainers.emoji.home import data_home
 
 Split = Literal["train", "held-out", "all"]
 

@@ -43,6 +43,12 @@ STYLES = (
     Style("openmoji", "@iconify-json/openmoji", "1.2.29", "CC-BY-SA-4.0", held_out=True),
     Style("ink", "@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT", held_out=True),
 )
+# Further hands, of which only the scorer sees the concepts' pictures: they teach it to look past the style.
+EXTRA_STYLES = (
+    Style("emojione", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", held_out=True),
+    Style("monotone", "@iconify-json/emojione-monotone", "1.2.1", "CC-BY-4.0", held_out=True),
+    Style("blob", "@iconify-json/noto-v1", "1.2.5", "Apache-2.0", held_out=True),
+)
 BASE_STYLES = tuple(style for style in STYLES if not style.held_out)
 HELD_OUT_STYLES = tuple(style for style in STYLES if style.held_out)
 

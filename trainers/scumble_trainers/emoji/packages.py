@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from scumble.errors import Unavailable
-from scumble_trainers.emoji.concepts import STYLES
+from scumble_trainers.emoji.concepts import EXTRA_STYLES, STYLES
 
 # English names of all emoji: text for the tokenizer, not pictures.
 NAMES_PACKAGE, NAMES_VERSION = "unicode-emoji-json", "0.9.0"
@@ -16,7 +16,7 @@ NAMES_PACKAGE, NAMES_VERSION = "unicode-emoji-json", "0.9.0"
 
 def required_packages() -> dict[str, str]:
     """Package name → pinned version."""
-    return {style.package: style.version for style in STYLES} | {NAMES_PACKAGE: NAMES_VERSION}
+    return {style.package: style.version for style in (*STYLES, *EXTRA_STYLES)} | {NAMES_PACKAGE: NAMES_VERSION}
 
 
 def installed_version(folder: Path, package: str) -> str | None:

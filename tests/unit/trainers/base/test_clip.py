@@ -21,7 +21,7 @@ def test_prompts_read_back_as_they_were_written(gallery: Gallery) -> None:
     assert tokenizer.eos_token_id not in tokenizer("ünknown 漢字 🍎", add_special_tokens=False).input_ids
 
 
-def test_a_long_prompt_is_cut_and_ends_with_eos(gallery: Gallery) -> None:
+def test_a_long_prompt_is_cut_and_ends_with_eos() -> None:
     tokenizer = train_tokenizer(["a red apple"] * 3, vocabulary=600)
     ids = tokenize(tokenizer, ["a red apple " * 60], 77)
     assert ids.shape == (1, 77)
