@@ -147,5 +147,5 @@ def test_offsets_leave_no_gap_and_no_overlap() -> None:
 
 def test_rank_buckets() -> None:
     assert [rank_bucket(rank) for rank in (1, 8, 9, 64, 65, 256)] == [8, 8, 16, 64, 128, 256]
-    with pytest.raises(Refused, match="257 rank columns.*256"):
+    with pytest.raises(Refused, match=r"257 rank columns.*256"):
         rank_bucket(RANK_BUCKETS[-1] + 1)

@@ -26,7 +26,12 @@ SDXL = (UNetBlocks(3, 2), targets(range(1, 3), range(2), 3))
 
 @pytest.mark.parametrize(
     ("family", "length", "second", "last_attention"),
-    [(SD15, 17, "IN01", "OUT11"), (SD15, 26, "IN00", "OUT11"), (SDXL, 12, "IN04", "OUT05"), (SDXL, 20, "IN00", "OUT08")],
+    [
+        (SD15, 17, "IN01", "OUT11"),
+        (SD15, 26, "IN00", "OUT11"),
+        (SDXL, 12, "IN04", "OUT05"),
+        (SDXL, 20, "IN00", "OUT08"),
+    ],
 )
 def test_the_usual_lists(family: tuple[UNetBlocks, list[str]], length: int, second: str, last_attention: str) -> None:
     blocks, names = family
@@ -39,7 +44,7 @@ def test_the_usual_lists(family: tuple[UNetBlocks, list[str]], length: int, seco
 
 
 def test_a_list_of_another_length_says_which_are_taken() -> None:
-    with pytest.raises(InvalidRequest, match="13 block weights.*26.*17"):
+    with pytest.raises(InvalidRequest, match=r"13 block weights.*26.*17"):
         block_weights([1.0] * 13, *SD15)
 
 

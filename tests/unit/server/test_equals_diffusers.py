@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -10,6 +10,8 @@ import pytest
 from scumble.request import Adapter, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .conftest import Running
 
 LATENT_TOLERANCE = 1e-3
@@ -60,7 +62,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_alone_equals_diffusers(running: Running, diffusers_alone, name: str) -> None:
+def test_alone_equals_diffusers(running: Running, diffusers_alone: Callable[..., Any], name: str) -> None:
     ours = running.run([CASES[name]])[0]
     reference = diffusers_alone(running.files, CASES[name])
     assert (ours.latents - reference.latents).abs().max() <= LATENT_TOLERANCE

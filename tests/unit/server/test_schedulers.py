@@ -69,5 +69,5 @@ def test_steps_that_leave_the_schedule_are_refused() -> None:
 
 
 def test_more_steps_than_timesteps_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="1001.*1000"):
+    with pytest.raises(InvalidRequest, match=r"1001.*1000"):
         table("euler", SD15, 1001)

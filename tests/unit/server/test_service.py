@@ -186,8 +186,9 @@ def test_a_step_that_raises_ends_only_the_row_to_blame(running: Running, monkeyp
         ({"steps": 1000, "scheduler": "dpmpp_2m", "width": 2048, "height": 2048}, InvalidRequest, "pixels"),
     ],
 )
+@pytest.mark.usefixtures("extra")
 def test_bad_input_is_refused_at_the_edge(
-    running: Running, extra: None, changes: dict[str, Any], error: type[ScumbleError], says: str
+    running: Running, changes: dict[str, Any], error: type[ScumbleError], says: str
 ) -> None:
     before = running.service.stats()["requests"]
     with pytest.raises(error, match=says):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import CLIPTokenizer
 
 from scumble.errors import NotFound
@@ -60,7 +59,7 @@ def export_base(out: Path, parts: Parts) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     pipeline_of(parts.vae, parts.clip, parts.tokenizer, parts.unet).save_pretrained(draft, safe_serialization=True)
     (draft / SCORER_FILE).parent.mkdir()
-    save_file(_scorer_weights(parts.scorer), draft / SCORER_FILE)
+    save_file({name: value.contiguous() for name, value in parts.scorer.state_dict().items()}, draft / SCORER_FILE)
     save_file(
         {name: value for name, value in parts.clip.state_dict().items() if _is_projection(name)},
         draft / PROJECTION_FILE,
@@ -85,15 +84,6 @@ def load_parts(folder: Path) -> Parts:
     projection = {name: value.float() for name, value in load_file(folder / PROJECTION_FILE).items()}
     clip.load_state_dict(projection, strict=False)
     return Parts(pipe.vae, clip, pipe.tokenizer, pipe.unet, Scorer.load(folder).net)
-
-
-def _scorer_weights(net: ScorerNet) -> dict[str, Tensor]:
-    """Without the classes of other emoji, which only training needs."""
-    keep = len(concepts())
-    return {
-        name: value[:keep].contiguous() if name.startswith("concept_head") else value.contiguous()
-        for name, value in net.state_dict().items()
-    }
 
 
 def _is_projection(name: str) -> bool:

@@ -16,13 +16,11 @@ CLIP_LOOP = LoopConfig(
     save_every=100,
     betas=(0.9, 0.98),
 )
-UNET_LOOP = LoopConfig(
-    steps=6000, learning_rate=1e-3, warmup=300, final_ratio=0.01, validate_every=700, save_every=500
-)
+UNET_LOOP = LoopConfig(steps=6000, learning_rate=1e-3, warmup=300, final_ratio=0.01, validate_every=700, save_every=500)
 
 
 SCORER_LOOP = LoopConfig(
-    steps=1500, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.997, validate_every=200, save_every=200
+    steps=1500, learning_rate=3e-3, weight_decay=0.05, ema_decay=0.997, validate_every=150, save_every=200
 )
 
 

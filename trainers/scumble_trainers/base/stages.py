@@ -30,6 +30,7 @@ from scumble_trainers.base.unet import UnetStage, new_unet
 from scumble_trainers.base.unseen import unseen_pairs
 from scumble_trainers.base.vae import VaeStage, latent_statistics, new_vae
 from scumble_trainers.emoji.concepts import BASE_STYLES, HELD_OUT_STYLES, STYLES, base_concepts, concepts
+from scumble_trainers.emoji.extras import Extras, load_extras, render_extras, save_extras
 from scumble_trainers.emoji.gallery import Gallery, load_gallery, render_gallery, save_gallery
 from scumble_trainers.emoji.packages import fetch_packages
 from scumble_trainers.scorer import ScorerNet
@@ -55,12 +56,20 @@ class Workshop:
             raise NotFound(f"no pictures in {self.folder}; run the stage `data` first", stage="data")
         return gallery
 
+    def extras(self) -> Extras:
+        extras = load_extras(self.folder / "gallery")
+        if extras is None:
+            raise NotFound(f"no further pictures in {self.folder}; run the stage `data` first", stage="data")
+        return extras
+
 
 def prepare_data(shop: Workshop, packages: Path) -> Gallery:
     """Fetches the npm packages and renders them; nothing is done twice."""
     gallery = load_gallery(shop.folder / "gallery")
     if gallery is None:
-        gallery = render_gallery(fetch_packages(packages))
+        modules = fetch_packages(packages)
+        gallery = render_gallery(modules)
+        save_extras(render_extras(modules), shop.folder / "gallery")
         save_gallery(gallery, shop.folder / "gallery")
     return gallery
 
@@ -160,13 +169,12 @@ def softened_pictures(shop: Workshop) -> NDArray[np.uint8]:
 def train_scorer(shop: Workshop) -> dict[str, float]:
     recipe, gallery = shop.recipe, shop.gallery()
     torch.manual_seed(recipe.seed + 4)
-    net = ScorerNet(len(gallery.codes), len(STYLES))
-    if shop.start:
-        net.load_state_dict(_known(load_parts(shop.start).scorer), strict=False)
+    net = load_parts(shop.start).scorer if shop.start else ScorerNet(len(concepts()), len(STYLES))
     stage = ScorerStage(
         net,
         gallery,
         softened_pictures(shop),
+        shop.extras(),
         unseen_pairs(),
         seed=recipe.seed + 5,
         device=shop.device,
@@ -218,7 +226,7 @@ def trained_parts(shop: Workshop) -> Parts:
     """Everything that goes into the folder: of each stage what this run trained, else the starting base's."""
     start = load_parts(shop.start) if shop.start else None
     unet = start.unet if start else new_or_started_unet(shop)
-    scorer = start.scorer if start else ScorerNet(len(shop.gallery().codes), len(STYLES))
+    scorer = start.scorer if start else ScorerNet(len(concepts()), len(STYLES))
     return Parts(
         vae=frozen_vae(shop),
         clip=frozen_clip(shop),
@@ -238,8 +246,8 @@ def _has_run(shop: Workshop, stage: str) -> bool:
 
 
 def _known(module: nn.Module) -> dict[str, Tensor]:
-    """Weights without the concept head: the folder keeps the concepts' rows only, training has all emoji's."""
-    return {name: value for name, value in module.state_dict().items() if not name.startswith("concept_head")}
+    """What the folder keeps of CLIP; the heads that helped in training are not in it."""
+    return {name: value for name, value in module.state_dict().items() if "_head." not in name}
 
 
 def _load(module: Module, shop: Workshop, stage: str) -> Module:

@@ -43,6 +43,7 @@ def _first_svg(icons: IconSet, names: list[str | None]) -> str | None:
 
 
 def save_extras(extras: Extras, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "extras.npz", pictures=extras.pictures, rows=extras.rows)
 
 

@@ -10,6 +10,7 @@ from scumble_trainers.base.loop import LoopConfig
 from scumble_trainers.base.recipe import Recipe
 from scumble_trainers.base.stages import Workshop
 from scumble_trainers.emoji.concepts import STYLES, concepts
+from scumble_trainers.emoji.extras import Extras, save_extras
 from scumble_trainers.emoji.gallery import Gallery, save_gallery
 from scumble_trainers.emoji.render import render
 
@@ -42,6 +43,8 @@ def tiny(steps: int) -> LoopConfig:
 def shop(tmp_path: Path, gallery: Gallery) -> Workshop:
     """A run of two steps per stage with models of a few thousand weights."""
     torch.set_num_threads(1)
+    extras = Extras(gallery.pictures[:3, 0], np.arange(3))
+    save_extras(extras, tmp_path / "gallery")
     save_gallery(gallery, tmp_path / "gallery")
     recipe = Recipe(
         vae=tiny(2),
