@@ -41,7 +41,7 @@ class _Residual(nn.Module):
 class ScorerNet(nn.Module):
     """`pixels (n, 3, 128, 128)` in -1…1 → logits of concepts and of styles.
 
-    Both heads read means over the picture of two levels: a style shows in small patches, a thing in large ones.
+    The concept is read from a coarse map of 4×4 places, the style from colours and small patches anywhere.
     """
 
     def __init__(self, classes: int, styles: int, widths: tuple[int, int, int, int] = (16, 32, 64, 128)) -> None:
@@ -57,7 +57,8 @@ class ScorerNet(nn.Module):
         )
         self.far = nn.Sequential(nn.Conv2d(c, d, 3, stride=2, padding=1), _Residual(d), nn.GroupNorm(8, d), nn.ReLU())
         self.near_norm = nn.GroupNorm(8, c)
-        self.concept_head = nn.Linear(c + d, classes)
+        self.narrow = nn.Conv2d(d, d // 4, 1)
+        self.concept_head = nn.Linear(c + d + 16 * (d // 4), classes)
         self.style_head = nn.Linear(c + d, styles)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,8 @@ class ScorerNet(nn.Module):
         far = self.far(near)
         local = functional.relu(self.near_norm(near)).mean(dim=(2, 3))
         features = torch.cat([local, far.mean(dim=(2, 3))], dim=1).float()
-        return self.concept_head(features), self.style_head(features)
+        places = functional.adaptive_avg_pool2d(self.narrow(far).float(), 4).flatten(1)
+        return self.concept_head(torch.cat([features, places], dim=1)), self.style_head(features)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ from scumble.receipt import receipt_digest
 from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
 from scumble_server.demo.grid import draw_grid
-from scumble_server.demo.plan import Column, Plan, PromptPart
+from scumble_server.demo.plan import AdapterPart, Column, Plan, PromptPart
 from scumble_server.triton.running import running_server
+from scumble_trainers.result import CARD, publish_result
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -76,17 +77,16 @@ def publish(plan: Plan, home: Path) -> list[Version]:
     """The base and then what is made for it."""
     with Registry.open(home, create=True) as registry:
         base = registry.publish(plan.base.path, plan.base.name, license=plan.base.license)
-        adapters = [
-            registry.publish(
-                part.path,
-                part.name,
-                base=plan.base.name,
-                license=part.license,
-                trigger_words=[part.style] if part.style else [],
-            )
-            for part in plan.adapters
-        ]
-    return [base, *adapters]
+        return [base, *(_publish_adapter(registry, part, plan.base.name) for part in plan.adapters)]
+
+
+def _publish_adapter(registry: Registry, part: AdapterPart, base: str) -> Version:
+    """With its provenance and metrics, where the folder is one that a trainer left."""
+    if (part.path / CARD).is_file():
+        return publish_result(registry, part.path, part.name, base=base)
+    return registry.publish(
+        part.path, part.name, base=base, license=part.license, trigger_words=[part.style] if part.style else []
+    )
 
 
 def draw(plan: Plan, url: str) -> Drawn:

@@ -20,7 +20,7 @@ from scumble_trainers.emoji.gallery import Gallery
 from scumble_trainers.emoji.render import contact_sheet
 from scumble_trainers.scorer import ScorerNet, hit_rate
 
-GREYED = 0.15  # the share of pictures that lose their colours, as an ink drawing has none
+GREYED = 0.1  # the share of pictures that lose their colours, as an ink drawing has none
 
 
 class ScorerStage:
@@ -92,7 +92,8 @@ class ScorerStage:
         """Originals and, two times in five, what the autoencoder made of them; augmented."""
         soft = (torch.rand(len(places), generator=generator) < 0.4).tolist()
         chosen = [self._picture(place, softened=use) for use, place in zip(soft, places.tolist(), strict=True)]
-        pixels = augment(to_model(np.stack(chosen), self.device), generator, strength=0.8)
+        strength = 0.1 + 0.5 * float(torch.rand((), generator=generator))
+        pixels = augment(to_model(np.stack(chosen), self.device), generator, strength)
         grey = (torch.rand((len(places), 1, 1, 1), generator=generator) < GREYED).to(self.device)
         return torch.where(grey, pixels.mean(dim=1, keepdim=True), pixels)
 
