@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import entry_points
@@ -65,6 +66,16 @@ def generate(
     if receipt:
         write_whole(receipt, json.dumps(images.receipt, indent=2).encode())
     print(json.dumps({"files": files, "receipt": images.receipt}) if as_json else "\n".join(files))
+    for notice in notices(images.receipt):
+        print(f"scumble: {notice}", file=sys.stderr)
+
+
+def notices(receipt: dict[str, Any]) -> list[str]:
+    """What the picture does not show although it was asked for: words that were cut, adapters that were dropped."""
+    cut = [
+        f"{field} is too long, this end of it was cut: {text}" for field, text in (receipt["truncated"] or {}).items()
+    ]
+    return cut + [f"adapter {dropped['ref']} was dropped: {dropped['reason']}" for dropped in receipt["dropped"]]
 
 
 def _request(given: dict[str, Any], from_receipt: Path | None) -> Request:

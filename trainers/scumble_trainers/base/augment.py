@@ -9,13 +9,21 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def augment(pixels: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+def augment(
+    pixels: Tensor,
+    generator: torch.Generator,
+    strength: float = 1.0,
+    colour: float | None = None,
+    shrink: float = 0.0,
+) -> Tensor:
     """`pixels (n, 3, H, W)` in -1…1: turned, scaled, shifted, mirrored, recoloured, blurred, noisy.
 
-    The paper around a picture is white, so what is moved in from outside is white as well.
+    The paper around a picture is white, so what is moved in from outside is white as well. `colour` is the
+    strength of recolouring where it differs (a style is known by its colours); `shrink` lets pictures become
+    smaller by up to that much more, in logarithms.
     """
-    moved = _move(pixels, generator, strength)
-    coloured = _recolour(moved, generator, strength)
+    moved = _move(pixels, generator, strength, shrink)
+    coloured = _recolour(moved, generator, strength if colour is None else colour)
     return _soften(coloured, generator, strength).clamp(-1, 1)
 
 
@@ -23,10 +31,10 @@ def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.G
     return torch.rand(shape, generator=generator) * (high - low) + low
 
 
-def _move(pixels: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+def _move(pixels: Tensor, generator: torch.Generator, strength: float, shrink: float = 0.0) -> Tensor:
     n = len(pixels)
     angle = _uniform((n,), -0.25, 0.25, generator) * strength
-    zoom = torch.exp(_uniform((n,), -0.16, 0.2, generator) * strength)
+    zoom = torch.exp(_uniform((n,), -0.16, 0.2 + shrink, generator) * strength)
     stretch = torch.exp(_uniform((n,), -0.1, 0.1, generator) * strength)
     mirror = torch.where(torch.rand((n,), generator=generator) < 0.3, -1.0, 1.0)
     shift = _uniform((n, 2), -0.15, 0.15, generator) * strength
@@ -75,3 +83,21 @@ def _blur(pixels: Tensor, sigma: float) -> Tensor:
             pixels += padded.narrow(axis, 3 - offset, length).mul(weights[offset] / total)
             pixels += padded.narrow(axis, 3 + offset, length).mul(weights[offset] / total)
     return pixels
+
+
+def outlined(pixels: Tensor) -> Tensor:
+    """Black lines where brightness changes: what a coloured picture might look like with drawn outlines."""
+    return torch.where(_edges(pixels), torch.full_like(pixels, -1), pixels)
+
+
+def inked(pixels: Tensor) -> Tensor:
+    """The lines and the dark areas only, black on white: what it might look like in ink."""
+    dark = pixels.mean(dim=1, keepdim=True) < -0.1
+    return torch.where(_edges(pixels) | dark, -1.0, 1.0).expand_as(pixels)
+
+
+def _edges(pixels: Tensor, contrast: float = 0.3) -> Tensor:
+    """Where a channel's brightest and darkest value within 3×3 pixels differ much, `(n, 1, H, W)`, thickened."""
+    spread = functional.max_pool2d(pixels, 3, 1, 1) + functional.max_pool2d(-pixels, 3, 1, 1)
+    lines = (spread.amax(dim=1, keepdim=True) > contrast).to(pixels.dtype)
+    return functional.max_pool2d(lines, 3, 1, 1) > 0

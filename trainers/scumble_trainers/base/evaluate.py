@@ -61,8 +61,9 @@ def evaluation_prompts(count: int = COUNT, seed: int = SEED) -> tuple[Prompt, ..
     chosen = order.permutation(len(pairs))[:count]
     prompts = []
     for number, index in enumerate(chosen):
-        texts = captions(*pairs[index])
-        prompts.append(Prompt(texts[int(order.integers(len(texts)))], *pairs[index], seed=number))
+        concept, style = pairs[int(index)]
+        texts = captions(concept, style)
+        prompts.append(Prompt(texts[int(order.integers(len(texts)))], concept, style, number))
     return tuple(prompts)
 
 

@@ -43,7 +43,7 @@ def pipeline_of(
         unet=unet,
         scheduler=new_scheduler(),
         safety_checker=None,
-        feature_extractor=new_image_processor(clip.vision.config.image_size),
+        feature_extractor=new_image_processor(clip.image_size),
         image_encoder=clip.vision,
         requires_safety_checker=False,
     )

@@ -24,10 +24,13 @@ from scumble_trainers.base.checkpoint import load_checkpoint, save_checkpoint
 
 
 class Stage(Protocol):
-    """What a stage gives the loop. `module` holds every trained weight."""
+    """What a stage gives the loop."""
 
     name: str
-    module: nn.Module
+
+    @property
+    def module(self) -> nn.Module:
+        """Holds every trained weight."""
 
     def loss(self, step: int) -> Tensor:
         """The loss of one batch, a scalar; must depend on nothing but weights, seed and step."""
@@ -113,7 +116,7 @@ def run_stage(stage: Stage, config: LoopConfig, folder: Path) -> dict[str, float
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         loss = stage.loss(step)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         workers.average_gradients(stage.module)
         torch.nn.utils.clip_grad_norm_(stage.module.parameters(), config.clip_norm)
         optimizer.step()

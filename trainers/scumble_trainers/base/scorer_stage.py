@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from scumble_trainers.base.augment import augment
+from scumble_trainers.base.augment import augment, inked, outlined
 from scumble_trainers.base.device import mixed_precision, step_generator
 from scumble_trainers.base.unseen import Pair
 from scumble_trainers.base.vae import to_bytes, to_model
@@ -20,7 +20,8 @@ from scumble_trainers.emoji.gallery import Gallery
 from scumble_trainers.emoji.render import contact_sheet
 from scumble_trainers.scorer import ScorerNet, hit_rate
 
-GREYED = 0.1  # the share of pictures that lose their colours, as an ink drawing has none
+# The share of pictures that are redrawn, so that a thing is known in hands that never drew it.
+INKED, OUTLINED = 0.15, 0.2
 
 
 class ScorerStage:
@@ -43,7 +44,7 @@ class ScorerStage:
         device: torch.device,
         batch: int = 96,
     ) -> None:
-        self.module = net.to(device, memory_format=torch.channels_last)
+        self.module = net.to(device)
         self.gallery, self.softened, self.extras, self.unseen = gallery, softened, extras, unseen
         self.seed, self.device, self.batch, self.known = seed, device, batch, len(concepts())
         hidden = {(pair.row, pair.style) for pair in unseen}
@@ -58,12 +59,13 @@ class ScorerStage:
     def loss(self, step: int) -> Tensor:
         generator = step_generator(self.seed, step)
         places = self._draw(generator)
-        pixels = self._seen(places, generator)
+        redrawn = torch.rand(len(places), generator=generator)
+        pixels = self._seen(places, redrawn, generator)
         with mixed_precision(self.device):
             concept, style = self.module(pixels.contiguous(memory_format=torch.channels_last))
         rows = torch.where(places[:, 0] < self.known, places[:, 0], -1).to(self.device)
         named = functional.cross_entropy(concept.float(), rows, ignore_index=-1, label_smoothing=0.05)
-        styles = places[:, 1].to(self.device)
+        styles = torch.where(redrawn < OUTLINED + INKED, -1, places[:, 1]).to(self.device)
         return named + functional.cross_entropy(style.float(), styles, ignore_index=-1, label_smoothing=0.05)
 
     def validate(self) -> dict[str, float]:
@@ -79,7 +81,9 @@ class ScorerStage:
     def sample(self, path: Path) -> None:
         """What it sees: a sheet of augmented pictures."""
         generator = step_generator(self.seed, 0)
-        contact_sheet(to_bytes(self._seen(self._draw(generator), generator)), columns=12).save(path)
+        places = self._draw(generator)
+        pixels = self._seen(places, torch.rand(len(places), generator=generator), generator)
+        contact_sheet(to_bytes(pixels), columns=12).save(path)
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         others = self.batch // 3
@@ -88,18 +92,23 @@ class ScorerStage:
         places = torch.cat([self.of_concepts[first], self.of_others[second]])
         return places[torch.randperm(len(places), generator=generator)]
 
-    def _seen(self, places: Tensor, generator: torch.Generator) -> Tensor:
-        """Originals and, two times in five, what the autoencoder made of them; augmented."""
+    def _seen(self, places: Tensor, redrawn: Tensor, generator: torch.Generator) -> Tensor:
+        """Originals and, two times in five, what the autoencoder made of them; some redrawn; augmented."""
         soft = (torch.rand(len(places), generator=generator) < 0.4).tolist()
         chosen = [self._picture(place, softened=use) for use, place in zip(soft, places.tolist(), strict=True)]
-        strength = 0.1 + 0.5 * float(torch.rand((), generator=generator))
-        pixels = augment(to_model(np.stack(chosen), self.device), generator, strength)
-        grey = (torch.rand((len(places), 1, 1, 1), generator=generator) < GREYED).to(self.device)
-        return torch.where(grey, pixels.mean(dim=1, keepdim=True), pixels)
+        pixels = to_model(np.stack(chosen), self.device)
+        ink, line = redrawn < INKED, (redrawn >= INKED) & (redrawn < INKED + OUTLINED)
+        pixels[ink], pixels[line] = inked(pixels[ink]), outlined(pixels[line])
+        strength = 0.1 + 0.7 * float(torch.rand((), generator=generator))
+        return augment(pixels, generator, strength, colour=0.25 * strength, shrink=0.45)
 
     def _picture(self, place: list[int], *, softened: bool) -> NDArray[np.uint8]:
         row, style, extra = place
         if extra >= 0:
-            return self.extras.pictures[extra]
-        chosen: NDArray[np.uint8] = (self.softened if softened else self.gallery.pictures)[row, style]
+            place_of: tuple[int, ...] = (extra,)
+            source = self.extras.pictures
+        else:
+            place_of = (row, style)
+            source = self.softened if softened else self.gallery.pictures
+        chosen: NDArray[np.uint8] = source[place_of]
         return chosen

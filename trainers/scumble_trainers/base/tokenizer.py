@@ -36,7 +36,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 2600) -> CLIPTokeniz
     merges = _merges(state)
     order = [*letters, *(letter + _SUFFIX for letter in letters), *("".join(pair) for pair in merges), BOS, EOS]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(order))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
+    # Pairs are what the tokenizer's BPE takes, whatever the annotation says.
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)  # type: ignore[arg-type]
 
 
 def _merges(state: bytes) -> list[tuple[str, str]]:

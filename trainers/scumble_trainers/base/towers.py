@@ -72,6 +72,7 @@ class Clip(nn.Module):
     def __init__(self, text: CLIPTextModel, vision: CLIPVisionModelWithProjection, classes: int, styles: int) -> None:
         super().__init__()
         self.text, self.vision = text, vision
+        self.image_size = int(cast("int", vision.config.image_size))
         self.text_projection = nn.Linear(text.config.hidden_size, WIDTH, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.66))  # temperature 0.07, as in CLIP
         self.concept_head = nn.Linear(WIDTH, classes)

@@ -90,7 +90,8 @@ class VaeStage:
             made = self.module.decode(latents).sample.float()
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return reconstruction_loss(made, wanted) + KL_WEIGHT * divergence
+        total: Tensor = reconstruction_loss(made, wanted) + KL_WEIGHT * divergence
+        return total
 
     def validate(self) -> dict[str, float]:
         wanted = to_model(self.shown, self.device)

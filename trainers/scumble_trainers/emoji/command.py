@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast, get_args
 
 import typer
 from PIL import Image
 
+from scumble.errors import InvalidRequest
 from scumble_trainers.emoji.captions import canonical_caption, captions
 from scumble_trainers.emoji.concepts import concepts, style
 from scumble_trainers.emoji.home import data_home
@@ -49,11 +50,9 @@ def prepare_style(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write the pictures of one drawing style with captions, as data for a trainer."""
-    from scumble.errors import InvalidRequest
-
-    if split not in ("train", "held-out", "all"):
+    if split not in get_args(Split):
         raise InvalidRequest(f"--split is {split!r}; it is train, held-out or all", field="split")
     style(style_name)
     modules = fetch_packages(data_dir or data_home() / "npm")
-    count = write_style(modules, style_name, out, split, size)
+    count = write_style(modules, style_name, out, cast("Split", split), size)
     print(json.dumps({"out": str(out), "pictures": count}) if as_json else f"{count} pictures in {out}")
