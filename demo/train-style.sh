@@ -12,7 +12,7 @@ scumble=.venv/bin/scumble
 
 $scumble train emoji --style "$style" --split train --out "runs/data/$style"
 $scumble train lora --base demo/base --data "runs/data/$style" --out "runs/lora/$style" \
-  --steps "${STEPS:-800}" --batch-size 32 --learning-rate "${RATE:-2e-3}" --warmup 20 --min-snr-gamma 5 \
+  --steps "${STEPS:-400}" --batch-size 32 --learning-rate "${RATE:-2e-3}" --warmup 20 --min-snr-gamma 5 \
   --rank 8 --feed-forward --checkpoint-every 200 --sample-guidance 4 --seed 1 \
   --trigger "$style style" --license "$license" --description "The $style drawing style"
 

@@ -42,7 +42,7 @@ class _Residual(nn.Module):
 class ScorerNet(nn.Module):
     """`pixels (n, 3, 128, 128)` in -1…1 → logits of concepts and of styles.
 
-    The concept is read from a coarse map of 4×4 places, the style from colours and small patches anywhere.
+    Both are read from small patches anywhere and from a coarse map of 4×4 places; the style from colours too.
     """
 
     def __init__(self, classes: int, styles: int, widths: tuple[int, int, int, int] = (16, 32, 64, 128)) -> None:
@@ -61,7 +61,7 @@ class ScorerNet(nn.Module):
         self.narrow = nn.Conv2d(d, d // 4, 1)
         self.concept_head = nn.Linear(c + d + 16 * (d // 4), classes)
         self.palette = nn.Linear(_LEVELS**3, 64)
-        self.style_head = nn.Linear(c + d + 64, styles)
+        self.style_head = nn.Linear(c + d + 16 * (d // 4) + 64, styles)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         near = self.near(pixels)
@@ -70,8 +70,10 @@ class ScorerNet(nn.Module):
         features = torch.cat([local, far.mean(dim=(2, 3))], dim=1).float()
         places = functional.adaptive_avg_pool2d(self.narrow(far).float(), 4).flatten(1)
         colours = functional.relu(self.palette(palette(pixels.float())))
-        named = self.concept_head(torch.cat([features, places], dim=1))
-        return named, self.style_head(torch.cat([features, colours], dim=1))
+        if self.training:  # half of the time without colours: shapes have to tell the style as well
+            colours = colours * (torch.rand((len(colours), 1), device=colours.device) < 0.5) * 2
+        seen = torch.cat([features, places], dim=1)
+        return self.concept_head(seen), self.style_head(torch.cat([seen, colours], dim=1))
 
 
 def palette(pixels: Tensor) -> Tensor:

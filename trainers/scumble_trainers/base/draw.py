@@ -12,7 +12,7 @@ from scumble_trainers.emoji.captions import canonical_caption
 from scumble_trainers.emoji.concepts import BASE_STYLES, base_concepts
 from scumble_trainers.emoji.render import contact_sheet
 
-STEPS, GUIDANCE = 25, 4.0
+STEPS, GUIDANCE = 25, 3.0
 
 
 def grid_prompts(count: int = 36) -> list[str]:

@@ -18,7 +18,7 @@ from scumble_trainers.emoji.gallery import Gallery
 from scumble_trainers.emoji.render import contact_sheet
 from scumble_trainers.scorer import Scorer, hit_rate
 
-STEPS, GUIDANCE = 25, 4.0
+STEPS, GUIDANCE = 25, 3.0
 COUNT, SEED = 200, 2026
 NEEDED = {"concept_top5": 0.60, "style_top1": 0.85, "real_concept_top5": 0.95, "real_style_top1": 0.95}
 

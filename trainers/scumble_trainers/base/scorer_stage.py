@@ -61,6 +61,7 @@ class ScorerStage:
         places = self._draw(generator)
         redrawn = torch.rand(len(places), generator=generator)
         pixels = self._seen(places, redrawn, generator)
+        torch.manual_seed(self.seed * 1_000_003 + step)  # for what the network drops
         with mixed_precision(self.device):
             concept, style = self.module(pixels.contiguous(memory_format=torch.channels_last))
         rows = torch.where(places[:, 0] < self.known, places[:, 0], -1).to(self.device)
@@ -93,14 +94,15 @@ class ScorerStage:
         return places[torch.randperm(len(places), generator=generator)]
 
     def _seen(self, places: Tensor, redrawn: Tensor, generator: torch.Generator) -> Tensor:
-        """Originals and, two times in five, what the autoencoder made of them; some redrawn; augmented."""
-        soft = (torch.rand(len(places), generator=generator) < 0.4).tolist()
+        """Originals and, as often, what the autoencoder made of them; some redrawn; augmented."""
+        soft = (torch.rand(len(places), generator=generator) < 0.5).tolist()
         chosen = [self._picture(place, softened=use) for use, place in zip(soft, places.tolist(), strict=True)]
         pixels = to_model(np.stack(chosen), self.device)
         ink, line = redrawn < INKED, (redrawn >= INKED) & (redrawn < INKED + OUTLINED)
         pixels[ink], pixels[line] = inked(pixels[ink]), outlined(pixels[line])
-        strength = 0.1 + 0.7 * float(torch.rand((), generator=generator))
-        return augment(pixels, generator, strength, colour=0.25 * strength, shrink=0.45)
+        strength = 0.1 + 0.9 * float(torch.rand((), generator=generator))
+        colour = strength * (1.5 if float(torch.rand((), generator=generator)) < 0.5 else 0.1)
+        return augment(pixels, generator, strength, colour, shrink=0.45)
 
     def _picture(self, place: list[int], *, softened: bool) -> NDArray[np.uint8]:
         row, style, extra = place
