@@ -98,7 +98,7 @@ def _pieces(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[Name]) -> Ite
             yield part
         else:
             ids = _ids(tokenizer, part)
-            yield from _find_sequences(ids, _word_starts(tokenizer, ids), by_length)
+            yield from _find_sequences(ids, _word_starts(tokenizer, ids), by_length) if names else ids
 
 
 def _ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
@@ -107,8 +107,10 @@ def _ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
 
 
 def _word_starts(tokenizer: CLIPTokenizer, ids: list[int]) -> set[int]:
-    """Positions where a word begins: behind a token that ends one."""
-    ends = (token.endswith(("</w>", "|>")) for token in tokenizer.convert_ids_to_tokens(ids))
+    """Positions where a word begins: behind a token that ends one, or that is special."""
+    special = set(tokenizer.all_special_ids)
+    words = tokenizer.convert_ids_to_tokens(ids)
+    ends = (id_ in special or word.endswith("</w>") for id_, word in zip(ids, words, strict=True))
     return {0, *(position + 1 for position, is_end in enumerate(ends) if is_end)}
 
 
