@@ -42,7 +42,7 @@ def test_without_names_it_is_what_the_tokenizer_says() -> None:
         ("< cat >", [CAT], "#0"),
         ("a cat", [CAT], "acat"),
         ("in ink, Ink (INK)", [INK], "in#0#0#0,#0#0#0(#0#0#0)"),
-        ("think inking inks, ink-ing", [INK], "thinkinginks,#0#0#0-ing"),
+        ("think inking inks, ink-ing", [INK], "thinkinkinginks,#0#0#0-ing"),
         ("ink wash and ink", [INK, Name("ink wash", 2)], "#1#1and#0#0#0"),
         ("ink  wash", [Name("Ink Wash", 2)], "#0#0"),
         ("<a b> <a>", [Name("<a>", 1), Name("<a  b>", 2)], "#1#1#0"),
