@@ -30,13 +30,18 @@ Ref = Annotated[str, typer.Argument(help="ns/name, ns/name@7, ns/name@prod or ns
 
 @app.command()
 def publish(
-    path: Annotated[Path, typer.Argument(help="A LoRA's safetensors file, or a base's folder.", metavar="FILE-OR-DIR")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A LoRA's or an embedding's safetensors file, or a base's folder.", metavar="FILE-OR-DIR"),
+    ],
     name: Annotated[str, typer.Option(help="ns/name to publish as.")],
     base: Annotated[str | None, typer.Option(help="The base that the adapter is for; checked now.")] = None,
     alias: Annotated[str | None, typer.Option(help="Also point this alias at the version.")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="SPDX identifier, e.g. Apache-2.0.")] = None,
     staged: Annotated[bool, typer.Option("--staged", help="Do not approve it yet.")] = False,
-    trigger: Annotated[list[str] | None, typer.Option(help="A trigger word; may be repeated.")] = None,
+    trigger: Annotated[
+        list[str] | None, typer.Option(help="A trigger word; may be repeated. Of an embedding, the first is its token.")
+    ] = None,
     description: Annotated[str, typer.Option(help="One or two sentences.")] = "",
     sample_grid: Annotated[Path | None, typer.Option(help="A picture that shows what it does.")] = None,
     home: Home = None,

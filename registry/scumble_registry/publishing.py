@@ -40,7 +40,7 @@ def store(path: Path, base: Manifest | None, details: Details, blobs: BlobStore)
     Raises NotFound, Refused, Incompatible, InvalidRequest before anything is stored, Unavailable at any time.
     """
     with explain_os_errors(path, "read"):
-        source = Source.scan(path)
+        source = Source.scan(path, tuple(details.trigger_words))
         before = source.stamps()
         draft = formats.read(source, base)
         metadata = _metadata(details, draft)

@@ -9,28 +9,14 @@ from typing import TypeVar
 
 from scumble.errors import InvalidRequest, Refused
 from scumble.request import Adapter, Request
-from scumble_build.layout import rank_bucket
-from scumble_registry import Registry, Version
-from scumble_registry.compatibility import LoraCompatibility
+from scumble_registry import Registry
 from scumble_server.base import Base
-from scumble_server.block_weights import BlockWeights, block_weights
-from scumble_server.methods import lora
+from scumble_server.block_weights import block_weights
+from scumble_server.methods import METHODS
+from scumble_server.methods.method import Bound, check_fields
 from scumble_server.schedulers import Table, table
 
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """One adapter of a request, resolved to a version. Every later step goes by its digest."""
-
-    spec: Adapter
-    version: Version
-    blocks: BlockWeights | None
-
-    @property
-    def text_weight(self) -> float:
-        return self.spec.weight if self.spec.text_weight is None else self.spec.text_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +71,12 @@ def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> 
     dropped: list[tuple[Adapter, str]] = []
     for spec in request.adapters:
         bound = _resolve(spec, base, registry)
-        if reason := _idle(bound, settings.steps):
+        if reason := METHODS[bound.kind].idle(bound, settings.steps):
             dropped.append((spec, reason))
         else:
             adapters.append(bound)
-    for layout in base.layouts:
-        rank_bucket(sum(lora.rank_in(layout, _ranks(bound)) for bound in adapters))
+    for kind, method in METHODS.items():
+        method.check_together([bound for bound in adapters if bound.kind == kind], base)
     return Admitted(
         request,
         settings,
@@ -99,18 +85,6 @@ def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> 
         _schedule([bound.spec for bound in adapters], settings.steps),
         tuple(dropped),
     )
-
-
-def _idle(bound: Bound, steps: int) -> str | None:
-    """Why this adapter would change nothing, or None."""
-    has_text = any(name.startswith("text_encoder.") for name in _ranks(bound))
-    if bound.text_weight and has_text:
-        return None
-    if bound.spec.weight == 0:
-        return "weight 0"
-    if not any(bound.spec.is_active(step, steps) for step in range(steps)):
-        return f"no step of {steps} lies between start {bound.spec.start:g} and end {bound.spec.end:g}"
-    return None
 
 
 def _schedule(specs: Sequence[Adapter], steps: int) -> Schedule:
@@ -163,18 +137,12 @@ def _resolve(spec: Adapter, base: Base, registry: Registry) -> Bound:
         raise InvalidRequest(f"{spec.ref}: start {spec.start:g} is after end {spec.end:g}", field="adapters.start")
     version = registry.resolve(spec.ref)
     version.manifest.fits(base.version.manifest)
-    compatibility = version.manifest.compatibility
-    if not isinstance(compatibility, LoraCompatibility):
-        raise Refused(f"{version.ref} is a {version.manifest.kind}; this server serves LoRAs", ref=spec.ref)
-    for target in compatibility.requires:
-        if not any(target in layout.targets for layout in base.layouts):
-            raise Refused(
-                f"{version.ref} changes {target}, which this server cannot adapt", ref=spec.ref, target=target
-            )
-    return Bound(spec, version, block_weights(spec.blocks, base.blocks, base.compatibility.targets))
-
-
-def _ranks(bound: Bound) -> dict[str, int]:
-    compatibility = bound.version.manifest.compatibility
-    assert isinstance(compatibility, LoraCompatibility)
-    return compatibility.ranks
+    method = METHODS.get(version.manifest.kind)
+    if method is None:
+        raise Refused(
+            f"{version.ref} is a {version.manifest.kind}; this server serves {', '.join(METHODS)}", ref=spec.ref
+        )
+    check_fields(spec, method)
+    bound = Bound(spec, version, block_weights(spec.blocks, base.blocks, base.compatibility.targets))
+    method.check(bound, base)
+    return bound

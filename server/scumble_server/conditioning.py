@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from scumble.request import Adapter
 from scumble_build.layout import Layout
 from scumble_registry import Registry
-from scumble_registry.formats.lora import LoraRecord, read_record
-from scumble_server.admission import Admitted, Bound
+from scumble_server.admission import Admitted, Settings
 from scumble_server.base import Base
 from scumble_server.batch import factors_of
-from scumble_server.methods import lora
-from scumble_server.prompts import tokenize
+from scumble_server.methods import lora, textual_inversion
+from scumble_server.methods.method import Bound
+from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Residency
 from scumble_server.rows import Conditioning, Phase
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioned:
-    """`cut` holds what the prompts lost to the encoder's length; times are in milliseconds."""
+    """`adapters` are those that were bound, `dropped` those whose prompts have no use for them, and why;
+    `cut` holds what the prompts lost to the encoder's length; times are in milliseconds.
+    """
 
     conditioning: Conditioning
-    ranks: tuple[int, ...]
+    adapters: tuple[Bound, ...]
+    dropped: tuple[tuple[Adapter, str], ...]
     cut: dict[str, str]
     load_ms: float
     encode_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """The LoRAs of a request, laid out for each graph that takes factors."""
+
+    text: lora.BoundSet | None
+    kv: lora.BoundSet | None
+    step: lora.BoundSet | None
 
 
 class Conditioner:
@@ -42,60 +59,85 @@ class Conditioner:
 
     def condition(self, admitted: Admitted) -> Conditioned:
         start = monotonic()
-        adapters = admitted.adapters
-        pieces = [lora.Piece(self._record(each), each.blocks) for each in adapters]
-        executor = self._base.executor
-        text, kv, step = (
-            self._bind(name, layout, adapters, pieces)
-            for name, layout in (
-                ("text", executor.text_layout),
-                ("kv", executor.kv_layout),
-                ("step", executor.step_layout),
-            )
-        )
+        loras = [bound for bound in admitted.adapters if bound.kind == lora.KIND]
+        embeddings = [bound for bound in admitted.adapters if bound.kind == textual_inversion.KIND]
+        prompts = self._tokens(admitted.settings, embeddings)
+        found = frozenset[int]().union(*(tokens.found for tokens in prompts.values()))
+        factors = self._factors(loras)
+        vectors = {index: self._vectors(embeddings[index]) for index in found}
         loaded = monotonic()
-        tokens, cut = self._tokens(admitted)
-        text_factors = lora.row_factors(text, [each.text_weight for each in adapters])
-        states = executor.encode(tokens, factors_of(text_factors, len(tokens), executor.device))
-        phases = tuple(self._phase(states, kv, step, weights) for weights in admitted.schedule.weights)
+        states = self._encode(list(prompts.values()), factors.text, [each.text_weight for each in loras], vectors)
+        phases = tuple(
+            self._phase(states, factors, _of_loras(weights, admitted)) for weights in admitted.schedule.weights
+        )
         encoded = monotonic()
+        unused = [bound for index, bound in enumerate(embeddings) if index not in found]
+        adapters = tuple(bound for bound in admitted.adapters if not any(bound is each for each in unused))
         return Conditioned(
             Conditioning(phases, admitted.schedule.phase_of_step, frozenset(each.version.digest for each in adapters)),
-            tuple(max(module.rank for module in piece.record.values()) for piece in pieces),
-            cut,
+            adapters,
+            tuple((each.spec, textual_inversion.why_unused(each, prompts)) for each in unused),
+            {field: tokens.cut for field, tokens in prompts.items() if tokens.cut is not None},
             (loaded - start) * 1e3,
             (encoded - loaded) * 1e3,
         )
 
-    def _phase(
-        self, states: Tensor, kv: lora.BoundSet | None, step: lora.BoundSet | None, weights: Sequence[float]
-    ) -> Phase:
-        executor = self._base.executor
-        kv_factors = factors_of(lora.row_factors(kv, weights), len(states), executor.device)
-        return Phase(executor.project(states, kv_factors), lora.row_factors(step, weights))
+    def _tokens(self, settings: Settings, embeddings: Sequence[Bound]) -> dict[str, Tokens]:
+        """By field; the negative prompt first, where the request is guided."""
+        names = [Name(textual_inversion.token_of(each), textual_inversion.count(each)) for each in embeddings]
+        prompts = {"prompt": settings.prompt}
+        if settings.guided:
+            prompts = {"negative_prompt": settings.negative_prompt, **prompts}
+        return {field: tokenize(self._base.tokenizer, text, names) for field, text in prompts.items()}
 
-    def _record(self, bound: Bound) -> LoraRecord:
+    def _factors(self, loras: Sequence[Bound]) -> _Factors:
+        pieces = [lora.Piece(self._record(each, lora.read_record, lora.nbytes), each.blocks) for each in loras]
+        executor = self._base.executor
+        return _Factors(
+            self._bind("text", executor.text_layout, loras, pieces),
+            self._bind("kv", executor.kv_layout, loras, pieces),
+            self._bind("step", executor.step_layout, loras, pieces),
+        )
+
+    def _vectors(self, bound: Bound) -> Tensor:
+        record = self._record(bound, textual_inversion.read_record, textual_inversion.nbytes)
+        return textual_inversion.vectors(record, bound.text_weight)
+
+    def _encode(
+        self,
+        prompts: Sequence[Tokens],
+        bound: lora.BoundSet | None,
+        text_weights: Sequence[float],
+        vectors: Mapping[int, Tensor],
+    ) -> Tensor:
+        """States `(1, 77, C)`, or `(2, 77, C)` where there is a negative prompt."""
+        executor = self._base.executor
+        return executor.encode(
+            torch.cat([tokens.ids for tokens in prompts]),
+            factors_of(lora.row_factors(bound, text_weights), len(prompts), executor.device),
+            textual_inversion.overrides(prompts, vectors),
+        )
+
+    def _phase(self, states: Tensor, factors: _Factors, weights: Sequence[float]) -> Phase:
+        executor = self._base.executor
+        kv_factors = factors_of(lora.row_factors(factors.kv, weights), len(states), executor.device)
+        return Phase(executor.project(states, kv_factors), lora.row_factors(factors.step, weights))
+
+    def _record(self, bound: Bound, read: Callable[[Path], Record], nbytes: Callable[[Record], int]) -> Record:
         version = bound.version
         return self._residency.get(
-            ("record", version.digest),
-            lambda: read_record(self._registry.record_path(version)),
-            lambda record: sum(record[name].down.nbytes + record[name].up.nbytes for name in record),
+            ("record", version.digest), lambda: read(self._registry.record_path(version)), nbytes
         )
 
     def _bind(
-        self, graph: str, layout: Layout, adapters: tuple[Bound, ...], pieces: list[lora.Piece]
+        self, graph: str, layout: Layout, loras: Sequence[Bound], pieces: Sequence[lora.Piece]
     ) -> lora.BoundSet | None:
-        key = (graph, *((each.version.digest, each.blocks) for each in adapters))
+        key = (graph, *((each.version.digest, each.blocks) for each in loras))
         return self._residency.get(
             key, lambda: lora.bind(layout, pieces), lambda bound: bound.nbytes if bound is not None else 0
         )
 
-    def _tokens(self, admitted: Admitted) -> tuple[Tensor, dict[str, str]]:
-        """ids `(1, 77)`, or `(2, 77)` with the negative prompt first where the request is guided."""
-        settings = admitted.settings
-        prompts = {"prompt": settings.prompt}
-        if settings.guided:
-            prompts = {"negative_prompt": settings.negative_prompt, **prompts}
-        tokens = {field: tokenize(self._base.tokenizer, text) for field, text in prompts.items()}
-        cut = {field: each.cut for field, each in tokens.items() if each.cut is not None}
-        return torch.cat([each.ids for each in tokens.values()]), cut
+
+def _of_loras(weights: Sequence[float], admitted: Admitted) -> list[float]:
+    """Of one phase's weights for all adapters, those of the LoRAs: nothing else follows the steps yet."""
+    return [weight for weight, bound in zip(weights, admitted.adapters, strict=True) if bound.kind == lora.KIND]

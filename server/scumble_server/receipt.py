@@ -9,6 +9,7 @@ from scumble_registry import Version
 from scumble_server.admission import Admitted
 from scumble_server.base import Base
 from scumble_server.conditioning import Conditioned
+from scumble_server.methods import METHODS
 
 SCHEMA = 1
 
@@ -42,11 +43,11 @@ def receipt(
                 "kind": bound.version.manifest.kind,
                 "weight": bound.spec.weight,
                 "text_weight": bound.text_weight,
-                "rank": rank,
+                **METHODS[bound.kind].describe(bound),
             }
-            for bound, rank in zip(admitted.adapters, conditioned.ranks, strict=True)
+            for bound in conditioned.adapters
         ],
-        "dropped": [{"ref": spec.ref, "reason": reason} for spec, reason in admitted.dropped],
+        "dropped": [{"ref": spec.ref, "reason": reason} for spec, reason in (*admitted.dropped, *conditioned.dropped)],
         "truncated": conditioned.cut or None,
         "seeds": settings.seeds,
         "engine": base.executor.describe(),

@@ -35,6 +35,9 @@ class Adapter(_Strict):
     end: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The adapter acts in step i of n unless i/n < start or (i+1)/n > end. The text encoder has no steps."""
 
+    token: Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")] | None = None
+    """The word in the prompts that stands for a textual inversion; None means the one that it was published with."""
+
     def is_active(self, step: int, steps: int) -> bool:
         return not (step / steps < self.start or (step + 1) / steps > self.end)
 

@@ -61,7 +61,7 @@ INPUTS = (
     TensorSpec("height", "INT32"),
     TensorSpec("num_images", "INT32"),
     TensorSpec("guidance_scale", "FP32"),
-    TensorSpec("adapters", "BYTES"),  # JSON list of {ref, weight, text_weight}
+    TensorSpec("adapters", "BYTES"),  # JSON list of request.Adapter
     TensorSpec("options", "BYTES"),  # JSON object
     TensorSpec("images", "BYTES", (-1,)),  # reserved: encoded pictures
     TensorSpec("tensors", "BYTES"),  # reserved: safetensors

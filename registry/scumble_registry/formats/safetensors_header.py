@@ -67,7 +67,10 @@ def read_header(path: Path) -> Header:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 if prefix.startswith(_PICKLES):
-                    raise ValueError("it is a pickle or a zip, as torch.save writes them; save it as safetensors")
+                    raise ValueError(
+                        "it is a pickle or a zip, as torch.save writes them, which is not converted here yet; "
+                        "save it as safetensors"
+                    )
                 raise ValueError(f"a header of {length} bytes in a file of {size} (at most {MAX_HEADER})")
             entries = _parse_json(file.read(length))
         metadata = _parse_metadata(entries.pop("__metadata__", {}))

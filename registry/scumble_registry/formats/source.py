@@ -31,9 +31,11 @@ class Source:
     path: Path
     files: dict[str, Path]
     """Relative path with '/' → file, sorted; regular files only."""
+    words: tuple[str, ...] = ()
+    """The trigger words that the publisher gave: some files do not hold their own."""
 
     @classmethod
-    def scan(cls, path: Path) -> Source:
+    def scan(cls, path: Path, words: tuple[str, ...] = ()) -> Source:
         """Raises NotFound for nothing there; Refused for links, special files and hidden surprises."""
         if not os.path.lexists(path):
             raise NotFound(f"there is no file or folder {path}")
@@ -51,7 +53,7 @@ class Source:
                 raise Refused(f"the file name {name!r} has characters that cannot be shown; rename it")
         if len({name.casefold() for name in files}) < len(files):
             raise Refused("two file names differ in upper and lower case only; some file systems cannot hold both")
-        return cls(path, dict(sorted(files.items())))
+        return cls(path, dict(sorted(files.items())), words)
 
     def stamps(self) -> dict[str, Stamp]:
         """To be compared before and after: a file that changes while it is published is refused."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scumble_build.adapted import Factors
 from scumble_build.layout import Layout
+from scumble_build.text import Overrides
 
 
 class Executor(Protocol):
@@ -24,8 +25,8 @@ class Executor(Protocol):
     @property
     def device(self) -> str: ...
 
-    def encode(self, tokens: Tensor, factors: Factors | None) -> Tensor:
-        """tokens `(rows, 77)` → text states `(rows, 77, C)`."""
+    def encode(self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None) -> Tensor:
+        """tokens `(rows, 77)` → text states `(rows, 77, C)`; overrides stand for some of the tokens."""
 
     def project(self, states: Tensor, factors: Factors | None) -> Tensor:
         """Text states `(rows, T, C)` → keys and values of all cross-attentions, `(rows, T, K)`."""

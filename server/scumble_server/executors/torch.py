@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 from scumble.errors import Unavailable
 from scumble_build.adapted import Factors
 from scumble_build.denoiser import Denoiser, KVProjection
-from scumble_build.text import TextEncoder
+from scumble_build.text import Overrides, TextEncoder
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -48,8 +48,14 @@ class TorchExecutor:
         return str(self._device)
 
     @torch.inference_mode()
-    def encode(self, tokens: Tensor, factors: Factors | None) -> Tensor:
-        states: Tensor = self._text(tokens.to(self._device), self._cast(factors))
+    def encode(self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None) -> Tensor:
+        if overrides is not None:
+            overrides = Overrides(
+                overrides.vectors.to(self._device, self._dtype),
+                overrides.row.to(self._device),
+                overrides.position.to(self._device),
+            )
+        states: Tensor = self._text(tokens.to(self._device), self._cast(factors), overrides)
         return states
 
     @torch.inference_mode()

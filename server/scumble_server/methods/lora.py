@@ -15,9 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scumble.errors import Refused
 from scumble_build.layout import Layout, rank_bucket
-from scumble_registry.formats.lora import LoraRecord
+from scumble_registry.compatibility import LoraCompatibility
+from scumble_registry.formats.lora import KIND, LoraRecord, read_record
+from scumble_server.base import Base
 from scumble_server.block_weights import BlockWeights
+from scumble_server.methods.method import Bound
+
+FIELDS = frozenset({"text_weight", "blocks", "start", "end"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,43 @@ class Piece:
 
     record: LoraRecord
     blocks: BlockWeights | None = None
+
+
+def check(bound: Bound, base: Base) -> None:
+    """Every target must stand in one of the graphs."""
+    for target in _compatibility(bound).requires:
+        if not any(target in layout.targets for layout in base.layouts):
+            raise Refused(
+                f"{bound.version.ref} changes {target}, which this server cannot adapt",
+                ref=bound.spec.ref,
+                target=target,
+            )
+
+
+def check_together(adapters: Sequence[Bound], base: Base) -> None:
+    """All must find room in one rank bucket of each graph."""
+    for layout in base.layouts:
+        rank_bucket(sum(rank_in(layout, _compatibility(bound).ranks) for bound in adapters))
+
+
+def idle(bound: Bound, steps: int) -> str | None:
+    spec = bound.spec
+    has_text = any(name.startswith("text_encoder.") for name in _compatibility(bound).ranks)
+    if bound.text_weight and has_text:
+        return None
+    if spec.weight == 0:
+        return "weight 0"
+    if not any(spec.is_active(step, steps) for step in range(steps)):
+        return f"no step of {steps} lies between start {spec.start:g} and end {spec.end:g}"
+    return None
+
+
+def describe(bound: Bound) -> dict[str, Any]:
+    return {"rank": max(_compatibility(bound).ranks.values())}
+
+
+def nbytes(record: LoraRecord) -> int:
+    return sum(module.down.nbytes + module.up.nbytes for module in record.values())
 
 
 def rank_in(layout: Layout, ranks: Mapping[str, int]) -> int:
@@ -103,3 +146,27 @@ def _rows(factor: NDArray[Any]) -> Tensor:
     if matrix.ndim == 4:
         matrix = matrix.transpose(0, 2, 3, 1)
     return torch.from_numpy(np.ascontiguousarray(matrix.reshape(len(matrix), -1)))
+
+
+def _compatibility(bound: Bound) -> LoraCompatibility:
+    compatibility = bound.version.manifest.compatibility
+    assert isinstance(compatibility, LoraCompatibility)
+    return compatibility
+
+
+__all__ = [
+    "FIELDS",
+    "KIND",
+    "BoundSet",
+    "Piece",
+    "RowFactors",
+    "bind",
+    "check",
+    "check_together",
+    "describe",
+    "idle",
+    "nbytes",
+    "rank_in",
+    "read_record",
+    "row_factors",
+]

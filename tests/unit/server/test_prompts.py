@@ -1,0 +1,89 @@
+"""Prompts with embeddings in them: where a name is found, what it leaves free, what is cut. No model is needed."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_sd import tiny_tokenizer
+
+from scumble_server.prompts import Name, Slot, Tokens, tokenize
+
+TOKENIZER = tiny_tokenizer()
+CAT = Name("<cat>", 1)
+INK = Name("ink", 3)
+
+
+def read(prompt: str, *names: Name) -> tuple[str, Tokens]:
+    """The prompt as it was read, with each vector of an embedding as #index."""
+    tokens = tokenize(TOKENIZER, prompt, names)
+    words = [TOKENIZER.decode([token]) for token in tokens.ids[0].tolist()]
+    for slot in tokens.slots:
+        for place in range(slot.position, slot.position + names[slot.embedding].vectors):
+            words[place] = f"#{slot.embedding}"
+    ids = tokens.ids[0].tolist()
+    return "".join(words[1 : ids.index(TOKENIZER.eos_token_id)]), tokens
+
+
+def test_without_names_it_is_what_the_tokenizer_says() -> None:
+    for prompt in ("", "a red apple", "A  RED (apple:1.2), <cat>", "x " * 100, "naïve 🍎 <|endoftext|> end"):
+        expected = TOKENIZER(prompt, padding="max_length", truncation=True, max_length=77).input_ids
+        assert tokenize(TOKENIZER, prompt).ids[0].tolist() == expected
+        assert tokenize(TOKENIZER, prompt, [Name("nowhere", 4)]).ids[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "names", "expected"),
+    [
+        ("a <cat> asleep", [CAT], "a#0asleep"),
+        ("a <CAT> asleep", [CAT], "a#0asleep"),
+        ("<cat>", [CAT], "#0"),
+        ("<cat>, asleep", [CAT], "#0,asleep"),
+        ("((<cat>:1.2))", [CAT], "((#0:1.2))"),
+        ("x<cat>y", [CAT], "x#0y"),
+        ("< cat >", [CAT], "#0"),
+        ("a cat", [CAT], "acat"),
+        ("in ink, Ink (INK)", [INK], "in#0#0#0,#0#0#0(#0#0#0)"),
+        ("think inking inks, ink-ing", [INK], "thinkinkinginks,#0#0#0-ing"),
+        ("ink wash and ink", [INK, Name("ink wash", 2)], "#1#1and#0#0#0"),
+        ("ink  wash", [Name("Ink Wash", 2)], "#0#0"),
+        ("<a b> <a>", [Name("<a>", 1), Name("<a  b>", 2)], "#1#1#0"),
+        ("ink <cat> ink", [CAT, INK], "#1#1#1#0#1#1#1"),
+        ("v1- v1-, xv1-", [Name("v1-", 1)], "#0#0,xv1-"),
+        ("ÉTÉ e\u0301te\u0301", [Name("<été>", 1), Name("été", 1)], "#1#1"),
+        ("a * b*", [Name("*", 1)], "a#0b#0"),
+    ],
+)
+def test_names_are_found(prompt: str, names: list[Name], expected: str) -> None:
+    assert read(prompt, *names)[0] == expected
+
+
+def test_places_are_counted_from_the_start_of_the_row() -> None:
+    _, tokens = read("a <cat> ink", CAT, INK)
+    assert tokens.slots == (Slot(0, 2), Slot(1, 3))
+    assert tokens.found == {0, 1}
+    assert tokens.cut is None
+    assert tokens.ids.shape == (1, 77)
+
+
+def test_the_first_end_of_text_is_the_prompts_own() -> None:
+    """The pooled output is taken there: nothing that holds an embedding's place may be mistaken for it."""
+    _, tokens = read("a ink b", INK)
+    assert tokens.ids[0].tolist().index(TOKENIZER.eos_token_id) == 6
+
+
+@pytest.mark.parametrize(("letters", "fits"), [(72, True), (73, False), (75, False)])
+def test_an_embedding_is_never_split(letters: int, *, fits: bool) -> None:
+    text, tokens = read("x " * letters + "ink y", INK)
+    assert text == "x" * letters + ("#0#0#0" if fits else "")
+    assert tokens.cut == ("y" if fits else "ink y")
+    assert tokens.found == {0}
+    assert tokens.ids[0, letters + (4 if fits else 1)] == TOKENIZER.eos_token_id
+
+
+def test_seventy_five_vectors_fill_a_prompt() -> None:
+    assert read("ink", Name("ink", 75))[1].slots == (Slot(0, 1),)
+
+
+def test_the_tokenizer_stays_as_it_is() -> None:
+    before = TOKENIZER.get_vocab()
+    read("a <cat> ink", CAT, INK)
+    assert TOKENIZER.get_vocab() == before
