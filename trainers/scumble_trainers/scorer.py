@@ -1,4 +1,4 @@
-"""Says what a picture shows and in which style: a small convolutional network with two heads.
+"""Says what a picture shows (a small convolutional network) and in which style (its colours, or its double).
 
 It learnt from real renderings only, never from generated pictures, so that it can judge those. It is
 apart from the base's own vision tower, which learns with the text encoder and is not as sharp an eye.
@@ -22,7 +22,9 @@ from scumble.errors import NotFound
 from scumble_trainers.emoji.concepts import STYLES, Concept, Style, concepts
 
 SIZE = 128
+NEAR = 0.005  # mean squared distance of thumbnails; of 100 real renderings one is this close to any other
 _LEVELS = 8  # of each colour channel in the palette
+_THUMB = 16  # pixels of a thumbnail's side
 SCORER_FILE = "scorer/model.safetensors"
 
 
@@ -40,12 +42,19 @@ class _Residual(nn.Module):
 
 
 class ScorerNet(nn.Module):
-    """`pixels (n, 3, 128, 128)` in -1…1 → logits of concepts and of styles.
+    """Names concepts by shape and styles by colour; `pixels (n, 3, 128, 128)` are in -1…1 throughout.
 
-    Both are read from small patches anywhere and from a coarse map of 4×4 places; the style from colours too.
+    Concepts are read from small patches anywhere and from a coarse map of 4×4 places. Styles are read from the
+    palette, unless the picture is almost one of the renderings that the scorer remembers: then it has that
+    one's style. Generated pictures often keep a style's shapes with colours a little off.
     """
 
-    def __init__(self, classes: int, styles: int, widths: tuple[int, int, int, int] = (16, 32, 64, 128)) -> None:
+    templates: Tensor
+    template_styles: Tensor
+
+    def __init__(
+        self, classes: int, styles: int, templates: int = 0, widths: tuple[int, int, int, int] = (16, 32, 64, 128)
+    ) -> None:
         super().__init__()
         a, b, c, d = widths
         self.near = nn.Sequential(
@@ -60,20 +69,47 @@ class ScorerNet(nn.Module):
         self.near_norm = nn.GroupNorm(8, c)
         self.narrow = nn.Conv2d(d, d // 4, 1)
         self.concept_head = nn.Linear(c + d + 16 * (d // 4), classes)
-        self.palette = nn.Linear(_LEVELS**3, 64)
-        self.style_head = nn.Linear(c + d + 16 * (d // 4) + 64, styles)
+        self.style_head = nn.Sequential(nn.Linear(_LEVELS**3, 64), nn.ReLU(), nn.Linear(64, styles))
+        self.register_buffer("templates", torch.zeros(templates, 3 * _THUMB**2, dtype=torch.uint8))
+        self.register_buffer("template_styles", torch.zeros(templates, dtype=torch.long))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def concept(self, pixels: Tensor) -> Tensor:
+        """Logits `(n, classes)`."""
         near = self.near(pixels)
         far = self.far(near)
         local = functional.relu(self.near_norm(near)).mean(dim=(2, 3))
-        features = torch.cat([local, far.mean(dim=(2, 3))], dim=1).float()
-        places = functional.adaptive_avg_pool2d(self.narrow(far).float(), 4).flatten(1)
-        colours = functional.relu(self.palette(palette(pixels.float())))
-        if self.training:  # half of the time without colours: shapes have to tell the style as well
-            colours = colours * (torch.rand((len(colours), 1), device=colours.device) < 0.5) * 2
-        seen = torch.cat([features, places], dim=1)
-        return self.concept_head(seen), self.style_head(torch.cat([seen, colours], dim=1))
+        places = functional.adaptive_avg_pool2d(self.narrow(far), 4).flatten(1)
+        logits: Tensor = self.concept_head(torch.cat([local, far.mean(dim=(2, 3)), places], dim=1).float())
+        return logits
+
+    def style_by_palette(self, pixels: Tensor) -> Tensor:
+        """Logits `(n, styles)`."""
+        logits: Tensor = self.style_head(palette(pixels))
+        return logits
+
+    def style(self, pixels: Tensor) -> Tensor:
+        """Logits `(n, styles)`; the style of a remembered rendering that is nearly the same comes first."""
+        logits = self.style_by_palette(pixels)
+        if len(self.templates) == 0:
+            return logits
+        distance = torch.cdist(thumbnails(pixels), self.templates.float() / 255).square() / self.templates.shape[1]
+        closest, which = distance.min(dim=1)
+        wins = functional.one_hot(self.template_styles[which], logits.shape[1]) * (closest < NEAR)[:, None]
+        return logits + wins * (logits.amax(dim=1) - logits.amin(dim=1) + 1)[:, None]
+
+    def forget(self) -> None:
+        """Drops the remembered renderings, so that only what is learnt is measured."""
+        self.remember(torch.zeros(0, 3, SIZE, SIZE), torch.zeros(0, dtype=torch.long))
+
+    def remember(self, pixels: Tensor, styles: Tensor) -> None:
+        """Keeps renderings `(m, 3, H, W)` of known `styles (m,)` as thumbnails."""
+        self.templates = (thumbnails(pixels) * 255).round().byte()
+        self.template_styles = styles.clone()
+
+
+def thumbnails(pixels: Tensor) -> Tensor:
+    """`(n, 3·16·16)` in 0…1."""
+    return functional.adaptive_avg_pool2d(pixels.float(), _THUMB).flatten(1).add(1).div(2)
 
 
 def palette(pixels: Tensor) -> Tensor:
@@ -81,7 +117,7 @@ def palette(pixels: Tensor) -> Tensor:
 
     Every set is painted from a palette of its own, which tells the styles apart better than any shape.
     """
-    levels = ((pixels.detach() + 1) * (_LEVELS / 2)).long().clamp(0, _LEVELS - 1).flatten(2)
+    levels = ((pixels.detach().float() + 1) * (_LEVELS / 2)).long().clamp(0, _LEVELS - 1).flatten(2)
     bins = (levels[:, 0] * _LEVELS + levels[:, 1]) * _LEVELS + levels[:, 2]
     counts = torch.zeros(len(pixels), _LEVELS**3, device=pixels.device)
     counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=counts.dtype))
@@ -113,8 +149,8 @@ class Scorer:
         """Reads `scorer/` of a base's folder; NotFound where it has none."""
         if not (base / SCORER_FILE).is_file():
             raise NotFound(f"{base} has no scorer ({SCORER_FILE})", path=str(base))
-        weights = {name: value.float() for name, value in load_file(base / SCORER_FILE).items()}
-        net = ScorerNet(len(weights["concept_head.bias"]), len(weights["style_head.bias"]))
+        weights = load_file(base / SCORER_FILE)
+        net = ScorerNet(len(weights["concept_head.bias"]), len(weights["style_head.2.bias"]), len(weights["templates"]))
         net.load_state_dict(weights)
         return cls(net, device)
 
@@ -122,9 +158,9 @@ class Scorer:
     def score(self, pictures: NDArray[np.uint8] | Sequence[Image.Image], batch: int = 64) -> Scores:
         """Scores `(n, H, W, 3)` bytes, or PIL pictures, of any size."""
         pixels = torch.stack([_pixels(picture) for picture in pictures])
-        parts = [self.net(part.to(self.device)) for part in pixels.split(batch)]
-        concept, style = (torch.cat(logits).cpu() for logits in zip(*parts, strict=True))
-        return Scores(concept[:, : len(concepts())], style)
+        parts = [part.to(self.device) for part in pixels.split(batch)]
+        concept = torch.cat([self.net.concept(part).cpu() for part in parts])
+        return Scores(concept, torch.cat([self.net.style(part).cpu() for part in parts]))
 
 
 def _pixels(picture: NDArray[np.uint8] | Image.Image) -> Tensor:
@@ -138,4 +174,5 @@ def _pixels(picture: NDArray[np.uint8] | Image.Image) -> Tensor:
 def hit_rate(scores: Tensor, wanted: Sequence[int], k: int) -> float:
     """The share of rows of `scores (n, classes)` whose wanted class is among the k best."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return float((best == torch.tensor(list(wanted))[:, None]).any(dim=1).float().mean())
+    hits = (best == torch.tensor(list(wanted))[:, None]).any(dim=1)
+    return int(hits.sum()) / len(hits)

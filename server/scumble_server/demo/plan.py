@@ -3,7 +3,7 @@
 [base]       name, path, style (words that end a prompt without adapters), license
 [[adapter]]  name, path, label, style, license, weight = 1.0
 [together]   weight: of each adapter in the column that has all of them
-[[prompt]]   text, seed, steps, scheduler, guidance_scale, weight = 1.0 (times that of the adapters)
+[[prompt]]   text, seed, steps, scheduler, guidance_scale (the base's), weight = 1.0 (times that of the adapters)
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PromptPart(_Part):
     seed: int
     steps: int
     scheduler: SchedulerName
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = None
     weight: float = 1.0
 
 

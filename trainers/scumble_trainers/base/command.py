@@ -99,7 +99,7 @@ def _export(shop: Workshop, out: Path) -> None:
 def _evaluate(shop: Workshop, out: Path) -> Evaluation:
     from scumble_trainers.base.evaluate import evaluate_base
 
-    return evaluate_base(out, shop.gallery(), shop.device, grid=out / "grid.png")
+    return evaluate_base(out, shop.gallery(), shop.device, grid=shop.folder / "evaluation.png")
 
 
 def _report(report: dict[str, object], *, as_json: bool) -> None:

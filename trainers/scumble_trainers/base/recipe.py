@@ -16,7 +16,7 @@ CLIP_LOOP = LoopConfig(
     save_every=100,
     betas=(0.9, 0.98),
 )
-UNET_LOOP = LoopConfig(steps=6000, learning_rate=1e-3, warmup=300, final_ratio=0.01, validate_every=700, save_every=500)
+UNET_LOOP = LoopConfig(steps=6000, learning_rate=1e-3, warmup=300, final_ratio=0.01, validate_every=700, save_every=100)
 
 
 SCORER_LOOP = LoopConfig(

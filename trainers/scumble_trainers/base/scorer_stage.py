@@ -59,31 +59,30 @@ class ScorerStage:
     def loss(self, step: int) -> Tensor:
         generator = step_generator(self.seed, step)
         places = self._draw(generator)
-        redrawn = torch.rand(len(places), generator=generator)
-        pixels = self._seen(places, redrawn, generator)
-        torch.manual_seed(self.seed * 1_000_003 + step)  # for what the network drops
+        plain = self._plain(places, generator)
+        pixels = self._redraw(plain.clone(), generator)
         with mixed_precision(self.device):
-            concept, style = self.module(pixels.contiguous(memory_format=torch.channels_last))
+            concept = self.module.concept(pixels.contiguous(memory_format=torch.channels_last))
         rows = torch.where(places[:, 0] < self.known, places[:, 0], -1).to(self.device)
         named = functional.cross_entropy(concept.float(), rows, ignore_index=-1, label_smoothing=0.05)
-        styles = torch.where(redrawn < OUTLINED + INKED, -1, places[:, 1]).to(self.device)
-        return named + functional.cross_entropy(style.float(), styles, ignore_index=-1, label_smoothing=0.05)
+        styles = self.module.style_by_palette(plain)
+        return named + functional.cross_entropy(styles, places[:, 1].to(self.device), ignore_index=-1)
 
     def validate(self) -> dict[str, float]:
         """Accuracy on the renderings that it never sees, among all concepts and styles."""
         rows, styles = [pair.row for pair in self.unseen], [pair.style for pair in self.unseen]
-        concept, style = self.module(to_model(self.gallery.pictures[rows, styles], self.device))
+        pixels = to_model(self.gallery.pictures[rows, styles], self.device)
+        concept, style = self.module.concept(pixels).cpu(), self.module.style(pixels).cpu()
         return {
-            "val_concept_top1": hit_rate(concept.cpu(), rows, 1),
-            "val_concept_top5": hit_rate(concept.cpu(), rows, 5),
-            "val_style": hit_rate(style.cpu(), styles, 1),
+            "val_concept_top1": hit_rate(concept, rows, 1),
+            "val_concept_top5": hit_rate(concept, rows, 5),
+            "val_style": hit_rate(style, styles, 1),
         }
 
     def sample(self, path: Path) -> None:
         """What it sees: a sheet of augmented pictures."""
         generator = step_generator(self.seed, 0)
-        places = self._draw(generator)
-        pixels = self._seen(places, torch.rand(len(places), generator=generator), generator)
+        pixels = self._redraw(self._plain(self._draw(generator), generator), generator)
         contact_sheet(to_bytes(pixels), columns=12).save(path)
 
     def _draw(self, generator: torch.Generator) -> Tensor:
@@ -93,16 +92,19 @@ class ScorerStage:
         places = torch.cat([self.of_concepts[first], self.of_others[second]])
         return places[torch.randperm(len(places), generator=generator)]
 
-    def _seen(self, places: Tensor, redrawn: Tensor, generator: torch.Generator) -> Tensor:
-        """Originals and, as often, what the autoencoder made of them; some redrawn; augmented."""
+    def _plain(self, places: Tensor, generator: torch.Generator) -> Tensor:
+        """Originals and, as often, what the autoencoder made of them, `(n, 3, H, W)`."""
         soft = (torch.rand(len(places), generator=generator) < 0.5).tolist()
         chosen = [self._picture(place, softened=use) for use, place in zip(soft, places.tolist(), strict=True)]
-        pixels = to_model(np.stack(chosen), self.device)
+        return to_model(np.stack(chosen), self.device)
+
+    def _redraw(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Some in ink, some outlined, all augmented; changes `pixels`."""
+        redrawn = torch.rand(len(pixels), generator=generator)
         ink, line = redrawn < INKED, (redrawn >= INKED) & (redrawn < INKED + OUTLINED)
         pixels[ink], pixels[line] = inked(pixels[ink]), outlined(pixels[line])
         strength = 0.1 + 0.9 * float(torch.rand((), generator=generator))
-        colour = strength * (1.5 if float(torch.rand((), generator=generator)) < 0.5 else 0.1)
-        return augment(pixels, generator, strength, colour, shrink=0.45)
+        return augment(pixels, generator, strength, shrink=0.45)
 
     def _picture(self, place: list[int], *, softened: bool) -> NDArray[np.uint8]:
         row, style, extra = place

@@ -28,7 +28,7 @@ from scumble_trainers.base.tokenizer import train_tokenizer
 from scumble_trainers.base.towers import Clip, new_image_encoder, new_text_encoder
 from scumble_trainers.base.unet import UnetStage, new_unet
 from scumble_trainers.base.unseen import unseen_pairs
-from scumble_trainers.base.vae import VaeStage, latent_statistics, new_vae
+from scumble_trainers.base.vae import VaeStage, latent_statistics, new_vae, to_model
 from scumble_trainers.emoji.concepts import BASE_STYLES, HELD_OUT_STYLES, STYLES, base_concepts, concepts
 from scumble_trainers.emoji.extras import Extras, load_extras, render_extras, save_extras
 from scumble_trainers.emoji.gallery import Gallery, load_gallery, render_gallery, save_gallery
@@ -170,6 +170,7 @@ def train_scorer(shop: Workshop) -> dict[str, float]:
     recipe, gallery = shop.recipe, shop.gallery()
     torch.manual_seed(recipe.seed + 4)
     net = load_parts(shop.start).scorer if shop.start else ScorerNet(len(concepts()), len(STYLES))
+    net.forget()
     stage = ScorerStage(
         net,
         gallery,
@@ -197,7 +198,7 @@ def new_or_started_unet(shop: Workshop) -> UNet2DConditionModel:
 
 
 def train_unet(shop: Workshop) -> dict[str, float]:
-    """With `start`, VAE and text encoder are the starting base's too: the latents mean what they meant."""
+    """Learns to draw with the VAE and the text encoder as they are."""
     recipe, gallery = shop.recipe, shop.gallery()
     vae, clip, tokenizer = frozen_vae(shop), frozen_clip(shop), tokenizer_of(shop)
     unet = new_or_started_unet(shop)
@@ -213,26 +214,40 @@ def train_unet(shop: Workshop) -> dict[str, float]:
 
 
 def frozen_vae(shop: Workshop) -> AutoencoderKL:
-    """The VAE that later stages build on: the starting base's, or this run's."""
-    return load_parts(shop.start).vae.to(shop.device).eval() if shop.start else trained_vae(shop)
+    """The VAE that later stages build on: this run's, or the starting base's where this run trained none."""
+    if shop.start and not _has_run(shop, "vae"):
+        return load_parts(shop.start).vae.to(shop.device).eval()
+    return trained_vae(shop)
 
 
 def frozen_clip(shop: Workshop) -> Clip:
-    """The CLIP that later stages build on: the starting base's, or this run's."""
-    return load_parts(shop.start).clip.to(shop.device).eval() if shop.start else trained_clip(shop)
+    """The CLIP that later stages build on, likewise."""
+    if shop.start and not _has_run(shop, "clip"):
+        return load_parts(shop.start).clip.to(shop.device).eval()
+    return trained_clip(shop)
+
+
+def trained_scorer(shop: Workshop) -> ScorerNet:
+    """The stage's result, with the renderings that it may remember."""
+    net = _load(ScorerNet(len(concepts()), len(STYLES)), shop, "scorer")
+    gallery = shop.gallery()
+    hidden = {(pair.row, pair.style) for pair in unseen_pairs()}
+    places = [(r, s) for r in range(len(concepts())) for s in range(len(STYLES)) if (r, s) not in hidden]
+    pictures = gallery.pictures[[row for row, _ in places], [style for _, style in places]]
+    net.remember(to_model(pictures, torch.device("cpu")), torch.tensor([style for _, style in places]))
+    return net
 
 
 def trained_parts(shop: Workshop) -> Parts:
     """Everything that goes into the folder: of each stage what this run trained, else the starting base's."""
     start = load_parts(shop.start) if shop.start else None
     unet = start.unet if start else new_or_started_unet(shop)
-    scorer = start.scorer if start else ScorerNet(len(concepts()), len(STYLES))
     return Parts(
         vae=frozen_vae(shop),
         clip=frozen_clip(shop),
         tokenizer=tokenizer_of(shop),
         unet=_load(unet, shop, "unet") if not start or _has_run(shop, "unet") else unet,
-        scorer=_load(scorer, shop, "scorer") if not start or _has_run(shop, "scorer") else scorer,
+        scorer=start.scorer if start and not _has_run(shop, "scorer") else trained_scorer(shop),
     )
 
 
