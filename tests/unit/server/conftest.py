@@ -177,3 +177,8 @@ def _weights(adapter: object) -> object:
 @pytest.fixture(scope="session", name="diffusers_alone")
 def _diffusers_alone() -> object:
     return diffusers_alone
+
+
+@pytest.fixture(scope="session", name="start")
+def _start() -> object:
+    return start
