@@ -42,7 +42,6 @@ class _Job:
     on_event: Callable[[Event], None]
     is_cancelled: Callable[[], bool]
     submitted_at: float = field(default_factory=monotonic)
-    started_at: float = 0.0
     conditioned: Conditioned | None = None
     progress: Progress | None = None
 
@@ -168,7 +167,6 @@ class Service:
             try:
                 if job.is_cancelled():
                     raise Cancelled("the request was cancelled by its caller")
-                job.started_at = monotonic()
                 job.conditioned = self._conditioner.condition(job.admitted)
                 job.progress = self._rows(job, job.conditioned)
             except Exception as error:
