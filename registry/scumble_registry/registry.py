@@ -144,13 +144,14 @@ class Registry:
             return catalogue.set_status(connection, catalogue.find(connection, parsed), Status(status))
 
     def materialise(self, version: Version) -> Path:
-        """A read-only folder with the files as published, under `cache/`. Raises IntegrityError, Unavailable."""
+        """A read-only folder with the files as published, under `cache/`, hashed at every call.
+
+        Raises IntegrityError, Unavailable.
+        """
         return self._cache.folder(version.manifest, version.digest)
 
     def record_path(self, version: Version) -> Path:
-        """The normalised record as a file, hashed once per open registry. Raises Refused for a kind without
-        one.
-        """
+        """The normalised record as a file, hashed at every call. Raises IntegrityError, Refused for a kind without."""
         record = version.manifest.record
         if record is None:
             raise Refused(f"{version.ref} is a {version.manifest.kind}, which has no record; use its files")
