@@ -27,6 +27,7 @@ from scumble.events import Done, Event, Failed
 from scumble.request import Adapter, Request
 from scumble_build.adapted import Factors
 from scumble_build.denoiser import Denoiser, KVProjection
+from scumble_build.inputs import StepInputs
 from scumble_build.layout import Layout
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
@@ -109,12 +110,12 @@ def factors(unet: UNet2DConditionModel, size: int, rounds: int) -> dict[str, obj
     flops = {}
     for name, carried in cases.items():
         with count_flops() as counted:
-            denoiser(sample, timestep, kv, carried)
+            denoiser(sample, timestep, StepInputs(kv, factors=carried))
         flops[name] = counted[0]
     with torch.inference_mode():
         seconds = alternate(
             {
-                name: (lambda carried=carried: denoiser(sample, timestep, kv, carried))
+                name: (lambda carried=carried: denoiser(sample, timestep, StepInputs(kv, factors=carried)))
                 for name, carried in cases.items()
             },
             rounds,

@@ -8,7 +8,7 @@ A[s]ᵀ x is a convolution to R channels with the base's stride and padding, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,16 @@ class Factors:
     slot: Tensor
     scale: Tensor
     rows_per_slot: int = 0
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
+        """The same, computed in `dtype`; nothing is copied that is there already."""
+        return replace(
+            self,
+            A=self.A.to(device, dtype),
+            B=self.B.to(device, dtype),
+            slot=self.slot.to(device),
+            scale=self.scale.to(device, dtype),
+        )
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The UNet with everything that an adapter changes as an input: factors, and the text's keys and values.
+"""The UNet with everything that an adapter changes as an input (`inputs.py`).
 
 One unchanged graph serves all requests. Cross-attention keys and values do not depend on the time step,
 so `KVProjection` computes them once per request and `Denoiser` takes them as an input.
@@ -7,7 +7,8 @@ so `KVProjection` computes them once per request and `Denoiser` takes them as an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from scumble_build.adapted import Factors, Layer, adapt, find_layers
+from scumble_build.inputs import ImageInputs, StepInputs, level_sizes
 
 PREFIX = "unet."
 
@@ -29,17 +31,22 @@ class KVSlice:
 
 
 @dataclass(slots=True)
-class KVInput:
-    """The flat keys and values of the running call, `(rows, T, Σ 2·width)`."""
+class StepInput:
+    """What the attentions of the running call read. Owned by one thread at a time.
 
-    kv: Tensor | None = None
+    `places[level]` are the positions of that level in the flat areas of pictures.
+    """
+
+    inputs: StepInputs | None = None
+    places: list[slice] = field(default_factory=list)
 
 
-class TextAttention:
+class CrossAttention:
     """A diffusers attention processor that reads K and V from the input instead of projecting them."""
 
-    def __init__(self, place: KVSlice, source: KVInput) -> None:
+    def __init__(self, place: KVSlice, level: int, source: StepInput) -> None:
         self.place = place
+        self.level = level
         self.source = source
 
     def __call__(
@@ -49,17 +56,36 @@ class TextAttention:
         **_unused: Tensor | None,
     ) -> Tensor:
         """hidden_states `(rows, N, C)` → `(rows, N, C)`."""
-        kv = self.source.kv
-        assert kv is not None
-        start, width = self.place.offset, self.place.width
-        rows, positions, _ = hidden_states.shape
+        inputs = self.source.inputs
+        assert inputs is not None
         heads = attn.heads
-        query = attn.to_q(hidden_states).view(rows, positions, heads, -1).transpose(1, 2)
-        key = kv[..., start : start + width].unflatten(-1, (heads, -1)).transpose(1, 2)
-        value = kv[..., start + width : start + 2 * width].unflatten(-1, (heads, -1)).transpose(1, 2)
-        mixed = scaled_dot_product_attention(query, key, value)
-        mixed = mixed.transpose(1, 2).reshape(rows, positions, width)
+        query = attn.to_q(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
+        key, value = self._keys_and_values(inputs.kv, heads)
+        mask = inputs.kv_mask[:, None, None] if inputs.kv_mask is not None else None
+        mixed = scaled_dot_product_attention(query, key, value, mask)
+        if inputs.images is not None:
+            mixed = mixed.index_add(0, inputs.images.rows, self._of_images(query, inputs.images))
+        mixed = mixed.transpose(1, 2).flatten(2)
         return attn.to_out[0](mixed) / attn.rescale_output_factor  # type: ignore[no-any-return]
+
+    def _keys_and_values(self, kv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Out of `(b, T, K)`, those of one layer, twice `(b, heads, T, width/heads)`."""
+        start, width = self.place.offset, self.place.width
+        parts = kv[..., start : start + width], kv[..., start + width : start + 2 * width]
+        key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+        return key, value
+
+    def _of_images(self, query: Tensor, images: ImageInputs) -> Tensor:
+        """query `(rows, heads, N, d)` → what the pictures add for their m rows, `(m, heads, N, d)`."""
+        m, groups = images.kv.shape[:2]
+        asking = query.index_select(0, images.rows).repeat_interleave(groups, 0)
+        key, value = self._keys_and_values(images.kv.flatten(0, 1), query.shape[1])
+        mixed = scaled_dot_product_attention(asking, key, value, images.tokens.flatten(0, 1)[:, None, None])
+        strength = images.scale[..., None]
+        if images.areas is not None:
+            strength = strength * images.areas[..., self.source.places[self.level]]
+        added: Tensor = (mixed.unflatten(0, (m, groups)) * strength[:, :, None, :, None]).sum(1)
+        return added
 
 
 def _cross_attentions(unet: nn.Module) -> Iterator[tuple[str, Attention]]:
@@ -106,18 +132,43 @@ class Denoiser(nn.Module):
     def __init__(self, unet: nn.Module, slices: list[KVSlice]) -> None:
         super().__init__()
         self.unet = unet
-        self.kv = KVInput()
+        self.input = StepInput()
+        self.levels = sum(1 for _ in unet.get_submodule("down_blocks").children())
         places = {place.name: place for place in slices}
         for name, attention in _cross_attentions(unet):
-            attention.set_processor(TextAttention(places[name], self.kv))
+            attention.set_processor(CrossAttention(places[name], _level(name, self.levels), self.input))
         self.layout, self.source = adapt(unet, _step_layers(unet), PREFIX)
 
-    def forward(self, sample: Tensor, timestep: Tensor, kv: Tensor, factors: Factors | None = None) -> Tensor:
-        """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)`, kv `(rows, T, Σ 2·width)` → `(rows, 4, H/8, W/8)`."""
-        self.kv.kv = kv
-        self.source.factors = factors
-        prediction: Tensor = self.unet(sample, timestep, encoder_hidden_states=None, return_dict=False)[0]
+    def forward(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
+        """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → `(rows, 4, H/8, W/8)`."""
+        self.input.inputs = inputs
+        self.source.factors = inputs.factors
+        self.input.places = _places(level_sizes(sample.shape[-2], sample.shape[-1], self.levels))
+        *down, middle = inputs.residuals or (None,)
+        prediction: Tensor = self.unet(
+            sample,
+            timestep,
+            encoder_hidden_states=None,
+            down_block_additional_residuals=tuple(down) or None,
+            mid_block_additional_residual=middle,
+            down_intrablock_additional_residuals=list(inputs.features) if inputs.features else None,  # it takes from it
+            return_dict=False,
+        )[0]
         return prediction
+
+
+def _places(sizes: list[tuple[int, int]]) -> list[slice]:
+    ends = list(accumulate(height * width for height, width in sizes))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _level(attention: str, levels: int) -> int:
+    """How often the hidden states were halved where this attention stands."""
+    side, _, rest = attention.partition("_block")
+    if side == "mid":
+        return levels - 1
+    index = int(rest.split(".")[1])
+    return index if side == "down" else levels - 1 - index
 
 
 def _step_layers(unet: nn.Module) -> dict[str, Layer]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from scumble.errors import InvalidRequest, Refused
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_server.base import Base
 from scumble_server.block_weights import block_weights
+from scumble_server.bound import Bound
 from scumble_server.methods import METHODS
-from scumble_server.methods.method import Bound, check_fields
+from scumble_server.methods.method import check_fields
+from scumble_server.pictures import Picture, decode_all
 from scumble_server.schedulers import Table, table
+from scumble_server.settings import Settings
 
 Value = TypeVar("Value")
 
@@ -28,27 +34,39 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """A request whose every field has a value."""
+class Inputs:
+    """What a request brings beside words: its pictures, decoded, and its tensors, by name."""
 
-    prompt: str
-    negative_prompt: str
-    scheduler: str
-    seed: int
-    steps: int
-    width: int
-    height: int
-    num_images: int
-    guidance_scale: float
+    pictures: Mapping[str, Picture]
+    tensors: Mapping[str, NDArray[Any]]
 
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale > 1
+    @classmethod
+    def of(cls, request: Request) -> Inputs:
+        """Raises InvalidRequest for what cannot be read, for a name used twice, and for what no adapter names."""
+        if both := sorted(request.images.keys() & request.tensors.keys()):
+            raise InvalidRequest(f"{both[0]!r} names a picture and a tensor; rename one of them", field="images")
+        named = {name for adapter in request.adapters for name in (*adapter.images, *adapter.masks)}
+        if unused := sorted((request.images.keys() | request.tensors.keys()) - named):
+            raise InvalidRequest(
+                f"{unused[0]!r} was sent, but no adapter names it in its images or masks; name it or leave it out",
+                field=f"{'images' if unused[0] in request.images else 'tensors'}.{unused[0]}",
+            )
+        for name, values in request.tensors.items():
+            if values.dtype.kind != "f" or not np.isfinite(values).all():
+                raise InvalidRequest(
+                    f"tensors.{name}: must hold finite floating point numbers", field=f"tensors.{name}"
+                )
+        return cls(decode_all(request.images), request.tensors)
 
-    @property
-    def seeds(self) -> list[int]:
-        """Image i of n uses seed + i."""
-        return [self.seed + i for i in range(self.num_images)]
+    def picture(self, name: str, place: str) -> Picture:
+        """Raises InvalidRequest naming the adapter's field."""
+        if name not in self.pictures:
+            raise InvalidRequest(
+                f"{place} names {name!r}, which the request does not bring; its pictures are "
+                f"{sorted(self.pictures) or 'none'}, its tensors {sorted(self.tensors) or 'none'}",
+                field=place,
+            )
+        return self.pictures[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +79,7 @@ class Admitted:
     adapters: tuple[Bound, ...]
     schedule: Schedule
     dropped: tuple[tuple[Adapter, str], ...]
+    inputs: Inputs
 
 
 def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> Admitted:
@@ -69,8 +88,9 @@ def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> 
     settings = _settle(request, base, max_pixels)
     adapters: list[Bound] = []
     dropped: list[tuple[Adapter, str]] = []
+    inputs = Inputs.of(request)
     for spec in request.adapters:
-        bound = _resolve(spec, base, registry)
+        bound = _resolve(spec, base, registry, inputs)
         if reason := METHODS[bound.kind].idle(bound, settings.steps):
             dropped.append((spec, reason))
         else:
@@ -84,6 +104,7 @@ def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> 
         tuple(adapters),
         _schedule([bound.spec for bound in adapters], settings.steps),
         tuple(dropped),
+        inputs,
     )
 
 
@@ -132,7 +153,7 @@ def _settle(request: Request, base: Base, max_pixels: int) -> Settings:
     )
 
 
-def _resolve(spec: Adapter, base: Base, registry: Registry) -> Bound:
+def _resolve(spec: Adapter, base: Base, registry: Registry, inputs: Inputs) -> Bound:
     if spec.start > spec.end:
         raise InvalidRequest(f"{spec.ref}: start {spec.start:g} is after end {spec.end:g}", field="adapters.start")
     version = registry.resolve(spec.ref)
@@ -143,6 +164,13 @@ def _resolve(spec: Adapter, base: Base, registry: Registry) -> Bound:
             f"{version.ref} is a {version.manifest.kind}; this server serves {', '.join(METHODS)}", ref=spec.ref
         )
     check_fields(spec, method)
-    bound = Bound(spec, version, block_weights(spec.blocks, base.blocks, base.compatibility.targets))
+    bound = Bound(
+        spec,
+        version,
+        block_weights(spec.blocks, base.blocks, base.compatibility.targets),
+        tuple(inputs.picture(name, "adapters.images") for name in spec.images if name not in inputs.tensors),
+        {name: inputs.tensors[name] for name in spec.images if name in inputs.tensors},
+        tuple(inputs.picture(name, "adapters.masks") for name in spec.masks),
+    )
     method.check(bound, base)
     return bound

@@ -15,8 +15,10 @@ from scumble_build.layout import Layout
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import BaseCompatibility
 from scumble_registry.manifest import Defaults
+from scumble_server.config import ServerConfig
 from scumble_server.executors import Executor
 from scumble_server.executors.torch import TorchExecutor
+from scumble_server.preview import LatentColours, fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Base:
     executor: Executor
     tokenizer: CLIPTokenizer
     scheduler_config: dict[str, Any]
+    colours: LatentColours
 
     @property
     def blocks(self) -> UNetBlocks:
@@ -38,8 +41,9 @@ class Base:
         return self.executor.text_layout, self.executor.kv_layout, self.executor.step_layout
 
 
-def load_base(registry: Registry, ref: str, device: str, precision: str) -> Base:
+def load_base(registry: Registry, config: ServerConfig) -> Base:
     """Raises NotFound, Refused, IntegrityError or Unavailable."""
+    ref = config.base
     version = registry.resolve(ref)
     compatibility, defaults = version.manifest.compatibility, version.manifest.defaults
     if not isinstance(compatibility, BaseCompatibility) or defaults is None:
@@ -51,13 +55,15 @@ def load_base(registry: Registry, ref: str, device: str, precision: str) -> Base
             ref=ref,
         )
     folder = registry.materialise(version)
+    executor = TorchExecutor(folder, config.device, config.precision, config.max_rows)
     return Base(
         version=version,
         compatibility=compatibility,
         defaults=defaults,
-        executor=TorchExecutor(folder, device, precision),
+        executor=executor,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         scheduler_config=_scheduler_config(folder),
+        colours=fit(executor.decode, compatibility.latent_channels),
     )
 
 

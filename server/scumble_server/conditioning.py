@@ -1,35 +1,39 @@
-"""Prompts and adapters of one request → what its rows carry. Runs once per request, beside the loop."""
+"""Prompts and adapters of one request → what its rows carry. Runs once per request, beside the loop.
+
+Whatever is made here is kept by all that it was made of (weights, adapters' digests, strengths, words), so that the
+next request that asks for the same finds it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import monotonic
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from scumble.events import Pixels
 from scumble.request import Adapter
 from scumble_build.layout import Layout
 from scumble_registry import Registry
-from scumble_server.admission import Admitted, Settings
+from scumble_server.admission import Admitted
 from scumble_server.base import Base
-from scumble_server.batch import factors_of
-from scumble_server.methods import lora, textual_inversion
-from scumble_server.methods.method import Bound
+from scumble_server.bound import Bound
+from scumble_server.carried import BoundSet, Phase
+from scumble_server.context import Context, read_record
+from scumble_server.methods import METHODS, lora, textual_inversion
 from scumble_server.prompts import Name, Tokens, tokenize
-from scumble_server.residency import Residency
-from scumble_server.rows import Conditioning, Phase
-
-Record = TypeVar("Record")
+from scumble_server.residency import Lease, Residency
+from scumble_server.rows import Conditioning
+from scumble_server.stacking import factors_of
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioned:
     """`adapters` are those that were bound, `dropped` those whose prompts have no use for them, and why;
-    `cut` holds what the prompts lost to the encoder's length; times are in milliseconds.
+    `cut` holds what the prompts lost to the encoder's length; `maps` are the control maps, if they were asked for;
+    times are in milliseconds.
     """
 
     conditioning: Conditioning
@@ -38,106 +42,170 @@ class Conditioned:
     cut: dict[str, str]
     load_ms: float
     encode_ms: float
+    maps: tuple[Pixels, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """The LoRAs of a request, laid out for each graph that takes factors."""
+    """The LoRAs of a request, laid out for each graph that takes factors. `key` says what they were made of."""
 
-    text: lora.BoundSet | None
-    kv: lora.BoundSet | None
-    step: lora.BoundSet | None
+    key: Hashable
+    text: BoundSet | None
+    kv: BoundSet | None
+    step: BoundSet | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """States `(1|2, 77, C)` of the prompts, and what they were made of."""
+
+    key: Hashable
+    states: Tensor
 
 
 class Conditioner:
-    """Owns the text encoder and the K/V projection; called from one thread."""
+    """Turns requests into what their rows carry; called from one thread.
 
-    def __init__(self, base: Base, registry: Registry, residency: Residency) -> None:
+    `host` keeps records, `device` what is made of them.
+    """
+
+    def __init__(self, base: Base, registry: Registry, host: Residency) -> None:
         self._base = base
         self._registry = registry
-        self._residency = residency
+        self._host = host
 
-    def condition(self, admitted: Admitted) -> Conditioned:
-        start = monotonic()
-        loras = [bound for bound in admitted.adapters if bound.kind == lora.KIND]
-        embeddings = [bound for bound in admitted.adapters if bound.kind == textual_inversion.KIND]
-        prompts = self._tokens(admitted.settings, embeddings)
-        found = frozenset[int]().union(*(tokens.found for tokens in prompts.values()))
-        factors = self._factors(loras)
-        vectors = {index: self._vectors(embeddings[index]) for index in found}
-        loaded = monotonic()
-        states = self._encode(list(prompts.values()), factors.text, [each.text_weight for each in loras], vectors)
-        phases = tuple(
-            self._phase(states, factors, _of_loras(weights, admitted)) for weights in admitted.schedule.weights
-        )
-        encoded = monotonic()
-        unused = [bound for index, bound in enumerate(embeddings) if index not in found]
-        adapters = tuple(bound for bound in admitted.adapters if not any(bound is each for each in unused))
-        return Conditioned(
-            Conditioning(phases, admitted.schedule.phase_of_step, frozenset(each.version.digest for each in adapters)),
-            adapters,
-            tuple((each.spec, textual_inversion.why_unused(each, prompts)) for each in unused),
-            {field: tokens.cut for field, tokens in prompts.items() if tokens.cut is not None},
-            (loaded - start) * 1e3,
-            (encoded - loaded) * 1e3,
-        )
+    def condition(self, admitted: Admitted, device: Lease) -> Conditioned:
+        """`device` pins what the rows carry, until the request has ended."""
+        with self._host.open() as records:
+            context = Context(
+                self._base,
+                self._registry,
+                admitted.settings,
+                self._base.executor,
+                self._base.version.digest,
+                records,
+                device,
+            )
+            return _condition(context, admitted)
 
-    def _tokens(self, settings: Settings, embeddings: Sequence[Bound]) -> dict[str, Tokens]:
-        """By field; the negative prompt first, where the request is guided."""
-        names = [Name(textual_inversion.token_of(each), textual_inversion.count(each)) for each in embeddings]
-        prompts = {"prompt": settings.prompt}
-        if settings.guided:
-            prompts = {"negative_prompt": settings.negative_prompt, **prompts}
-        return {field: tokenize(self._base.tokenizer, text, names) for field, text in prompts.items()}
+    def prefetch(self, admitted: Admitted) -> None:
+        """Bring what a queued request will read into host memory. May be called from any thread."""
+        with self._host.open() as records:
+            for bound in admitted.adapters:
+                read_record(self._registry, records, bound, METHODS[bound.kind].read_record)
 
-    def _factors(self, loras: Sequence[Bound]) -> _Factors:
-        pieces = [lora.Piece(self._record(each, lora.read_record, lora.nbytes), each.blocks) for each in loras]
-        executor = self._base.executor
-        return _Factors(
-            self._bind("text", executor.text_layout, loras, pieces),
-            self._bind("kv", executor.kv_layout, loras, pieces),
-            self._bind("step", executor.step_layout, loras, pieces),
-        )
 
-    def _vectors(self, bound: Bound) -> Tensor:
-        record = self._record(bound, textual_inversion.read_record, textual_inversion.nbytes)
-        return textual_inversion.vectors(record, bound.text_weight)
+def _condition(context: Context, admitted: Admitted) -> Conditioned:
+    start = monotonic()
+    loras = _of_kind(lora.KIND, admitted.adapters)
+    embeddings = _of_kind(textual_inversion.KIND, admitted.adapters)
+    prompts = _tokens(context, embeddings)
+    found = frozenset[int]().union(*(tokens.found for tokens in prompts.values()))
+    unused = [bound for index, bound in enumerate(embeddings) if index not in found]
+    factors = _factors(context, loras)
+    loaded = monotonic()
+    text = _encode(context, list(prompts.values()), loras, factors, {index: embeddings[index] for index in found})
+    phases = tuple(_phase(context, admitted.adapters, weights, factors, text) for weights in admitted.schedule.weights)
+    encoded = monotonic()
+    adapters = tuple(bound for bound in admitted.adapters if not any(bound is each for each in unused))
+    return Conditioned(
+        Conditioning(phases, admitted.schedule.phase_of_step, frozenset(each.version.digest for each in adapters)),
+        adapters,
+        tuple((each.spec, textual_inversion.why_unused(each, prompts)) for each in unused),
+        {field: tokens.cut for field, tokens in prompts.items() if tokens.cut is not None},
+        (loaded - start) * 1e3,
+        (encoded - loaded) * 1e3,
+    )
 
-    def _encode(
-        self,
-        prompts: Sequence[Tokens],
-        bound: lora.BoundSet | None,
-        text_weights: Sequence[float],
-        vectors: Mapping[int, Tensor],
-    ) -> Tensor:
-        """States `(1, 77, C)`, or `(2, 77, C)` where there is a negative prompt."""
-        executor = self._base.executor
+
+def _tokens(context: Context, embeddings: Sequence[Bound]) -> dict[str, Tokens]:
+    """By field; the negative prompt first, where the request is guided."""
+    names = [Name(textual_inversion.token_of(each), textual_inversion.count(each)) for each in embeddings]
+    settings = context.settings
+    prompts = {"prompt": settings.prompt}
+    if settings.guided:
+        prompts = {"negative_prompt": settings.negative_prompt, **prompts}
+    return {field: tokenize(context.base.tokenizer, text, names) for field, text in prompts.items()}
+
+
+def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
+    executor = context.executor
+    return _Factors(
+        tuple((each.version.digest, each.blocks) for each in loras),
+        _bind(context, "text", executor.text_layout, loras),
+        _bind(context, "kv", executor.kv_layout, loras),
+        _bind(context, "step", executor.step_layout, loras),
+    )
+
+
+def _bind(context: Context, graph: str, layout: Layout, loras: Sequence[Bound]) -> BoundSet | None:
+    def bind() -> BoundSet | None:
+        pieces = [lora.Piece(context.record(each, lora.read_record), each.blocks) for each in loras]
+        bound = lora.bind(layout, pieces)
+        device = context.executor.device
+        return None if bound is None else replace(bound, A=bound.A.to(device), B=bound.B.to(device))
+
+    key = ("factors", graph, *((each.version.digest, each.blocks) for each in loras))
+    return context.device.get(key, lora.bound_bytes(layout, loras), bind)
+
+
+def _encode(
+    context: Context,
+    prompts: Sequence[Tokens],
+    loras: Sequence[Bound],
+    factors: _Factors,
+    embeddings: Mapping[int, Bound],
+) -> _Text:
+    """`embeddings[i]` is what slots of embedding i in the prompts stand for."""
+    ids = torch.cat([tokens.ids for tokens in prompts])
+    text_weights = tuple(each.text_weight for each in loras)
+    key = (
+        "text",
+        context.weights,
+        tuple(ids.flatten().tolist()),
+        tuple(tokens.slots for tokens in prompts),
+        tuple(sorted((index, each.version.digest, each.text_weight) for index, each in embeddings.items())),
+        (factors.key, text_weights) if factors.text is not None else None,
+    )
+
+    def encode() -> Tensor:
+        records = {index: context.record(each, textual_inversion.read_record) for index, each in embeddings.items()}
+        vectors = {
+            index: textual_inversion.vectors(record, embeddings[index].text_weight) for index, record in records.items()
+        }
+        executor = context.executor
         return executor.encode(
-            torch.cat([tokens.ids for tokens in prompts]),
-            factors_of(lora.row_factors(bound, text_weights), len(prompts), executor.device),
+            ids,
+            factors_of(lora.row_factors(factors.text, text_weights), len(prompts), executor.device),
             textual_inversion.overrides(prompts, vectors),
         )
 
-    def _phase(self, states: Tensor, factors: _Factors, weights: Sequence[float]) -> Phase:
-        executor = self._base.executor
-        kv_factors = factors_of(lora.row_factors(factors.kv, weights), len(states), executor.device)
-        return Phase(executor.project(states, kv_factors), lora.row_factors(factors.step, weights))
-
-    def _record(self, bound: Bound, read: Callable[[Path], Record], nbytes: Callable[[Record], int]) -> Record:
-        version = bound.version
-        return self._residency.get(
-            ("record", version.digest), lambda: read(self._registry.record_path(version)), nbytes
-        )
-
-    def _bind(
-        self, graph: str, layout: Layout, loras: Sequence[Bound], pieces: Sequence[lora.Piece]
-    ) -> lora.BoundSet | None:
-        key = (graph, *((each.version.digest, each.blocks) for each in loras))
-        return self._residency.get(
-            key, lambda: lora.bind(layout, pieces), lambda bound: bound.nbytes if bound is not None else 0
-        )
+    width = context.base.compatibility.text_widths[0]
+    return _Text(key, context.device.get(key, ids.numel() * width * 4, encode))
 
 
-def _of_loras(weights: Sequence[float], admitted: Admitted) -> list[float]:
-    """Of one phase's weights for all adapters, those of the LoRAs: nothing else follows the steps yet."""
-    return [weight for weight, bound in zip(weights, admitted.adapters, strict=True) if bound.kind == lora.KIND]
+def _phase(
+    context: Context, adapters: Sequence[Bound], weights: Sequence[float], factors: _Factors, text: _Text
+) -> Phase:
+    """`weights` has one for each of `adapters`."""
+    of_loras = tuple(weight for weight, bound in zip(weights, adapters, strict=True) if bound.kind == lora.KIND)
+    return Phase(
+        context.executor,
+        _project(context, text, factors, of_loras),
+        lora.row_factors(factors.step, of_loras),
+    )
+
+
+def _project(context: Context, text: _Text, factors: _Factors, weights: tuple[float, ...]) -> Tensor:
+    """Keys and values of the text, `(1|2, T, K)`."""
+    executor, states = context.executor, text.states
+    carried = lora.row_factors(factors.kv, weights)
+    key = ("kv", text.key, (factors.key, weights) if carried is not None else None)
+    nbytes = states.shape[0] * states.shape[1] * executor.kv_layout.full.total_out * states.element_size()
+    return context.device.get(
+        key, nbytes, lambda: executor.project(states, factors_of(carried, len(states), executor.device))
+    )
+
+
+def _of_kind(kind: str, adapters: Sequence[Bound]) -> list[Bound]:
+    return [bound for bound in adapters if bound.kind == kind]

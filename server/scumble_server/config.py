@@ -28,8 +28,12 @@ class ServerConfig(BaseModel):
     """Requests that wait; one more is answered with QueueFull."""
     max_pixels: int = Field(default=1024 * 1024, ge=64)
     """Largest width x height of one image."""
+    max_rows: int = Field(default=32, ge=2)
+    """Rows of one call of the denoiser: larger batches are cut."""
     adapter_cache_bytes: int = Field(default=1 << 30, ge=0)
-    """Host memory for adapters: records and bound factors, least recently used first out."""
+    """Host memory for adapters' records, least recently used first out."""
+    device_cache_bytes: int = Field(default=2 << 30, ge=0)
+    """Device memory for what requests are made of: bound factors, nets, encodings, keys and values."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the executor; None leaves torch's own choice."""
 

@@ -8,31 +8,34 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
-from scumble.errors import Cancelled, ScumbleError, Unavailable
+from scumble.errors import Cancelled, DeadlineExceeded, ScumbleError, Unavailable
 from scumble.events import Failed
 from scumble_server.batch import Batch
 from scumble_server.counters import Counters
-from scumble_server.executors import Executor
 from scumble_server.rows import Progress, Row
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 10.0
+"""Seconds of waiting that weigh as much as one level of priority, so that nobody waits for ever."""
+
 
 class Loop:
-    """Owns the rows that are being denoised. At most `max_images` of them are active."""
+    """Owns the rows that are being denoised. At most `max_images` of them are active, chosen anew before each step:
+    a row that was active stays so unless others have a higher priority. A paused row keeps its place in its schedule.
+    """
 
-    def __init__(self, executor: Executor, max_images: int, counters: Counters) -> None:
-        self._executor = executor
+    def __init__(self, max_images: int, counters: Counters) -> None:
         self._max_images = max_images
         self._counters = counters
-        self._waiting: deque[Row] = deque()
-        self._active: list[Row] = []
-        self._batches: dict[tuple[int, int], Batch] = {}
+        self._arrived: list[Row] = []
+        self._rows: list[Row] = []
+        self._batches: dict[Hashable, list[Batch]] = {}
+        self._last_turn: dict[Hashable, int] = {}
         self._turn = 0
         self._changed = threading.Condition()
         self._closing = False
@@ -43,7 +46,7 @@ class Loop:
             if self._closing:
                 progress.fail(Failed(Unavailable("the server is stopping")))
                 return
-            self._waiting.extend(progress.rows)
+            self._arrived.extend(progress.rows)
             self._changed.notify()
 
     def close(self) -> None:
@@ -54,47 +57,67 @@ class Loop:
 
     def run(self) -> None:
         while self._wait_for_work():
-            self._drop_cancelled()
-            self._join()
-            batch = self._next_batch()
-            if batch is not None:
+            self._drop_ended()
+            for batch in self._next_batches(self._active()):
                 self._step(batch)
                 self._leave(batch)
-        for row in [*self._active, *self._waiting]:
+        with self._changed:
+            left = [*self._rows, *self._arrived]
+        for row in left:
             row.progress.fail(Failed(Unavailable("the server is stopping")))
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not (self._waiting or self._active or self._closing):
+            while not (self._arrived or self._rows or self._closing):
                 self._changed.wait()
+            self._rows += self._arrived
+            self._arrived.clear()
             return not self._closing
 
-    def _drop_cancelled(self) -> None:
+    def _drop_ended(self) -> None:
         """Asked once a step and request, for rows that wait as for rows that run."""
-        with self._changed:
-            requests = {id(row.progress): row.progress for row in [*self._active, *self._waiting]}
-        for progress in requests.values():
+        now = time.monotonic()
+        for progress in {id(row.progress): row.progress for row in self._rows}.values():
             if progress.is_cancelled():
                 self._end(progress, Cancelled("the request was cancelled by its caller"))
+            elif progress.deadline is not None and now > progress.deadline:
+                self._end(progress, DeadlineExceeded("the request was not done by its deadline, and was dropped"))
 
-    def _join(self) -> None:
-        with self._changed:
-            while self._waiting and len(self._active) < self._max_images:
-                row = self._waiting.popleft()
-                row.progress.join()
-                self._active.append(row)
-                self._batches.pop(row.size, None)
+    def _active(self) -> list[Row]:
+        """By priority and how long a row waited to join; then rows that run, the nearest deadline, first come."""
+        now = time.monotonic()
 
-    def _next_batch(self) -> Batch | None:
-        """Sizes take turns, so that a rare one is not starved by a busy one."""
-        sizes = sorted({row.size for row in self._active})
-        if not sizes:
-            return None
-        self._turn = (self._turn + 1) % len(sizes)
-        size = sizes[self._turn]
-        if size not in self._batches or self._batches[size].is_stale():
-            self._batches[size] = Batch([row for row in self._active if row.size == size], self._executor)
-        return self._batches[size]
+        def rank(row: Row) -> tuple[float, bool, float, float]:
+            progress = row.progress
+            waited = (progress.joined_at or now) - progress.queued_at
+            deadline = progress.deadline if progress.deadline is not None else float("inf")
+            return -(progress.priority + waited // PATIENCE), row.step == 0, deadline, progress.queued_at
+
+        active = sorted(self._rows, key=rank)[: self._max_images]
+        for row in active:
+            row.progress.join()
+        return active
+
+    def _next_batches(self, active: list[Row]) -> list[Batch]:
+        """Groups take turns, so that a rare one is not starved by a busy one. A group that is too large for the
+        executor is cut, and all its parts take their step.
+        """
+        groups: dict[Hashable, list[Row]] = {}
+        for row in active:
+            groups.setdefault(row.group, []).append(row)
+        if not groups:
+            self._batches.clear()
+            return []
+        self._last_turn = {group: self._last_turn.get(group, -1) for group in groups}
+        group = min(groups, key=self._last_turn.__getitem__)
+        self._turn += 1
+        self._last_turn[group] = self._turn
+        known = [batch for of_group in self._batches.values() for batch in of_group]
+        batches = [
+            next((batch for batch in known if batch.fits(rows)), None) or Batch(rows) for rows in _cut(groups[group])
+        ]
+        self._batches = {each: self._batches[each] for each in groups if each in self._batches} | {group: batches}
+        return batches
 
     def _step(self, batch: Batch) -> None:
         start = time.monotonic()
@@ -115,7 +138,7 @@ class Loop:
         log.error("a step of %d images failed", len(batch.rows), exc_info=error)
         if len(batch.rows) > 1:
             for row in batch.rows:
-                self._step(Batch([row], self._executor))
+                self._step(Batch([row]))
         else:
             self._end(batch.rows[0].progress, ScumbleError(f"the step failed on the server: {error}"))
 
@@ -129,17 +152,26 @@ class Loop:
                 progress.ended = True
                 progress.finished_at = time.monotonic()
                 progress.on_denoised(progress)
-        if any(row.done or row.progress.ended for row in batch.rows):
-            self._forget(lambda row: row.done or row.progress.ended)
+        self._forget(lambda row: row.done or row.progress.ended)
 
     def _end(self, progress: Progress, error: ScumbleError) -> None:
         progress.fail(Failed(error))
         self._forget(lambda row: row.progress is progress)
 
     def _forget(self, gone: Callable[[Row], bool]) -> None:
-        with self._changed:
-            self._waiting = deque(row for row in self._waiting if not gone(row))
-        for row in self._active:
-            if gone(row):
-                self._batches.pop(row.size, None)
-        self._active = [row for row in self._active if not gone(row)]
+        self._rows = [row for row in self._rows if not gone(row)]
+
+
+def _cut(rows: list[Row]) -> list[list[Row]]:
+    """Parts of at most as many model rows as the executor takes at once; one image always fits."""
+    limit = rows[0].phase.executor.max_rows
+    parts: list[list[Row]] = [[]]
+    filled = 0
+    for row in rows:
+        size = row.phase.kv.shape[0]
+        if parts[-1] and filled + size > limit:
+            parts.append([])
+            filled = 0
+        parts[-1].append(row)
+        filled += size
+    return parts

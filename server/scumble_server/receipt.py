@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from scumble_registry import Version
 from scumble_server.admission import Admitted
@@ -32,8 +36,13 @@ def receipt(
             "height": settings.height,
             "num_images": settings.num_images,
             "guidance_scale": settings.guidance_scale,
-            "adapters": [spec.model_dump() for spec in admitted.request.adapters],
-            "options": admitted.request.options,
+            "adapters": [spec.model_dump(mode="json", exclude_defaults=True) for spec in admitted.request.adapters],
+            "options": admitted.request.options.model_dump(exclude_defaults=True),
+            "images": {
+                name: {"digest": picture.digest, "width": picture.size[0], "height": picture.size[1]}
+                for name, picture in admitted.inputs.pictures.items()
+            },
+            "tensors": {name: _described(values) for name, values in admitted.inputs.tensors.items()},
         },
         "base": _named(base.version),
         "adapters": [
@@ -53,6 +62,12 @@ def receipt(
         "engine": base.executor.describe(),
         "timings_ms": {name: round(value, 3) for name, value in timings_ms.items()},
     }
+
+
+def _described(values: NDArray[Any]) -> dict[str, Any]:
+    """`digest` covers the bytes as safetensors holds them: little-endian, row by row."""
+    digest = hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+    return {"digest": f"sha256:{digest}", "shape": list(values.shape), "dtype": str(values.dtype)}
 
 
 def _named(version: Version) -> dict[str, Any]:

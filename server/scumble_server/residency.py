@@ -1,40 +1,81 @@
-"""What is loaded: records and bound factor sets in host memory, under one byte budget, least recently used first.
-
-Keys are digests, so an entry can never be stale. A set that a running row still holds stays alive with that
-row even when it is forgotten here.
-"""
+"""What is loaded, under a byte budget, least recently used first. Keys are digests, so an entry is never stale."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from scumble.errors import Refused
 
 Value = TypeVar("Value")
 
 
 class Residency:
-    """A thread-safe LRU. Each key is made once, also when several threads ask at the same time."""
+    """Thread-safe; an entry stays as long as a lease holds it."""
 
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget = budget_bytes
+    def __init__(self, budget_bytes: int, name: str) -> None:
+        self._budget, self._name = budget_bytes, name
         self._used = 0
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._pins: Counter[Hashable] = Counter()
+        self._lock = threading.RLock()
 
-    def get(self, key: Hashable, make: Callable[[], Value], size: Callable[[Value], int]) -> Value:
-        """The entry of `key`, made if it is not there. What `make` raises is raised, and nothing is kept."""
+    def open(self) -> Lease:
+        return Lease(self)
+
+    def close(self) -> None:
+        """End whoever waits for room."""
+
+    def stats(self) -> dict[str, Any]:
         with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                value: Value = self._entries[key][0]
-                return value
-            value = make()
-            nbytes = size(value)
-            self._entries[key] = (value, nbytes)
-            self._used += nbytes
-            while self._used > self._budget and len(self._entries) > 1:
-                _, (_, freed) = self._entries.popitem(last=False)
-                self._used -= freed
+            return {"entries": len(self._entries), "bytes": self._used, "budget": self._budget}
+
+    def _get(self, key: Hashable, nbytes: int, make: Callable[[], Value], *, pin: bool) -> Value:
+        with self._lock:
+            if key not in self._entries:
+                if nbytes > self._budget:
+                    raise Refused(f"{nbytes} bytes of {self._name} memory are needed, the budget is {self._budget}")
+                while self._used + nbytes > self._budget and (old := self._oldest()) is not None:
+                    self._used -= self._entries.pop(old)[1]
+                self._entries[key] = (make(), nbytes)
+                self._used += nbytes
+            self._entries.move_to_end(key)
+            self._pins[key] += pin
+            value: Value = self._entries[key][0]
             return value
+
+    def _oldest(self) -> Hashable | None:
+        return next((key for key in self._entries if not self._pins[key]), None)
+
+    def _unpin(self, keys: set[Hashable]) -> None:
+        with self._lock:
+            for key in keys:
+                self._pins[key] -= 1
+
+
+class Lease:
+    """Everything that one request holds."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._held: set[Hashable] = set()
+
+    def get(self, key: Hashable, nbytes: int, make: Callable[[], Value]) -> Value:
+        value = self._residency._get(key, nbytes, make, pin=key not in self._held)  # noqa: SLF001
+        self._held.add(key)
+        return value
+
+    def release(self) -> None:
+        held, self._held = self._held, set()
+        self._residency._unpin(held)  # noqa: SLF001
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

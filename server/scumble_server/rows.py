@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from scumble.events import Event, Failed, Step
-from scumble_server.methods.lora import RowFactors
+from scumble_server.carried import Phase
 from scumble_server.schedulers import Table
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Phase:
-    """A stretch of a schedule in which the same adapters act.
-
-    kv `(1, T, K)` of the prompt, or `(2, T, K)` of negative prompt and prompt where the request is guided.
-    """
-
-    kv: Tensor
-    factors: RowFactors | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,24 +26,36 @@ class Conditioning:
 
 @dataclass(slots=True)
 class Progress:
-    """One request as the loop sees it. Written by the loop's thread alone, once its rows are queued."""
+    """One request as the loop sees it. Written by the loop's thread alone, once its rows are queued.
+
+    Times are seconds of `time.monotonic`. `preview` is None, or what makes previews of a request's estimates
+    `(n, 4, H/8, W/8)`, told every `preview_every` steps.
+    """
 
     on_event: Callable[[Event], None]
     is_cancelled: Callable[[], bool]
     on_denoised: Callable[[Progress], None]
     rows: list[Row] = field(default_factory=list)
+    priority: int = 0
+    deadline: float | None = None
+    preview: Callable[[int, int, Tensor], Event] | None = None
+    preview_every: int = 0
+    queued_at: float = field(default_factory=time.monotonic)
     joined_at: float | None = None
     finished_at: float = 0.0
     ended: bool = False
     reported: int = 0
 
     def report(self) -> None:
-        """Tell the slowest image's step, if it moved."""
+        """Tell the slowest image's step, if it moved, and a preview, if one is due."""
         steps = self.rows[0].table.steps
         step = min(row.step for row in self.rows)
         if step > self.reported:
+            due = self.preview_every and step // self.preview_every > self.reported // self.preview_every
             self.reported = step
             self.on_event(Step(step, steps))
+            if due and self.preview is not None and step < steps:
+                self.on_event(self.preview(step, steps, torch.stack([row.estimate for row in self.rows])))
 
     def fail(self, failed: Failed) -> None:
         if not self.ended:
@@ -68,7 +69,9 @@ class Progress:
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One image. `sample` and `history` are `(4, H/8, W/8)` float32 on the executor's device."""
+    """One image. `sample` and `history` are `(4, H/8, W/8)` float32 on the executor's device; `estimate`, like them,
+    is what the last step took the finished image to be.
+    """
 
     progress: Progress
     conditioning: Conditioning
@@ -76,6 +79,7 @@ class Row:
     guidance: float
     sample: Tensor
     history: Tensor
+    estimate: Tensor
     step: int = 0
 
     @property
@@ -87,9 +91,9 @@ class Row:
         return self.conditioning.phases[self.conditioning.phase_of_step[self.step]]
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(H/8, W/8): only rows of one size share a step."""
-        return self.sample.shape[-2], self.sample.shape[-1]
+    def group(self) -> Hashable:
+        """Rows of one group can share a step: the same weights, and latents of the same height and width."""
+        return id(self.phase.executor), tuple(self.sample.shape[-2:])
 
 
 def initial_noise(seed: int, height: int, width: int) -> Tensor:

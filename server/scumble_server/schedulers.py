@@ -6,6 +6,7 @@ prediction. Step i of a row is then, whatever its scheduler:
     model input   xᵢₙ = c_in[i]·x           at timestep[i]
     next sample   x'  = x·a[i] + m·b[i] + h·c[i]
     next history  h'  = x·p[i] + m·q[i]
+    estimate      x0  = x·u[i] + m·v[i]     the finished sample, as far as this step can tell
 
 The numbers are not derived here a second time: diffusers' own `step` is run once on the basis vectors of
 (x, m, h), and what comes out are the coefficients. DDIM (Song et al., 2010.02502), Euler (Karras et al.,
@@ -43,6 +44,8 @@ class Table:
     c: Tensor
     p: Tensor
     q: Tensor
+    u: Tensor
+    v: Tensor
 
     @property
     def steps(self) -> int:
@@ -78,12 +81,15 @@ def _table(name: str, config_json: str, steps: int) -> Table:
 
 
 def _probe(scheduler: Any, timestep: Tensor) -> tuple[float, ...]:
-    """(c_in, a, b, c, p, q) of one step: what diffusers makes of the basis vectors of (x, m, h)."""
+    """(c_in, a, b, c, p, q, u, v) of one step: what diffusers makes of the basis vectors of (x, m, h)."""
     x, m, h = torch.eye(3, dtype=torch.float64)
     history = getattr(scheduler, "model_outputs", None)
     if history is not None and history[-1] is not None:
         history[-1] = h
     c_in = scheduler.scale_model_input(x, timestep)[0]
-    a, b, c = scheduler.step(m, timestep, x, return_dict=False)[0]
+    stepped = scheduler.step(m, timestep, x)
+    a, b, c = stepped.prev_sample
+    # The multistep solver remembers what the others tell: its history is the estimate.
     p, q = history[-1][:2] if history is not None else (0.0, 0.0)
-    return tuple(float(value) for value in (c_in, a, b, c, p, q))
+    u, v = history[-1][:2] if history is not None else stepped.pred_original_sample[:2]
+    return tuple(float(value) for value in (c_in, a, b, c, p, q, u, v))

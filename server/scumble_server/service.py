@@ -7,17 +7,21 @@ a time; a callback must return quickly and must not raise.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import torch
 
-from scumble.errors import Cancelled, QueueFull, ScumbleError, Unavailable
+from scumble.errors import Cancelled, DeadlineExceeded, QueueFull, ScumbleError, Unavailable
 from scumble.events import Done, Event, Failed, Queued
 from scumble.request import Request
 from scumble_registry import Registry
@@ -27,8 +31,9 @@ from scumble_server.conditioning import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
 from scumble_server.counters import Counters
 from scumble_server.loop import Loop
+from scumble_server.prefetch import Prefetcher
 from scumble_server.receipt import receipt
-from scumble_server.residency import Residency
+from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Progress, Row, initial_noise
 
 log = logging.getLogger(__name__)
@@ -36,14 +41,43 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Job:
-    """One request on its way through the three threads."""
+    """One request on its way through the three threads. `lease` pins what its rows carry until it has ended."""
 
     admitted: Admitted
     on_event: Callable[[Event], None]
     is_cancelled: Callable[[], bool]
+    lease: Lease
     submitted_at: float = field(default_factory=monotonic)
     conditioned: Conditioned | None = None
     progress: Progress | None = None
+
+    @property
+    def deadline(self) -> float | None:
+        allowed = self.admitted.request.options.deadline_ms
+        return None if allowed is None else self.submitted_at + allowed / 1e3
+
+    def check(self) -> None:
+        """Raises Cancelled or DeadlineExceeded if nobody waits for it any more."""
+        if self.is_cancelled():
+            raise Cancelled("the request was cancelled by its caller")
+        if self.deadline is not None and monotonic() > self.deadline:
+            raise DeadlineExceeded("the request was not done by its deadline, and was dropped")
+
+
+class _Pace:
+    """How quickly requests end: what a caller is told who finds the queue full. Guarded by the service's lock."""
+
+    def __init__(self) -> None:
+        self._ends: deque[float] = deque(maxlen=16)
+
+    def ended(self) -> None:
+        self._ends.append(monotonic())
+
+    def seconds_per_request(self) -> float:
+        """One place is free again after about this long; a second where nothing is known yet."""
+        if len(self._ends) < 2:
+            return 1.0
+        return max(0.1, (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1))
 
 
 class Service:
@@ -56,9 +90,15 @@ class Service:
         self._config = config
         self._registry = registry
         self._counters = Counters()
-        self._loop = Loop(base.executor, config.max_batch_images, self._counters)
-        self._conditioner = Conditioner(base, registry, Residency(config.adapter_cache_bytes))
-        self._incoming: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._loop = Loop(config.max_batch_images, self._counters)
+        self._host = Residency(config.adapter_cache_bytes, "host")
+        self._device = Residency(config.device_cache_bytes, "device")
+        self._conditioner = Conditioner(base, registry, self._host)
+        self._prefetcher = Prefetcher()
+        # The most urgent first, then first come; the last of all ends the thread.
+        self._incoming: queue.PriorityQueue[tuple[float, int, _Job | None]] = queue.PriorityQueue()
+        self._arrivals = itertools.count()
+        self._pace = _Pace()
         self._denoised: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._open_requests = 0
         self._lock = threading.Lock()
@@ -79,7 +119,7 @@ class Service:
             torch.set_num_threads(config.threads)
         registry = Registry.open(config.home, create=False)
         try:
-            base = load_base(registry, config.base, config.device, config.precision)
+            base = load_base(registry, config)
         except BaseException:
             registry.close()
             raise
@@ -97,23 +137,26 @@ class Service:
         """Check and queue `request`; returns at once.
 
         Raises InvalidRequest, NotFound, Refused, IntegrityError or QueueFull before any work is done.
-        Afterwards `on_event` gets Queued, Step…, and at last exactly one of Done and Failed.
+        Afterwards `on_event` gets Queued, Step…, Preview…, and at last exactly one of Done and Failed.
         `is_cancelled` is asked before conditioning and once a step.
         """
         admitted = admit(request, self.base, self._registry, self._config.max_pixels)
-        job = _Job(admitted, self._counted(on_event), is_cancelled)
+        lease = self._device.open()
+        job = _Job(admitted, self._until_the_end(on_event, lease), is_cancelled, lease)
         with self._lock:
             if self._closing:
                 raise Unavailable("the server is stopping")
             ahead = self._open_requests
             if ahead >= self._config.max_queue:
                 raise QueueFull(
-                    f"{ahead} requests are open, which is the limit; try again in a moment", retry_after=1.0
+                    f"{ahead} requests are open, which is the limit; try again in a moment",
+                    retry_after=self._pace.seconds_per_request(),
                 )
             self._open_requests += 1
             self._counters.add("requests")
             job.on_event(Queued(ahead))
-            self._incoming.put(job)
+            self._incoming.put((-request.options.priority, next(self._arrivals), job))
+        self._prefetcher.submit(lambda: self._conditioner.prefetch(admitted))
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start. `mixed_steps` are steps in which rows with different adapters shared the batch;
@@ -121,7 +164,13 @@ class Service:
         """
         with self._lock:
             open_requests = self._open_requests
-        return {**self._counters.snapshot(), "open_requests": open_requests, "base": self.base.version.ref}
+        return {
+            **self._counters.snapshot(),
+            "open_requests": open_requests,
+            "base": self.base.version.ref,
+            "host_cache": self._host.stats(),
+            "device_cache": self._device.stats(),
+        }
 
     def is_alive(self) -> bool:
         """False once a thread has died; the server should then exit and be restarted."""
@@ -134,18 +183,25 @@ class Service:
                 return
             self._closing = True
         self._loop.close()
-        self._incoming.put(None)
+        self._device.close()
+        self._host.close()
+        self._incoming.put((math.inf, next(self._arrivals), None))
         for thread in self._threads[:2]:
             thread.join()
         self._denoised.put(None)  # last, so that pictures that are done still reach their callers
         self._threads[2].join()
+        self._prefetcher.close()
         self._registry.close()
 
-    def _counted(self, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    def _until_the_end(self, on_event: Callable[[Event], None], lease: Lease) -> Callable[[Event], None]:
+        """Passes events on; with the last one the request lets go of all that it holds."""
+
         def send(event: Event) -> None:
             if isinstance(event, Done | Failed):
+                lease.release()
                 with self._lock:
                     self._open_requests -= 1
+                    self._pace.ended()
                 if isinstance(event, Failed):
                     self._counters.add("failed")
             on_event(event)
@@ -160,14 +216,13 @@ class Service:
             raise
 
     def _condition_all(self) -> None:
-        while (job := self._incoming.get()) is not None:
+        while (job := self._incoming.get()[2]) is not None:
             if self._closing:
                 job.on_event(Failed(Unavailable("the server is stopping")))
                 continue
             try:
-                if job.is_cancelled():
-                    raise Cancelled("the request was cancelled by its caller")
-                job.conditioned = self._conditioner.condition(job.admitted)
+                job.check()
+                job.conditioned = self._conditioner.condition(job.admitted, job.lease)
                 job.progress = self._rows(job, job.conditioned)
             except Exception as error:
                 job.on_event(Failed(_typed(error)))
@@ -180,7 +235,16 @@ class Service:
             settings.height // self.base.compatibility.vae_scale,
             settings.width // self.base.compatibility.vae_scale,
         )
-        progress = Progress(job.on_event, job.is_cancelled, lambda _: self._denoised.put(job))
+        options = job.admitted.request.options
+        progress = Progress(
+            job.on_event,
+            job.is_cancelled,
+            lambda _: self._denoised.put(job),
+            priority=options.priority,
+            deadline=job.deadline,
+            preview=self.base.colours.preview,
+            preview_every=options.preview_every or 0,
+        )
         for seed in settings.seeds:
             noise = initial_noise(seed, height, width).to(self.base.executor.device) * table.init_sigma
             progress.rows.append(
@@ -190,6 +254,7 @@ class Service:
                     table,
                     settings.guidance_scale,
                     noise,
+                    torch.zeros_like(noise),
                     torch.zeros_like(noise),
                 )
             )
@@ -209,7 +274,8 @@ class Service:
         progress, conditioned = job.progress, job.conditioned
         assert progress is not None and conditioned is not None and progress.joined_at is not None
         start = monotonic()
-        pixels = self.base.executor.decode(torch.stack([row.sample for row in progress.rows])).numpy()
+        executor = conditioned.conditioning.phases[-1].executor
+        pixels = executor.decode(torch.stack([row.sample for row in progress.rows])).numpy()
         end = monotonic()
         waited = progress.joined_at - job.submitted_at - (conditioned.load_ms + conditioned.encode_ms) / 1e3
         timings = {
@@ -220,7 +286,8 @@ class Service:
             "decode": (end - start) * 1e3,
             "total": (end - job.submitted_at) * 1e3,
         }
-        return Done(pixels, receipt(self.base, job.admitted, conditioned, timings))
+        maps = np.stack(conditioned.maps) if conditioned.maps else None
+        return Done(pixels, receipt(self.base, job.admitted, conditioned, timings), maps)
 
 
 def _typed(error: Exception) -> ScumbleError:

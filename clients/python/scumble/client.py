@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypedDict, Unpack
 
+from numpy.typing import NDArray
+from PIL import Image
+
 from scumble.connection import Connection
 from scumble.errors import QueueFull, ScumbleError, Unavailable
-from scumble.events import Done, Failed, Queued, Step
-from scumble.images import Images
-from scumble.request import Adapter, Request, SchedulerName, parse_adapter
+from scumble.events import Done, Failed, Preview, Queued, Step
+from scumble.images import Images, encoded
+from scumble.request import Adapter, Options, Request, SchedulerName, parse_adapter
 from scumble.wire import STREAM_MODEL, request_to_tensors, stats_query, tensors_to_event, tensors_to_stats
 
 DEFAULT_URL = "127.0.0.1:8001"
@@ -26,7 +29,7 @@ MAX_RETRIES = 8
 MAX_RETRY_WAIT = 30.0
 """Seconds; a server that asks for more is not believed."""
 
-Progress: TypeAlias = Queued | Step | Done
+Progress: TypeAlias = Queued | Step | Preview | Done
 
 
 class Fields(TypedDict, total=False):
@@ -43,7 +46,10 @@ class Fields(TypedDict, total=False):
     guidance_scale: float | None
     adapters: Iterable[str | Adapter | Mapping[str, Any]]
     """References with an optional weight (`"styles/ink:0.8"`), or Adapters."""
-    options: dict[str, Any]
+    options: Options | Mapping[str, Any]
+    images: Mapping[str, bytes | str | os.PathLike[str] | Image.Image]
+    """Pictures by the names that adapters call them: encoded, a file, or opened with PIL."""
+    tensors: Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +114,13 @@ class ImagesApi:
         """
         for event in self.stream(prompt, timeout=timeout, **fields):
             if isinstance(event, Done):
-                images = Images(event.images, event.receipt)
+                images = Images(event.images, event.receipt, event.maps)
         return images
 
     def stream(
         self, prompt: str | Request, *, timeout: float | None = None, **fields: Unpack[Fields]
     ) -> Generator[Progress]:
-        """Queued, Step… and at last Done; raises as `generate`.
+        """Queued, Step…, Preview… if asked for, and at last Done; raises as `generate`.
 
         Closing the iterator takes the request back: its rows leave the batch at the next step.
         """
@@ -162,7 +168,8 @@ def to_request(prompt: str | Request, fields: Fields) -> Request:
             raise TypeError(f"a whole Request takes no further fields, got {sorted(fields)}")
         return prompt
     adapters = [_adapter_fields(adapter) for adapter in fields.get("adapters", ())]
-    return Request.parse({**fields, "prompt": prompt, "adapters": adapters})
+    images = {name: encoded(picture) for name, picture in fields.get("images", {}).items()}
+    return Request.parse({**fields, "prompt": prompt, "adapters": adapters, "images": images})
 
 
 def _adapter_fields(adapter: str | Adapter | Mapping[str, Any]) -> Mapping[str, Any]:

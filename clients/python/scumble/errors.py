@@ -8,7 +8,8 @@
     ├── IntegrityError   5  stored bytes are not what their digest says        code integrity
     └── Unavailable      6  the server or something it needs is not there      code unavailable
         ├── QueueFull    6  try again after `retry_after` seconds              code queue_full
-        └── Cancelled    6  the caller took the request back                   code cancelled
+        ├── Cancelled    6  the caller took the request back                   code cancelled
+        └── DeadlineExceeded 6  it could not be done by its own deadline       code deadline_exceeded
 
 The number is the exit status of the `scumble` command.
 """
@@ -78,6 +79,10 @@ class Cancelled(Unavailable):
     code = "cancelled"
 
 
+class DeadlineExceeded(Unavailable):
+    code = "deadline_exceeded"
+
+
 _BY_CODE: dict[str, type[ScumbleError]] = {
     kind.code: kind
     for kind in (
@@ -90,6 +95,7 @@ _BY_CODE: dict[str, type[ScumbleError]] = {
         Unavailable,
         QueueFull,
         Cancelled,
+        DeadlineExceeded,
     )
 }
 

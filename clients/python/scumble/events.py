@@ -30,11 +30,24 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """What the pictures will about be, one pixel for each latent, after `step` of `steps`."""
+
+    step: int
+    steps: int
+    images: Pixels
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
-    """The pictures and the receipt (DESIGN: what was asked, bound, drawn and timed)."""
+    """The pictures and the receipt (DESIGN: what was asked, bound, drawn and timed).
+
+    `maps` are the control maps, `(k, H, W, 3)` in the receipt's order, if the request asked for them.
+    """
 
     images: Pixels
     receipt: dict[str, Any]
+    maps: Pixels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,4 +57,4 @@ class Failed:
     error: ScumbleError
 
 
-Event: TypeAlias = Queued | Step | Done | Failed
+Event: TypeAlias = Queued | Step | Preview | Done | Failed

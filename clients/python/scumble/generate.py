@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ import typer
 from scumble.client import Client
 from scumble.errors import InvalidRequest, NotFound, Unavailable
 from scumble.events import Done
-from scumble.images import Images, check_png_path, write_whole
+from scumble.images import Images, check_png_path, encoded, write_whole
 from scumble.progress import ProgressBar
-from scumble.receipt import read_receipt, request_from_receipt
-from scumble.request import Request, parse_adapter
+from scumble.receipt import find_inputs, input_digests, read_receipt, request_from_receipt
+from scumble.request import Adapter, Request, parse_adapter
 
 LOCAL_SERVER_GROUP = "scumble.local_server"
 """Entry point: a function (base or None) → context manager that starts a server and gives its gRPC address."""
@@ -31,6 +32,11 @@ def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; several become NAME-0.png …")],
     base: Annotated[str | None, typer.Option(help="Base, e.g. ns/name@2.")] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="REF[:WEIGHT]; repeatable.")] = None,
+    control: Annotated[list[str] | None, typer.Option(help="ControlNet: REF=IMAGE[:WEIGHT]; repeatable.")] = None,
+    ip: Annotated[list[str] | None, typer.Option(help="IP-Adapter: REF=IMAGE[:WEIGHT]; repeatable.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="With --from-receipt: where its pictures are, files or folders.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     seed: Annotated[int | None, typer.Option(help="Drawn and reported if not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
@@ -44,10 +50,12 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print files and receipt as JSON.")] = False,
 ) -> None:
     """Make pictures; without --url or SCUMBLE_URL a server is started for them and stopped again."""
+    images, looking = parse_looking([*(control or ()), *(ip or ())])
     given = {
         "prompt": prompt,
         "base": base,
-        "adapters": [parse_adapter(text) for text in adapter] if adapter else None,
+        "adapters": [*(parse_adapter(text) for text in adapter or ()), *looking] or None,
+        "images": images or None,
         "negative_prompt": negative,
         "seed": seed,
         "steps": steps,
@@ -56,17 +64,18 @@ def generate(
         "num_images": num_images,
         **(_parse_size(size) if size else {}),
     }
-    request = _request({name: value for name, value in given.items() if value is not None}, from_receipt)
+    given = {name: value for name, value in given.items() if value is not None}
+    request = _from_receipt(given, from_receipt, image or []) if from_receipt else _request(given)
     check_png_path(out)
     if receipt and not receipt.parent.is_dir():
         raise NotFound(f"folder {receipt.parent} does not exist; make it first", path=str(receipt.parent))
 
-    images = _draw(request, url or os.environ.get("SCUMBLE_URL"), quiet=as_json)
-    files = [str(path) for path in images.save(out)]
+    drawn = _draw(request, url or os.environ.get("SCUMBLE_URL"), quiet=as_json)
+    files = [str(path) for path in drawn.save(out)]
     if receipt:
-        write_whole(receipt, json.dumps(images.receipt, indent=2).encode())
-    print(json.dumps({"files": files, "receipt": images.receipt}) if as_json else "\n".join(files))
-    for notice in notices(images.receipt):
+        write_whole(receipt, json.dumps(drawn.receipt, indent=2).encode())
+    print(json.dumps({"files": files, "receipt": drawn.receipt}) if as_json else "\n".join(files))
+    for notice in notices(drawn.receipt):
         print(f"scumble: {notice}", file=sys.stderr)
 
 
@@ -78,16 +87,50 @@ def notices(receipt: dict[str, Any]) -> list[str]:
     return cut + [f"adapter {dropped['ref']} was dropped: {dropped['reason']}" for dropped in receipt["dropped"]]
 
 
-def _request(given: dict[str, Any], from_receipt: Path | None) -> Request:
-    if from_receipt is None:
-        if "prompt" not in given:
-            raise InvalidRequest('give a prompt (it may be "") or --from-receipt FILE', field="prompt")
-        return Request.parse(given)
+def _request(given: dict[str, Any]) -> Request:
+    if "prompt" not in given:
+        raise InvalidRequest('give a prompt (it may be "") or --from-receipt FILE', field="prompt")
+    return Request.parse(given)
+
+
+def _from_receipt(given: dict[str, Any], file: Path, places: list[Path]) -> Request:
     if given:
         raise InvalidRequest(
             f"--from-receipt draws the same again and takes no {', '.join(sorted(given))}", field="from_receipt"
         )
-    return request_from_receipt(read_receipt(from_receipt))
+    receipt = read_receipt(file)
+    return request_from_receipt(receipt, find_inputs(input_digests(receipt), [*places, file.parent]))
+
+
+def parse_looking(texts: list[str]) -> tuple[dict[str, bytes], list[Adapter]]:
+    """`REF=IMAGE[:WEIGHT]` of the command line: the pictures by their paths, and the adapters that look at them.
+
+    Raises InvalidRequest, or NotFound for a picture that cannot be read.
+    """
+    images: dict[str, bytes] = {}
+    adapters = []
+    for text in texts:
+        ref, equals, rest = text.partition("=")
+        if not equals or not rest:
+            raise InvalidRequest(
+                f"{text!r} names no picture; write REF=IMAGE or REF=IMAGE:WEIGHT", field="adapters.images"
+            )
+        path, weight = _split_weight(rest)
+        images[path] = encoded(path)
+        adapters.append(Adapter(ref=ref, images=(path,), weight=weight))
+    return images, adapters
+
+
+def _split_weight(text: str) -> tuple[str, float]:
+    """A path may hold colons itself: only a number behind the last one is a weight."""
+    path, _, weight = text.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, 1.0
+    if not path or not math.isfinite(value):
+        raise InvalidRequest(f"{text!r}: write IMAGE:WEIGHT with a finite number", field="adapters.weight")
+    return path, value
 
 
 def _parse_size(size: str) -> dict[str, int]:
@@ -102,7 +145,7 @@ def _draw(request: Request, url: str | None, *, quiet: bool) -> Images:
         for event in client.images.stream(request):
             bar.show(event)
             if isinstance(event, Done):
-                images = Images(event.images, event.receipt)
+                images = Images(event.images, event.receipt, event.maps)
     return images
 
 

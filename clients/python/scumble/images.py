@@ -21,10 +21,11 @@ PNG_RECEIPT = "scumble_receipt"
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The result of one request."""
+    """The result of one request; `maps` are the control maps, if it asked for them."""
 
     images: Pixels
     receipt: dict[str, Any]
+    maps: Pixels | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -45,6 +46,21 @@ class Images:
             picture.save(encoded, "PNG", pnginfo=info)
             write_whole(file, encoded.getvalue())
         return paths
+
+
+def encoded(picture: bytes | str | os.PathLike[str] | Image.Image) -> bytes:
+    """A picture for a request: as it is, a file's content, or a PNG of what PIL opened. Raises NotFound."""
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, Image.Image):
+        buffer = BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+    path = Path(picture)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NotFound(f"picture {path} cannot be read: {error.strerror}", path=str(path)) from error
 
 
 def png_paths(path: Path, count: int) -> list[Path]:

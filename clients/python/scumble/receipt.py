@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from scumble.errors import InvalidRequest, NotFound
@@ -14,6 +17,8 @@ from scumble.images import PNG_RECEIPT
 from scumble.request import Request
 
 SCHEMA = 1
+MAX_INPUT_BYTES = 256 << 20
+"""No file larger than this is looked at as a request's picture."""
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
@@ -45,14 +50,20 @@ def read_receipt(path: Path) -> dict[str, Any]:
     return receipt
 
 
-def request_from_receipt(receipt: dict[str, Any]) -> Request:
+def request_from_receipt(receipt: dict[str, Any], found: Mapping[str, bytes] | None = None) -> Request:
     """The request that draws the same again: every reference pinned to the digest that was bound.
 
-    Of one picture out of several (`image` in a PNG's receipt) only that one is asked for.
-    Raises InvalidRequest if the receipt lacks something.
+    `found` are the encoded pictures and raw tensors that are at hand, by digest (see `find_inputs`). Of one picture
+    out of several (`image` in a PNG's receipt) only that one is asked for.
+    Raises InvalidRequest if the receipt lacks something, NotFound if an input is not at hand.
     """
     try:
         fields = dict(receipt["request"])
+        fields["images"] = {name: _input(name, digest, found or {}) for name, digest in _digests(fields, "images")}
+        fields["tensors"] = {
+            name: _tensor(_input(name, described["digest"], found or {}), described)
+            for name, described in fields.get("tensors", {}).items()
+        }
         fields["base"] = _pin(receipt["base"]["ref"], receipt["base"]["digest"])
         fields["adapters"] = _pinned_adapters(receipt)
         if "image" in receipt:
@@ -60,6 +71,43 @@ def request_from_receipt(receipt: dict[str, Any]) -> Request:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise InvalidRequest(f"the receipt is not complete: {error!r}", field="from_receipt") from error
     return Request.parse(fields)
+
+
+def input_digests(receipt: dict[str, Any]) -> dict[str, str]:
+    """Digest → name of every picture and tensor that the request brought."""
+    asked = receipt["request"]
+    return {digest: name for kind in ("images", "tensors") for name, digest in _digests(asked, kind)}
+
+
+def find_inputs(wanted: Collection[str], places: Iterable[Path]) -> dict[str, bytes]:
+    """Digest → content, from `places`: files, or folders whose files are looked at (not those of their folders)."""
+    found: dict[str, bytes] = {}
+    for place in places:
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if len(found) < len(wanted) and path.is_file() and path.stat().st_size <= MAX_INPUT_BYTES:
+                content = path.read_bytes()
+                digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+                if digest in wanted:
+                    found[digest] = content
+    return found
+
+
+def _digests(asked: dict[str, Any], kind: str) -> list[tuple[str, str]]:
+    return [(name, described["digest"]) for name, described in asked.get(kind, {}).items()]
+
+
+def _input(name: str, digest: str, found: Mapping[str, bytes]) -> bytes:
+    if digest not in found:
+        raise NotFound(
+            f"the receipt's input {name!r} ({digest}) is not at hand; name its file with --image FILE",
+            name=name,
+            digest=digest,
+        )
+    return found[digest]
+
+
+def _tensor(content: bytes, described: dict[str, Any]) -> NDArray[Any]:
+    return np.frombuffer(content, np.dtype(described["dtype"])).reshape(described["shape"])
 
 
 def receipt_digest(receipt: dict[str, Any]) -> str:

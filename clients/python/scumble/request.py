@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SkipValidation, ValidationError, field_validator
+from typing_extensions import TypeAliasType
 
 from scumble.errors import InvalidRequest
 
@@ -13,6 +16,9 @@ SchedulerName = Literal["ddim", "euler", "dpmpp_2m"]
 MAX_SIZE = 2048
 MAX_STEPS = 1000
 MAX_IMAGES = 16
+MAX_ADAPTERS = 32
+MAX_INPUTS = 64
+"""Pictures, and tensors, that one request brings."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -21,8 +27,18 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+"""Of a picture or a tensor of the request."""
+LayerScale = TypeAliasType("LayerScale", "float | tuple[LayerScale, ...] | dict[str, LayerScale]")
+
+
 class Adapter(_Strict):
-    """One adapter of a request. Its kind comes from the registry, not from here."""
+    """One adapter of a request. Its kind comes from the registry, not from here.
+
+    A field that means nothing to that kind is refused by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     ref: str
     weight: Finite = 1.0
@@ -37,13 +53,48 @@ class Adapter(_Strict):
 
     token: Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")] | None = None
     """The word in the prompts that stands for a textual inversion; None means the one that it was published with."""
+    images: Annotated[tuple[Name, ...], Field(max_length=16, validation_alias=AliasChoices("images", "image"))] = ()
+    """What it looks at: names of the request's pictures (or, where it takes embeddings, of its tensors)."""
+    masks: Annotated[tuple[Name, ...], Field(max_length=16, validation_alias=AliasChoices("masks", "mask"))] = ()
+    """Where each of `images` acts, white on black."""
+    scale: LayerScale | None = None
+    """An IP-Adapter's strength by block and layer, on top of `weight`, as diffusers writes it."""
+    mode: Literal["balanced", "prompt", "control", "guess"] | None = None
+    """Of a ControlNet: whether prompt or control goes first where they disagree; None means balanced."""
+    control_type: tuple[Name, ...] = ()
+    """What each of `images` shows, for a ControlNet that knows several kinds of control."""
+    preprocess: Name | dict[str, Any] | None = None
+    """How a picture becomes a control map: `canny`, or `{"name": "canny", "low": 100}`. None: it is a map."""
+
+    @field_validator("images", "masks", "control_type", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     def is_active(self, step: int, steps: int) -> bool:
         return not (step / steps < self.start or (step + 1) / steps > self.end)
 
 
+class Options(_Strict):
+    """What a request may ask for beside the picture. An unknown option is refused, never ignored."""
+
+    priority: Annotated[int, Field(ge=-10, le=10)] = 0
+    """Who goes first when the server is full; waiting weighs too, so that low priorities are not starved."""
+    deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] | None = None
+    """From the moment the server has the request; if it is not done then, it fails with DeadlineExceeded."""
+    preview_every: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    """Send a small, rough picture every so many steps (streaming only)."""
+    return_maps: bool = False
+    """Also return the control maps that `preprocess` made."""
+
+
 class Request(_Strict):
-    """One generation. None means the base's own default; the receipt says what was used."""
+    """One generation. None means the base's own default; the receipt says what was used.
+
+    Two requests are equal if they would be drawn the same: pictures by their bytes, tensors by their values.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     prompt: str
     negative_prompt: str | None = None
@@ -56,15 +107,25 @@ class Request(_Strict):
     height: Annotated[int, Field(ge=8, le=MAX_SIZE, multiple_of=8)] | None = None
     num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    adapters: tuple[Adapter, ...] = ()
-    options: dict[str, Any] = Field(default_factory=dict)
+    adapters: Annotated[tuple[Adapter, ...], Field(max_length=MAX_ADAPTERS)] = ()
+    options: Options = Options()
+    images: Annotated[dict[Name, bytes], Field(max_length=MAX_INPUTS)] = Field(default_factory=dict)
+    """Encoded pictures (PNG, JPEG, WebP) by the names that adapters call them."""
+    tensors: Annotated[dict[Name, SkipValidation[NDArray[Any]]], Field(max_length=MAX_INPUTS)] = Field(
+        default_factory=dict
+    )
+    """Embeddings that the caller has made, by the names that adapters call them."""
 
-    @field_validator("options")
-    @classmethod
-    def _known_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        if options:
-            raise ValueError(f"unknown options {sorted(options)}; this server knows none yet")
-        return options
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Request):
+            return NotImplemented
+        same = self.tensors.keys() == other.tensors.keys() and all(
+            np.array_equal(value, other.tensors[name]) for name, value in self.tensors.items()
+        )
+        fields = set(type(self).model_fields) - {"tensors"}
+        return same and all(getattr(self, name) == getattr(other, name) for name in fields)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> Request:

@@ -11,6 +11,7 @@ Laws: `tensors_to_request(request_to_tensors(r)) == r`, but for `guidance_scale`
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from scumble.errors import InvalidRequest, ScumbleError, from_dict
-from scumble.events import Done, Event, Failed, Queued, Step
+from scumble.events import Done, Event, Failed, Preview, Queued, Step
 from scumble.request import Request
 
 STREAM_MODEL = "scumble_stream"
@@ -62,9 +65,9 @@ INPUTS = (
     TensorSpec("num_images", "INT32"),
     TensorSpec("guidance_scale", "FP32"),
     TensorSpec("adapters", "BYTES"),  # JSON list of request.Adapter
-    TensorSpec("options", "BYTES"),  # JSON object
-    TensorSpec("images", "BYTES", (-1,)),  # reserved: encoded pictures
-    TensorSpec("tensors", "BYTES"),  # reserved: safetensors
+    TensorSpec("options", "BYTES"),  # JSON, request.Options
+    TensorSpec("images", "BYTES", (-1, 2)),  # name and encoded picture: bytes, or a data: URL in base64
+    TensorSpec("tensors", "BYTES"),  # safetensors
 )
 QUERY = TensorSpec("query", "BYTES")
 """Of `scumble_stream` alone: `stats` asks for the counters; the prompt is then empty and nothing is drawn."""
@@ -74,24 +77,29 @@ UNARY_OUTPUTS = (
     TensorSpec("images", "UINT8", (-1, -1, -1, 3)),  # with Done
     TensorSpec("receipt", "BYTES"),  # JSON, with Done
     TensorSpec("error", "BYTES"),  # JSON, ScumbleError.to_dict(); alone
+    TensorSpec("maps", "UINT8", (-1, -1, -1, 3)),  # with Done, if options.return_maps
 )
 STREAM_OUTPUTS = (
-    TensorSpec("event", "BYTES"),  # JSON: {type: queued|step|done|failed, position | step, steps}
+    TensorSpec("event", "BYTES"),  # JSON: {type: queued|step|preview|done|failed, position | step, steps}
     *UNARY_OUTPUTS,
     TensorSpec("stats", "BYTES"),  # JSON, the one answer to the query
 )
 
 _JSON_FIELDS = {"adapters": list, "options": dict}
-_RESERVED = frozenset({"images", "tensors"})
+_MAX_TENSORS_BYTES = 16 << 20
 _DATATYPES = {spec.name: spec.datatype for spec in STREAM_INPUTS}
 
 
 def request_to_tensors(request: Request) -> dict[str, NDArray[Any]]:
     """The inputs that `request` sets; a field at its default is left out."""
-    given = request.model_dump(mode="json", exclude_defaults=True) | {"prompt": request.prompt}
-    if request.adapters:
-        given["adapters"] = [adapter.model_dump(exclude_none=True) for adapter in request.adapters]
-    return {name: _to_tensor(name, value) for name, value in given.items()}
+    inputs = {"images", "tensors"}
+    given = request.model_dump(mode="json", exclude_defaults=True, exclude=inputs) | {"prompt": request.prompt}
+    tensors = {name: _to_tensor(name, value) for name, value in given.items()}
+    if request.images:
+        tensors["images"] = _named_tensor(request.images)
+    if request.tensors:
+        tensors["tensors"] = _content_tensor(save({name: _plain(value) for name, value in request.tensors.items()}))
+    return tensors
 
 
 def tensors_to_request(tensors: Tensors) -> Request:
@@ -100,9 +108,12 @@ def tensors_to_request(tensors: Tensors) -> Request:
     for name, tensor in tensors.items():
         if name == QUERY.name:
             continue
-        if name in _RESERVED:
-            raise InvalidRequest(f"{name}: this server takes none yet; leave it out", field=name)
-        given[name] = _from_tensor(name, tensor)
+        if name == "images":
+            given[name] = _from_named_tensor(tensor)
+        elif name == "tensors":
+            given[name] = _from_safetensors(tensor)
+        else:
+            given[name] = _from_tensor(name, tensor)
     return Request.parse(given)
 
 
@@ -113,9 +124,11 @@ def event_to_tensors(event: Event) -> dict[str, NDArray[Any]]:
             return {"event": _json_tensor({"type": "queued", "position": position})}
         case Step(step, steps):
             return {"event": _json_tensor({"type": "step", "step": step, "steps": steps})}
-        case Done(images, receipt):
-            event_json = _json_tensor({"type": "done"})
-            return {"event": event_json, "images": images, "receipt": _json_tensor(receipt)}
+        case Preview(step, steps, images):
+            return {"event": _json_tensor({"type": "preview", "step": step, "steps": steps}), "images": images}
+        case Done(images, receipt, maps):
+            done = {"event": _json_tensor({"type": "done"}), "images": images, "receipt": _json_tensor(receipt)}
+            return done if maps is None else done | {"maps": maps}
         case Failed(error):
             return {"event": _json_tensor({"type": "failed"}), "error": _json_tensor(error.to_dict())}
 
@@ -129,8 +142,11 @@ def tensors_to_event(tensors: Tensors) -> Event:
                 return Queued(int(data["position"]))
             case "step":
                 return Step(int(data["step"]), int(data["steps"]))
+            case "preview":
+                return Preview(int(data["step"]), int(data["steps"]), np.asarray(tensors["images"], np.uint8))
             case "done":
-                return Done(np.asarray(tensors["images"], np.uint8), _json_value(tensors["receipt"]))
+                maps = np.asarray(tensors["maps"], np.uint8) if "maps" in tensors else None
+                return Done(np.asarray(tensors["images"], np.uint8), _json_value(tensors["receipt"]), maps)
             case "failed":
                 return Failed(from_dict(_json_value(tensors["error"])))
             case unknown:
@@ -208,9 +224,61 @@ def _parse_json(name: str, text: str) -> Any:
     return value
 
 
+def _from_named_tensor(tensor: NDArray[Any]) -> dict[str, bytes]:
+    if tensor.ndim != 2 or tensor.shape[1] != 2:
+        raise InvalidRequest(
+            f"images: has shape {tensor.shape}, takes (n, 2): a name and a picture each", field="images"
+        )
+    names = [_from_tensor("prompt", name) for name in tensor[:, :1]]
+    if len(set(names)) < len(names):
+        raise InvalidRequest("images: two pictures have the same name", field="images")
+    return {name: _picture(name, content) for name, content in zip(names, tensor[:, 1], strict=True)}
+
+
+def _picture(name: str, content: Any) -> bytes:
+    """JSON over HTTP has no bytes, so a picture may also come as a data: URL."""
+    encoded = content if isinstance(content, bytes) else str(content).encode()
+    if not encoded.startswith(b"data:"):
+        return encoded
+    head, _, body = encoded.partition(b",")
+    try:
+        if not head.endswith(b";base64"):
+            raise ValueError("not base64")
+        return base64.b64decode(body, validate=True)
+    except ValueError as error:
+        raise InvalidRequest(f"images: {name!r} is no data: URL in base64 ({error})", field="images") from error
+
+
+def _from_safetensors(tensor: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    content = tensor.reshape(-1)[0] if tensor.size == 1 else b""
+    if not isinstance(content, bytes) or not 0 < len(content) <= _MAX_TENSORS_BYTES:
+        raise InvalidRequest(
+            f"tensors: takes one safetensors file of at most {_MAX_TENSORS_BYTES} bytes", field="tensors"
+        )
+    try:
+        return load(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise InvalidRequest(f"tensors: no safetensors file that numpy can hold ({error})", field="tensors") from error
+
+
+def _plain(value: NDArray[Any]) -> NDArray[Any]:
+    return np.ascontiguousarray(value)  # safetensors writes the memory as it lies
+
+
 def _bytes_tensor(text: str) -> NDArray[np.object_]:
+    return _content_tensor(text.encode())
+
+
+def _content_tensor(content: bytes) -> NDArray[np.object_]:
     tensor: NDArray[np.object_] = np.empty(1, np.object_)  # np.array([b"a\0"]) would make it dtype S
-    tensor[0] = text.encode()
+    tensor[0] = content
+    return tensor
+
+
+def _named_tensor(pictures: Mapping[str, bytes]) -> NDArray[np.object_]:
+    tensor: NDArray[np.object_] = np.empty((len(pictures), 2), np.object_)
+    for row, (name, content) in enumerate(pictures.items()):
+        tensor[row] = name.encode(), content
     return tensor
 
 

@@ -7,8 +7,22 @@ from typing import Protocol
 from torch import Tensor
 
 from scumble_build.adapted import Factors
+from scumble_build.inputs import StepInputs
 from scumble_build.layout import Layout
 from scumble_build.text import Overrides
+
+
+class Net(Protocol):
+    """A ControlNet. `residuals` is called by the loop's thread, the others by the one that conditions."""
+
+    def project(self, states: Tensor) -> Tensor:
+        """Text states `(rows, T, C)` → the net's own keys and values `(rows, T, K)`."""
+
+    def embed(self, control: Tensor) -> Tensor:
+        """Control pictures `(n, 3, H, W)` in 0…1 → what the net adds to its first layer, `(n, C, H/8, W/8)`."""
+
+    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+        """sample `(rows, 4, H/8, W/8)` → one for each skip connection, the middle block's last, `(rows, C, h, w)`."""
 
 
 class Executor(Protocol):
@@ -25,14 +39,18 @@ class Executor(Protocol):
     @property
     def device(self) -> str: ...
 
+    @property
+    def max_rows(self) -> int:
+        """How many rows `denoise` takes at once."""
+
     def encode(self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None) -> Tensor:
         """tokens `(rows, 77)` → text states `(rows, 77, C)`; overrides stand for some of the tokens."""
 
     def project(self, states: Tensor, factors: Factors | None) -> Tensor:
         """Text states `(rows, T, C)` → keys and values of all cross-attentions, `(rows, T, K)`."""
 
-    def denoise(self, sample: Tensor, timestep: Tensor, kv: Tensor, factors: Factors | None) -> Tensor:
-        """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)`, kv `(rows, T, K)` → prediction like sample."""
+    def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
+        """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → prediction like sample."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU."""

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel
 from scumble.errors import Unavailable
 from scumble_build.adapted import Factors
 from scumble_build.denoiser import Denoiser, KVProjection
+from scumble_build.inputs import StepInputs
 from scumble_build.text import Overrides, TextEncoder
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -23,12 +24,13 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class TorchExecutor:
     """Owns one base's weights, which it only ever reads."""
 
-    def __init__(self, folder: Path, device: str = "cpu", precision: str = "fp32") -> None:
+    def __init__(self, folder: Path, device: str = "cpu", precision: str = "fp32", max_rows: int = 32) -> None:
         """Load a diffusers-layout SD 1.x folder. Raises Unavailable if the device is not there."""
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
         self._device, self._precision = torch.device(device), precision
         self._dtype = _DTYPES[precision]
+        self.max_rows = max_rows
         unet = self._place(UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True))
         text = self._place(CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True))
         self._vae = self._place(AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True))
@@ -64,8 +66,9 @@ class TorchExecutor:
         return kv
 
     @torch.inference_mode()
-    def denoise(self, sample: Tensor, timestep: Tensor, kv: Tensor, factors: Factors | None) -> Tensor:
-        prediction: Tensor = self._denoiser(sample.to(self._dtype), timestep, kv, factors)
+    def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
+        inputs = inputs.to(self._device, self._dtype)
+        prediction: Tensor = self._denoiser(sample.to(self._dtype), timestep, inputs)
         return prediction.float()
 
     @torch.inference_mode()
@@ -76,15 +79,7 @@ class TorchExecutor:
         return pixels.round().to(torch.uint8).cpu()
 
     def _cast(self, factors: Factors | None) -> Factors | None:
-        if factors is None:
-            return None
-        return Factors(
-            factors.A.to(self._device, self._dtype),
-            factors.B.to(self._device, self._dtype),
-            factors.slot.to(self._device),
-            factors.scale.to(self._device, self._dtype),
-            factors.rows_per_slot,
-        )
+        return factors.to(self._device, self._dtype) if factors is not None else None
 
     def weights_digest(self) -> str:
         digest = hashlib.sha256()

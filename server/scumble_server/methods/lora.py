@@ -21,37 +21,10 @@ from scumble_registry.compatibility import LoraCompatibility
 from scumble_registry.formats.lora import KIND, LoraRecord, read_record
 from scumble_server.base import Base
 from scumble_server.block_weights import BlockWeights
-from scumble_server.methods.method import Bound
+from scumble_server.bound import Bound
+from scumble_server.carried import BoundSet, RowFactors
 
 FIELDS = frozenset({"text_weight", "blocks", "start", "end"})
-
-
-@dataclass(frozen=True, slots=True)
-class BoundSet:
-    """The factors of an ordered set of LoRAs: A (Σin, R), B (Σout, R), float32, R a rank bucket.
-
-    `ranks[i]` columns belong to LoRA i; the columns behind the last are zero.
-    """
-
-    A: Tensor
-    B: Tensor
-    ranks: tuple[int, ...]
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.A.nbytes + self.B.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class RowFactors:
-    """What the rows of one request carry into a graph: a bound set and its scale per column, (R,) float32."""
-
-    bound: BoundSet
-    scale: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +68,14 @@ def describe(bound: Bound) -> dict[str, Any]:
     return {"rank": max(_compatibility(bound).ranks.values())}
 
 
-def nbytes(record: LoraRecord) -> int:
-    return sum(module.down.nbytes + module.up.nbytes for module in record.values())
+def bound_bytes(layout: Layout, adapters: Sequence[Bound]) -> int:
+    """How large the bound set of these will be in this graph, before any of it is read."""
+    ranks = [_compatibility(bound).ranks for bound in adapters]
+    columns = sum(rank_in(layout, each) for each in ranks)
+    if not columns:
+        return 0
+    extent = layout.extent(name for each in ranks for name in each)
+    return (extent.total_in + extent.total_out) * rank_bucket(columns) * 4
 
 
 def rank_in(layout: Layout, ranks: Mapping[str, int]) -> int:
@@ -157,15 +136,13 @@ def _compatibility(bound: Bound) -> LoraCompatibility:
 __all__ = [
     "FIELDS",
     "KIND",
-    "BoundSet",
     "Piece",
-    "RowFactors",
     "bind",
+    "bound_bytes",
     "check",
     "check_together",
     "describe",
     "idle",
-    "nbytes",
     "rank_in",
     "read_record",
     "row_factors",

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from scumble.errors import InvalidRequest
 from scumble.request import Adapter
-from scumble_registry import Version
 from scumble_server.base import Base
-from scumble_server.block_weights import BlockWeights
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """One adapter of a request, resolved to a version. Every later step goes by its digest."""
-
-    spec: Adapter
-    version: Version
-    blocks: BlockWeights | None
-
-    @property
-    def kind(self) -> str:
-        return self.version.manifest.kind
-
-    @property
-    def text_weight(self) -> float:
-        return self.spec.weight if self.spec.text_weight is None else self.spec.text_weight
+from scumble_server.bound import Bound
 
 
 class Method(Protocol):
@@ -37,6 +19,9 @@ class Method(Protocol):
     """The registry's word."""
     FIELDS: frozenset[str]
     """The fields of an adapter in a request that mean something to this method, beside `ref` and `weight`."""
+
+    def read_record(self, path: Path) -> Any:
+        """The normalised record that the registry keeps for this kind."""
 
     def check(self, bound: Bound, base: Base) -> None:
         """Raises Refused for what this server cannot serve, though it fits the base."""
@@ -54,8 +39,8 @@ class Method(Protocol):
 def check_fields(spec: Adapter, method: Method) -> None:
     """A field that would be overlooked is refused by name. Raises InvalidRequest."""
     known = method.FIELDS | {"ref", "weight"}
-    for name, field in Adapter.model_fields.items():
-        if name not in known and getattr(spec, name) != field.default:
+    for name, info in Adapter.model_fields.items():
+        if name not in known and getattr(spec, name) != info.default:
             raise InvalidRequest(
                 f"{spec.ref} is a {method.KIND}, for which {name} means nothing; leave it out",
                 field=f"adapters.{name}",

@@ -19,7 +19,7 @@ from scumble_build.text import Overrides
 from scumble_registry.compatibility import TextualInversionCompatibility
 from scumble_registry.formats.textual_inversion import KIND, TextualInversionRecord, read_record
 from scumble_server.base import Base
-from scumble_server.methods.method import Bound
+from scumble_server.bound import Bound
 from scumble_server.prompts import Tokens
 
 FIELDS = frozenset({"text_weight", "token"})
@@ -58,10 +58,6 @@ def token_of(bound: Bound) -> str:
 def count(bound: Bound) -> int:
     """How many places in the prompt it takes."""
     return _compatibility(bound).vectors
-
-
-def nbytes(record: TextualInversionRecord) -> int:
-    return sum(vectors.nbytes for vectors in record.values())
 
 
 def vectors(record: TextualInversionRecord, weight: float) -> Tensor:
@@ -106,7 +102,6 @@ __all__ = [
     "count",
     "describe",
     "idle",
-    "nbytes",
     "overrides",
     "read_record",
     "token_of",

@@ -13,13 +13,14 @@ from tritonclient.grpc import model_config_pb2
 
 from scumble import kserve, wire
 from scumble.errors import InvalidRequest, NotFound, QueueFull, ScumbleError
-from scumble.events import Done, Failed, Queued, Step
-from scumble.request import Adapter, Request
+from scumble.events import Done, Failed, Preview, Queued, Step
+from scumble.request import Adapter, Options, Request
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 weights = st.floats(allow_nan=False, allow_infinity=False)
 sizes = st.integers(1, 256).map(lambda eighths: 8 * eighths)
 fractions = st.floats(0, 1)
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200)
 adapters = st.builds(
     Adapter,
     ref=texts,
@@ -28,7 +29,20 @@ adapters = st.builds(
     blocks=st.none() | st.dictionaries(texts, weights, max_size=3) | st.lists(weights, max_size=3).map(tuple),
     start=fractions,
     end=fractions,
+    images=st.lists(names, max_size=3).map(tuple),
+    masks=st.lists(names, max_size=3).map(tuple),
+    scale=st.none() | fractions | st.just({"down": {"block_2": (0.0, 1.0)}, "up": 0.5}),
+    mode=st.none() | st.sampled_from(["balanced", "prompt", "control", "guess"]),
+    preprocess=st.none() | st.just("canny") | st.just({"name": "canny", "low": 10}),
 )
+options = st.builds(
+    Options,
+    priority=st.integers(-10, 10),
+    deadline_ms=st.none() | st.integers(1, 1000),
+    preview_every=st.none() | st.integers(1, 100),
+    return_maps=st.booleans(),
+)
+arrays = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=4).map(lambda values: np.array(values, np.float32))
 requests = st.builds(
     Request,
     prompt=texts,
@@ -42,6 +56,9 @@ requests = st.builds(
     num_images=st.integers(1, 16),
     guidance_scale=st.none() | st.floats(0, 100, width=32),
     adapters=st.lists(adapters, max_size=4).map(tuple),
+    options=options,
+    images=st.dictionaries(names, st.binary().filter(lambda content: not content.startswith(b"data:")), max_size=3),
+    tensors=st.dictionaries(names, arrays, max_size=3),
 )
 
 
@@ -49,6 +66,15 @@ def text(*values: str | bytes) -> NDArray[np.object_]:
     tensor = np.empty(len(values), np.object_)
     tensor[:] = [value.encode() if isinstance(value, str) else value for value in values]
     return tensor
+
+
+def pairs(*values: str | bytes) -> NDArray[np.object_]:
+    return text(*values).reshape(-1, 2)
+
+
+def test_a_picture_may_come_as_a_data_url() -> None:
+    tensors = {"prompt": text(""), "images": pairs("a", b"data:image/png;base64,iVBORw==")}
+    assert wire.tensors_to_request(tensors).images == {"a": b"\x89PNG"}
 
 
 def over_the_network(tensors: wire.Tensors) -> wire.Tensors:
@@ -66,7 +92,9 @@ def test_a_request_arrives_as_it_was_sent(request_: Request) -> None:
 def test_tensors_have_the_datatypes_and_dims_of_the_contract(request_: Request) -> None:
     specs = {spec.name: spec for spec in wire.INPUTS}
     for name, tensor in wire.request_to_tensors(request_).items():
-        assert (tensor.dtype, tensor.shape) == (np.dtype(wire.NUMPY[specs[name].datatype]), specs[name].dims)
+        assert tensor.dtype == np.dtype(wire.NUMPY[specs[name].datatype])
+        dims = zip(tensor.shape, specs[name].dims, strict=True)
+        assert all(expected in {size, -1} for size, expected in dims)
 
 
 @given(st.floats(0, 100))
@@ -101,9 +129,13 @@ def test_only_what_was_given_is_sent() -> None:
         ("adapters", {"prompt": text(""), "adapters": text("[" * 100_000)}),
         ("adapters.0.weight", {"prompt": text(""), "adapters": text('[{"ref": "a/b", "weight": NaN}]')}),
         ("adapters.1.ref", {"prompt": text(""), "adapters": text('[{"ref": "a/b"}, {}]')}),
-        ("options", {"prompt": text(""), "options": text('{"eta": 1}')}),
+        ("options.eta", {"prompt": text(""), "options": text('{"eta": 1}')}),
+        ("options.priority", {"prompt": text(""), "options": text('{"priority": 11}')}),
         ("options", {"prompt": text(""), "options": text("[]")}),
         ("images", {"prompt": text(""), "images": text("picture")}),
+        ("images", {"prompt": text(""), "images": pairs("a", b"1", "a", b"2")}),
+        ("images", {"prompt": text(""), "images": pairs("a", b"data:image/png;base64,!")}),
+        ("images", {"prompt": text(""), "images": pairs("a", b"data:image/png,raw")}),
         ("tensors", {"prompt": text(""), "tensors": text("embeddings")}),
         ("colour", {"prompt": text(""), "colour": text("red")}),
     ],
@@ -117,6 +149,17 @@ def test_bad_input_is_refused_by_name(field: str, tensors: wire.Tensors) -> None
 def test_text_that_is_no_unicode_is_refused_before_it_is_sent() -> None:
     with pytest.raises(InvalidRequest, match="prompt"):
         wire.request_to_tensors(Request.model_construct(prompt="\ud800"))
+
+
+def test_previews_and_maps_arrive_as_they_were_sent() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3)
+    preview = wire.tensors_to_event(over_the_network(wire.event_to_tensors(Preview(2, 20, pixels))))
+    assert isinstance(preview, Preview)
+    assert (preview.step, preview.steps, preview.images.tolist()) == (2, 20, pixels.tolist())
+    done = wire.tensors_to_event(over_the_network(wire.event_to_tensors(Done(pixels, {"seeds": [1]}, pixels + 1))))
+    assert isinstance(done, Done)
+    assert done.maps is not None
+    assert done.maps.tolist() == (pixels + 1).tolist()
 
 
 @pytest.mark.parametrize("event", [Queued(3), Step(2, 20)])

@@ -1,0 +1,74 @@
+"""What the rows of a batch carry into one step of the denoiser, beside sample and timestep.
+
+`rows` in these classes counts model rows: a guided image is two, negative prompt first. Every part but the text's
+keys and values may be absent, and then costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from scumble_build.adapted import Factors
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInputs:
+    """Keys and values of pictures (IP-Adapter, Ye et al., 2308.06721) for m of the rows, one softmax per group.
+
+    rows (m,) int64; kv (m, G, T, K) in the flat layout of the text's; tokens (m, G, T) bool, True where a token is,
+    at least one in each group; scale (m, G); areas (m, G, P) or None: how much of each group reaches each position,
+    flat over the UNet's levels (`level_sizes`).
+    """
+
+    rows: Tensor
+    kv: Tensor
+    tokens: Tensor
+    scale: Tensor
+    areas: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """kv (rows, T, K), kv_mask (rows, T) bool or None, True where a key is.
+
+    residuals: ControlNet's, for each skip connection and at last the middle block, (rows, C, h, w) each;
+    features: T2I-Adapter's, for each down block, (rows, C, h, w) each.
+    """
+
+    kv: Tensor
+    kv_mask: Tensor | None = None
+    factors: Factors | None = None
+    images: ImageInputs | None = None
+    residuals: tuple[Tensor, ...] | None = None
+    features: tuple[Tensor, ...] | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> StepInputs:
+        """The same with every floating point tensor in `dtype`; nothing is copied that is there already."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+        images = self.images
+        if images is not None:
+            areas = move(images.areas) if images.areas is not None else None
+            images = ImageInputs(move(images.rows), move(images.kv), move(images.tokens), move(images.scale), areas)
+        return replace(
+            self,
+            kv=move(self.kv),
+            kv_mask=move(self.kv_mask) if self.kv_mask is not None else None,
+            factors=self.factors.to(device, dtype) if self.factors is not None else None,
+            images=images,
+            residuals=tuple(map(move, self.residuals)) if self.residuals is not None else None,
+            features=tuple(map(move, self.features)) if self.features is not None else None,
+        )
+
+
+def level_sizes(height: int, width: int, levels: int) -> list[tuple[int, int]]:
+    """Height and width of the hidden states at each level of a UNet for latents of this size.
+
+    A downsampler (3x3, stride 2, padding 1) rounds up.
+    """
+    return [(-(-height // 2**level), -(-width // 2**level)) for level in range(levels)]

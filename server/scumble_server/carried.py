@@ -1,0 +1,77 @@
+"""What a row carries from the adapters of its request: plain tensors, made once, read at every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from scumble_server.executors import Executor, Net
+
+
+@dataclass(frozen=True, slots=True)
+class BoundSet:
+    """The factors of an ordered set of LoRAs: A (Σin, R), B (Σout, R), float32, R a rank bucket.
+
+    `ranks[i]` columns belong to LoRA i; the columns behind the last are zero.
+    """
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class RowFactors:
+    """What the rows of one request carry into a graph: a bound set and its scale per column, (R,) float32."""
+
+    bound: BoundSet
+    scale: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowImages:
+    """IP-Adapters of one request: G groups with a softmax each, T tokens. `1|2` is as in `Phase`.
+
+    kv `(1|2, G, T, K)` in the flat layout of the text's, layer scales folded into V; tokens `(G, T)` bool, True where
+    a token is, at least one in each group; scale `(1|2, G)`; areas `(G, P)`, flat over the UNet's levels, or None.
+    """
+
+    kv: Tensor
+    tokens: Tensor
+    scale: Tensor
+    areas: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowNet:
+    """One ControlNet of one request.
+
+    kv `(1|2, T, K)`, the net's own of the text; hint `(1, C, H/8, W/8)`, the embedded control picture;
+    scale `(1|2, n)`, for each residual, the middle block's last. The net does not run for a row of zeros.
+    """
+
+    net: Net
+    kv: Tensor
+    hint: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Phase:
+    """A stretch of a schedule in which the same adapters act.
+
+    `executor` holds the weights: the base's, or a variant's. kv `(1, T, K)` of the prompt, or `(2, T, K)` of negative
+    prompt and prompt where the request is guided. features: T2I-Adapter's, `(1, C, h, w)` for each down block.
+    """
+
+    executor: Executor
+    kv: Tensor
+    factors: RowFactors | None = None
+    images: RowImages | None = None
+    nets: tuple[RowNet, ...] = ()
+    features: tuple[Tensor, ...] | None = None

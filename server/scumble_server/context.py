@@ -1,0 +1,51 @@
+"""What a method's module has at hand while it turns the adapters of one request into tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from scumble_registry import Registry
+from scumble_server.base import Base
+from scumble_server.bound import Bound
+from scumble_server.executors import Executor
+from scumble_server.residency import Lease
+from scumble_server.settings import Settings
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One request, in the conditioning thread. `executor` holds the weights that it is drawn with, and `weights`
+    says which: every key of something made by them begins with it.
+
+    `records` pins host memory until the request is conditioned, `device` pins device memory until it is drawn.
+    """
+
+    base: Base
+    registry: Registry
+    settings: Settings
+    executor: Executor
+    weights: str
+    records: Lease
+    device: Lease
+
+    def record(self, bound: Bound, read: Callable[[Path], Record]) -> Record:
+        """An adapter's normalised record, read once for all requests that ask while it is resident."""
+        return read_record(self.registry, self.records, bound, read)
+
+    @property
+    def rows(self) -> int:
+        """Model rows of one image: negative prompt and prompt, or the prompt alone."""
+        return 2 if self.settings.guided else 1
+
+
+def read_record(registry: Registry, records: Lease, bound: Bound, read: Callable[[Path], Record]) -> Record:
+    """The record of `bound`, pinned by `records`."""
+    version = bound.version
+    blob = version.manifest.record
+    nbytes = blob.size if blob is not None else 0
+    return records.get(("record", version.digest), nbytes, lambda: read(registry.record_path(version)))

@@ -1,0 +1,199 @@
+"""What the rows of a batch carry, stacked into the inputs of one step.
+
+`phases` are those of a batch's images in their order; an image is one model row, or two where it is guided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from scumble_build.adapted import Factors
+from scumble_build.inputs import ImageInputs, StepInputs
+from scumble_server.carried import Phase, RowFactors, RowImages, RowNet
+from scumble_server.executors import Net
+from scumble_server.rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class NetCall:
+    """A ControlNet and the m model rows that ask for it: rows (m,), kv (m, T, K), hint (m, C, h, w), scale (m, n)."""
+
+    net: Net
+    rows: Tensor
+    kv: Tensor
+    hint: Tensor
+    scale: Tensor
+
+
+def by_set(row: Row) -> tuple[bool, int]:
+    """The order of rows in a batch: those with factors first, equal bound sets side by side."""
+    factors = row.phase.factors
+    return factors is None, id(factors.bound) if factors is not None else 0
+
+
+def stack(phases: Sequence[Phase], device: str) -> StepInputs:
+    """Everything that stays the same from step to step."""
+    counts = [phase.kv.shape[0] for phase in phases]
+    kv, mask = _stack_text([phase.kv for phase in phases])
+    return StepInputs(
+        kv.to(device),
+        mask.to(device) if mask is not None else None,
+        stack_factors([phase.factors for phase in phases], counts, device),
+        _stack_images(_placed([phase.images for phase in phases], counts), device),
+        features=_stack_features([phase.features for phase in phases], counts, device),
+    )
+
+
+def _stack_text(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """(b, T, K) each → (rows, T, K), and a mask where the lengths differ: padding between requests is masked."""
+    longest = max(kv.shape[1] for kv in texts)
+    if all(kv.shape[1] == longest for kv in texts):
+        return torch.cat(list(texts)), None
+    lengths = torch.cat([torch.full((len(kv),), kv.shape[1]) for kv in texts])
+    padded = [pad(kv, (0, 0, 0, longest - kv.shape[1])) for kv in texts]
+    return torch.cat(padded), torch.arange(longest) < lengths[:, None]
+
+
+def stack_factors(carried: Sequence[RowFactors | None], counts: Sequence[int], device: str) -> Factors | None:
+    """One slot per distinct bound set, in the order of the rows; `carried` has equal sets side by side.
+
+    A smaller slot is padded with zeros to the batch's rank (columns) and layout (rows, behind the small layout).
+    """
+    present = [(factors, count) for factors, count in zip(carried, counts, strict=True) if factors is not None]
+    if not present:
+        return None
+    bound = {id(factors.bound): factors.bound for factors, _ in present}
+    slots = {key: slot for slot, key in enumerate(bound)}
+    rank = max(each.rank for each in bound.values())
+    scale = torch.cat([_pad(factors.scale, 0, rank).expand(count, -1) for factors, count in present])
+    slot = torch.cat([torch.full((count,), slots[id(factors.bound)]) for factors, count in present])
+    rows_of_slot = slot.bincount()
+    return Factors(
+        _stack_padded([each.A for each in bound.values()], rank).to(device),
+        _stack_padded([each.B for each in bound.values()], rank).to(device),
+        slot.to(device),
+        scale.to(device),
+        rows_per_slot=int(rows_of_slot[0]) if (rows_of_slot == rows_of_slot[0]).all() else 0,
+    )
+
+
+def _stack_padded(tensors: Sequence[Tensor], rank: int) -> Tensor:
+    height = max(len(tensor) for tensor in tensors)
+    return torch.stack([_pad(tensor, height - len(tensor), rank) for tensor in tensors])
+
+
+def _pad(tensor: Tensor, rows: int, rank: int) -> Tensor:
+    return pad(tensor, (0, rank - tensor.shape[-1], *((0, rows) if rows else ())))
+
+
+def factors_of(carried: RowFactors | None, rows: int, device: str) -> Factors | None:
+    """One request's factors for all `rows` of a call of its own, as while encoding its prompts."""
+    return stack_factors([carried], [rows], device)
+
+
+def _placed(carried: Sequence[RowImages | None], counts: Sequence[int]) -> list[tuple[int, RowImages]]:
+    """Each image's first model row, and what it carries of pictures; images without any are left out."""
+    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+    return [(start, images) for start, images in zip(starts, carried, strict=False) if images is not None]
+
+
+def _stack_images(placed: Sequence[tuple[int, RowImages]], device: str) -> ImageInputs | None:
+    """A group that is missing has one token of zeros; a token that is missing is masked."""
+    if not placed:
+        return None
+    groups = max(images.kv.shape[1] for _, images in placed)
+    length = max(images.kv.shape[2] for _, images in placed)
+    kv, tokens, scale = [], [], []
+    for _, images in placed:
+        count, present, here, _ = images.kv.shape
+        more = groups - present
+        kv.append(pad(images.kv, (0, 0, 0, length - here, 0, more)))
+        there = pad(images.tokens, (0, length - here, 0, more))
+        there[present:, 0] = True  # a softmax over nothing would be NaN
+        tokens.append(there.expand(count, -1, -1))
+        scale.append(pad(images.scale, (0, more)))
+    return ImageInputs(
+        torch.cat([torch.arange(start, start + len(images.kv)) for start, images in placed]).to(device),
+        torch.cat(kv).to(device),
+        torch.cat(tokens).to(device),
+        torch.cat(scale).to(device),
+        _stack_areas(placed, groups, device),
+    )
+
+
+def _stack_areas(placed: Sequence[tuple[int, RowImages]], groups: int, device: str) -> Tensor | None:
+    """(m, G, P), or None if no image has areas; where one has none its groups reach everywhere."""
+    positions = next((images.areas.shape[1] for _, images in placed if images.areas is not None), None)
+    if positions is None:
+        return None
+    parts = []
+    for _, images in placed:
+        areas = torch.ones(images.kv.shape[1], positions) if images.areas is None else images.areas
+        parts.append(pad(areas, (0, 0, 0, groups - len(areas))).expand(len(images.kv), -1, -1))
+    return torch.cat(parts).to(device)
+
+
+def _stack_features(
+    carried: Sequence[tuple[Tensor, ...] | None], counts: Sequence[int], device: str
+) -> tuple[Tensor, ...] | None:
+    """(rows, C, h, w) for each down block, zero in rows that have none."""
+    pattern = next((features for features in carried if features is not None), None)
+    if pattern is None:
+        return None
+    return tuple(
+        torch.cat(
+            [
+                (torch.zeros_like(like) if features is None else features[block]).expand(count, -1, -1, -1)
+                for features, count in zip(carried, counts, strict=True)
+            ]
+        ).to(device)
+        for block, like in enumerate(pattern)
+    )
+
+
+def stack_nets(phases: Sequence[Phase], device: str) -> list[NetCall]:
+    """One call for each net; model rows in which it has no say are left out of it."""
+    starts = torch.tensor([0, *(phase.kv.shape[0] for phase in phases)]).cumsum(0).tolist()
+    asking: dict[int, list[tuple[int, RowNet]]] = {}
+    for start, phase in zip(starts, phases, strict=False):
+        for carried in phase.nets:
+            asking.setdefault(id(carried.net), []).append((start, carried))
+    calls = (_net_call(carried, device) for carried in asking.values())
+    return [call for call in calls if len(call.rows)]
+
+
+def _net_call(asking: Sequence[tuple[int, RowNet]], device: str) -> NetCall:
+    rows, kv, hint, scale = [], [], [], []
+    for start, carried in asking:
+        runs = carried.scale.any(1).nonzero()[:, 0]
+        rows.append(start + runs)
+        kv.append(carried.kv[runs])
+        hint.append(carried.hint.expand(len(runs), -1, -1, -1))
+        scale.append(carried.scale[runs])
+    return NetCall(
+        asking[0][1].net,
+        torch.cat(rows).to(device),
+        torch.cat(kv).to(device),
+        torch.cat(hint).to(device),
+        torch.cat(scale).to(device),
+    )
+
+
+def with_residuals(inputs: StepInputs, calls: Sequence[NetCall], sample: Tensor, timestep: Tensor) -> StepInputs:
+    """sample (rows, 4, h, w) and timestep (rows,) are what the denoiser gets."""
+    if not calls:
+        return inputs
+    total: list[Tensor] | None = None
+    for call in calls:
+        residuals = call.net.residuals(sample[call.rows], timestep[call.rows], call.kv, call.hint)
+        if total is None:
+            total = [each.new_zeros(len(sample), *each.shape[1:]) for each in residuals]
+        for i, residual in enumerate(residuals):
+            total[i].index_add_(0, call.rows, residual * call.scale[:, i, None, None, None])
+    assert total is not None
+    return replace(inputs, residuals=tuple(total))
