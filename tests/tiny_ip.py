@@ -17,23 +17,23 @@ KINDS = ("base", "full", "plus", "faceid", "faceid_plus")
 Tensors = dict[str, Tensor]
 
 
-def make_image_encoder(folder: Path, seed: int = 0, *, preparation: bool = False, side: int = SIDE) -> Path:
+def make_image_encoder(folder: Path, seed: int = 0, *, preparation: bool = False, embedding: int = EMBEDDING) -> Path:
     """17 positions; with a preparation other than CLIP's own if asked for."""
     torch.manual_seed(seed)
     config = CLIPVisionConfig(
         hidden_size=STATES,
         intermediate_size=64,
-        projection_dim=EMBEDDING,
+        projection_dim=embedding,
         num_hidden_layers=3,
         num_attention_heads=4,
-        image_size=side,
+        image_size=SIDE,
         patch_size=8,
         initializer_factor=4.0,
     )
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
     if preparation:
         half = [0.5] * 3
-        CLIPImageProcessorPil(size=side, crop_size=side, image_mean=half, image_std=half).save_pretrained(folder)
+        CLIPImageProcessorPil(size=SIDE, crop_size=SIDE, image_mean=half, image_std=half).save_pretrained(folder)
     return folder
 
 

@@ -65,10 +65,6 @@ class IpAdapter(nn.Module):
         rows = [part[PREFIX + place.name] for place in slices for part in (record.keys, record.values)]
         self.weight = nn.Parameter(torch.cat([_tensor(each) for each in rows]), requires_grad=False)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.state_dict().values())
-
     def tokens(self, embedding: Tensor | None, states: Tensor | None) -> Tensor:
         """n pictures → (n, T, X). embedding (n, E): the encoder's (`base`) or a face's (`faceid`, `faceid_plus`);
         states (n, N, C): the encoder's (`full`, `plus`, `faceid_plus`).

@@ -24,21 +24,16 @@ class Encoded:
     embedding: Tensor
     states: Tensor
 
-    @property
-    def nbytes(self) -> int:
-        return self.embedding.nbytes + self.states.nbytes
-
 
 class ImageEncoder:
     """Owns one vision tower, which it only ever reads. Any thread may call it."""
 
-    def __init__(self, folder: Path, preparation: Path | None, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, preparation: Path | None, device: str, dtype: torch.dtype) -> None:
         """`folder` as CLIPVisionModelWithProjection saves it. `preparation` is a folder with preprocessor_config.json;
         without one pictures are prepared as CLIP's own are, at the size that the tower reads.
         """
-        model = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
-        size = model.config.image_size
-        assert isinstance(size, int)
+        model: Any = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
+        size: int = model.config.image_size
         # Not CLIPImageProcessor: that is another one where torchvision is installed, and resizes a little differently.
         self._preparation: Any = (
             CLIPImageProcessorPil.from_pretrained(preparation, local_files_only=True)
@@ -46,12 +41,8 @@ class ImageEncoder:
             else CLIPImageProcessorPil(size=size, crop_size=size)
         )
         self._device, self._dtype = device, dtype
-        self._model: Any = model.to(device, dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
+        self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._size = size
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._model.state_dict().values())
 
     def prepare(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
         """Pixels (H, W, 3 or 4), each of its own size → (n, 3, S, S) float32. Alpha is left out, as in diffusers."""

@@ -8,8 +8,6 @@ its positions, and where a side is odd may guess wrong; here they are known.
 
 from __future__ import annotations
 
-from math import ceil
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,16 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from scumble_build.inputs import level_sizes
+
 
 def area(mask: NDArray[np.uint8], width: int, height: int, vae_scale: int, levels: int) -> Tensor:
-    """Pixels (h, w, 3 or 4; alpha is left out) of a mask for a picture of width x height → (P,) float32: level 0
-    first, row by row, ceil(height / vae_scale / 2^level) · ceil(width / vae_scale / 2^level) values each.
+    """Pixels (h, w, 3 or 4; alpha is left out) of a mask for a picture of width x height → (P,) float32, flat over
+    `level_sizes` of its latents, row by row.
     """
     grey = Image.fromarray(mask).convert("RGB").resize((width, height), Image.Resampling.LANCZOS).convert("L")
     inside = torch.from_numpy(np.asarray(grey).astype(np.float32) / 255 >= 0.5).float()
-    sizes = [(_side(height, vae_scale, level), _side(width, vae_scale, level)) for level in range(levels)]
+    sizes = level_sizes(height // vae_scale, width // vae_scale, levels)
     return torch.cat([interpolate(inside[None, None], size=size, mode="bicubic").flatten() for size in sizes])
-
-
-def _side(pixels: int, vae_scale: int, level: int) -> int:
-    return ceil(pixels // vae_scale / (1 << level))

@@ -19,7 +19,7 @@ from scumble_registry import Registry
 from scumble_registry.compatibility import IpAdapterCompatibility
 from scumble_registry.formats.ip_adapter import read_record
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 @pytest.fixture(scope="module")

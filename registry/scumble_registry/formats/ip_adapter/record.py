@@ -38,9 +38,9 @@ class IpAdapterRecord:
     lora: LoraRecord = field(default_factory=dict)
 
     @property
-    def nbytes(self) -> int:
-        arrays = (*self.projection.values(), *self.keys.values(), *self.values.values())
-        return sum(a.nbytes for a in arrays) + sum(m.down.nbytes + m.up.nbytes for m in self.lora.values())
+    def size(self) -> int:
+        """How many values it has beside the LoRA."""
+        return sum(a.size for a in (*self.projection.values(), *self.keys.values(), *self.values.values()))
 
 
 def write_record(record: IpAdapterRecord) -> bytes:
