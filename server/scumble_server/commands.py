@@ -19,6 +19,7 @@ from scumble_server.triton.running import LOOPBACK, START_TIMEOUT, RunningServer
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "fp16", "bf16"]
 PARENT_INTERVAL = 0.5
+GIB = 1 << 30
 
 
 def serve(
@@ -31,6 +32,8 @@ def serve(
     precision: Annotated[Precision, typer.Option(help="Numbers that the denoiser computes with.")] = "fp32",
     max_batch_images: Annotated[int, typer.Option(min=1, max=64, help="Images that share a step.")] = 8,
     max_queue: Annotated[int, typer.Option(min=1, help="Open requests; more are refused.")] = 256,
+    host_cache: Annotated[float, typer.Option(min=0.001, help="GiB of host memory for adapters.")] = 1.0,
+    device_cache: Annotated[float, typer.Option(min=0.001, help="GiB of device memory for requests.")] = 2.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     home: Annotated[Path | None, typer.Option(help="Registry, caches and logs. [SCUMBLE_HOME]")] = None,
     triton: Annotated[Path | None, typer.Option(help="tritonserver to run. [SCUMBLE_TRITON]")] = None,
@@ -47,6 +50,8 @@ def serve(
         precision=precision,
         max_batch_images=max_batch_images,
         max_queue=max_queue,
+        host_cache_bytes=int(host_cache * GIB),
+        device_cache_bytes=int(device_cache * GIB),
         threads=threads,
     )
     ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)

@@ -30,7 +30,7 @@ class ServerConfig(BaseModel):
     """Largest width x height of one image."""
     max_rows: int = Field(default=32, ge=2)
     """Rows of one call of the denoiser: larger batches are cut."""
-    adapter_cache_bytes: int = Field(default=1 << 30, ge=0)
+    host_cache_bytes: int = Field(default=1 << 30, ge=0)
     """Host memory for adapters' records, least recently used first out."""
     device_cache_bytes: int = Field(default=2 << 30, ge=0)
     """Device memory for what requests are made of: bound factors, nets, encodings, keys and values."""

@@ -91,7 +91,7 @@ class Service:
         self._registry = registry
         self._counters = Counters()
         self._loop = Loop(config.max_batch_images, self._counters)
-        self._host = Residency(config.adapter_cache_bytes, "host")
+        self._host = Residency(config.host_cache_bytes, "host")
         self._device = Residency(config.device_cache_bytes, "device")
         self._conditioner = Conditioner(base, registry, self._host)
         self._prefetcher = Prefetcher()

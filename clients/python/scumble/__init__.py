@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from scumble.client import Client, Health
     from scumble.errors import (
         Cancelled,
+        DeadlineExceeded,
         Incompatible,
         IntegrityError,
         InvalidRequest,
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
         ScumbleError,
         Unavailable,
     )
-    from scumble.events import Done, Event, Failed, Queued, Step
+    from scumble.events import Done, Event, Failed, Preview, Queued, Step
     from scumble.images import Images
-    from scumble.request import Adapter, Request
+    from scumble.request import Adapter, Options, Request
 
 __all__ = [
     "Adapter",
     "Cancelled",
     "Client",
+    "DeadlineExceeded",
     "Done",
     "Event",
     "Failed",
@@ -43,6 +45,8 @@ __all__ = [
     "IntegrityError",
     "InvalidRequest",
     "NotFound",
+    "Options",
+    "Preview",
     "QueueFull",
     "Queued",
     "Refused",
@@ -56,8 +60,8 @@ _HOMES = {
     "Client": "scumble.client",
     "Health": "scumble.client",
     "Images": "scumble.images",
-    **dict.fromkeys(("Adapter", "Request"), "scumble.request"),
-    **dict.fromkeys(("Done", "Event", "Failed", "Queued", "Step"), "scumble.events"),
+    **dict.fromkeys(("Adapter", "Options", "Request"), "scumble.request"),
+    **dict.fromkeys(("Done", "Event", "Failed", "Preview", "Queued", "Step"), "scumble.events"),
 }
 
 

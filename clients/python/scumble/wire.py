@@ -66,7 +66,7 @@ INPUTS = (
     TensorSpec("guidance_scale", "FP32"),
     TensorSpec("adapters", "BYTES"),  # JSON list of request.Adapter
     TensorSpec("options", "BYTES"),  # JSON, request.Options
-    TensorSpec("images", "BYTES", (-1, 2)),  # name and encoded picture: bytes, or a data: URL in base64
+    TensorSpec("images", "BYTES", (-1,)),  # name, picture, name, picture …: encoded, or a data: URL in base64
     TensorSpec("tensors", "BYTES"),  # safetensors
 )
 QUERY = TensorSpec("query", "BYTES")
@@ -225,14 +225,13 @@ def _parse_json(name: str, text: str) -> Any:
 
 
 def _from_named_tensor(tensor: NDArray[Any]) -> dict[str, bytes]:
-    if tensor.ndim != 2 or tensor.shape[1] != 2:
-        raise InvalidRequest(
-            f"images: has shape {tensor.shape}, takes (n, 2): a name and a picture each", field="images"
-        )
-    names = [_from_tensor("prompt", name) for name in tensor[:, :1]]
+    if tensor.size % 2:
+        raise InvalidRequest(f"images: has {tensor.size} values, takes a name and a picture in turn", field="images")
+    pairs = tensor.reshape(-1, 2)
+    names = [_from_tensor("prompt", name) for name in pairs[:, :1]]
     if len(set(names)) < len(names):
         raise InvalidRequest("images: two pictures have the same name", field="images")
-    return {name: _picture(name, content) for name, content in zip(names, tensor[:, 1], strict=True)}
+    return {name: _picture(name, content) for name, content in zip(names, pairs[:, 1], strict=True)}
 
 
 def _picture(name: str, content: Any) -> bytes:
@@ -276,9 +275,9 @@ def _content_tensor(content: bytes) -> NDArray[np.object_]:
 
 
 def _named_tensor(pictures: Mapping[str, bytes]) -> NDArray[np.object_]:
-    tensor: NDArray[np.object_] = np.empty((len(pictures), 2), np.object_)
-    for row, (name, content) in enumerate(pictures.items()):
-        tensor[row] = name.encode(), content
+    tensor: NDArray[np.object_] = np.empty(2 * len(pictures), np.object_)
+    for index, (name, content) in enumerate(pictures.items()):
+        tensor[2 * index : 2 * index + 2] = name.encode(), content
     return tensor
 
 

@@ -68,12 +68,8 @@ def text(*values: str | bytes) -> NDArray[np.object_]:
     return tensor
 
 
-def pairs(*values: str | bytes) -> NDArray[np.object_]:
-    return text(*values).reshape(-1, 2)
-
-
 def test_a_picture_may_come_as_a_data_url() -> None:
-    tensors = {"prompt": text(""), "images": pairs("a", b"data:image/png;base64,iVBORw==")}
+    tensors = {"prompt": text(""), "images": text("a", b"data:image/png;base64,iVBORw==")}
     assert wire.tensors_to_request(tensors).images == {"a": b"\x89PNG"}
 
 
@@ -133,9 +129,9 @@ def test_only_what_was_given_is_sent() -> None:
         ("options.priority", {"prompt": text(""), "options": text('{"priority": 11}')}),
         ("options", {"prompt": text(""), "options": text("[]")}),
         ("images", {"prompt": text(""), "images": text("picture")}),
-        ("images", {"prompt": text(""), "images": pairs("a", b"1", "a", b"2")}),
-        ("images", {"prompt": text(""), "images": pairs("a", b"data:image/png;base64,!")}),
-        ("images", {"prompt": text(""), "images": pairs("a", b"data:image/png,raw")}),
+        ("images", {"prompt": text(""), "images": text("a", b"1", "a", b"2")}),
+        ("images", {"prompt": text(""), "images": text("a", b"data:image/png;base64,!")}),
+        ("images", {"prompt": text(""), "images": text("a", b"data:image/png,raw")}),
         ("tensors", {"prompt": text(""), "tensors": text("embeddings")}),
         ("colour", {"prompt": text(""), "colour": text("red")}),
     ],

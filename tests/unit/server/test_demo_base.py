@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from scumble.events import Done, Event, Failed, Preview
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_trainers.result import publish_result
@@ -55,3 +57,21 @@ def test_alone_equals_diffusers(demo: Running, diffusers_alone: Callable[..., An
     if styles:
         bare = diffusers_alone(demo.files, request.model_copy(update={"adapters": ()}))
         assert (reference.latents - bare.latents).abs().max() >= 0.05, "the oracle shows nothing"
+
+
+def test_a_preview_looks_like_the_picture(demo: Running) -> None:
+    request = Request(
+        prompt="a red apple, noto style", seed=11, steps=10, width=128, height=128, options={"preview_every": 3}
+    )
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    demo.service.submit(request, events.put)
+    previews = []
+    while not isinstance(event := events.get(timeout=120), Done | Failed):
+        if isinstance(event, Preview):
+            previews.append(event)
+    assert isinstance(event, Done)
+    assert [preview.step for preview in previews] == [3, 6, 9]
+    small = event.images.reshape(1, 16, 8, 16, 8, 3).mean((2, 4))
+    likeness = [np.corrcoef(preview.images.ravel(), small.ravel())[0, 1] for preview in previews]
+    assert likeness[-1] >= 0.8
+    assert likeness == sorted(likeness)

@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from scumble.errors import Cancelled, Incompatible, InvalidRequest, NotFound, QueueFull, Refused, ScumbleError
+from scumble.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Incompatible,
+    InvalidRequest,
+    NotFound,
+    QueueFull,
+    Refused,
+    ScumbleError,
+)
 from scumble.events import Done, Event, Failed, Queued, Step
+from scumble.receipt import request_from_receipt
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
@@ -75,7 +85,7 @@ def test_weight_zero_is_the_base(running: Running) -> None:
 
 def test_the_same_receipt_makes_the_same_picture(running: Running) -> None:
     first = running.run([request(adapters=[Adapter(ref="l/a")], seed=None)])[0]
-    again = running.run([Request.parse(first.done.receipt["request"])])[0]
+    again = running.run([request_from_receipt(first.done.receipt)])[0]
     assert (first.done.images == again.done.images).all()
 
 
@@ -138,6 +148,65 @@ def test_cancellation_ends_one_request_within_a_step(running: Running) -> None:
     assert isinstance(neighbour.wait(), Done)
 
 
+def test_a_deadline_ends_a_request_that_is_late(running: Running) -> None:
+    late, neighbour = Listener(), Listener()
+    running.service.submit(request(steps=500, options={"deadline_ms": 300}), late)
+    running.service.submit(request(steps=20, options={"deadline_ms": 60_000}), neighbour)
+    end = late.wait()
+    assert isinstance(end, Failed)
+    assert isinstance(end.error, DeadlineExceeded)
+    assert isinstance(neighbour.wait(), Done)
+
+
+def test_a_higher_priority_overtakes_what_is_running(published: tuple[Path, dict[str, Path]]) -> None:
+    service = Service.open(ServerConfig(home=published[0], base="tiny/base", max_batch_images=1))
+    order: list[str] = []
+    low, high = Listener(), Listener()
+
+    def note(name: str, listener: Listener) -> Callable[[Event], None]:
+        def on_event(event: Event) -> None:
+            if isinstance(event, Done):
+                order.append(name)
+            listener(event)
+            if name == "low" and event == Step(3, 100):
+                service.submit(request(options={"priority": 5}), note("high", high))
+
+        return on_event
+
+    service.submit(request(steps=100), note("low", low))
+    low_end, high_end = low.wait(), high.wait()
+    service.close()
+    assert isinstance(low_end, Done)
+    assert isinstance(high_end, Done)
+    assert order == ["high", "low"]
+
+
+def test_a_request_lets_go_of_all_that_it_held(running: Running) -> None:
+    running.run([request(adapters=[Adapter(ref="l/a")], seed=i) for i in range(3)])
+    for cache in (running.service._host, running.service._device):
+        assert not +cache._pins
+
+
+def test_what_was_encoded_once_is_used_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = running.service.base.executor
+    calls: list[str] = []
+    for name in ("encode", "project"):
+        made = getattr(executor, name)
+
+        def noted(*args: Any, name: str = name, made: Any = made) -> Any:
+            calls.append(name)
+            return made(*args)
+
+        monkeypatch.setattr(executor, name, noted)
+    again = [Adapter(ref="l/a", weight=0.3)]
+    first, second = (running.run([request(prompt="seen once", adapters=again)])[0] for _ in range(2))
+    assert calls == ["encode", "project"]
+    assert torch.equal(first.latents, second.latents)
+    running.run([request(prompt="seen once", adapters=[Adapter(ref="l/a", weight=0.3, text_weight=0.2)])])
+    running.run([request(prompt="seen once", adapters=[Adapter(ref="l/a", weight=0.4, text_weight=0.3)])])
+    assert calls == ["encode", "project", "encode", "project", "project"], "what was read differs"
+
+
 def test_a_broken_row_fails_alone(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds decide: the row of seed 13 starts as NaN, its neighbours end well."""
     import scumble_server.service as module
@@ -180,6 +249,10 @@ def test_a_step_that_raises_ends_only_the_row_to_blame(running: Running, monkeyp
         ({"adapters": [Adapter(ref="tiny/base")]}, Refused, "base"),
         ({"adapters": [Adapter(ref="other/lora")]}, Incompatible, "down_blocks"),
         ({"adapters": [Adapter(ref="big/lora"), Adapter(ref="big/lora")]}, Refused, "256"),
+        ({"adapters": [{"ref": "l/a", "images": ["a"]}]}, InvalidRequest, "images means nothing"),
+        ({"adapters": [{"ref": "l/a", "mode": "guess"}]}, InvalidRequest, "mode means nothing"),
+        ({"adapters": [{"ref": "l/a"}], "images": {"a": b"x"}}, InvalidRequest, "no adapter names it"),
+        ({"adapters": [{"ref": "l/a", "images": ["a"]}], "images": {"a": b"x"}}, InvalidRequest, "no picture"),
         ({"base": "l/a"}, Refused, "tiny/base"),
         ({"base": "no/base"}, NotFound, "no/base"),
         ({"width": 1024, "height": 1032}, InvalidRequest, "1024x1032"),
