@@ -412,3 +412,15 @@ def test_a_picture_is_encoded_once(world: World, monkeypatch: pytest.MonkeyPatch
     for other in ({"weight": 0.5}, {"scale": {"mid": 1.0}}, {"end": 0.5}):
         world.running.run([request({"ref": "ip/full", "image": "red", **other}, **fresh, seed=3)])
     assert len(looked) == first
+
+
+def test_lower_precision_draws_the_same_in_rough(world: World, start: Callable[..., Any]) -> None:
+    """Encoder, adapter and keys and values are in the server's precision; nothing meets another dtype."""
+    names = ["plus", "masks", "faceid plus v2", "two adapters of other lengths"]
+    rough = start(world.running.home, "tiny/base", {}, precision="bf16")
+    try:
+        for one, name in zip(rough.run([CASES[name] for name in names]), names, strict=True):
+            exact = world.running.run([CASES[name]])[0].latents
+            assert (one.latents - exact).abs().mean() <= 0.2 * exact.abs().mean()
+    finally:
+        rough.service.close()
