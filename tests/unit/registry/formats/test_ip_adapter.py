@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scumble.cli import run
 from scumble.errors import Incompatible, IntegrityError, InvalidRequest, NotFound, Refused
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import BaseCompatibility, ImageEncoderCompatibility, IpAdapterCompatibility
@@ -298,3 +299,18 @@ def test_an_image_encoder_stands_alone(based: Registry, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(Refused, match=r"lacks model\.safetensors"):
         based.publish(folder, "vision/vit")
+
+
+def test_on_the_command_line(
+    based: Registry, home: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*arguments: object) -> str:
+        with pytest.raises(SystemExit, match="0"):
+            run(["registry", *map(str, arguments), "--home", str(home)])
+        return capsys.readouterr().out
+
+    command("publish", tiny_ip.make_image_encoder(tmp_path / "vit"), "--name", "vision/vit")
+    command("publish", file, "--name", "ip/a", "--base", "tiny/base", "--image-encoder", "vision/vit")
+    digest = based.find("vision/vit").digest
+    assert based.find("ip/a").manifest.image_encoder == digest
+    assert "image encoder" in command("show", "ip/a")
