@@ -1,9 +1,4 @@
-"""IP-Adapter: pictures become keys and values beside the text's, in every cross-attention (Ye et al., 2308.06721).
-
-Several pictures in one adapter share a softmax, as in diffusers; where they have masks, each has its own, and so has
-each adapter. FaceID kinds read embeddings that the caller brings; their LoRA joins the request's LoRAs at the
-adapter's weight, so that weight 0 is the base (in diffusers it stays).
-"""
+"""What the IP-Adapters of one request become: keys and values in groups with a softmax each."""
 
 from __future__ import annotations
 
@@ -11,27 +6,19 @@ import hashlib
 import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scumble.errors import InvalidRequest
-from scumble_build import ip_adapter as graph
-from scumble_registry.compatibility import IpAdapterCompatibility
-from scumble_registry.formats.ip_adapter import KIND, read_record
+from scumble_build.ip_adapter import IpAdapter, layer_scales
+from scumble_registry.formats.ip_adapter import read_record
 from scumble_server import image_encoders
 from scumble_server.areas import area
-from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.carried import RowImages
 from scumble_server.context import Context
-from scumble_server.layer_scales import layer_scales
-
-FIELDS = frozenset({"images", "masks", "scale", "blocks", "start", "end"})
+from scumble_server.methods.ip_adapter.inputs import compatibility_of, faces_of, picture_count, scales_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,57 +32,6 @@ class Groups:
     tokens: Tensor
     areas: Tensor | None
     adapters: tuple[int, ...]
-
-
-def check(bound: Bound, base: Base) -> None:
-    """Pictures, embeddings and masks must be there, fit, and be as many as each other.
-
-    Raises InvalidRequest, or Refused where there is no image encoder.
-    """
-    _check_inputs(bound)
-    count = picture_count(bound)
-    if len(bound.masks) not in {0, count}:
-        raise InvalidRequest(
-            f"{bound.spec.ref}: {len(bound.masks)} masks for {count} pictures; name one for each, or none",
-            field="adapters.masks",
-        )
-    _layer_scales(bound)
-    image_encoders.check(bound, base)
-
-
-def check_together(adapters: Sequence[Bound], base: Base) -> None:
-    """Any number may act at once."""
-
-
-def idle(bound: Bound, steps: int) -> str | None:
-    spec = bound.spec
-    if spec.weight == 0:
-        return "weight 0"
-    if not any(spec.is_active(step, steps) for step in range(steps)):
-        return f"no step of {steps} lies between start {spec.start:g} and end {spec.end:g}"
-    return None
-
-
-def describe(bound: Bound) -> dict[str, Any]:
-    compatibility = compatibility_of(bound)
-    return {
-        "projection": compatibility.projection,
-        "pictures": [picture.digest for picture in bound.pictures],
-        "masks": [mask.digest for mask in bound.masks],
-        "image_encoder": image_encoders.source_of(bound),
-        **({"rank": max(compatibility.lora.ranks.values())} if compatibility.lora is not None else {}),
-    }
-
-
-def compatibility_of(bound: Bound) -> IpAdapterCompatibility:
-    compatibility = bound.version.manifest.compatibility
-    assert isinstance(compatibility, IpAdapterCompatibility)
-    return compatibility
-
-
-def picture_count(bound: Bound) -> int:
-    """How many pictures, or faces, it looks at."""
-    return len(bound.pictures) or len(_faces(bound))
 
 
 def groups(context: Context, adapters: Sequence[Bound]) -> Groups | None:
@@ -153,7 +89,7 @@ class _Look:
             self.bound.version.digest,
             self.encoder.key if self.encoder is not None else None,
             tuple(picture.digest for picture in self.bound.pictures),
-            hashlib.sha256(_faces(self.bound).tobytes()).digest(),
+            hashlib.sha256(faces_of(self.bound).tobytes()).digest(),
             json.dumps(self.bound.spec.scale, sort_keys=True),
             self.bound.blocks,
             bool(self.bound.masks),
@@ -170,7 +106,7 @@ def _keys_and_values(context: Context, look: _Look) -> Tensor:
         embedding.flatten(0, 1) if embedding is not None else None, states.flatten(0, 1) if states is not None else None
     )
     kv: Tensor = adapter(tokens).unflatten(0, (context.rows, -1))
-    scales = torch.stack([graph.layer_scales(slices, of_picture) for of_picture in _layer_scales(bound)])
+    scales = torch.stack([layer_scales(slices, of_picture) for of_picture in scales_of(bound)])
     kv = kv * scales[:, None].to(kv)
     return kv if bound.masks else kv.flatten(1, 2)[:, None]
 
@@ -193,17 +129,17 @@ def _read(context: Context, look: _Look) -> tuple[Tensor | None, Tensor | None]:
             nothing = image_encoders.encode(context, look.encoder, None).states.expand_as(states) if guided else None
             states = torch.stack([nothing, states] if nothing is not None else [states])
     if compatibility.embedding_width is not None:
-        embedding = torch.from_numpy(_faces(bound)).to(context.executor.device, context.executor.dtype)
+        embedding = torch.from_numpy(faces_of(bound)).to(context.executor.device, context.executor.dtype)
     if embedding is not None:
         embedding = torch.stack([torch.zeros_like(embedding), embedding] if guided else [embedding])
     return embedding, states
 
 
-def _weights(context: Context, bound: Bound) -> graph.IpAdapter:
+def _weights(context: Context, bound: Bound) -> IpAdapter:
     record, dtype = context.record(bound, read_record), context.executor.dtype
 
-    def load() -> graph.IpAdapter:
-        adapter = graph.IpAdapter(record, compatibility_of(bound), context.executor.kv_slices)
+    def load() -> IpAdapter:
+        adapter = IpAdapter(record, compatibility_of(bound), context.executor.kv_slices)
         return adapter.to(context.executor.device, dtype)
 
     return context.device.get(("ip_adapter", bound.version.digest), record.size * dtype.itemsize, load)
@@ -223,71 +159,3 @@ def _areas(context: Context, looks: Sequence[_Look]) -> Tensor | None:
 
 def _padded(kv: Tensor, tokens: int) -> Tensor:
     return pad(kv, (0, 0, 0, tokens - kv.shape[2]))
-
-
-def _layer_scales(bound: Bound) -> list[dict[str, float]]:
-    """For each picture, by canonical name of the cross-attention: `scale` times `blocks`. Raises InvalidRequest."""
-    attentions = list(compatibility_of(bound).attentions)
-    scale = 1.0 if bound.spec.scale is None else bound.spec.scale
-    found = layer_scales(scale, attentions, picture_count(bound), masked=bool(bound.masks))
-    blocks = bound.blocks
-    if blocks is None:
-        return found
-    return [{name: value * blocks.of(name) for name, value in of_picture.items()} for of_picture in found]
-
-
-def _faces(bound: Bound) -> NDArray[np.float32]:
-    """(n, E): the embeddings that it names, in that order; each comes as (E,) or (n, E)."""
-    named = [bound.tensors[name] for name in bound.spec.images if name in bound.tensors]
-    rows = [np.atleast_2d(values).astype(np.float32) for values in named]
-    return np.ascontiguousarray(np.concatenate(rows)) if rows else np.zeros((0, 0), np.float32)
-
-
-def _check_inputs(bound: Bound) -> None:
-    compatibility, ref = compatibility_of(bound), bound.spec.ref
-    width = compatibility.embedding_width
-    if width is None and bound.tensors:
-        raise _wrong(f"{ref} reads pictures, not embeddings; send {next(iter(bound.tensors))!r} in images")
-    if width is not None:
-        _check_faces(bound, width)
-    if compatibility.picture_width is None and bound.pictures:
-        raise _wrong(
-            f"{ref} reads embeddings of faces, not pictures: send what a face recogniser makes of "
-            f"{bound.pictures[0].name!r} (width {width}) in tensors"
-        )
-    if compatibility.picture_width is not None and not bound.pictures:
-        raise _wrong(f"{ref} is an IP-Adapter and needs a picture: send one in images and name it in the adapter's")
-    if width is not None and bound.pictures and len(_faces(bound)) != len(bound.pictures):
-        raise _wrong(
-            f"{ref} reads a picture and an embedding of each face; {len(bound.pictures)} pictures and "
-            f"{len(_faces(bound))} embeddings were named"
-        )
-
-
-def _check_faces(bound: Bound, width: int) -> None:
-    if not bound.tensors:
-        raise _wrong(
-            f"{bound.spec.ref} is a FaceID IP-Adapter and needs the embedding of a face (width {width}, by the face "
-            "recogniser that it was trained with): send it in tensors and name it in the adapter's images"
-        )
-    for name, values in bound.tensors.items():
-        if values.ndim not in {1, 2} or 0 in values.shape or values.shape[-1] != width:
-            raise _wrong(f"tensor {name!r} has shape {values.shape}; {bound.spec.ref} reads ({width},) or (n, {width})")
-
-
-def _wrong(problem: str) -> InvalidRequest:
-    return InvalidRequest(problem, field="adapters.images")
-
-
-__all__ = [
-    "FIELDS",
-    "KIND",
-    "Groups",
-    "check",
-    "check_together",
-    "describe",
-    "groups",
-    "idle",
-    "read_record",
-    "row_images",
-]
