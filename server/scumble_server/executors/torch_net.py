@@ -1,0 +1,60 @@
+"""ControlNets in eager PyTorch: the graphs of `scumble_build.controlnet` with weights of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scumble_build.controlnet import ControlledEncoder, ControlNet, ControlNetUnion
+
+
+class _TorchNet:
+    """Owns nothing: several may stand before one graph."""
+
+    def __init__(self, graph: ControlledEncoder, like: Tensor) -> None:
+        """On `like`'s device, in its precision."""
+        self._graph = graph.to(like.device, like.dtype).eval().requires_grad_(requires_grad=False)
+        self._like = like.new_empty(0)
+
+    @torch.inference_mode()
+    def project(self, states: Tensor) -> Tensor:
+        return self._graph.project(states.to(self._like))
+
+    @torch.inference_mode()
+    def embed(self, control: Tensor) -> Tensor:
+        return self._graph.embed(control.to(self._like))
+
+
+class TorchNet(_TorchNet):
+    """A net for one kind of control."""
+
+    _graph: ControlNet
+
+    @torch.inference_mode()
+    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+        found = self._graph.residuals(sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like))
+        return tuple(residual.float() for residual in found)
+
+
+class TorchUnionNet(_TorchNet):
+    """A union net as it looks at pictures of certain kinds: rows with the same kinds share a run."""
+
+    _graph: ControlNetUnion
+
+    def __init__(self, graph: ControlNetUnion, like: Tensor, types: Sequence[int]) -> None:
+        super().__init__(graph, like)
+        self._types = tuple(types)
+
+    @torch.inference_mode()
+    def fuse(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
+        """controls `(n, 3, H, W)`, one for each kind → hint `(1, C, H/8, W/8)`."""
+        return self._graph.fuse(controls.to(self._like), self._types, strengths)
+
+    @torch.inference_mode()
+    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+        found = self._graph.residuals_of(
+            self._types, sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like)
+        )
+        return tuple(residual.float() for residual in found)
