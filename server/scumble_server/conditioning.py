@@ -22,7 +22,7 @@ from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, read_record
-from scumble_server.methods import METHODS, lora, textual_inversion
+from scumble_server.methods import METHODS, controlnet, lora, textual_inversion
 from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
@@ -92,6 +92,9 @@ class Conditioner:
         """Bring what a queued request will read into host memory. May be called from any thread."""
         with self._host.open() as records:
             for bound in admitted.adapters:
+                if bound.version.manifest.record is None:
+                    self._registry.materialise(bound.version)
+                    continue
                 read_record(self._registry, records, bound, METHODS[bound.kind].read_record)
 
 
@@ -105,7 +108,11 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     factors = _factors(context, loras)
     loaded = monotonic()
     text = _encode(context, list(prompts.values()), loras, factors, {index: embeddings[index] for index in found})
-    phases = tuple(_phase(context, admitted.adapters, weights, factors, text) for weights in admitted.schedule.weights)
+    nets = _of_kind(controlnet.KIND, admitted.adapters)
+    controls = controlnet.prepare(context, nets, text.states, text.key)
+    phases = tuple(
+        _phase(context, admitted.adapters, weights, factors, text, controls) for weights in admitted.schedule.weights
+    )
     encoded = monotonic()
     adapters = tuple(bound for bound in admitted.adapters if not any(bound is each for each in unused))
     return Conditioned(
@@ -115,6 +122,7 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
         {field: tokens.cut for field, tokens in prompts.items() if tokens.cut is not None},
         (loaded - start) * 1e3,
         (encoded - loaded) * 1e3,
+        controlnet.maps(context, nets) if admitted.request.options.return_maps else (),
     )
 
 
@@ -185,14 +193,22 @@ def _encode(
 
 
 def _phase(
-    context: Context, adapters: Sequence[Bound], weights: Sequence[float], factors: _Factors, text: _Text
+    context: Context,
+    adapters: Sequence[Bound],
+    weights: Sequence[float],
+    factors: _Factors,
+    text: _Text,
+    controls: Sequence[controlnet.Control],
 ) -> Phase:
     """`weights` has one for each of `adapters`."""
-    of_loras = tuple(weight for weight, bound in zip(weights, adapters, strict=True) if bound.kind == lora.KIND)
+    of_loras = _weights_of(lora.KIND, adapters, weights)
+    of_nets = _weights_of(controlnet.KIND, adapters, weights)
     return Phase(
         context.executor,
         _project(context, text, factors, of_loras),
         lora.row_factors(factors.step, of_loras),
+        nets=controlnet.row_nets(controls, of_nets),
+        features=controlnet.features(controls, of_nets),
     )
 
 
@@ -209,3 +225,7 @@ def _project(context: Context, text: _Text, factors: _Factors, weights: tuple[fl
 
 def _of_kind(kind: str, adapters: Sequence[Bound]) -> list[Bound]:
     return [bound for bound in adapters if bound.kind == kind]
+
+
+def _weights_of(kind: str, adapters: Sequence[Bound], weights: Sequence[float]) -> tuple[float, ...]:
+    return tuple(weight for weight, bound in zip(weights, adapters, strict=True) if bound.kind == kind)

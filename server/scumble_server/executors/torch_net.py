@@ -18,6 +18,11 @@ class _TorchNet:
         self._graph = graph.to(like.device, like.dtype).eval().requires_grad_(requires_grad=False)
         self._like = like.new_empty(0)
 
+    @property
+    def kv_width(self) -> int:
+        """K of the keys and values that `project` gives."""
+        return sum(2 * place.width for place in self._graph.projection.slices)
+
     @torch.inference_mode()
     def project(self, states: Tensor) -> Tensor:
         return self._graph.project(states.to(self._like))
