@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scumble.errors import Refused
-from scumble_registry.formats.controlnet import FILE_NAME, Weights, read_weights
-from scumble_registry.formats.safetensors_header import Array
+from scumble_registry.formats.controlnet import FILE_NAME, Weights, is_original, read_weights
+from scumble_registry.formats.safetensors_header import Array, read_header
 
 _EMBEDDING = "controlnet_cond_embedding."
 
 
 def load_net(folder: Path, unet: Path) -> ControlNetModel:
     """From a published folder; `unet` is the base's. Raises Refused if weights and structure differ."""
-    if (folder / "config.json").is_file():
+    if not is_original(read_header(folder / FILE_NAME)):
         return _load(ControlNetModel, folder)
     weights = read_weights(folder / FILE_NAME)
     model = _structure(weights, unet)
@@ -57,7 +57,7 @@ def _load(kind: Any, folder: Path) -> Any:
     with torch.device("meta"):
         try:
             model = kind.from_config(config)
-        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError) as error:
             raise Refused(f"config.json describes no {kind.__name__} that can be made: {error}") from error
     return _fill(model, load_file(folder / FILE_NAME))
 

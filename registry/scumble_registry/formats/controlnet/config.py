@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scumble.errors import Refused
 
 _Width = Field(ge=1, le=1 << 14)
+Layers = Annotated[int, Field(ge=1, le=32)]
 
 
 class _Config(BaseModel):
@@ -22,6 +23,8 @@ class NetConfig(_Config):
     conditioning_channels: int = Field(default=3, ge=1, le=16)
     block_out_channels: tuple[int, ...] = Field(min_length=1, max_length=8)
     layers_per_block: int = Field(default=2, ge=1, le=8)
+    transformer_layers_per_block: Layers | tuple[Layers, ...] = 1
+    only_cross_attention: Literal[False] = False
     cross_attention_dim: int = _Width
     down_block_types: tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...]
     mid_block_type: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
@@ -29,6 +32,7 @@ class NetConfig(_Config):
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
     global_pool_conditions: bool = False
     num_control_type: int = Field(default=6, ge=1, le=64)
+    num_trans_layer: Layers = 1
     addition_embed_type: Literal["text_time"] | None = None
     class_embed_type: None = None
     num_class_embeds: None = None

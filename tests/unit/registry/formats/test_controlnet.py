@@ -107,6 +107,9 @@ def test_a_net_of_another_text_width(
         ({"class_embed_type": "timestep"}, "class_embed_type"),
         ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "down_block_types.0"),
         ({"block_out_channels": [10**9, 10**9]}, "the weights have"),
+        ({"transformer_layers_per_block": 10**9}, "transformer_layers_per_block"),
+        ({"only_cross_attention": True}, "only_cross_attention"),
+        ({"addition_embed_type": "text_time"}, "only nets for SDXL"),
         ({"_class_name": "SparseControlNetModel"}, "SparseCtrl"),
         ({"_class_name": "ControlNetXSAdapter"}, "ControlNet-XS"),
     ],
@@ -143,6 +146,14 @@ def test_kin_that_is_not_served_is_refused_by_name(
     with pytest.raises(Refused, match=says):
         registry.publish(save(tmp_path / "a.safetensors", names), "c/a")
     assert registry.names() == ()
+
+
+def test_a_net_whose_picture_is_embedded_at_another_size(
+    registry: Registry, base: str, unet: Any, tmp_path: Path
+) -> None:
+    control_nets.make_net(unet, 1, conditioning_embedding_out_channels=(8, 8, 16)).save_pretrained(tmp_path / "net")
+    with pytest.raises(Incompatible, match="pixels per latent 4, but this sd1 base has 8"):
+        registry.publish(tmp_path / "net", "c/a", base=base)
 
 
 def test_a_net_with_holes(registry: Registry, unet: Any, tmp_path: Path) -> None:
