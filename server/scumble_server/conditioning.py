@@ -22,7 +22,7 @@ from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, read_record
-from scumble_server.methods import METHODS, controlnet, lora, textual_inversion
+from scumble_server.methods import METHODS, controlnet, ip_adapter, lora, textual_inversion
 from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
@@ -100,7 +100,7 @@ class Conditioner:
 
 def _condition(context: Context, admitted: Admitted) -> Conditioned:
     start = monotonic()
-    loras = _of_kind(lora.KIND, admitted.adapters)
+    loras = [bound for bound in admitted.adapters if lora.part_of(bound) is not None]
     embeddings = _of_kind(textual_inversion.KIND, admitted.adapters)
     prompts = _tokens(context, embeddings)
     found = frozenset[int]().union(*(tokens.found for tokens in prompts.values()))
@@ -108,10 +108,12 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     factors = _factors(context, loras)
     loaded = monotonic()
     text = _encode(context, list(prompts.values()), loras, factors, {index: embeddings[index] for index in found})
+    groups = ip_adapter.groups(context, _of_kind(ip_adapter.KIND, admitted.adapters))
     nets = _of_kind(controlnet.KIND, admitted.adapters)
     controls = controlnet.prepare(context, nets, text.states, text.key)
     phases = tuple(
-        _phase(context, admitted.adapters, weights, factors, text, controls) for weights in admitted.schedule.weights
+        _phase(context, admitted.adapters, weights, factors, text, groups, controls)
+        for weights in admitted.schedule.weights
     )
     encoded = monotonic()
     adapters = tuple(bound for bound in admitted.adapters if not any(bound is each for each in unused))
@@ -148,7 +150,7 @@ def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
 
 def _bind(context: Context, graph: str, layout: Layout, loras: Sequence[Bound]) -> BoundSet | None:
     def bind() -> BoundSet | None:
-        pieces = [lora.Piece(context.record(each, lora.read_record), each.blocks) for each in loras]
+        pieces = [lora.Piece(lora.record_of(context, each), each.blocks) for each in loras]
         bound = lora.bind(layout, pieces)
         device = context.executor.device
         return None if bound is None else replace(bound, A=bound.A.to(device), B=bound.B.to(device))
@@ -198,15 +200,18 @@ def _phase(
     weights: Sequence[float],
     factors: _Factors,
     text: _Text,
+    groups: ip_adapter.Groups | None,
     controls: Sequence[controlnet.Control],
 ) -> Phase:
     """`weights` has one for each of `adapters`."""
-    of_loras = _weights_of(lora.KIND, adapters, weights)
-    of_nets = _weights_of(controlnet.KIND, adapters, weights)
+    paired = list(zip(weights, adapters, strict=True))
+    of_loras = tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
+    of_nets = [weight for weight, bound in paired if bound.kind == controlnet.KIND]
     return Phase(
         context.executor,
         _project(context, text, factors, of_loras),
         lora.row_factors(factors.step, of_loras),
+        ip_adapter.row_images(groups, [weight for weight, bound in paired if bound.kind == ip_adapter.KIND]),
         nets=controlnet.row_nets(controls, of_nets),
         features=controlnet.features(controls, of_nets),
     )
@@ -225,7 +230,3 @@ def _project(context: Context, text: _Text, factors: _Factors, weights: tuple[fl
 
 def _of_kind(kind: str, adapters: Sequence[Bound]) -> list[Bound]:
     return [bound for bound in adapters if bound.kind == kind]
-
-
-def _weights_of(kind: str, adapters: Sequence[Bound], weights: Sequence[float]) -> tuple[float, ...]:
-    return tuple(weight for weight, bound in zip(weights, adapters, strict=True) if bound.kind == kind)

@@ -40,6 +40,7 @@ class TorchExecutor:
         self._text = TextEncoder(text)
         self.step_layout = self._denoiser.layout
         self.kv_layout = self._projection.layout
+        self.kv_slices = self._projection.slices
         self.text_layout = self._text.layout
 
     def _place(self, model: Model) -> Model:
@@ -48,6 +49,10 @@ class TorchExecutor:
     @property
     def device(self) -> str:
         return str(self._device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     @torch.inference_mode()
     def encode(self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None) -> Tensor:

@@ -63,3 +63,17 @@ class TorchUnionNet(_TorchNet):
             self._types, sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like)
         )
         return tuple(residual.float() for residual in found)
+
+
+class TorchUnion:
+    """A union net in memory: one `TorchUnionNet` for each choice of kinds, all before the same weights."""
+
+    def __init__(self, graph: ControlNetUnion, like: Tensor) -> None:
+        self._graph, self._like = graph, like
+        self._nets: dict[tuple[int, ...], TorchUnionNet] = {}
+
+    def net(self, types: tuple[int, ...]) -> TorchUnionNet:
+        """The same object for the same kinds, so that rows share its run. Asked by one thread."""
+        if types not in self._nets:
+            self._nets[types] = TorchUnionNet(self._graph, self._like, types)
+        return self._nets[types]

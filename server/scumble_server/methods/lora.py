@@ -17,12 +17,14 @@ from torch import Tensor
 
 from scumble.errors import Refused
 from scumble_build.layout import Layout, rank_bucket
-from scumble_registry.compatibility import LoraCompatibility
+from scumble_registry.compatibility import IpAdapterCompatibility, LoraCompatibility
+from scumble_registry.formats import ip_adapter
 from scumble_registry.formats.lora import KIND, LoraRecord, read_record
 from scumble_server.base import Base
 from scumble_server.block_weights import BlockWeights
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, RowFactors
+from scumble_server.context import Context
 
 FIELDS = frozenset({"text_weight", "blocks", "start", "end"})
 
@@ -33,6 +35,21 @@ class Piece:
 
     record: LoraRecord
     blocks: BlockWeights | None = None
+
+
+def part_of(bound: Bound) -> LoraCompatibility | None:
+    """What of an adapter is a LoRA: all of one, a FaceID's own, nothing of others."""
+    compatibility = bound.version.manifest.compatibility
+    if isinstance(compatibility, IpAdapterCompatibility):
+        return compatibility.lora
+    return compatibility if isinstance(compatibility, LoraCompatibility) else None
+
+
+def record_of(context: Context, bound: Bound) -> LoraRecord:
+    """The LoRA in an adapter that has one (`part_of`)."""
+    if bound.kind == KIND:
+        return context.record(bound, read_record)
+    return context.record(bound, ip_adapter.read_record).lora
 
 
 def check(bound: Bound, base: Base) -> None:
@@ -128,9 +145,9 @@ def _rows(factor: NDArray[Any]) -> Tensor:
 
 
 def _compatibility(bound: Bound) -> LoraCompatibility:
-    compatibility = bound.version.manifest.compatibility
-    assert isinstance(compatibility, LoraCompatibility)
-    return compatibility
+    part = part_of(bound)
+    assert part is not None
+    return part
 
 
 __all__ = [
@@ -143,7 +160,9 @@ __all__ = [
     "check_together",
     "describe",
     "idle",
+    "part_of",
     "rank_in",
     "read_record",
+    "record_of",
     "row_factors",
 ]

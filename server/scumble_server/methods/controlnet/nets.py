@@ -19,7 +19,7 @@ from scumble_build.inputs import level_sizes
 from scumble_server.bound import Bound
 from scumble_server.carried import RowNet
 from scumble_server.context import Context
-from scumble_server.executors.torch_net import TorchNet, TorchUnionNet
+from scumble_server.executors.torch_net import TorchNet, TorchUnion, TorchUnionNet
 from scumble_server.methods.controlnet.checks import (
     compatibility,
     control_types,
@@ -113,13 +113,12 @@ def _net(context: Context, bound: Bound, like: Tensor) -> TorchNet | TorchUnionN
         unet = context.registry.materialise(base) / "unet"
         return TorchNet(ControlNet(load_net(context.registry.materialise(bound.version), unet)), like)
 
-    if about.form != "union":
-        return context.device.get(key, nbytes, load)
-    graph = context.device.get(
-        key, nbytes, lambda: ControlNetUnion(load_union(context.registry.materialise(bound.version)))
-    )
-    types = control_types(bound)
-    return context.device.get((*key, types), 0, lambda: TorchUnionNet(graph, like, types))
+    def load_all_kinds() -> TorchUnion:
+        return TorchUnion(ControlNetUnion(load_union(context.registry.materialise(bound.version))), like)
+
+    if about.form == "union":
+        return context.device.get(key, nbytes, load_all_kinds).net(control_types(bound))
+    return context.device.get(key, nbytes, load)
 
 
 def _hint(context: Context, bound: Bound, net: TorchNet | TorchUnionNet, like: Tensor) -> Tensor:
