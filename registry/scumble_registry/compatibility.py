@@ -7,9 +7,9 @@ in, k, k)`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from scumble.errors import Incompatible, Refused
 
@@ -44,6 +44,14 @@ class LoraCompatibility(BaseModel):
     """The base's, if one was named; else by the width of the text context, else None."""
     requires: dict[str, Shape]
     ranks: dict[str, int]
+    magnitudes: bool = False
+    """It is a DoRA, at least in part: what it does depends on the base's weights."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_magnitudes(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plain LoRA's manifest, and so its digest, is what it was before there were DoRAs."""
+        data: dict[str, Any] = serialise(self)
+        return data if self.magnitudes else {key: value for key, value in data.items() if key != "magnitudes"}
 
     def fits(self, base: BaseCompatibility) -> None:
         """Raises Incompatible, naming the first target (in sorted order) that does not match, and both

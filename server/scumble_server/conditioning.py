@@ -151,11 +151,12 @@ def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
 def _bind(context: Context, graph: str, layout: Layout, loras: Sequence[Bound]) -> BoundSet | None:
     def bind() -> BoundSet | None:
         pieces = [lora.Piece(lora.record_of(context, each), each.blocks) for each in loras]
-        bound = lora.bind(layout, pieces)
+        bound = lora.bind(layout, pieces, context.executor.weight)
         device = context.executor.device
         return None if bound is None else replace(bound, A=bound.A.to(device), B=bound.B.to(device))
 
-    key = ("factors", graph, *((each.version.digest, each.blocks) for each in loras))
+    of_weights = context.weights if any(map(lora.depends_on_weights, loras)) else None
+    key = ("factors", graph, of_weights, *((each.version.digest, each.blocks) for each in loras))
     return context.device.get(key, lora.bound_bytes(layout, loras), bind)
 
 

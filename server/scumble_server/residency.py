@@ -134,14 +134,15 @@ class Residency:
         return True
 
     def _wait(self, lease: Lease, *, for_room: bool) -> None:
-        """Who waits for room waits on all that others hold; who waits for a value, on the one who makes it."""
-        if for_room:
-            self._waiting.add(lease)
-            holders = set[Lease]().union(*(entry.holders for entry in self._entries.values()))
-            if holders <= self._waiting:
-                raise QueueFull(
-                    f"{self._name} memory is held by requests that wait for each other; try again", retry_after=1.0
-                )
+        """Who waits for room waits on all that others hold; who waits for a value, on the one who makes it (and may
+        be waiting for room itself, when one value is made of others).
+        """
+        self._waiting.add(lease)
+        holders = set[Lease]().union(*(entry.holders for entry in self._entries.values()))
+        if for_room and holders <= self._waiting:
+            raise QueueFull(
+                f"{self._name} memory is held by requests that wait for each other; try again", retry_after=1.0
+            )
         self._changed.wait(_POLL)
         lease.check()
 

@@ -63,6 +63,9 @@ class Executor(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU."""
 
+    def weight(self, target: str) -> Tensor:
+        """The weight of a layer that takes factors, `(out, in[, k, k])`, to be read only."""
+
     def weights_digest(self) -> str:
         """sha256 over every weight as it is now: proof that nothing was patched."""
 

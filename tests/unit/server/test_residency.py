@@ -134,6 +134,31 @@ def test_those_who_wait_for_each_other_are_told_to_try_again() -> None:
     assert first.result(10) == "c"
 
 
+def test_a_value_may_be_made_of_others() -> None:
+    residency = Residency(30, "test")
+    with residency.open() as lease:
+        assert lease.get("sum", 10, lambda: put(lease, "a") + put(lease, "b")) == "ab"
+        assert residency.stats()["held_bytes"] == 30
+
+
+def test_who_waits_for_a_value_does_not_stand_in_the_way_of_the_one_who_makes_it() -> None:
+    residency = Residency(20, "test")
+    maker, waiter = residency.open(), residency.open()
+    put(waiter, "a")
+    started = threading.Event()
+
+    def make() -> str:
+        started.set()
+        until(lambda: residency.stats()["waits"] == 1)
+        return put(maker, "b", 5)
+
+    made = in_thread(lambda: maker.get("sum", 10, make))
+    started.wait(10)
+    waiting = in_thread(lambda: put(waiter, "sum"))
+    assert isinstance(made.exception(10), QueueFull)
+    assert waiting.result(10) == "sum"
+
+
 def test_a_key_is_made_once_however_many_ask() -> None:
     residency = Residency(100, "test")
     made: list[str] = []
