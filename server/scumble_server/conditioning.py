@@ -22,7 +22,7 @@ from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, read_record
-from scumble_server.methods import METHODS, ip_adapter, lora, textual_inversion
+from scumble_server.methods import METHODS, controlnet, ip_adapter, lora, textual_inversion
 from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
@@ -92,6 +92,9 @@ class Conditioner:
         """Bring what a queued request will read into host memory. May be called from any thread."""
         with self._host.open() as records:
             for bound in admitted.adapters:
+                if bound.version.manifest.record is None:
+                    self._registry.materialise(bound.version)
+                    continue
                 read_record(self._registry, records, bound, METHODS[bound.kind].read_record)
 
 
@@ -106,8 +109,11 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     loaded = monotonic()
     text = _encode(context, list(prompts.values()), loras, factors, {index: embeddings[index] for index in found})
     groups = ip_adapter.groups(context, _of_kind(ip_adapter.KIND, admitted.adapters))
+    nets = _of_kind(controlnet.KIND, admitted.adapters)
+    controls = controlnet.prepare(context, nets, text.states, text.key)
     phases = tuple(
-        _phase(context, admitted.adapters, weights, factors, text, groups) for weights in admitted.schedule.weights
+        _phase(context, admitted.adapters, weights, factors, text, groups, controls)
+        for weights in admitted.schedule.weights
     )
     encoded = monotonic()
     adapters = tuple(bound for bound in admitted.adapters if not any(bound is each for each in unused))
@@ -118,6 +124,7 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
         {field: tokens.cut for field, tokens in prompts.items() if tokens.cut is not None},
         (loaded - start) * 1e3,
         (encoded - loaded) * 1e3,
+        controlnet.maps(context, nets) if admitted.request.options.return_maps else (),
     )
 
 
@@ -195,15 +202,19 @@ def _phase(
     factors: _Factors,
     text: _Text,
     groups: ip_adapter.Groups | None,
+    controls: Sequence[controlnet.Control],
 ) -> Phase:
     """`weights` has one for each of `adapters`."""
     paired = list(zip(weights, adapters, strict=True))
     of_loras = tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
+    of_nets = [weight for weight, bound in paired if bound.kind == controlnet.KIND]
     return Phase(
         context.executor,
         _project(context, text, factors, of_loras),
         lora.row_factors(factors.step, of_loras),
         ip_adapter.row_images(groups, [weight for weight, bound in paired if bound.kind == ip_adapter.KIND]),
+        nets=controlnet.row_nets(controls, of_nets),
+        features=controlnet.features(controls, of_nets),
     )
 
 
