@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from measure import alternate, count_flops, machine
-from scumble_build.controlnet import ControlNet
-from scumble_server.executors.torch_net import TorchNet
 from torch import Tensor
 
 from scumble_build.adapted import Factors
+from scumble_build.controlnet import ControlNet
 from scumble_build.denoiser import Denoiser, KVProjection
 from scumble_build.inputs import ImageInputs, StepInputs, level_sizes
+from scumble_server.executors.torch_net import TorchNet
 from scumble_server.stacking import NetCall, with_residuals
 
 IMAGES = 8

@@ -8,6 +8,7 @@ alpha); they become weights of the net's own, and the base is only read.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from scumble_registry.formats.safetensors_header import Array, read_header
 _EMBEDDING = "controlnet_cond_embedding."
 
 
-def load_net(folder: Path, unet: Path) -> ControlNetModel:
-    """From a published folder; `unet` is the base's. Raises Refused if weights and structure differ."""
+def load_net(folder: Path, unet: Callable[[], Path]) -> ControlNetModel:
+    """From a published folder; `unet` gives the base's, where the files need it.
+
+    Raises Refused if weights and structure differ.
+    """
     if not is_original(read_header(folder / FILE_NAME)):
         return _load(ControlNetModel, folder)
     weights = read_weights(folder / FILE_NAME)
-    model = _structure(weights, unet)
+    model = _structure(weights, unet())
     found = {name: _tensor(values) for name, values in weights.full.items()}
     inherited = model.state_dict() if weights.needs_base else {}
     for name, (up, down) in weights.factors.items():

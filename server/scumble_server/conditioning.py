@@ -16,7 +16,7 @@ from torch import Tensor
 from scumble.events import Pixels
 from scumble.request import Adapter
 from scumble_build.layout import Layout
-from scumble_registry import Registry
+from scumble_registry import Registry, Version
 from scumble_server.admission import Admitted
 from scumble_server.base import Base
 from scumble_server.bound import Bound
@@ -93,9 +93,14 @@ class Conditioner:
         with self._host.open() as records:
             for bound in admitted.adapters:
                 if bound.version.manifest.record is None:
-                    self._registry.materialise(bound.version)
-                    continue
-                read_record(self._registry, records, bound, METHODS[bound.kind].read_record)
+                    _unpack(self._registry, records, bound.version)
+                else:
+                    read_record(self._registry, records, bound, METHODS[bound.kind].read_record)
+
+
+def _unpack(registry: Registry, records: Lease, version: Version) -> None:
+    """For files that are read straight into the device. Once while it is remembered: hashing them takes time."""
+    records.get(("unpacked", version.digest), 0, lambda: registry.materialise(version))
 
 
 def _condition(context: Context, admitted: Admitted) -> Conditioned:

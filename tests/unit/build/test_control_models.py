@@ -31,7 +31,7 @@ def test_diffusers_folders(tiny_base: Path, tmp_path: Path) -> None:
     made = {"net": make_net(unet, 1), "union": make_union(unet, 2), "t2i": make_t2i((16, 32), 3)}
     for name, model in made.items():
         model.save_pretrained(tmp_path / name)
-    assert equal(load_net(tmp_path / "net", tiny_base / "unet"), made["net"])
+    assert equal(load_net(tmp_path / "net", lambda: tiny_base / "unet"), made["net"])
     assert equal(load_union(tmp_path / "union"), made["union"])
     assert equal(load_t2i(tmp_path / "t2i"), made["t2i"])
 
@@ -44,7 +44,7 @@ def test_the_original_layout_equals_diffusers_own_converter(tiny_base: Path, tmp
         str(tmp_path / FILE), config=str(tmp_path / "config"), local_files_only=True
     )
     shutil.copy(tmp_path / "config" / "config.json", tmp_path)  # content decides, not what lies beside it
-    mine = load_net(tmp_path, tiny_base / "unet")
+    mine = load_net(tmp_path, lambda: tiny_base / "unet")
     assert equal(mine, theirs)
     assert equal(mine, made)
 
@@ -55,7 +55,7 @@ def test_differences_are_added_to_the_base(tiny_base: Path, tmp_path: Path) -> N
     with torch.no_grad():
         made.conv_in.weight += 0.5
     write_cldm(made, tmp_path / FILE, base=unet)
-    found = load_net(tmp_path, tiny_base / "unet").state_dict()
+    found = load_net(tmp_path, lambda: tiny_base / "unet").state_dict()
     for name, expected in made.state_dict().items():
         assert (found[name] - expected).abs().max() <= 1e-6
 
@@ -67,7 +67,7 @@ def test_a_control_lora_is_the_base_plus_its_factors(tiny_base: Path, tmp_path: 
     made = make_net(unet, 1)
     tensors = {name: value.to(dtype) for name, value in load_file(write_control_lora(made, tmp_path / "a")).items()}
     save_file(tensors, tmp_path / FILE)
-    found = load_net(tmp_path, tiny_base / "unet").state_dict()
+    found = load_net(tmp_path, lambda: tiny_base / "unet").state_dict()
     base = unet.state_dict()
 
     def merged(name: str, stem: str) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_a_weight_that_is_missing_is_never_drawn_at_random(tiny_base: Path, tmp_
     del state["mid_block.resnets.0.conv1.bias"]
     save_file(state, tmp_path / FILE)
     with pytest.raises(Refused, match=r"mid_block\.resnets\.0\.conv1\.bias"):
-        load_net(tmp_path, tiny_base / "unet")
+        load_net(tmp_path, lambda: tiny_base / "unet")
 
 
 def test_a_config_that_makes_no_net(tiny_base: Path, tmp_path: Path) -> None:
@@ -105,4 +105,4 @@ def test_a_config_that_makes_no_net(tiny_base: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"norm_num_groups": 5}))
     with pytest.raises(Refused, match="no ControlNetModel that can be made"):
-        load_net(tmp_path, tiny_base / "unet")
+        load_net(tmp_path, lambda: tiny_base / "unet")

@@ -295,7 +295,7 @@ def test_union_nets_equal_diffusers(running: Running, name: str) -> None:
 def test_a_control_lora_equals_the_merged_net(running: Running, tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "diffusion_pytorch_model.safetensors").symlink_to(running.files["c/lora"])
-    load_net(tmp_path / "lora", running.files["base"] / "unet").save_pretrained(tmp_path / "c" / "merged")
+    load_net(tmp_path / "lora", lambda: running.files["base"] / "unet").save_pretrained(tmp_path / "c" / "merged")
     before = running.service.base.executor.weights_digest()
     asked = request(net("c/lora", weight=0.8))
     found = running.run([asked])[0].latents

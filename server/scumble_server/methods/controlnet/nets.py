@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -109,8 +110,10 @@ def _net(context: Context, bound: Bound, like: Tensor) -> TorchNet | TorchUnionN
     key = ("net", bound.version.digest, base.digest)
     nbytes = about.parameters * like.element_size()
 
+    def unet() -> Path:
+        return context.registry.materialise(base) / "unet"  # hashes the whole base: only if it is read
+
     def load() -> TorchNet:
-        unet = context.registry.materialise(base) / "unet"
         return TorchNet(ControlNet(load_net(context.registry.materialise(bound.version), unet)), like)
 
     def load_all_kinds() -> TorchUnion:
