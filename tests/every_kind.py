@@ -67,13 +67,16 @@ def _models(base: Path, folder: Path) -> dict[str, Path]:
 
 
 def _pictures(side: int) -> dict[str, bytes]:
-    found = {}
-    for seed, name in enumerate(("red", "blue", "shape")):
-        coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        found[name] = _png(Image.fromarray(coarse).resize((side, side)))
+    found = {name: coarse_png(seed, side) for seed, name in enumerate(("red", "blue", "shape"))}
     halves = np.zeros((side, side), np.uint8)
     halves[:, : side // 2] = 255
     return found | {"left": _png(Image.fromarray(halves)), "right": _png(Image.fromarray(255 - halves))}
+
+
+def coarse_png(seed: int, side: int = 64) -> bytes:
+    """Colours large enough for an image encoder to see."""
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return _png(Image.fromarray(colours).resize((side, side)))
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -21,13 +21,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def home(tiny_base: Path, make_lora: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SCUMBLE_HOME whose registry has `tiny/base`, `l/a` and `l/b`."""
+    """A SCUMBLE_HOME whose registry has `tiny/base`, LoRAs `l/a` and `l/b`, an IP-Adapter, a ControlNet."""
+    from control_nets import load_unet, make_net
+    from tiny_ip import make_image_encoder, make_ip_adapter
+
     folder = tmp_path_factory.mktemp("e2e-home")
     with Registry.open(folder, create=True) as registry:
         registry.publish(tiny_base, name="tiny/base")
         for seed, name in enumerate(("l/a", "l/b"), start=1):
             file = make_lora(tiny_base, tmp_path_factory.mktemp("lora"), seed=seed)
             registry.publish(file, name=name, base="tiny/base")
+        looking = tmp_path_factory.mktemp("looking")
+        make_image_encoder(looking / "ip" / "image_encoder")
+        make_ip_adapter(tiny_base, looking / "ip" / "ip_adapter.safetensors", "base", gain=3.0)
+        make_net(load_unet(tiny_base), 1).save_pretrained(looking / "net")
+        registry.publish(looking / "ip", name="ip/base", base="tiny/base")
+        registry.publish(looking / "net", name="c/net", base="tiny/base")
     return folder
 
 

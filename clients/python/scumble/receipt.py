@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from scumble.errors import InvalidRequest, NotFound
 from scumble.images import PNG_RECEIPT
@@ -80,16 +82,29 @@ def input_digests(receipt: dict[str, Any]) -> dict[str, str]:
 
 
 def find_inputs(wanted: Collection[str], places: Iterable[Path]) -> dict[str, bytes]:
-    """Digest → content, from `places`: files, or folders whose files are looked at (not those of their folders)."""
+    """Digest → content, from `places`: files, or folders whose files are looked at (not those of their folders).
+
+    A picture is a whole file, a tensor's bytes stand in a safetensors file.
+    """
     found: dict[str, bytes] = {}
     for place in places:
         for path in sorted(place.iterdir()) if place.is_dir() else [place]:
             if len(found) < len(wanted) and path.is_file() and path.stat().st_size <= MAX_INPUT_BYTES:
-                content = path.read_bytes()
-                digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-                if digest in wanted:
-                    found[digest] = content
+                for content in _contents(path):
+                    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+                    if digest in wanted:
+                        found[digest] = content
     return found
+
+
+def _contents(path: Path) -> list[bytes]:
+    content = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return [content]
+    try:
+        return [values.tobytes() for values in load(content).values()]
+    except (SafetensorError, KeyError, ValueError):
+        return []  # somebody else's file, of types that numpy does not know
 
 
 def _digests(asked: dict[str, Any], kind: str) -> list[tuple[str, str]]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from every_kind import coarse_png
 
 from scumble import Client
-from scumble.request import Adapter, Request
+from scumble.request import Adapter, Options, Request
 from scumble_server.triton.running import RunningServer
 
 from .test_stream import wait_until
@@ -85,3 +86,17 @@ def test_prometheus_reads_the_loops_counters(server: RunningServer, client: Clie
 
     names = {f"scumble_{name}_total": expected[name] for name in ("requests", "images", "steps", "rows", "mixed_steps")}
     wait_until(lambda: names.items() <= scraped().items())
+
+
+def test_pictures_go_through_both_doors(
+    infer_http: Callable[..., Any], infer_grpc: Callable[..., Any], client: Client
+) -> None:
+    adapters = (Adapter(ref="ip/base", image="style"), Adapter(ref="c/net", image="shape", preprocess="invert"))
+    images = {"style": coarse_png(1), "shape": coarse_png(2)}
+    request = APPLE.model_copy(
+        update={"adapters": adapters, "images": images, "options": Options(return_maps=True), "num_images": 1}
+    )
+    ours = client.images.generate(request)
+    for result in (infer_http(request), infer_grpc(request)):
+        np.testing.assert_array_equal(result.as_numpy("images"), ours.images)
+        np.testing.assert_array_equal(result.as_numpy("maps"), ours.maps)

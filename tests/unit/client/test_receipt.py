@@ -1,15 +1,17 @@
 """A receipt is found in what we wrote, and becomes the request that draws the same again."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from scumble.errors import InvalidRequest, NotFound
 from scumble.images import Images
-from scumble.receipt import read_receipt, receipt_digest, request_from_receipt
+from scumble.receipt import find_inputs, input_digests, read_receipt, receipt_digest, request_from_receipt
 from scumble.request import Adapter, Request
 
 BASE, INK = "sha256:" + "b" * 64, "sha256:" + "1" * 64
@@ -119,3 +121,36 @@ def test_the_digest_depends_on_what_determines_the_picture_alone() -> None:
     assert receipt_digest(a_receipt(base={"ref": "scumble/demo@prod", "digest": INK})) != digest
     assert receipt_digest(a_receipt(seeds=[6, 7, 8])) != digest
     assert receipt_digest(a_receipt(request=a_receipt()["request"] | {"steps": 21})) != digest
+
+
+def test_inputs_are_found_by_what_they_hold(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "any name").write_bytes(b"picture")
+    (tmp_path / "other").write_bytes(b"not it")
+    values = np.arange(3, dtype=np.float32)
+    save_file({"face": values, "other": values + 1}, tmp_path / "faces.safetensors")
+    picture, face = (f"sha256:{hashlib.sha256(content).hexdigest()}" for content in (b"picture", values.tobytes()))
+    places = [tmp_path / "folder", tmp_path / "other", tmp_path / "faces.safetensors"]
+    assert find_inputs([picture, face], places) == {picture: b"picture", face: values.tobytes()}
+
+
+def test_a_receipt_with_inputs_becomes_the_request_that_brought_them() -> None:
+    values = np.arange(4, dtype=np.float32).reshape(2, 2)
+    picture, face = (f"sha256:{hashlib.sha256(content).hexdigest()}" for content in (b"picture", values.tobytes()))
+    asked = {
+        "prompt": "x",
+        "adapters": [{"ref": "a/b", "images": ["style", "face"]}],
+        "images": {"style": {"digest": picture, "width": 1, "height": 1}},
+        "tensors": {"face": {"digest": face, "shape": [2, 2], "dtype": "float32"}},
+    }
+    receipt = {
+        "request": asked,
+        "base": {"ref": "b/c@1", "digest": "sha256:0"},
+        "adapters": [{"ref": "a/b", "digest": "sha256:1"}],
+    }
+    assert input_digests(receipt) == {picture: "style", face: "face"}
+    request = request_from_receipt(receipt, {picture: b"picture", face: values.tobytes()})
+    assert request.images == {"style": b"picture"}
+    assert np.array_equal(request.tensors["face"], values)
+    with pytest.raises(NotFound, match="--image FILE"):
+        request_from_receipt(receipt, {picture: b"picture"})
