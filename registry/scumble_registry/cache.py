@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from scumble.errors import IntegrityError
@@ -36,6 +37,26 @@ class Cache:
             log.warning("%s in the cache is damaged (%s); it is filled again", final, ", ".join(damaged))
             (final / damaged[0]).unlink()  # no longer whole, so the fill replaces it
             self._fill(manifest, final)
+        return final
+
+    def made(self, name: str, fill: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:
+        """A folder that is made of others, asked at every call whether it is whole. Raises what `fill` raises."""
+        final = self._root / name.removeprefix("sha256:")
+        with explain_os_errors(self._root):
+            if final.is_dir():
+                if is_whole(final):
+                    return final
+                log.warning("%s in the cache is damaged; it is made again", final)
+                shutil.rmtree(final, ignore_errors=True)
+            self._root.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=".filling-", dir=self._root))
+            try:
+                fill(work)
+                work.chmod(0o755)
+                if not final.is_dir():  # somebody else may have been quicker
+                    work.rename(final)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
         return final
 
     def blob(self, blob: Blob, what: str, suffix: str = "") -> Path:

@@ -6,6 +6,7 @@ Errors are ScumbleErrors; the main command prints them and exits with their stat
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from scumble_registry.catalogue import Status, Version
+from scumble_registry.extract import extract
 from scumble_registry.paths import default_home
 from scumble_registry.references import parse_version
 from scumble_registry.registry import Registry
@@ -65,6 +67,25 @@ def publish(
             sample_grid=sample_grid,
         )
     _say(version, as_json, f"{version.ref} ({version.status}) {version.digest}")
+
+
+@app.command("extract")
+def extract_factors(
+    ref: Ref,
+    rank: Annotated[int, typer.Option(min=1, help="Columns of the factors; more keep more.")],
+    name: Annotated[str, typer.Option(help="ns/name to publish the LoRA as.")],
+    alias: Annotated[str | None, typer.Option(help="Also point this alias at the version.")] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a checkpoint's differences to its base as a LoRA, and say how much of them it keeps."""
+    with _open(home) as registry, tempfile.TemporaryDirectory() as work:
+        version = extract(registry, ref, rank, name, Path(work), alias=alias)
+    metrics = version.manifest.metrics
+    left = metrics["not_expressed"]
+    kept = f"{metrics['energy_kept']:.1%} of the change" if isinstance(metrics["energy_kept"], float) else ""
+    more = f", without {len(left)} biases and norms" if isinstance(left, list) and left else ""
+    _say(version, as_json, f"{version.ref} ({version.status}) {version.digest}\nkeeps {kept}{more}")
 
 
 @app.command("ls")

@@ -7,9 +7,10 @@ in, k, k)`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
 from scumble.errors import Incompatible, Refused
 
@@ -57,24 +58,7 @@ class LoraCompatibility(BaseModel):
         """Raises Incompatible, naming the first target (in sorted order) that does not match, and both
         shapes.
         """
-        for target, shape in sorted(self.requires.items()):
-            has = base.targets.get(target)
-            if has is None:
-                raise Incompatible(
-                    f"the adapter changes {target} {_show(shape)}, which this {base.family} base does not have; "
-                    "use the base that it was trained on",
-                    target=target,
-                    adapter_shape=shape,
-                    base_shape=None,
-                )
-            if matrix_shape(has) != matrix_shape(shape):
-                raise Incompatible(
-                    f"the adapter changes {target} as {_show(shape)}, but in this {base.family} base "
-                    f"it is {_show(has)}; use the base that it was trained on",
-                    target=target,
-                    adapter_shape=shape,
-                    base_shape=has,
-                )
+        check_targets(self.requires, base)
 
 
 class TextualInversionCompatibility(BaseModel):
@@ -224,13 +208,41 @@ class ControlNetCompatibility(BaseModel):
             )
 
 
+class DreamboothCompatibility(BaseModel):
+    """A checkpoint that the base's own graphs run, with other weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["dreambooth"] = "dreambooth"
+    family: Family
+    prediction_type: Literal["epsilon", "v_prediction"]
+    in_channels: int
+    cross_attention_dim: int
+    text_widths: tuple[int, ...]
+    scheduler: dict[str, JsonValue]
+    """Its own scheduler's config."""
+    changed: dict[str, int]
+    """By component, how many values differ from the base's."""
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible. Its shapes were checked against the base that it was published for."""
+        for name in ("family", "in_channels", "cross_attention_dim", "text_widths"):
+            if getattr(self, name) != getattr(base, name):
+                raise Incompatible(
+                    f"the checkpoint has {name} {getattr(self, name)}, this base {getattr(base, name)}; "
+                    "use the base that it was published for",
+                    field=name,
+                )
+
+
 Compatibility = Annotated[
     BaseCompatibility
     | LoraCompatibility
     | TextualInversionCompatibility
     | ImageEncoderCompatibility
     | IpAdapterCompatibility
-    | ControlNetCompatibility,
+    | ControlNetCompatibility
+    | DreamboothCompatibility,
     Field(discriminator="kind"),
 ]
 """A new kind is one more class here."""
@@ -243,6 +255,28 @@ def check_fit(adapter: Compatibility, base: Compatibility) -> None:
     if isinstance(adapter, BaseCompatibility):
         raise Refused("this is a base, not an adapter; a base stands alone")
     adapter.fits(base)
+
+
+def check_targets(requires: Mapping[str, Shape], base: BaseCompatibility) -> None:
+    """Raises Incompatible, naming the first target (in sorted order) that does not match, and both shapes."""
+    for target, shape in sorted(requires.items()):
+        has = base.targets.get(target)
+        if has is None:
+            raise Incompatible(
+                f"the adapter changes {target} {_show(shape)}, which this {base.family} base does not have; "
+                "use the base that it was trained on",
+                target=target,
+                adapter_shape=shape,
+                base_shape=None,
+            )
+        if matrix_shape(has) != matrix_shape(shape):
+            raise Incompatible(
+                f"the adapter changes {target} as {_show(shape)}, but in this {base.family} base "
+                f"it is {_show(has)}; use the base that it was trained on",
+                target=target,
+                adapter_shape=shape,
+                base_shape=has,
+            )
 
 
 def matrix_shape(shape: Shape) -> Shape:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,26 @@ class Details:
     sample_grid: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class For:
+    """The base that something is published for; `folder` has its files, filled when asked for."""
+
+    manifest: Manifest
+    folder: Callable[[], Path]
+
+
 def store(
-    path: Path, base: Manifest | None, details: Details, blobs: BlobStore, encoder: Manifest | None = None
+    path: Path, published_for: For | None, details: Details, blobs: BlobStore, encoder: Manifest | None = None
 ) -> Manifest:
     """Check the files, derive what is derived, put every blob.
 
     Raises NotFound, Refused, Incompatible, InvalidRequest before anything is stored, Unavailable at any time.
     """
-    with explain_os_errors(path, "read"):
+    base = published_for.manifest if published_for is not None else None
+    with explain_os_errors(path, "read"), tempfile.TemporaryDirectory() as work:
         source = Source.scan(path, tuple(details.trigger_words))
+        if published_for is not None:
+            source = replace(source, base_folder=published_for.folder, work=Path(work))
         before = source.stamps()
         draft = formats.read(source, base)
         metadata = _metadata(details, draft)

@@ -16,8 +16,9 @@ from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os
 from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Status, Version
 from scumble_registry.database import Database
+from scumble_registry.formats import dreambooth
 from scumble_registry.paths import Layout
-from scumble_registry.publishing import Details
+from scumble_registry.publishing import Details, For
 from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
 
 
@@ -89,9 +90,10 @@ class Registry:
         if base_version is not None and base_version.manifest.kind != "base":
             raise Refused(f"{base_version.ref} is a {base_version.manifest.kind}, not a base; name a base")
         encoder = self.resolve(image_encoder).manifest if image_encoder is not None else None
-        manifest = publishing.store(
-            Path(path), base_version.manifest if base_version else None, details, self._blobs, encoder
-        )
+        published_for = None
+        if base_version is not None:
+            published_for = For(base_version.manifest, lambda: self.materialise(base_version))
+        manifest = publishing.store(Path(path), published_for, details, self._blobs, encoder)
         with self._database.writing() as connection:
             status = Status.STAGED if staged else Status.APPROVED
             version = catalogue.add(connection, name, manifest, status)
@@ -163,9 +165,27 @@ class Registry:
     def materialise(self, version: Version) -> Path:
         """A read-only folder with the files as published, under `cache/`, hashed at every call.
 
-        Raises IntegrityError, Unavailable.
+        Of a checkpoint, that needs its base. Raises IntegrityError, NotFound, Unavailable.
         """
+        stored = self.stored(version)
+        if version.manifest.kind != dreambooth.KIND:
+            return stored
+        base = self.stored(self.base_of(version))
+        return self._cache.made(
+            f"{version.digest}-whole",
+            lambda folder: dreambooth.write_folder(stored, base, folder),
+            lambda folder: dreambooth.is_folder(stored, folder),
+        )
+
+    def stored(self, version: Version) -> Path:
+        """A read-only folder with what is kept of a version: its files, or a checkpoint's differences to its base."""
         return self._cache.folder(version.manifest, version.digest)
+
+    def base_of(self, version: Version) -> Version:
+        """The base that a version was published for. Raises NotFound, Refused (quarantined, or it names none)."""
+        if version.manifest.base is None:
+            raise Refused(f"{version.ref} was published for no base; publish it again with --base REF", ref=version.ref)
+        return self.resolve_digest(version.manifest.base)
 
     def record_path(self, version: Version) -> Path:
         """The normalised record as a file, hashed at every call. Raises IntegrityError, Refused for a kind without."""
@@ -189,7 +209,10 @@ class Registry:
             target.parent.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
             try:
-                self._cache.copy(version.manifest, work)
+                if version.manifest.kind == dreambooth.KIND:
+                    dreambooth.write_folder(self.stored(version), self.stored(self.base_of(version)), work)
+                else:
+                    self._cache.copy(version.manifest, work)
                 work.chmod(0o755)
                 work.replace(target)
             finally:

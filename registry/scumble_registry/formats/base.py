@@ -32,9 +32,15 @@ def recognises(source: Source) -> bool:
 def read(source: Source, base: Manifest | None) -> Draft:
     if base is not None:
         raise InvalidRequest("a base stands alone: leave --base out", field="base")
+    compatibility, defaults = examine(source)
+    return Draft(source.files, compatibility, defaults=defaults)
+
+
+def examine(source: Source) -> tuple[BaseCompatibility, Defaults]:
+    """What a folder in the diffusers layout holds. Raises Refused for what is none, or may not be in a registry."""
     check_plain(source)
     folder = _Folder(source, {name: read_header(file) for name, file in source.weights().items()})
-    return Draft(source.files, folder.compatibility(), defaults=folder.defaults())
+    return folder.compatibility(), folder.defaults()
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,14 +73,23 @@ def read_header(path: Path) -> Header:
                     )
                 raise ValueError(f"a header of {length} bytes in a file of {size} (at most {MAX_HEADER})")
             entries = _parse_json(file.read(length))
-        metadata = _parse_metadata(entries.pop("__metadata__", {}))
-        if len(entries) > MAX_TENSORS:
-            raise ValueError(f"{len(entries)} tensors, at most {MAX_TENSORS}")
-        tensors = {name: _parse_tensor(name, entry) for name, entry in entries.items()}
-        _check_layout(tensors, size - 8 - length)
+        header = _header_of(entries, 8 + length)
+        _check_layout(header.tensors, size - 8 - length)
     except (ValueError, RecursionError) as error:
         raise Refused(f"{path.name} is not a sound safetensors file: {error}", file=path.name) from error
-    return Header(tensors, metadata, 8 + length)
+    return header
+
+
+def header_of(start: bytes) -> Header:
+    """Of a file's first bytes (length and JSON), which were checked when the file came in."""
+    return _header_of(_parse_json(start[8:]), len(start))
+
+
+def _header_of(entries: dict[str, Any], data_start: int) -> Header:
+    metadata = _parse_metadata(entries.pop("__metadata__", {}))
+    if len(entries) > MAX_TENSORS:
+        raise ValueError(f"{len(entries)} tensors, at most {MAX_TENSORS}")
+    return Header({name: _parse_tensor(name, entry) for name, entry in entries.items()}, metadata, data_start)
 
 
 def read_tensors(path: Path, header: Header) -> dict[str, Array]:

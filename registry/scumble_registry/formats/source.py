@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ class Source:
     """Relative path with '/' → file, sorted; regular files only."""
     words: tuple[str, ...] = ()
     """The trigger words that the publisher gave: some files do not hold their own."""
+    base_folder: Callable[[], Path] | None = None
+    """Where the files of the base are that it is published for, filled when asked for; None without a base."""
+    work: Path | None = None
+    """A folder for what a format makes of the files; gone when the version is published."""
 
     @classmethod
     def scan(cls, path: Path, words: tuple[str, ...] = ()) -> Source:

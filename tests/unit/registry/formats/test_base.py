@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scumble.errors import InvalidRequest, Refused
+from scumble.errors import Refused
 from scumble_registry import Registry
 from scumble_registry.compatibility import BaseCompatibility
 
@@ -155,7 +155,7 @@ def test_a_broken_folder_is_refused_by_name_and_nothing_is_published(
     assert registry.names() == ()
 
 
-def test_a_base_has_no_base(registry: Registry, base: Path) -> None:
+def test_a_base_for_itself_is_no_checkpoint_of_it(registry: Registry, base: Path) -> None:
     registry.publish(base, "demo/base")
-    with pytest.raises(InvalidRequest, match="stands alone"):
+    with pytest.raises(Refused, match="use the base itself"):
         registry.publish(base, "demo/other", base="demo/base")

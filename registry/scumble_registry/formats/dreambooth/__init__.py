@@ -1,0 +1,125 @@
+"""DreamBooth and other full fine-tunings: a checkpoint of a base, kept as its difference to it.
+
+A folder in the diffusers layout that is published *for* a base (`--base`) is a checkpoint; published alone, a base.
+Files that equal the base's are the same blobs; other weights are kept as deltas (`delta.py`), the rest as it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from scumble.errors import Incompatible, Refused
+from scumble_registry.compatibility import BaseCompatibility, DreamboothCompatibility, check_targets
+from scumble_registry.formats import base as base_format
+from scumble_registry.formats.dreambooth.delta import SUFFIX, expand, is_expanded, plain, read_delta, write_delta
+from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors
+from scumble_registry.formats.source import Draft, Source
+from scumble_registry.manifest import Manifest
+
+KIND = "dreambooth"
+_SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def recognises(source: Source) -> bool:
+    """A base's folder that comes with a base."""
+    return source.base_folder is not None and base_format.recognises(source)
+
+
+def read(source: Source, base: Manifest | None) -> Draft:
+    """Raises Incompatible, naming what differs, if the base's graphs cannot run these weights."""
+    assert base is not None and source.base_folder is not None and source.work is not None
+    own, _ = base_format.examine(source)
+    assert isinstance(base.compatibility, BaseCompatibility)
+    _check_architecture(own, base.compatibility)
+    folder = source.base_folder()
+    files: dict[str, Path] = {}
+    changed: dict[str, int] = {}
+    for name, file in source.files.items():
+        component = name.rpartition("/")[0]
+        if file.suffix != ".safetensors" or _is_same(file, folder / name):
+            files[name] = file
+            continue
+        delta = source.work / (name.replace("/", "_") + SUFFIX)
+        changed[component] = changed.get(component, 0) + write_delta(file, _tensors(folder / component), delta)
+        files[name + SUFFIX] = delta
+    if not changed:
+        raise Refused("no weight of this folder differs from the base's; use the base itself")
+    compatibility = DreamboothCompatibility(
+        family=own.family,
+        prediction_type=own.prediction_type,
+        in_channels=own.in_channels,
+        cross_attention_dim=own.cross_attention_dim,
+        text_widths=own.text_widths,
+        scheduler=source.json(_SCHEDULER),
+        changed=changed,
+    )
+    return Draft(files, compatibility)
+
+
+def write_folder(stored: Path, base_folder: Path, target: Path) -> None:
+    """The folder as it was published, from what is stored of it. Raises IntegrityError."""
+    for file in sorted(path for path in stored.rglob("*") if path.is_file()):
+        name = file.relative_to(stored)
+        (target / name.parent).mkdir(parents=True, exist_ok=True)
+        if file.suffix == SUFFIX:
+            expand(file, _tensors(base_folder / name.parent), target / name.with_suffix(""))
+        else:
+            shutil.copyfile(file, target / name)
+
+
+def is_folder(stored: Path, folder: Path) -> bool:
+    """Is `folder` what was published, to the byte?"""
+    files = [path for path in stored.rglob("*") if path.is_file()]
+    return all(
+        is_expanded(file, folder / file.relative_to(stored).with_suffix(""))
+        if file.suffix == SUFFIX
+        else _is_same(file, folder / file.relative_to(stored))
+        for file in files
+    )
+
+
+def read_changed(stored: Path, base_folder: Path) -> dict[str, dict[str, Array]]:
+    """By component (`unet`, `text_encoder`, `vae` …): the tensors that differ from the base's, by plain name.
+
+    Raises IntegrityError.
+    """
+    found: dict[str, dict[str, Array]] = {}
+    for delta in sorted(stored.rglob(f"*{SUFFIX}")):
+        component = delta.parent.relative_to(stored).as_posix()
+        changed = read_delta(delta, _tensors(base_folder / component))
+        found.setdefault(component, {}).update({plain(name): values for name, values in changed.items()})
+    return found
+
+
+def _check_architecture(own: BaseCompatibility, base: BaseCompatibility) -> None:
+    check_targets(own.targets, base)
+    if missing := sorted(base.targets.keys() - own.targets.keys()):
+        raise Incompatible(f"the checkpoint lacks {missing[0]}, which the base has; publish the whole folder")
+    for name in ("in_channels", "latent_channels", "vae_scale", "cross_attention_dim", "text_widths"):
+        if getattr(own, name) != getattr(base, name):
+            raise Incompatible(
+                f"the checkpoint has {name} {getattr(own, name)}, the base {getattr(base, name)}; "
+                "publish it without --base, as a base of its own",
+                field=name,
+            )
+
+
+def _tensors(component: Path) -> dict[str, Array]:
+    """A component's tensors by plain name, memory-mapped."""
+    return {
+        plain(name): values
+        for file in sorted(component.glob("*.safetensors"))
+        for name, values in read_tensors(file, read_header(file)).items()
+    }
+
+
+def _is_same(file: Path, other: Path) -> bool:
+    try:
+        same_size = file.stat().st_size == other.stat().st_size
+    except FileNotFoundError:
+        return False
+    return same_size and file.read_bytes() == other.read_bytes()
+
+
+__all__ = ["KIND", "is_folder", "plain", "read", "read_changed", "recognises", "write_folder"]

@@ -1,0 +1,121 @@
+"""A weights file as its difference to the base's: lossless, and as small as the fine-tuning was gentle.
+
+A delta is a safetensors file of bytes:
+
+    header         the published file's own header, as it was, so that the file comes back byte for byte
+    xor:<tensor>   of the words of a tensor that the base has in the same type and shape
+    new:<tensor>   of a tensor that it has not
+
+Both are taken apart into byte planes (all first bytes, all second bytes …), where small changes leave long runs of
+zeros, and deflated. A tensor that equals the base's is not there at all. Metadata: the published file's sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from scumble.errors import IntegrityError, Refused
+from scumble_registry.formats.safetensors_header import DTYPES, Array, header_of, read_header, read_tensors, write
+
+SUFFIX = ".delta"
+_FORMAT = "scumble.delta.1"
+
+
+def write_delta(published: Path, base: Mapping[str, Array], target: Path) -> int:
+    """`base` are the base's tensors by plain name. Returns how many values differ from it or are new."""
+    header = read_header(published)
+    with published.open("rb") as file:
+        parts: dict[str, Array] = {"header": np.frombuffer(file.read(header.data_start), np.uint8)}
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    changed = 0
+    for name, values in read_tensors(published, header).items():
+        old = base.get(plain(name))
+        if old is None or old.dtype != values.dtype or old.shape != values.shape:
+            parts[f"new:{name}"] = _pack(_bytes(values), values.dtype.itemsize)
+        elif not np.array_equal(_bytes(old), _bytes(values)):
+            parts[f"xor:{name}"] = _pack(_bytes(old) ^ _bytes(values), values.dtype.itemsize)
+        else:
+            continue
+        changed += values.size
+    target.write_bytes(write(parts, {"format": _FORMAT, "sha256": digest}))
+    return changed
+
+
+def read_delta(path: Path, base: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors that differ from the base's or are new, by their names in the published file.
+
+    Raises IntegrityError if this is no delta to this base.
+    """
+    return {name: values for name, values, is_changed in _tensors(path, base) if is_changed}
+
+
+def expand(path: Path, base: Mapping[str, Array], target: Path) -> None:
+    """Write the published file again. Raises IntegrityError if it does not come out as it was."""
+    parts, digest = _open(path)
+    with target.open("xb") as file:
+        file.write(parts["header"].tobytes())
+        for _, values, _ in _tensors(path, base):
+            file.write(_bytes(values).tobytes())
+    if not is_expanded(path, target):
+        raise IntegrityError(f"{path.name} and the base do not make the file that was published", digest=digest)
+
+
+def is_expanded(path: Path, target: Path) -> bool:
+    """Is `target` the file that was published?"""
+    try:
+        with target.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == _open(path)[1]
+    except FileNotFoundError:
+        return False
+
+
+def plain(name: str) -> str:
+    """transformers ≥ 5.6 leaves out what others begin a text encoder's names with."""
+    return name.removeprefix("text_model.")
+
+
+def _tensors(path: Path, base: Mapping[str, Array]) -> Iterator[tuple[str, Array, bool]]:
+    """Name, values and whether they differ from the base's, in the order of the published file."""
+    parts, _ = _open(path)
+    for name, info in sorted(header_of(parts["header"].tobytes()).tensors.items(), key=lambda item: item[1].begin):
+        dtype, old = DTYPES[info.dtype], base.get(plain(name))
+        if f"new:{name}" in parts:
+            values = _unpack(parts[f"new:{name}"], dtype.itemsize)
+        elif old is None:
+            raise IntegrityError(f"{path.name} builds on {name}, which this base does not have")
+        elif f"xor:{name}" in parts:
+            values = _unpack(parts[f"xor:{name}"], dtype.itemsize) ^ _bytes(old)
+        else:
+            yield name, old, False
+            continue
+        yield name, values.view(dtype).reshape(info.shape), True
+
+
+def _open(path: Path) -> tuple[dict[str, Array], str]:
+    try:
+        header = read_header(path)
+    except Refused as error:
+        raise IntegrityError(f"{path.name} is not a delta: {error}") from error
+    if header.metadata.get("format") != _FORMAT:
+        raise IntegrityError(f"{path.name} is not a delta of ours: {header.metadata}")
+    return read_tensors(path, header), header.metadata["sha256"]
+
+
+def _bytes(values: Array) -> Array:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def _pack(words: Array, width: int) -> Array:
+    planes = np.ascontiguousarray(words.reshape(-1, width).T)
+    return np.frombuffer(zlib.compress(planes.tobytes(), 6), np.uint8)
+
+
+def _unpack(packed: Array, width: int) -> Array:
+    planes = np.frombuffer(zlib.decompress(packed.tobytes()), np.uint8).reshape(width, -1)
+    return np.ascontiguousarray(planes.T).reshape(-1)
