@@ -101,8 +101,12 @@ def make_lora(
     text: bool = True,
     full: bool = False,
     alphas: dict[str, float] | None = None,
+    dora: bool = False,
 ) -> Path:
-    """A random LoRA of PEFT's making in the diffusers layout, over every target of the small or the full layout."""
+    """A random LoRA of PEFT's making in the diffusers layout, over every target of the small or the full layout.
+
+    Of a DoRA the magnitudes are those of the base's weights, times a random number about 1.
+    """
     pipeline = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
     torch.manual_seed(seed)
     layers, metadata = {}, {}
@@ -113,9 +117,17 @@ def make_lora(
         if not targets:
             continue
         config = LoraConfig(
-            r=rank, lora_alpha=rank * 2, target_modules=targets, init_lora_weights=False, alpha_pattern=alphas or {}
+            r=rank,
+            lora_alpha=rank * 2,
+            target_modules=targets,
+            init_lora_weights=False,
+            alpha_pattern=alphas or {},
+            use_dora=dora,
         )
         model.add_adapter(config)
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude_vector" in name:
+                parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
         layers[f"{component}_lora_layers"] = get_peft_model_state_dict(model, adapter_name="default")
         metadata[f"{component}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)

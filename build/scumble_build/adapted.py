@@ -4,6 +4,12 @@ For row i with slot s = slot[i]:   y[i] = W x[i] + bias + B[s] (scale[i] ⊙ (A[
 
 (Hu et al., LoRA, 2106.09685, with α/r folded into B and the request's weights in `scale`.) For a k×k convolution
 A[s]ᵀ x is a convolution to R channels with the base's stride and padding, and B a 1×1 convolution (LoCon).
+
+A DoRA (Liu et al., 2402.09353) also stretches W itself, by row or by column. With what is added to 1, o and i:
+
+    y[i] += o ⊙ (W x[i]) + W (i ⊙ x[i])
+
+and its factors come stretched already. Several add up, each against the base, so their order does not matter.
 """
 
 from __future__ import annotations
@@ -25,6 +31,8 @@ class Factors:
 
     A (slots, Σin, R), B (slots, Σout, R) over the small or the full layout, slot (m,) int64, scale (m, R).
     `rows_per_slot` is g where slot is 0…0 1…1 2…2 with g rows each, else 0: then slots are gathered row by row.
+    stretch_out (m, Σout) and stretch_in (m, Σin) are DoRA's o and i, 0 where there is none; None costs nothing.
+    An input channel of a convolution stands k·k times in Σin; the first of them counts.
     """
 
     A: Tensor
@@ -32,6 +40,8 @@ class Factors:
     slot: Tensor
     scale: Tensor
     rows_per_slot: int = 0
+    stretch_out: Tensor | None = None
+    stretch_in: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
         """The same, computed in `dtype`; nothing is copied that is there already."""
@@ -41,6 +51,8 @@ class Factors:
             B=self.B.to(device, dtype),
             slot=self.slot.to(device),
             scale=self.scale.to(device, dtype),
+            stretch_out=None if self.stretch_out is None else self.stretch_out.to(device, dtype),
+            stretch_in=None if self.stretch_in is None else self.stretch_in.to(device, dtype),
         )
 
 
@@ -66,6 +78,8 @@ class Adapted(nn.Module):
         factors = self.source.factors
         if factors is None or self.target.in_end > factors.A.shape[1]:
             return y
+        if factors.stretch_out is not None or factors.stretch_in is not None:
+            _stretch(x, y, self.base, self.target, factors)
         if isinstance(self.base, nn.Conv2d):
             _add_convolution(x, y, self.base, self.target, factors)
         elif x.ndim == 2:
@@ -73,6 +87,25 @@ class Adapted(nn.Module):
         else:
             _add_linear(x, y, self.target, factors)
         return y
+
+
+def _stretch(x: Tensor, y: Tensor, base: Layer, target: Target, factors: Factors) -> None:
+    """What DoRA adds to y = Wx + bias, in place. Channels come second in a convolution, last in a linear layer."""
+    rows = factors.slot.shape[0]
+    convolution = isinstance(base, nn.Conv2d)
+
+    def by_channel(values: Tensor, like: Tensor) -> Tensor:
+        rest = like.ndim - 2
+        return values[:, :, *[None] * rest] if convolution else values[:, *[None] * rest, :]
+
+    bias = 0 if base.bias is None else by_channel(base.bias[None], y)
+    unbiased = y[:rows] - bias
+    if factors.stretch_in is not None:
+        values = factors.stretch_in[:, target.in_offset : target.in_offset + base.weight.shape[1]]
+        y[:rows] += base(x[:rows] * by_channel(values, x)) - bias
+    if factors.stretch_out is not None:
+        values = factors.stretch_out[:, target.out_offset : target.out_end]
+        y[:rows] += unbiased * by_channel(values, y)
 
 
 def _add_linear(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:

@@ -4,13 +4,17 @@ demand.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from scumble.errors import IntegrityError
 from scumble_registry.blobs import Blob, BlobStore, check, explain_os_errors
 from scumble_registry.manifest import Manifest
+
+log = logging.getLogger(__name__)
 
 
 class Cache:
@@ -19,26 +23,29 @@ class Cache:
     def __init__(self, root: Path, blobs: BlobStore) -> None:
         self._root = root
         self._blobs = blobs
-        self._checked: set[str] = set()
 
     def folder(self, manifest: Manifest, digest: str) -> Path:
-        """All files of a version, read-only, hashed when the folder was filled. Raises IntegrityError,
-        Unavailable.
+        """All files of a version, read-only, hashed at every call: ask when memory is filled from them, not oftener.
+
+        A damaged copy is replaced. Raises IntegrityError, Unavailable.
         """
         final = self._root / digest.removeprefix("sha256:")
         if not _is_whole(final, manifest):
             self._fill(manifest, final)
+        elif damaged := [name for name, blob in manifest.files.items() if not _is_intact(final / name, blob)]:
+            log.warning("%s in the cache is damaged (%s); it is filled again", final, ", ".join(damaged))
+            (final / damaged[0]).unlink()  # no longer whole, so the fill replaces it
+            self._fill(manifest, final)
         return final
 
     def blob(self, blob: Blob, what: str, suffix: str = "") -> Path:
-        """One blob as a file, hashed once per open registry (a damaged copy is replaced). Raises
-        IntegrityError.
-        """
+        """One blob as a file, hashed at every call (some 0.1 s for 100 MB), like `folder`. Raises IntegrityError."""
         path = self._root / "blobs" / (blob.hex + suffix)
-        if blob.digest not in self._checked or not path.is_file():
+        if not _is_intact(path, blob):
+            if path.exists():
+                log.warning("%s in the cache is damaged; it is filled again", path)
             with explain_os_errors(self._root):
                 self._place_checked(blob, path, what)
-            self._checked.add(blob.digest)
         return path
 
     def copy(self, manifest: Manifest, target: Path) -> None:
@@ -78,6 +85,15 @@ class Cache:
             fresh.replace(path)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_intact(path: Path, blob: Blob) -> bool:
+    try:
+        with path.open("rb") as copy:
+            check(copy, blob, path.name)
+    except (FileNotFoundError, IntegrityError):
+        return False
+    return True
 
 
 def _is_whole(folder: Path, manifest: Manifest) -> bool:

@@ -66,6 +66,12 @@ def find(connection: Connection, ref: Reference) -> Version:
     return _version(row)
 
 
+def find_digest(connection: Connection, digest: str) -> tuple[Version, ...]:
+    """All versions with this digest: the same content may be published under several names. By name."""
+    query = _versions().where(VERSIONS.c.digest == digest).order_by(NAMES.c.name)
+    return tuple(_version(row) for row in connection.execute(query))
+
+
 def versions(connection: Connection, name: str) -> tuple[Version, ...]:
     """Oldest first. Raises NotFound for an unknown name."""
     rows = connection.execute(_versions().where(NAMES.c.name == name).order_by(VERSIONS.c.version)).all()

@@ -32,10 +32,13 @@ Ref = Annotated[str, typer.Argument(help="ns/name, ns/name@7, ns/name@prod or ns
 def publish(
     path: Annotated[
         Path,
-        typer.Argument(help="A LoRA's or an embedding's safetensors file, or a base's folder.", metavar="FILE-OR-DIR"),
+        typer.Argument(help="An adapter's safetensors file, or a folder (of a base, say).", metavar="FILE-OR-DIR"),
     ],
     name: Annotated[str, typer.Option(help="ns/name to publish as.")],
     base: Annotated[str | None, typer.Option(help="The base that the adapter is for; checked now.")] = None,
+    image_encoder: Annotated[
+        str | None, typer.Option(help="What an IP-Adapter reads pictures with, if it does not bring its own.")
+    ] = None,
     alias: Annotated[str | None, typer.Option(help="Also point this alias at the version.")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="SPDX identifier, e.g. Apache-2.0.")] = None,
     staged: Annotated[bool, typer.Option("--staged", help="Do not approve it yet.")] = False,
@@ -53,6 +56,7 @@ def publish(
             path,
             name,
             base=base,
+            image_encoder=image_encoder,
             alias=alias,
             license=licence,
             staged=staged,
@@ -105,6 +109,7 @@ def show(ref: Ref, home: Home = None, as_json: Json = False) -> None:
         "aliases": ", ".join(alias for alias, number in aliases.items() if number == version.version),
         "published": f"{version.created:%Y-%m-%d %H:%M} UTC",
         "base": manifest.base,
+        "image encoder": manifest.image_encoder,
         "trigger words": ", ".join(manifest.trigger_words),
         "licence": manifest.license,
         "description": manifest.description,

@@ -8,9 +8,9 @@ in, k, k)`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from scumble.errors import Incompatible, Refused
 
@@ -53,6 +53,14 @@ class LoraCompatibility(BaseModel):
     """The base's, if one was named; else by the width of the text context, else None."""
     requires: dict[str, Shape]
     ranks: dict[str, int]
+    magnitudes: bool = False
+    """It is a DoRA, at least in part: what it does depends on the base's weights."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_magnitudes(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plain LoRA's manifest, and so its digest, is what it was before there were DoRAs."""
+        data: dict[str, Any] = serialise(self)
+        return data if self.magnitudes else {key: value for key, value in data.items() if key != "magnitudes"}
 
     def fits(self, base: BaseCompatibility) -> None:
         """Raises Incompatible, naming the first target (in sorted order) that does not match, and both
@@ -168,8 +176,94 @@ class HypernetworkCompatibility(BaseModel):
         self.network.fits(base)
 
 
+IpAdapterKind = Literal["base", "full", "plus", "faceid", "faceid_plus"]
+"""How a picture becomes tokens: see `formats/ip_adapter/projection.py`."""
+
+
+class ImageEncoderCompatibility(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["image_encoder"] = "image_encoder"
+    family: None = None
+    """Any base's pictures are pictures."""
+    hidden_size: int
+    """Of its states, which most IP-Adapters read."""
+    projection_dim: int
+    """Of its embedding, which `base` IP-Adapters read."""
+    image_size: int
+    patch_size: int
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """An image encoder is for IP-Adapters; it is no adapter of a base. Raises Refused."""
+        raise Refused(
+            f"an image encoder is no adapter of this {base.family} base; publish IP-Adapters with --image-encoder REF"
+        )
+
+
+class IpAdapterCompatibility(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["ip_adapter"] = "ip_adapter"
+    family: Family
+    projection: IpAdapterKind
+    shortcut: bool = False
+    """FaceID-PlusV2."""
+    tokens: int | None
+    """For one picture; None: as many as the image encoder has positions."""
+    context: int
+    """Width of its tokens: that of the base's text."""
+    picture_width: int | None
+    """What the image encoder must give: the width of its embedding (`base`) or of its states; None: no picture."""
+    embedding_width: int | None
+    """Of the embedding that the caller gives with each picture (FaceID), or None."""
+    attentions: dict[str, int]
+    """Each cross-attention of the base by canonical name → its width."""
+    encoder: ImageEncoderCompatibility | None = None
+    """The image encoder in the entry's own `image_encoder/`, if there is one."""
+    lora: LoraCompatibility | None = None
+    """FaceID's."""
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming the first cross-attention (in sorted order) that does not match."""
+        if self.context != base.cross_attention_dim:
+            raise Incompatible(
+                f"the IP-Adapter's tokens have width {self.context}, but text in this {base.family} base has "
+                f"{base.cross_attention_dim}; use the base that it was trained on",
+                adapter_width=self.context,
+                base_width=base.cross_attention_dim,
+            )
+        has = {name.removesuffix(".to_k"): out for name, (out, *_) in base.targets.items() if _is_text_key(name)}
+        for name in sorted(has.keys() | self.attentions.keys()):
+            if has.get(name) != self.attentions.get(name):
+                raise Incompatible(
+                    f"{name} has width {self.attentions.get(name)} in the IP-Adapter and {has.get(name)} in this "
+                    f"{base.family} base; use the base that it was trained on",
+                    target=name,
+                )
+        if self.lora is not None:
+            self.lora.fits(base)
+
+    def check_encoder(self, encoder: ImageEncoderCompatibility) -> None:
+        """Raises Incompatible when this image encoder does not give what the projection reads, naming both widths."""
+        if self.picture_width is None:
+            raise Incompatible("this FaceID reads embeddings, not pictures; publish it without an image encoder")
+        gives = encoder.projection_dim if self.projection == "base" else encoder.hidden_size
+        if gives != self.picture_width:
+            raise Incompatible(
+                f"the IP-Adapter reads pictures at width {self.picture_width}, but this image encoder gives {gives}; "
+                "use the image encoder that it was trained with",
+                adapter_width=self.picture_width,
+                encoder_width=gives,
+            )
+
+
 Compatibility = Annotated[
-    BaseCompatibility | LoraCompatibility | TextualInversionCompatibility | HypernetworkCompatibility,
+    BaseCompatibility
+    | LoraCompatibility
+    | TextualInversionCompatibility
+    | ImageEncoderCompatibility
+    | IpAdapterCompatibility
+    | HypernetworkCompatibility,
     Field(discriminator="kind"),
 ]
 """A new kind is one more class here."""
@@ -187,6 +281,10 @@ def check_fit(adapter: Compatibility, base: Compatibility) -> None:
 def matrix_shape(shape: Shape) -> Shape:
     """A 1x1 convolution is a matrix: SD 1's and SD 2's `proj_in` differ in nothing else."""
     return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _is_text_key(target: str) -> bool:
+    return target.startswith("unet.") and target.endswith(".attn2.to_k")
 
 
 def _show(shape: Shape) -> str:

@@ -51,6 +51,9 @@ class Manifest(BaseModel):
     defaults: Defaults | None = None
     base: str | None = None
     """Digest of the base that an adapter was published for and checked against."""
+    image_encoder: str | None = None
+    """Digest of the image encoder that an IP-Adapter was published with and checked against; None: it is in the
+    entry's own files, or the base's own is meant."""
     trigger_words: tuple[str, ...] = ()
     license: str | None = None
     description: str = ""

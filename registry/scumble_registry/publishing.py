@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble_registry import formats
 from scumble_registry.blobs import Blob, BlobStore, explain_os_errors
-from scumble_registry.compatibility import check_fit
+from scumble_registry.compatibility import ImageEncoderCompatibility, IpAdapterCompatibility, check_fit
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest, canonical_json
 
@@ -34,7 +34,9 @@ class Details:
     sample_grid: Path | None = None
 
 
-def store(path: Path, base: Manifest | None, details: Details, blobs: BlobStore) -> Manifest:
+def store(
+    path: Path, base: Manifest | None, details: Details, blobs: BlobStore, encoder: Manifest | None = None
+) -> Manifest:
     """Check the files, derive what is derived, put every blob.
 
     Raises NotFound, Refused, Incompatible, InvalidRequest before anything is stored, Unavailable at any time.
@@ -46,12 +48,18 @@ def store(path: Path, base: Manifest | None, details: Details, blobs: BlobStore)
         metadata = _metadata(details, draft)
         if base is not None:
             check_fit(draft.compatibility, base.compatibility)
+        if encoder is not None:
+            _check_encoder(draft, encoder)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
         files = {name: _put_file(file, blobs) for name, file in draft.files.items()}
         record = blobs.put(io.BytesIO(draft.record)) if draft.record is not None else None
         if source.stamps() != before:
             raise Refused(f"{path} changed while it was being published; publish it again when it is finished")
-    extra = {"base": base.digest if base else None, "sample_grid": grid}
+    extra = {
+        "base": base.digest if base else None,
+        "image_encoder": encoder.digest if encoder else None,
+        "sample_grid": grid,
+    }
     return _manifest(draft, files, record, metadata | extra)
 
 
@@ -63,6 +71,20 @@ def _manifest(draft: Draft, files: dict[str, Blob], record: Blob | None, metadat
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise InvalidRequest(f"the metadata is not usable: {problems}", field="metadata") from error
+
+
+def _check_encoder(draft: Draft, encoder: Manifest) -> None:
+    adapter = draft.compatibility
+    if not isinstance(adapter, IpAdapterCompatibility):
+        raise InvalidRequest(f"a {adapter.kind} reads no pictures: leave --image-encoder out", field="image_encoder")
+    if not isinstance(encoder.compatibility, ImageEncoderCompatibility):
+        raise Refused(f"a {encoder.kind} is not an image encoder; name a version of kind image_encoder")
+    if adapter.encoder is not None:
+        raise InvalidRequest(
+            "the folder holds an image encoder of its own: leave --image-encoder out, or remove image_encoder/",
+            field="image_encoder",
+        )
+    adapter.check_encoder(encoder.compatibility)
 
 
 def _metadata(details: Details, draft: Draft) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from scumble_registry.catalogue import Status, Version
 from scumble_registry.database import Database
 from scumble_registry.paths import Layout
 from scumble_registry.publishing import Details
-from scumble_registry.references import parse, parse_alias, parse_name
+from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class Registry:
         name: str,
         *,
         base: str | None = None,
+        image_encoder: str | None = None,
         alias: str | None = None,
         license: str | None = None,  # noqa: A002 - the word of package metadata
         staged: bool = False,
@@ -74,8 +75,10 @@ class Registry:
     ) -> Version:
         """Publish a file or folder as the next version of `name`, or find it if this very content is there.
 
+        `image_encoder` names the one that an IP-Adapter reads pictures with, unless it brings its own.
+
         Atomic: whatever happens, the version is there whole or not at all. Raises InvalidRequest, NotFound,
-        Refused, Incompatible (with `base`), Unavailable.
+        Refused, Incompatible (with `base` or `image_encoder`), Unavailable.
         """
         parse_name(name)
         if alias is not None:
@@ -85,7 +88,10 @@ class Registry:
         base_version = self.resolve(base) if base is not None else None
         if base_version is not None and base_version.manifest.kind != "base":
             raise Refused(f"{base_version.ref} is a {base_version.manifest.kind}, not a base; name a base")
-        manifest = publishing.store(Path(path), base_version.manifest if base_version else None, details, self._blobs)
+        encoder = self.resolve(image_encoder).manifest if image_encoder is not None else None
+        manifest = publishing.store(
+            Path(path), base_version.manifest if base_version else None, details, self._blobs, encoder
+        )
         with self._database.writing() as connection:
             status = Status.STAGED if staged else Status.APPROVED
             version = catalogue.add(connection, name, manifest, status)
@@ -108,6 +114,17 @@ class Registry:
         if version.status is Status.QUARANTINED:
             raise Refused(f"{version.ref} is quarantined and may not be used; choose another version", ref=version.ref)
         return version
+
+    def resolve_digest(self, digest: str) -> Version:
+        """A version with this digest, whatever it is called. Raises NotFound, and Refused when all are quarantined."""
+        with self._database.reading() as connection:
+            found = catalogue.find_digest(connection, parse_digest(digest))
+        usable = [version for version in found if version.status is not Status.QUARANTINED]
+        if found and not usable:
+            raise Refused(f"{found[0].ref} is quarantined and may not be used", ref=found[0].ref)
+        if not usable:
+            raise NotFound(f"nothing with digest {digest} is published here; publish it again", digest=digest)
+        return usable[0]
 
     def names(self) -> tuple[str, ...]:
         with self._database.reading() as connection:
@@ -144,13 +161,14 @@ class Registry:
             return catalogue.set_status(connection, catalogue.find(connection, parsed), Status(status))
 
     def materialise(self, version: Version) -> Path:
-        """A read-only folder with the files as published, under `cache/`. Raises IntegrityError, Unavailable."""
+        """A read-only folder with the files as published, under `cache/`, hashed at every call.
+
+        Raises IntegrityError, Unavailable.
+        """
         return self._cache.folder(version.manifest, version.digest)
 
     def record_path(self, version: Version) -> Path:
-        """The normalised record as a file, hashed once per open registry. Raises Refused for a kind without
-        one.
-        """
+        """The normalised record as a file, hashed at every call. Raises IntegrityError, Refused for a kind without."""
         record = version.manifest.record
         if record is None:
             raise Refused(f"{version.ref} is a {version.manifest.kind}, which has no record; use its files")

@@ -13,7 +13,9 @@ from scumble.errors import Refused
 from scumble_build.blocks import UNetBlocks, blocks_of
 from scumble_build.layout import Layout
 from scumble_registry import Registry, Version
-from scumble_registry.compatibility import BaseCompatibility
+from scumble_registry.compatibility import BaseCompatibility, ImageEncoderCompatibility
+from scumble_registry.formats import image_encoder
+from scumble_registry.formats.source import Source
 from scumble_registry.manifest import Defaults
 from scumble_server.config import ServerConfig
 from scumble_server.executors import Executor
@@ -30,6 +32,8 @@ class Base:
     tokenizer: CLIPTokenizer
     scheduler_config: dict[str, Any]
     colours: LatentColours
+    image_encoder: ImageEncoderCompatibility | None = None
+    """In its own `image_encoder/`, for IP-Adapters that come without."""
 
     @property
     def blocks(self) -> UNetBlocks:
@@ -64,7 +68,18 @@ def load_base(registry: Registry, config: ServerConfig) -> Base:
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         scheduler_config=_scheduler_config(folder),
         colours=fit(executor.decode, compatibility.latent_channels),
+        image_encoder=_image_encoder(folder / "image_encoder"),
     )
+
+
+def _image_encoder(folder: Path) -> ImageEncoderCompatibility | None:
+    """None if there is none that could serve: most requests ask for none."""
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        return image_encoder.inspect(Source.scan(folder), "")
+    except Refused:
+        return None
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:

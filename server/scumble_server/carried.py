@@ -9,28 +9,42 @@ from torch import Tensor
 from scumble_server.executors import Executor, Net
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretch:
+    """What one DoRA at strength 1 adds to the 1 by which the base's weights are stretched: out (Σout,), into (Σin,)."""
+
+    out: Tensor | None
+    into: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class BoundSet:
     """The factors of an ordered set of LoRAs: A (Σin, R), B (Σout, R), float32, R a rank bucket.
 
-    `ranks[i]` columns belong to LoRA i; the columns behind the last are zero.
+    `ranks[i]` columns belong to LoRA i; the columns behind the last are zero. `stretches[i]` is None unless LoRA i
+    is a DoRA.
     """
 
     A: Tensor
     B: Tensor
     ranks: tuple[int, ...]
+    stretches: tuple[Stretch | None, ...] = ()
 
     @property
     def rank(self) -> int:
         return self.A.shape[1]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RowFactors:
-    """What the rows of one request carry into a graph: a bound set and its scale per column, (R,) float32."""
+    """What the rows of one request carry into a graph: a bound set and its scale per column, (R,) float32.
+
+    `stretch` is that of all its DoRAs at their strengths, or None.
+    """
 
     bound: BoundSet
     scale: Tensor
+    stretch: Stretch | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

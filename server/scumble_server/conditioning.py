@@ -22,7 +22,7 @@ from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, read_record
-from scumble_server.methods import METHODS, lora, textual_inversion
+from scumble_server.methods import METHODS, ip_adapter, lora, textual_inversion
 from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
@@ -97,7 +97,7 @@ class Conditioner:
 
 def _condition(context: Context, admitted: Admitted) -> Conditioned:
     start = monotonic()
-    loras = _of_kind(lora.KIND, admitted.adapters)
+    loras = [bound for bound in admitted.adapters if lora.part_of(bound) is not None]
     embeddings = _of_kind(textual_inversion.KIND, admitted.adapters)
     prompts = _tokens(context, embeddings)
     found = frozenset[int]().union(*(tokens.found for tokens in prompts.values()))
@@ -105,7 +105,10 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     factors = _factors(context, loras)
     loaded = monotonic()
     text = _encode(context, list(prompts.values()), loras, factors, {index: embeddings[index] for index in found})
-    phases = tuple(_phase(context, admitted.adapters, weights, factors, text) for weights in admitted.schedule.weights)
+    groups = ip_adapter.groups(context, _of_kind(ip_adapter.KIND, admitted.adapters))
+    phases = tuple(
+        _phase(context, admitted.adapters, weights, factors, text, groups) for weights in admitted.schedule.weights
+    )
     encoded = monotonic()
     adapters = tuple(bound for bound in admitted.adapters if not any(bound is each for each in unused))
     return Conditioned(
@@ -140,12 +143,13 @@ def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
 
 def _bind(context: Context, graph: str, layout: Layout, loras: Sequence[Bound]) -> BoundSet | None:
     def bind() -> BoundSet | None:
-        pieces = [lora.Piece(context.record(each, lora.read_record), each.blocks) for each in loras]
-        bound = lora.bind(layout, pieces)
+        pieces = [lora.Piece(lora.record_of(context, each), each.blocks) for each in loras]
+        bound = lora.bind(layout, pieces, context.executor.weight)
         device = context.executor.device
         return None if bound is None else replace(bound, A=bound.A.to(device), B=bound.B.to(device))
 
-    key = ("factors", graph, *((each.version.digest, each.blocks) for each in loras))
+    of_weights = context.weights if any(map(lora.depends_on_weights, loras)) else None
+    key = ("factors", graph, of_weights, *((each.version.digest, each.blocks) for each in loras))
     return context.device.get(key, lora.bound_bytes(layout, loras), bind)
 
 
@@ -185,14 +189,21 @@ def _encode(
 
 
 def _phase(
-    context: Context, adapters: Sequence[Bound], weights: Sequence[float], factors: _Factors, text: _Text
+    context: Context,
+    adapters: Sequence[Bound],
+    weights: Sequence[float],
+    factors: _Factors,
+    text: _Text,
+    groups: ip_adapter.Groups | None,
 ) -> Phase:
     """`weights` has one for each of `adapters`."""
-    of_loras = tuple(weight for weight, bound in zip(weights, adapters, strict=True) if bound.kind == lora.KIND)
+    paired = list(zip(weights, adapters, strict=True))
+    of_loras = tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
     return Phase(
         context.executor,
         _project(context, text, factors, of_loras),
         lora.row_factors(factors.step, of_loras),
+        ip_adapter.row_images(groups, [weight for weight, bound in paired if bound.kind == ip_adapter.KIND]),
     )
 
 

@@ -1,76 +1,176 @@
-"""What is loaded, under a byte budget, least recently used first. Keys are digests, so an entry is never stale."""
+"""What is loaded, under a byte budget: entries that nobody holds go first, the least recently used before the others.
+
+Keys are digests (and what else a value was made of), so an entry is never stale.
+
+A *lease* is everything that one request holds. What a lease holds is never evicted. A value that does not fit waits
+until other leases are released; the time it takes is bounded by theirs, because a lease that runs waits for nothing.
+Where all who hold something wait for each other, the last to come is told to try again, so nobody waits for ever.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from scumble.errors import Refused
+from scumble.errors import QueueFull, Refused, Unavailable
 
 Value = TypeVar("Value")
+_POLL = 0.05
+"""Seconds between two looks at whether the one who waits is still wanted."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    """`ready` once it is made; until then its bytes are reserved, and others who ask for it wait."""
+
+    nbytes: int
+    holders: set[Lease] = field(default_factory=set)
+    value: Any = None
+    ready: bool = False
 
 
 class Residency:
-    """Thread-safe; an entry stays as long as a lease holds it."""
+    """For any thread. `name` is the kind of memory, as messages call it."""
 
     def __init__(self, budget_bytes: int, name: str) -> None:
-        self._budget, self._name = budget_bytes, name
+        self._budget = budget_bytes
+        self._name = name
         self._used = 0
-        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._pins: Counter[Hashable] = Counter()
-        self._lock = threading.RLock()
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._waiting: set[Lease] = set()
+        self._counts: Counter[str] = Counter()
+        self._changed = threading.Condition()
+        self._closed = False
 
-    def open(self) -> Lease:
-        return Lease(self)
+    def open(self, check: Callable[[], None] = lambda: None) -> Lease:
+        """A lease that holds nothing yet. `check` is asked while it waits, and ends the wait by raising."""
+        return Lease(self, check)
 
     def close(self) -> None:
-        """End whoever waits for room."""
+        """Whoever waits, or asks for something new, gets Unavailable from now on."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
-    def stats(self) -> dict[str, Any]:
-        with self._lock:
-            return {"entries": len(self._entries), "bytes": self._used, "budget": self._budget}
+    def stats(self) -> dict[str, int]:
+        """`waits` counts values that had to wait for room."""
+        with self._changed:
+            counts = {name: self._counts[name] for name in ("hits", "misses", "evictions", "waits")}
+            held = sum(entry.nbytes for entry in self._entries.values() if entry.holders)
+            return {
+                "entries": len(self._entries),
+                "bytes": self._used,
+                "held_bytes": held,
+                "budget": self._budget,
+                **counts,
+            }
 
-    def _get(self, key: Hashable, nbytes: int, make: Callable[[], Value], *, pin: bool) -> Value:
-        with self._lock:
-            if key not in self._entries:
-                if nbytes > self._budget:
-                    raise Refused(f"{nbytes} bytes of {self._name} memory are needed, the budget is {self._budget}")
-                while self._used + nbytes > self._budget and (old := self._oldest()) is not None:
-                    self._used -= self._entries.pop(old)[1]
-                self._entries[key] = (make(), nbytes)
-                self._used += nbytes
-            self._entries.move_to_end(key)
-            self._pins[key] += pin
-            value: Value = self._entries[key][0]
-            return value
+    def _get(self, lease: Lease, key: Hashable, nbytes: int, make: Callable[[], Value]) -> Value:
+        with self._changed:
+            entry = self._find_or_reserve(lease, key, nbytes)
+            if entry.ready:
+                value: Value = entry.value
+                return value
+        try:
+            made = make()
+        except BaseException:
+            with self._changed:
+                del self._entries[key]
+                self._used -= nbytes
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            entry.value, entry.ready = made, True
+            self._changed.notify_all()
+        return made
 
-    def _oldest(self) -> Hashable | None:
-        return next((key for key in self._entries if not self._pins[key]), None)
+    def _find_or_reserve(self, lease: Lease, key: Hashable, nbytes: int) -> _Entry:
+        """The entry, held by `lease`: made, or reserved for the caller to make."""
+        waited = False
+        try:
+            while True:
+                if self._closed:
+                    raise Unavailable("the server is stopping")
+                entry = self._entries.get(key)
+                if entry is not None and entry.ready:
+                    self._counts["hits"] += 1
+                    self._entries.move_to_end(key)
+                    entry.holders.add(lease)
+                    return entry
+                if entry is None and self._has_room(lease, nbytes):
+                    self._counts["misses"] += 1
+                    entry = self._entries[key] = _Entry(nbytes, {lease})
+                    self._used += nbytes
+                    return entry
+                self._counts["waits"] += not waited
+                waited = True
+                self._wait(lease, for_room=entry is None)
+        finally:
+            self._waiting.discard(lease)
 
-    def _unpin(self, keys: set[Hashable]) -> None:
-        with self._lock:
-            for key in keys:
-                self._pins[key] -= 1
+    def _has_room(self, lease: Lease, nbytes: int) -> bool:
+        """Evicts what it must. Raises Refused if there can never be room for all that `lease` needs."""
+        held = sum(entry.nbytes for entry in self._entries.values() if lease in entry.holders)
+        if held + nbytes > self._budget:
+            raise Refused(
+                f"the request needs {held + nbytes} bytes of {self._name} memory, the budget is {self._budget}; "
+                "ask for fewer adapters or lower ranks, or start the server with a larger budget",
+                needed=held + nbytes,
+                budget=self._budget,
+            )
+        free = [key for key, entry in self._entries.items() if not entry.holders]
+        reclaimable = sum(self._entries[key].nbytes for key in free)
+        if self._used - reclaimable + nbytes > self._budget:
+            return False
+        for key in free:
+            if self._used + nbytes <= self._budget:
+                break
+            self._used -= self._entries.pop(key).nbytes
+            self._counts["evictions"] += 1
+        return True
+
+    def _wait(self, lease: Lease, *, for_room: bool) -> None:
+        """Who waits for room waits on all that others hold; who waits for a value, on the one who makes it (and may
+        be waiting for room itself, when one value is made of others).
+        """
+        self._waiting.add(lease)
+        holders = set[Lease]().union(*(entry.holders for entry in self._entries.values()))
+        if for_room and holders <= self._waiting:
+            raise QueueFull(
+                f"{self._name} memory is held by requests that wait for each other; try again", retry_after=1.0
+            )
+        self._changed.wait(_POLL)
+        lease.check()
+
+    def _release(self, lease: Lease) -> None:
+        with self._changed:
+            for entry in self._entries.values():
+                entry.holders.discard(lease)
+            self._changed.notify_all()
 
 
 class Lease:
-    """Everything that one request holds."""
+    """Everything that one request holds. Used by one thread at a time, but for `release`, which is for any."""
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(self, residency: Residency, check: Callable[[], None]) -> None:
         self._residency = residency
-        self._held: set[Hashable] = set()
+        self.check = check
 
     def get(self, key: Hashable, nbytes: int, make: Callable[[], Value]) -> Value:
-        value = self._residency._get(key, nbytes, make, pin=key not in self._held)  # noqa: SLF001
-        self._held.add(key)
-        return value
+        """The value of `key`, held until the release; made by `make` if it is not there, once however many ask.
+
+        `nbytes` is reserved before `make` runs. What `make` raises is raised, nothing is kept, and others who waited
+        for it make it themselves. Raises Refused (it can never fit), QueueFull, Unavailable, or what `check` raises.
+        """
+        return self._residency._get(self, key, nbytes, make)  # noqa: SLF001 - two classes, one lock
 
     def release(self) -> None:
-        held, self._held = self._held, set()
-        self._residency._unpin(held)  # noqa: SLF001
+        """Let everything go; again does nothing."""
+        self._residency._release(self)  # noqa: SLF001
 
     def __enter__(self) -> Self:
         return self

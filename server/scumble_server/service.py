@@ -141,7 +141,7 @@ class Service:
         `is_cancelled` is asked before conditioning and once a step.
         """
         admitted = admit(request, self.base, self._registry, self._config.max_pixels)
-        lease = self._device.open()
+        lease = self._device.open(lambda: job.check())  # noqa: PLW0108 - there is no job yet
         job = _Job(admitted, self._until_the_end(on_event, lease), is_cancelled, lease)
         with self._lock:
             if self._closing:

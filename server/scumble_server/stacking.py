@@ -79,7 +79,21 @@ def stack_factors(carried: Sequence[RowFactors | None], counts: Sequence[int], d
         slot.to(device),
         scale.to(device),
         rows_per_slot=int(rows_of_slot[0]) if (rows_of_slot == rows_of_slot[0]).all() else 0,
+        stretch_out=_stack_stretches([(f.stretch.out if f.stretch else None, count) for f, count in present], device),
+        stretch_in=_stack_stretches([(f.stretch.into if f.stretch else None, count) for f, count in present], device),
     )
+
+
+def _stack_stretches(carried: Sequence[tuple[Tensor | None, int]], device: str) -> Tensor | None:
+    """(m, Σ), 0 where a row has none or the small layout only; None if no row has any."""
+    length = max((len(vector) for vector, _ in carried if vector is not None), default=None)
+    if length is None:
+        return None
+    rows = [
+        (torch.zeros(length) if vector is None else pad(vector, (0, length - len(vector)))).expand(count, -1)
+        for vector, count in carried
+    ]
+    return torch.cat(rows).to(device)
 
 
 def _stack_padded(tensors: Sequence[Tensor], rank: int) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from scumble_build.adapted import Factors
+from scumble_build.denoiser import KVSlice
 from scumble_build.inputs import StepInputs
 from scumble_build.layout import Layout
 from scumble_build.text import Overrides
@@ -35,9 +37,15 @@ class Executor(Protocol):
     step_layout: Layout
     kv_layout: Layout
     text_layout: Layout
+    kv_slices: list[KVSlice]
+    """Where each cross-attention stands in keys and values."""
 
     @property
     def device(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the graphs compute in."""
 
     @property
     def max_rows(self) -> int:
@@ -54,6 +62,9 @@ class Executor(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU."""
+
+    def weight(self, target: str) -> Tensor:
+        """The weight of a layer that takes factors, `(out, in[, k, k])`, to be read only."""
 
     def weights_digest(self) -> str:
         """sha256 over every weight as it is now: proof that nothing was patched."""

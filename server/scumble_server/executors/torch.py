@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from scumble.errors import Unavailable
-from scumble_build.adapted import Factors
+from scumble_build.adapted import Adapted, Factors
 from scumble_build.denoiser import Denoiser, KVProjection
 from scumble_build.inputs import StepInputs
 from scumble_build.text import Overrides, TextEncoder
@@ -40,7 +40,12 @@ class TorchExecutor:
         self._text = TextEncoder(text)
         self.step_layout = self._denoiser.layout
         self.kv_layout = self._projection.layout
+        self.kv_slices = self._projection.slices
         self.text_layout = self._text.layout
+        graphs = (self._denoiser, self._projection, self._text)
+        self._adapted = {
+            layer.target.name: layer for graph in graphs for layer in graph.modules() if isinstance(layer, Adapted)
+        }
 
     def _place(self, model: Model) -> Model:
         return model.to(self._device, self._dtype).eval().requires_grad_(False)
@@ -48,6 +53,10 @@ class TorchExecutor:
     @property
     def device(self) -> str:
         return str(self._device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     @torch.inference_mode()
     def encode(self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None) -> Tensor:
@@ -80,6 +89,9 @@ class TorchExecutor:
 
     def _cast(self, factors: Factors | None) -> Factors | None:
         return factors.to(self._device, self._dtype) if factors is not None else None
+
+    def weight(self, target: str) -> Tensor:
+        return self._adapted[target].base.weight
 
     def weights_digest(self) -> str:
         digest = hashlib.sha256()

@@ -6,7 +6,7 @@ column, so that the same bound set serves every request that asks for these LoRA
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scumble.errors import Refused
-from scumble_build.layout import Layout, rank_bucket
-from scumble_registry.compatibility import LoraCompatibility
+from scumble_build.layout import Extent, Layout, Target, rank_bucket
+from scumble_registry.compatibility import IpAdapterCompatibility, LoraCompatibility
+from scumble_registry.formats import ip_adapter
 from scumble_registry.formats.lora import KIND, LoraRecord, read_record
 from scumble_server.base import Base
 from scumble_server.block_weights import BlockWeights
 from scumble_server.bound import Bound
-from scumble_server.carried import BoundSet, RowFactors
+from scumble_server.carried import BoundSet, RowFactors, Stretch
+from scumble_server.context import Context
+from scumble_server.dora import gains
 
 FIELDS = frozenset({"text_weight", "blocks", "start", "end"})
 
@@ -33,6 +36,21 @@ class Piece:
 
     record: LoraRecord
     blocks: BlockWeights | None = None
+
+
+def part_of(bound: Bound) -> LoraCompatibility | None:
+    """What of an adapter is a LoRA: all of one, a FaceID's own, nothing of others."""
+    compatibility = bound.version.manifest.compatibility
+    if isinstance(compatibility, IpAdapterCompatibility):
+        return compatibility.lora
+    return compatibility if isinstance(compatibility, LoraCompatibility) else None
+
+
+def record_of(context: Context, bound: Bound) -> LoraRecord:
+    """The LoRA in an adapter that has one (`part_of`)."""
+    if bound.kind == KIND:
+        return context.record(bound, read_record)
+    return context.record(bound, ip_adapter.read_record).lora
 
 
 def check(bound: Bound, base: Base) -> None:
@@ -75,7 +93,14 @@ def bound_bytes(layout: Layout, adapters: Sequence[Bound]) -> int:
     if not columns:
         return 0
     extent = layout.extent(name for each in ranks for name in each)
-    return (extent.total_in + extent.total_out) * rank_bucket(columns) * 4
+    width = rank_bucket(columns) + sum(depends_on_weights(bound) for bound in adapters)
+    return (extent.total_in + extent.total_out) * width * 4
+
+
+def depends_on_weights(bound: Bound) -> bool:
+    """A DoRA is bound to the weights that it was measured against."""
+    part = part_of(bound)
+    return part is not None and part.magnitudes
 
 
 def rank_in(layout: Layout, ranks: Mapping[str, int]) -> int:
@@ -83,8 +108,8 @@ def rank_in(layout: Layout, ranks: Mapping[str, int]) -> int:
     return max((rank for name, rank in ranks.items() if name in layout.targets), default=0)
 
 
-def bind(layout: Layout, pieces: Sequence[Piece]) -> BoundSet | None:
-    """Lay a set out for one graph; None if none of it touches the graph.
+def bind(layout: Layout, pieces: Sequence[Piece], weight_of: Callable[[str], Tensor] | None = None) -> BoundSet | None:
+    """Lay a set out for one graph; None if none of it touches the graph. `weight_of` a target, where one is a DoRA.
 
     Raises Refused if the set needs more columns than the largest rank bucket.
     """
@@ -95,16 +120,52 @@ def bind(layout: Layout, pieces: Sequence[Piece]) -> BoundSet | None:
     extent = layout.extent(name for piece in pieces for name in piece.record)
     A, B = torch.zeros(extent.total_in, bucket), torch.zeros(extent.total_out, bucket)
     start = 0
+    stretches = []
     for piece, width in zip(pieces, widths, strict=True):
+        stretch = _Stretching(extent)
         for name, module in piece.record.items():
             if (target := layout.targets.get(name)) is None:
                 continue  # another graph's target
-            strength = module.scale * (1.0 if piece.blocks is None else piece.blocks.of(name))
+            block = 1.0 if piece.blocks is None else piece.blocks.of(name)
             columns = slice(start, start + module.rank)
-            A[target.in_offset : target.in_end, columns] = _rows(module.down).T
-            B[target.out_offset : target.out_end, columns] = _rows(module.up) * strength
+            down, up = _rows(module.down).T, _rows(module.up) * module.scale * block
+            if module.magnitude is not None:
+                assert weight_of is not None
+                gain = gains(weight_of(name), module).cpu()
+                stretch.add(target, module.magnitude.axis, (gain - 1) * block)
+                down, up = _stretched(down, up, gain, module.magnitude.axis)
+            A[target.in_offset : target.in_end, columns] = down
+            B[target.out_offset : target.out_end, columns] = up
         start += width
-    return BoundSet(A, B, widths)
+        stretches.append(stretch.done())
+    return BoundSet(A, B, widths, tuple(stretches))
+
+
+class _Stretching:
+    """A stretch on its way: vectors are made when the first layer needs them."""
+
+    def __init__(self, extent: Extent) -> None:
+        self._extent = extent
+        self._out: Tensor | None = None
+        self._into: Tensor | None = None
+
+    def add(self, target: Target, axis: int, values: Tensor) -> None:
+        if axis == 0:
+            self._out = torch.zeros(self._extent.total_out) if self._out is None else self._out
+            self._out[target.out_offset : target.out_end] = values
+        else:
+            self._into = torch.zeros(self._extent.total_in) if self._into is None else self._into
+            self._into[target.in_offset : target.in_offset + len(values)] = values
+
+    def done(self) -> Stretch | None:
+        return None if self._out is None and self._into is None else Stretch(self._out, self._into)
+
+
+def _stretched(down: Tensor, up: Tensor, gain: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """down (k·k·in, r), tap by tap, or up (out, r), times the gain of its axis."""
+    if axis == 0:
+        return down, up * gain[:, None]
+    return down * gain.repeat(len(down) // len(gain))[:, None], up
 
 
 def row_factors(bound: BoundSet | None, weights: Sequence[float]) -> RowFactors | None:
@@ -116,7 +177,21 @@ def row_factors(bound: BoundSet | None, weights: Sequence[float]) -> RowFactors 
     for width, weight in zip(bound.ranks, weights, strict=True):
         scale[start : start + width] = weight
         start += width
-    return RowFactors(bound, scale)
+    return RowFactors(bound, scale, _sum(bound.stretches, weights))
+
+
+def _sum(stretches: Sequence[Stretch | None], weights: Sequence[float]) -> Stretch | None:
+    present = [(each, weight) for each, weight in zip(stretches, weights, strict=True) if each is not None and weight]
+    if not present:
+        return None
+
+    def total(vectors: Iterable[tuple[Tensor | None, float]]) -> Tensor | None:
+        parts = [vector * weight for vector, weight in vectors if vector is not None]
+        return torch.stack(parts).sum(0) if parts else None
+
+    return Stretch(
+        total((each.out, weight) for each, weight in present), total((each.into, weight) for each, weight in present)
+    )
 
 
 def _rows(factor: NDArray[Any]) -> Tensor:
@@ -128,9 +203,9 @@ def _rows(factor: NDArray[Any]) -> Tensor:
 
 
 def _compatibility(bound: Bound) -> LoraCompatibility:
-    compatibility = bound.version.manifest.compatibility
-    assert isinstance(compatibility, LoraCompatibility)
-    return compatibility
+    part = part_of(bound)
+    assert part is not None
+    return part
 
 
 __all__ = [
@@ -141,9 +216,12 @@ __all__ = [
     "bound_bytes",
     "check",
     "check_together",
+    "depends_on_weights",
     "describe",
     "idle",
+    "part_of",
     "rank_in",
     "read_record",
+    "record_of",
     "row_factors",
 ]

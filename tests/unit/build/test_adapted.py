@@ -18,6 +18,7 @@ from torch import nn
 from scumble.errors import Refused
 from scumble_build.adapted import Adapted, FactorInput, Factors, layout_of
 from scumble_build.denoiser import Denoiser, KVProjection
+from scumble_build.inputs import StepInputs
 from scumble_build.layout import RANK_BUCKETS, Extent, Layout, Shape, rank_bucket
 
 
@@ -91,7 +92,7 @@ def test_the_denoiser_without_factors_is_the_unet(tiny_base: Path) -> None:
     with torch.no_grad():
         expected = unet(sample, timestep, states).sample
         projection = KVProjection(unet)
-        ours = Denoiser(unet, projection.slices)(sample, timestep, projection(states))
+        ours = Denoiser(unet, projection.slices)(sample, timestep, StepInputs(projection(states)))
     assert torch.allclose(ours, expected, atol=1e-5)
 
 

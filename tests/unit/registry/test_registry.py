@@ -253,6 +253,19 @@ def test_a_damaged_base_is_never_materialised_or_pulled(
     assert list((home / "cache").iterdir()) == []
 
 
+def test_a_copy_that_is_damaged_while_the_registry_is_open_is_replaced_at_the_next_use(
+    registry: Registry, lora: Path, base: Path
+) -> None:
+    ink, demo = registry.publish(lora, "styles/ink"), registry.publish(base, "demo/base")
+    for path in (registry.record_path(ink), registry.materialise(demo) / "unet" / "config.json"):
+        good = path.read_bytes()
+        path.unlink()  # a copy of its own, as on a file system without links
+        path.write_bytes(b"x" * len(good))
+        assert registry.record_path(ink)
+        assert registry.materialise(demo)
+        assert path.read_bytes() == good
+
+
 def test_a_damaged_copy_of_a_record_is_replaced_from_the_store(home: Path, lora: Path) -> None:
     with Registry.open(home, create=True) as registry:
         version = registry.publish(lora, "styles/ink")

@@ -77,6 +77,7 @@ def _derive(record: LoraRecord, base: Manifest | None) -> LoraCompatibility:
         family=_base_of(base).family if base else _guess_family(record),
         requires={target: module.shape for target, module in record.items()},
         ranks={target: module.rank for target, module in record.items()},
+        magnitudes=any(module.magnitude is not None for module in record.values()),
     )
 
 

@@ -1,5 +1,5 @@
 """kohya's layout: `lora_unet_<M>.lora_down.weight`, `.lora_up.weight`, `.alpha`; `lora_te_<M>` for the text
-encoder.
+encoder; `.dora_scale` where it is a DoRA.
 
 M is the diffusers name with '.' as '_', which cannot be undone by rule: names are looked up in a dictionary
 built from the base's own targets (no two of SD 1.5's 391 or SDXL's 1050 collide). A missing alpha, and alpha
@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility
 from scumble_registry.formats.lora.leftover import refuse_leftover
-from scumble_registry.formats.lora.record import LoraRecord, make_module
+from scumble_registry.formats.lora.record import LoraRecord, make_module, read_magnitude
 from scumble_registry.formats.safetensors_header import Array
 
-_DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+_DOWN, _UP, _ALPHA, _MAGNITUDE = ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"
 
 
 def recognises(names: Mapping[str, object]) -> bool:
@@ -37,8 +37,11 @@ def parse(tensors: Mapping[str, Array], base: BaseCompatibility) -> LoraRecord:
         if alpha is not None and alpha.size != 1:
             raise Refused(f"{module}.alpha has shape {alpha.shape}; one number is needed")
         value = None if alpha is None else float(alpha.reshape(())) or None
-        record[target] = make_module(target, tensors[name], tensors[module + _UP], value)
-        used |= {name, module + _UP, module + _ALPHA}
+        down, up = tensors[name], tensors[module + _UP]
+        lengths = tensors.get(module + _MAGNITUDE)
+        magnitude = None if lengths is None else read_magnitude(target, lengths, up, down, convolution_axis=1)
+        record[target] = make_module(target, down, up, value, magnitude)
+        used |= {name, module + _UP, module + _ALPHA, module + _MAGNITUDE}
     refuse_leftover(tensors.keys() - used, hint=f"or they name no module of this {base.family} base")
     return dict(sorted(record.items()))
 

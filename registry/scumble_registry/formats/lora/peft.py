@@ -1,8 +1,8 @@
-"""The diffusers/PEFT layout: `unet.<module>.lora_A.weight` (down), `….lora_B.weight` (up), `text_encoder.…`.
+"""The diffusers/PEFT layout: `unet.<module>.lora_A.weight` (down), `….lora_B.weight` (up), `text_encoder.…`; a DoRA
+has `….lora_magnitude_vector[.weight]` too.
 
-alpha stands in the header's `lora_adapter_metadata`, a JSON object of LoraConfig's fields with each
-component's prefix (`unet.r`, `unet.lora_alpha`, `unet.rank_pattern`, `unet.alpha_pattern`,
-`unet.use_rslora`). Without it: scale 1.
+alpha stands in the header's `lora_adapter_metadata`, a JSON object of LoraConfig's fields with each component's prefix
+(`unet.r`, `unet.lora_alpha`, `unet.rank_pattern`, `unet.alpha_pattern`, `unet.use_rslora`). Without it: scale 1.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 from scumble.errors import Refused
 from scumble_registry.formats.base import canonical_name
 from scumble_registry.formats.lora.leftover import refuse_leftover
-from scumble_registry.formats.lora.record import LoraRecord, make_module
+from scumble_registry.formats.lora.record import LoraRecord, make_module, read_magnitude
 from scumble_registry.formats.safetensors_header import Array
 
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _MAX_PATTERN = 512
 _MAX_REPEATS = 2
 
@@ -63,9 +64,13 @@ def parse(tensors: Mapping[str, Array], metadata: dict[str, str]) -> LoraRecord:
         if target in record:
             raise Refused(f"{target} stands in the file twice, with and without text_model", target=target)
         down = tensors[name]
+        lengths = next((key for end in _MAGNITUDES if (key := f"{component}.{rest}{end}") in tensors), None)
         alpha = scalings[component].alpha_of(rest, down.shape[0]) if down.ndim else None
-        record[target] = make_module(target, down, tensors[up], alpha)
-        used |= {name, up}
+        magnitude = (
+            None if lengths is None else read_magnitude(target, tensors[lengths], tensors[up], down, convolution_axis=0)
+        )
+        record[target] = make_module(target, down, tensors[up], alpha, magnitude)
+        used |= {name, up, lengths or name}
     refuse_leftover(tensors.keys() - used, hint="or are no pair of lora_A and lora_B of unet or text_encoder")
     return dict(sorted(record.items()))
 
@@ -99,8 +104,6 @@ def _scaling(config: dict[str, Any], component: str) -> Scaling:
             raise Refused(f"lora_adapter_metadata says {component}.{name} = {value!r}, which is of the wrong type")
         return value
 
-    if of("use_dora", bool, default=False):
-        raise Refused(f"{component}.use_dora is set: DoRA cannot be served yet; train a plain LoRA")
     patterns = {name: of(f"{name}_pattern", dict, default={}) for name in ("rank", "alpha")}
     for pattern, value in [item for mapping in patterns.values() for item in mapping.items()]:
         _check_pattern(pattern, value)

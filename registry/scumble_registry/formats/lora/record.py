@@ -7,6 +7,10 @@ is):
     <target>.up      (out, r) or (out, r, 1, 1)     dtype as published
     <target>.alpha   ()                             F32
 
+and, of a DoRA (Liu et al., 2402.09353), the length of each row or of each column of the changed weight:
+
+    <target>.magnitude.out   (out,)      or      <target>.magnitude.in   (in,)
+
 Laws: `read_record(write_record(r)) == r` bit for bit, and equal records have equal bytes.
 """
 
@@ -25,16 +29,29 @@ from scumble_registry.formats.safetensors_header import Array, read_header, read
 
 _METADATA = {"format": "scumble.lora.1"}
 _MAX_SCALE = 1e3
+_MAGNITUDES = (".magnitude.out", ".magnitude.in")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Magnitude:
+    """lengths (out,) on axis 0, (in,) on axis 1."""
+
+    lengths: Array
+    axis: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraModule:
-    """ΔW = alpha / rank · up @ down, at weight 1. `down` (r, in[, k, k]), `up` (out, r[, 1, 1])."""
+    """ΔW = alpha / rank · up @ down, at weight 1. `down` (r, in[, k, k]), `up` (out, r[, 1, 1]).
+
+    With a magnitude W + ΔW is also brought to that length, by row (axis 0) or by column (axis 1).
+    """
 
     down: Array
     up: Array
     alpha: float
     """Representable in fp32, so that storing it changes nothing."""
+    magnitude: Magnitude | None = None
 
     @property
     def rank(self) -> int:
@@ -54,7 +71,9 @@ LoraRecord: TypeAlias = dict[str, LoraModule]
 """Canonical target name → module, sorted."""
 
 
-def make_module(target: str, down: Array, up: Array, alpha: float | None) -> LoraModule:
+def make_module(
+    target: str, down: Array, up: Array, alpha: float | None, magnitude: Magnitude | None = None
+) -> LoraModule:
     """A checked module; no alpha means alpha = rank. Raises Refused, naming the target."""
     if not (down.ndim == up.ndim and down.ndim in {2, 4} and down.shape[0] == up.shape[1]):
         raise Refused(f"{target}: down {down.shape} and up {up.shape} are no factors of one matrix", target=target)
@@ -66,7 +85,27 @@ def make_module(target: str, down: Array, up: Array, alpha: float | None) -> Lor
     alpha = float(np.float32(rank if alpha is None else alpha))
     if not math.isfinite(alpha) or not 0 < abs(alpha) / rank <= _MAX_SCALE:
         raise Refused(f"{target}: alpha {alpha} at rank {rank}; alpha/rank must be within ±{_MAX_SCALE:g}, not 0")
-    return LoraModule(down, up, alpha)
+    if magnitude is not None and magnitude.lengths.shape != ((up.shape[0],), (down.shape[1],))[magnitude.axis]:
+        raise Refused(
+            f"{target}: magnitudes of shape {magnitude.lengths.shape} fit neither rows nor columns of its weight",
+            target=target,
+        )
+    return LoraModule(down, up, alpha, magnitude)
+
+
+def read_magnitude(target: str, values: Array, up: Array, down: Array, *, convolution_axis: int) -> Magnitude:
+    """Of a file's tensor: (out,), (out, 1[, 1, 1]), (1, in[, 1, 1]).
+
+    Four dimensions that begin with 1 are PEFT's (1, out, 1, 1), or kohya's (1, in, 1, 1): `convolution_axis` says.
+    """
+    lengths = values.reshape(-1)
+    if values.ndim == 1 or values.shape == (up.shape[0], *(1,) * (values.ndim - 1)):
+        return Magnitude(lengths, 0)
+    if values.ndim in {2, 4} and values.shape[0] == 1 and values.size == values.shape[1]:
+        return Magnitude(lengths, convolution_axis if values.ndim == 4 else 1)
+    raise Refused(
+        f"{target}: magnitudes of shape {values.shape} beside down {down.shape} and up {up.shape}", target=target
+    )
 
 
 def write_record(record: LoraRecord) -> bytes:
@@ -75,6 +114,8 @@ def write_record(record: LoraRecord) -> bytes:
         tensors[f"{target}.down"] = module.down
         tensors[f"{target}.up"] = module.up
         tensors[f"{target}.alpha"] = np.array(module.alpha, dtype="<f4")
+        if module.magnitude is not None:
+            tensors[target + _MAGNITUDES[module.magnitude.axis]] = module.magnitude.lengths
     return write(tensors, _METADATA)
 
 
@@ -86,7 +127,8 @@ def read_record(path: Path) -> LoraRecord:
             raise Refused(f"its metadata is {header.metadata}, not {_METADATA}")
         tensors = read_tensors(path, header)
         targets = sorted(name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha"))
-        if len(tensors) != 3 * len(targets):
+        magnitudes = sum(name.endswith(_MAGNITUDES) for name in tensors)
+        if len(tensors) != 3 * len(targets) + magnitudes:
             raise Refused("it has tensors that belong to no target")
         return {name: _module(name, tensors) for name in targets}
     except (Refused, KeyError) as error:
@@ -94,4 +136,7 @@ def read_record(path: Path) -> LoraRecord:
 
 
 def _module(target: str, tensors: dict[str, Array]) -> LoraModule:
-    return make_module(target, tensors[f"{target}.down"], tensors[f"{target}.up"], float(tensors[f"{target}.alpha"]))
+    found = [(axis, tensors[target + end]) for axis, end in enumerate(_MAGNITUDES) if target + end in tensors]
+    magnitude = Magnitude(found[0][1], found[0][0]) if found else None
+    alpha = float(tensors[f"{target}.alpha"])
+    return make_module(target, tensors[f"{target}.down"], tensors[f"{target}.up"], alpha, magnitude)

@@ -130,7 +130,6 @@ def test_patterns_match_the_end_of_a_name_and_the_first_one_wins(patterns: dict[
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"unet__use_dora": True}, "DoRA"),
         ({"unet__r": 8}, "says rank 8, the tensors have rank 2"),
         ({"unet__lora_alpha": 0}, "lora_alpha is 0"),
         ({"unet__lora_alpha": "4"}, "wrong type"),
@@ -159,7 +158,7 @@ def test_metadata_that_is_no_json_object_is_refused(registry: Registry, write_lo
 @pytest.mark.parametrize(
     "key",
     [
-        f"{TO_Q}.lora_magnitude_vector",
+        f"{TO_Q}.lora_embedding_A",
         f"{TO_Q}.lora_B.bias",
         "unet.mid_block.attentions.0.proj_in.lora_A.weight",
         "transformer.to_q.lora_A.weight",
@@ -283,9 +282,8 @@ def test_kohyas_layout_needs_the_base(registry: Registry, tmp_path: Path) -> Non
     "key",
     [
         "lora_unet_down_blocks_9_attn1_to_q.lora_down.weight",
-        f"{KOHYA_TO_Q}.dora_scale",
-        f"{KOHYA_TO_Q}.lora_mid.weight",
         f"{KOHYA_TO_Q}.hada_w1_a",
+        f"{KOHYA_TO_Q}.lora_mid.weight",
         "lora_unet_input_blocks_4_1_proj_in.alpha",
     ],
 )

@@ -1,0 +1,63 @@
+"""Pictures → what an IP-Adapter reads: CLIP's vision tower (Radford et al., 2103.00020; transformers' own layers)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+PREPARATION = "preprocessor_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """n pictures. embedding (n, E) is the tower's projected output, states (n, N, C) come of its last layer but one."""
+
+    embedding: Tensor
+    states: Tensor
+
+
+class ImageEncoder:
+    """Owns one vision tower, which it only ever reads. Any thread may call it."""
+
+    def __init__(self, folder: Path, preparation: Path | None, device: str, dtype: torch.dtype) -> None:
+        """`folder` as CLIPVisionModelWithProjection saves it. `preparation` is a folder with preprocessor_config.json;
+        without one pictures are prepared as CLIP's own are, at the size that the tower reads.
+        """
+        model: Any = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
+        size: int = model.config.image_size
+        # Not CLIPImageProcessor: that is another one where torchvision is installed, and resizes a little differently.
+        self._preparation: Any = (
+            CLIPImageProcessorPil.from_pretrained(preparation, local_files_only=True)
+            if preparation is not None
+            else CLIPImageProcessorPil(size=size, crop_size=size)
+        )
+        self._device, self._dtype = device, dtype
+        self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self._size = size
+
+    def prepare(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Pixels (H, W, 3 or 4), each of its own size → (n, 3, S, S) float32. Alpha is left out, as in diffusers."""
+        images = [Image.fromarray(pixels).convert("RGB") for pixels in pictures]
+        prepared: Tensor = self._preparation(images, return_tensors="pt").pixel_values
+        return prepared
+
+    def encode(self, pictures: Sequence[NDArray[np.uint8]]) -> Encoded:
+        return self._run(self.prepare(pictures))
+
+    def encode_nothing(self) -> Encoded:
+        """The states of zeros after preparation: what `plus` IP-Adapters take for no picture."""
+        return self._run(torch.zeros(1, 3, self._size, self._size))
+
+    @torch.inference_mode()
+    def _run(self, prepared: Tensor) -> Encoded:
+        output = self._model(prepared.to(self._device, self._dtype), output_hidden_states=True)
+        return Encoded(output.image_embeds, output.hidden_states[-2])

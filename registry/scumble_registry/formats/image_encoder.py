@@ -1,0 +1,81 @@
+"""An image encoder: CLIP's vision tower with its projection, for the IP-Adapters that name it.
+
+A folder as `CLIPVisionModelWithProjection.save_pretrained` writes it: `config.json`, `model.safetensors` and, if it
+was trained with another preparation than CLIP's own, `preprocessor_config.json`. One encoder serves many adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from scumble.errors import InvalidRequest, Refused
+from scumble_registry.compatibility import ImageEncoderCompatibility
+from scumble_registry.formats.safetensors_header import Header, read_header
+from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.manifest import Manifest
+
+KIND = "image_encoder"
+_DEFAULTS = {"hidden_size": 768, "projection_dim": 512, "image_size": 224, "patch_size": 32}
+"""transformers' own, for what a config leaves out."""
+
+
+def recognises(source: Source) -> bool:
+    return "config.json" in source.files and _config(source, "").get("model_type") == "clip_vision_model"
+
+
+def read(source: Source, base: Manifest | None) -> Draft:
+    if base is not None:
+        raise InvalidRequest("an image encoder stands alone: leave --base out", field="base")
+    check_plain(source)
+    return Draft(source.files, inspect(source, ""))
+
+
+def inspect(source: Source, prefix: str) -> ImageEncoderCompatibility:
+    """The encoder whose files are `prefix + name`. Raises Refused where weights and config disagree."""
+    config = _config(source, prefix)
+    if config.get("model_type") != "clip_vision_model":
+        raise Refused(
+            f"{prefix}config.json says model_type {config.get('model_type')!r}; an image encoder is a "
+            "CLIPVisionModelWithProjection (clip_vision_model)"
+        )
+    file = source.files.get(f"{prefix}model.safetensors")
+    if file is None:
+        raise Refused(f"the image encoder lacks {prefix}model.safetensors; save it with safe_serialization=True")
+    found = _sizes(read_header(file))
+    for name, value in found.items():
+        said = config.get(name, _DEFAULTS[name])
+        if said != value:
+            raise Refused(f"{prefix}config.json says {name} = {said}, but the weights have {value}")
+    _check_preparation(source, f"{prefix}preprocessor_config.json", found["image_size"])
+    return ImageEncoderCompatibility.model_validate(found)
+
+
+def _sizes(header: Header) -> dict[str, int]:
+    """Of the weights themselves: `patch_embedding` (C, 3, p, p), `position_embedding` (1 + (S/p)², C)."""
+    ends = {"visual_projection.weight": 2, "patch_embedding.weight": 4, "position_embedding.weight": 2}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for end, dimensions in ends.items():
+        found = [info.shape for name, info in header.tensors.items() if name.endswith(end)]
+        if len(found) != 1 or len(found[0]) != dimensions:
+            raise Refused(f"the image encoder has no {end}; it is no CLIPVisionModelWithProjection")
+        shapes[end] = found[0]
+    projection, hidden = shapes["visual_projection.weight"]
+    patch = shapes["patch_embedding.weight"][2]
+    side = math.isqrt(max(shapes["position_embedding.weight"][0] - 1, 0))
+    return {"hidden_size": hidden, "projection_dim": projection, "image_size": side * patch, "patch_size": patch}
+
+
+def _check_preparation(source: Source, name: str, image_size: int) -> None:
+    if name not in source.files:
+        return
+    given = source.json(name)
+    crop = given.get("crop_size", image_size) if isinstance(given, dict) else None
+    sides = set(crop.values()) if isinstance(crop, dict) else {crop}
+    if sides != {image_size}:
+        raise Refused(f"{name} crops pictures to {crop!r}, but the image encoder reads {image_size}x{image_size}")
+
+
+def _config(source: Source, prefix: str) -> dict[str, Any]:
+    config = source.json(f"{prefix}config.json")
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,204 @@
+"""IP-Adapter: pictures as prompts, by keys and values of their own in every cross-attention (2308.06721).
+
+A safetensors file in the layout of h94's repositories: `image_proj.*` (`projection.py` tells the kinds apart) and
+`ip_adapter.{k}.to_k_ip.weight`, `.to_v_ip.weight` for k = 1, 3, 5… (`attentions.py` says which attention that is);
+training checkpoints call the two halves `image_proj_model` and `adapter_modules`. FaceID files also bring a LoRA,
+`ip_adapter.{k}.to_{q,k,v,out}_lora.{down,up}.weight`, for every k; its scale is 1.
+
+FaceID-PlusV2 (a shortcut around the resampler) has the very keys of FaceID-Plus. It is told by `plusv2` in the file's
+name, or by `"shortcut": "true"` (or `"false"`) in the file's header metadata, which goes before the name.
+
+Beside the file, in a folder, there may be `image_encoder/` (see `formats/image_encoder.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from scumble.errors import Incompatible, Refused
+from scumble_registry.compatibility import (
+    BaseCompatibility,
+    ImageEncoderCompatibility,
+    IpAdapterCompatibility,
+    LoraCompatibility,
+)
+from scumble_registry.formats import image_encoder
+from scumble_registry.formats.ip_adapter.attentions import attentions
+from scumble_registry.formats.ip_adapter.projection import Projection, inspect
+from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record, write_record
+from scumble_registry.formats.lora.leftover import refuse_leftover
+from scumble_registry.formats.lora.record import LoraRecord, make_module
+from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors
+from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.manifest import Manifest
+
+KIND = "ip_adapter"
+FILE_NAME, FILE_NAME_V2 = "ip-adapter.safetensors", "ip-adapter-plusv2.safetensors"
+"""What a single file is called inside the registry: what was pulled publishes as what it was."""
+ENCODER = "image_encoder/"
+
+_MAX_BYTES = 4 << 30
+_PICTURE = ("image_proj.", "image_proj_model.")
+_ATTENTION = ("ip_adapter.", "adapter_modules.")
+_KV = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
+_LORA = re.compile(r"(\d+)\.to_([qkv]|out)_lora\.(down|up)\.weight")
+_RESAMPLER = re.compile(r"^(layers\.\d+)\.attn\.")  # diffusers writes so what others call `.0.`
+_LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+
+
+def recognises(source: Source) -> bool:
+    """At least one safetensors file outside `image_encoder/` with `image_proj` in it."""
+    return bool(_adapter_files(source))
+
+
+def read(source: Source, base: Manifest | None) -> Draft:
+    file = _single(source)
+    if source.path.is_dir():
+        check_plain(source)
+    if base is None or not isinstance(base.compatibility, BaseCompatibility):
+        raise Refused(
+            "an IP-Adapter counts the attention layers of its base, and can only be read with the base at hand: "
+            "publish it with --base REF"
+        )
+    header = read_header(file)
+    tensors = _load(file, header)
+    projection_part, attention_part = _split(tensors)
+    projection = inspect({name: values.shape for name, values in projection_part.items()})
+    record = _parse(projection_part, attention_part, base.compatibility)
+    encoder = image_encoder.inspect(source, ENCODER) if f"{ENCODER}config.json" in source.files else None
+    shortcut = projection.kind == "faceid_plus" and _has_shortcut(header, file)
+    compatibility = _derive(projection, record, base.compatibility, shortcut=shortcut, encoder=encoder)
+    name = FILE_NAME_V2 if shortcut else FILE_NAME
+    return Draft(
+        files=source.files if source.path.is_dir() else {name: file},
+        compatibility=compatibility,
+        record=write_record(record),
+    )
+
+
+def _adapter_files(source: Source) -> list[Path]:
+    weights = source.weights() or ({source.path.name: source.path} if source.path.is_file() else {})
+    outside = [file for name, file in weights.items() if not name.startswith(ENCODER)]
+    return [file for file in outside if any(key.startswith(_PICTURE) for key in read_header(file).tensors)]
+
+
+def _single(source: Source) -> Path:
+    found = _adapter_files(source)
+    if len(found) == 1:
+        others = source.weights().keys() - {name for name, file in source.files.items() if file == found[0]}
+        refuse_leftover(
+            {name for name in others if not name.startswith(ENCODER)}, hint="or have no place beside an IP-Adapter"
+        )
+        return found[0]
+    raise Refused(
+        f"{source.path} holds {len(found)} IP-Adapters ({', '.join(file.name for file in found[:4])} …); publish one "
+        "file at a time, or a folder with one of them beside image_encoder/"
+    )
+
+
+def _load(file: Path, header: Header) -> dict[str, Array]:
+    if file.stat().st_size > _MAX_BYTES:
+        raise Refused(f"{file.name} is larger than {_MAX_BYTES} bytes, too large for an IP-Adapter")
+    for name, info in header.tensors.items():
+        if info.dtype not in {"F32", "F16", "BF16"}:
+            raise Refused(f"tensor {name} is {info.dtype}; an IP-Adapter may be F32, F16 or BF16", tensor=name)
+    tensors = read_tensors(file, header)
+    for name, values in tensors.items():
+        if not np.isfinite(values).all():
+            raise Refused(f"tensor {name} holds NaN or infinite values; the training went wrong", tensor=name)
+    return tensors
+
+
+def _split(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The two halves, without their prefixes."""
+    halves: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
+    leftover = set[str]()
+    for name, values in sorted(tensors.items()):
+        first, _, rest = name.partition(".")
+        if f"{first}." in _PICTURE:
+            halves[0][_RESAMPLER.sub(r"\1.0.", rest)] = values
+        elif f"{first}." in _ATTENTION:
+            halves[1][rest] = values
+        else:
+            leftover.add(name)
+    refuse_leftover(leftover, hint="or belong to a training checkpoint's UNet; keep image_proj and ip_adapter")
+    return halves
+
+
+def _parse(projection: dict[str, Array], attention: dict[str, Array], base: BaseCompatibility) -> IpAdapterRecord:
+    names = attentions(base)
+    keys: dict[str, Array] = {}
+    values: dict[str, Array] = {}
+    factors: dict[str, dict[str, Array]] = {}
+    leftover = set[str]()
+    for key, array in attention.items():
+        match = _KV.fullmatch(key) or _LORA.fullmatch(key)
+        index = int(match[1]) if match else len(names)
+        if match is None or (match.re is _KV and index % 2 == 0):
+            leftover.add(f"ip_adapter.{key}")
+        elif index >= len(names):
+            raise Incompatible(
+                f"the IP-Adapter has keys for attention {index}, but this {base.family} base has only "
+                f"{len(names)}, counted from 0; use the base that it was trained on"
+            )
+        elif match.re is _KV:
+            (keys if match[2] == "k" else values)[names[index]] = array
+        else:
+            factors.setdefault(f"{names[index]}.{_LAYERS[match[2]]}", {})[match[3]] = array
+    refuse_leftover(leftover, hint="or name no attention")
+    lora: LoraRecord = {}
+    for target, pair in sorted(factors.items()):
+        if len(pair) != 2:
+            raise Refused(f"{target}: its LoRA has only one of down and up; the file is not whole", target=target)
+        lora[target] = make_module(target, pair["down"], pair["up"], None)
+    if keys.keys() != values.keys():
+        raise Refused("some attentions have only one of to_k_ip and to_v_ip; the file is not whole")
+    return IpAdapterRecord(projection, dict(sorted(keys.items())), dict(sorted(values.items())), lora)
+
+
+def _derive(
+    projection: Projection,
+    record: IpAdapterRecord,
+    base: BaseCompatibility,
+    *,
+    shortcut: bool,
+    encoder: ImageEncoderCompatibility | None,
+) -> IpAdapterCompatibility:
+    for name, array in record.keys.items():
+        shape = record.values[name].shape
+        if array.ndim != 2 or array.shape != shape or array.shape[1] != projection.context:
+            raise Refused(
+                f"{name}: to_k_ip {array.shape} and to_v_ip {shape} do not read the picture's tokens, which have "
+                f"width {projection.context}"
+            )
+    requires = {target: module.shape for target, module in record.lora.items()}
+    ranks = {target: module.rank for target, module in record.lora.items()}
+    compatibility = IpAdapterCompatibility(
+        family=base.family,
+        projection=projection.kind,
+        shortcut=shortcut,
+        tokens=projection.tokens,
+        context=projection.context,
+        picture_width=projection.picture_width,
+        embedding_width=projection.embedding_width,
+        attentions={name: array.shape[0] for name, array in record.keys.items()},
+        encoder=encoder,
+        lora=LoraCompatibility(family=base.family, requires=requires, ranks=ranks) if ranks else None,
+    )
+    if encoder is not None:
+        compatibility.check_encoder(encoder)
+    return compatibility
+
+
+def _has_shortcut(header: Header, file: Path) -> bool:
+    said = header.metadata.get("shortcut")
+    if said not in {None, "true", "false"}:
+        raise Refused(f"the header's metadata says shortcut {said!r}; it may be 'true' or 'false'")
+    return said == "true" if said else "plusv2" in file.name.lower()
+
+
+__all__ = ["KIND", "IpAdapterRecord", "read", "read_record", "recognises", "write_record"]
