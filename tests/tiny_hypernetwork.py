@@ -32,7 +32,7 @@ def webui_sequence(
     activate_output: bool = True,
     dropout: Sequence[float] = (),
 ) -> nn.Sequential:
-    """The layers of one side in the order and with the numbers that FORMATS.md 3.1 gives them."""
+    """The layers of one side in the order and with the numbers that the webui gives them."""
     layers: list[nn.Module] = []
     for i in range(len(structure) - 1):
         layers.append(nn.Linear(int(width * structure[i]), int(width * structure[i + 1])))
