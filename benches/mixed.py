@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import queue
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from measure import alternate, count_flops, machine
 from peft import LoraConfig, get_peft_model_state_dict
-from torch.utils.flop_counter import FlopCounterMode
 
 from scumble.events import Done, Event, Failed
 from scumble.request import Adapter, Request
@@ -46,8 +41,7 @@ def main() -> None:
     parser.add_argument("--wide", action="store_true", help="measure factors at SD 1.5's real width too (4 GB)")
     arguments = parser.parse_args()
     result = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "torch": torch.__version__,
+        "machine": machine(),
         "rounds": arguments.rounds,
         "mixed": mixed(arguments.base, arguments.rounds),
         "factors_demo_base": factors(_load_unet(arguments.base), 16, arguments.rounds),
@@ -128,28 +122,6 @@ def factors(unet: UNet2DConditionModel, size: int, rounds: int) -> dict[str, obj
         }
         for name in cases
     }
-
-
-@contextmanager
-def count_flops() -> Iterator[list[int]]:
-    """The floating point operations of products and convolutions, by torch's own counter."""
-    counted = [0]
-    # The counter knows only the form that makes a new tensor.
-    in_place = {torch.ops.aten.baddbmm_: lambda _y, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        yield counted
-    counted[0] = counter.get_total_flops()
-
-
-def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; the first round warms up and does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: round(statistics.median(measured[1:]), 5) for name, measured in seconds.items()}
 
 
 def _ours(service: Service) -> None:

@@ -119,7 +119,7 @@ class SelfAttention:
         return keys, values
 
 
-def _cross_attentions(unet: nn.Module) -> Iterator[tuple[str, Attention]]:
+def cross_attentions(unet: nn.Module) -> Iterator[tuple[str, Attention]]:
     return _attentions(unet, "attn2")
 
 
@@ -136,12 +136,12 @@ class KVProjection(nn.Module):
         super().__init__()
         self.slices: list[KVSlice] = []
         offset = 0
-        for name, attention in _cross_attentions(unet):
+        for name, attention in cross_attentions(unet):
             width = int(attention.to_v.weight.shape[0])
             self.slices.append(KVSlice(name, offset, width))
             offset += 2 * width
         shared = nn.Module()  # the base's own layers under the base's own names
-        for name, attention in _cross_attentions(unet):
+        for name, attention in cross_attentions(unet):
             _put(shared, f"{name}.to_k", attention.to_k)
             _put(shared, f"{name}.to_v", attention.to_v)
         self.shared = shared
@@ -171,7 +171,7 @@ class Denoiser(nn.Module):
         self.input = StepInput()
         self.levels = sum(1 for _ in unet.get_submodule("down_blocks").children())
         places = {place.name: place for place in slices}
-        for name, attention in _cross_attentions(unet):
+        for name, attention in cross_attentions(unet):
             attention.set_processor(CrossAttention(places[name], _level(name, self.levels), self.input))
         for _, attention in _attentions(unet, "attn1"):
             attention.set_processor(SelfAttention(self.input))

@@ -257,12 +257,55 @@ class IpAdapterCompatibility(BaseModel):
             )
 
 
+class ControlNetCompatibility(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["controlnet"] = "controlnet"
+    form: Literal["net", "union", "t2i", "control_lora"]
+    family: Family | None
+    """The base's, if one was named; else by the width of the text context, else None."""
+    widths: tuple[int, ...]
+    """Channels of each residual, the middle block's last; of a T2I-Adapter, of each feature."""
+    conditioning_channels: int
+    """Of the control picture: 3, or 1 for grey."""
+    cross_attention_dim: int | None = None
+    """None for a T2I-Adapter, which reads no text."""
+    in_channels: int | None = None
+    """Of the latents that it looks at; None for a T2I-Adapter, which does not."""
+    control_types: int = 0
+    """How many kinds of control a union net knows."""
+    pools: bool = False
+    """Residuals are averaged over all places (shuffle nets)."""
+    pixels_per_latent: int = 8
+    parameters: int
+    """Numbers that it holds once it is loaded, beside those that it takes from the base."""
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming what the net has and what the base has."""
+        t2i = self.form == "t2i"
+        widths = feature_widths(base.targets) if t2i else residual_widths(base.targets)
+        self._match("a text context of width", self.cross_attention_dim, base.cross_attention_dim, base)
+        self._match("latents with channels", self.in_channels, base.in_channels, base)
+        self._match("pixels per latent", self.pixels_per_latent, base.vae_scale, base)
+        self._match("features of widths" if t2i else "residuals of widths", self.widths, widths, base)
+
+    def _match(self, what: str, mine: object, its: object, base: BaseCompatibility) -> None:
+        if mine is not None and mine != its:
+            raise Incompatible(
+                f"the net has {what} {_say(mine)}, but this {base.family} base has {_say(its)}; "
+                "use the base that it was trained on",
+                adapter=mine,
+                base=its,
+            )
+
+
 Compatibility = Annotated[
     BaseCompatibility
     | LoraCompatibility
     | TextualInversionCompatibility
     | ImageEncoderCompatibility
     | IpAdapterCompatibility
+    | ControlNetCompatibility
     | HypernetworkCompatibility,
     Field(discriminator="kind"),
 ]
@@ -285,6 +328,34 @@ def matrix_shape(shape: Shape) -> Shape:
 
 def _is_text_key(target: str) -> bool:
     return target.startswith("unet.") and target.endswith(".attn2.to_k")
+
+
+def feature_widths(targets: dict[str, Shape]) -> tuple[int, ...]:
+    """Channels at each level of a base's UNet."""
+    return tuple(targets[f"unet.down_blocks.{level}.resnets.0.conv1"][0] for level in range(_levels(targets)))
+
+
+def residual_widths(targets: dict[str, Shape]) -> tuple[int, ...]:
+    """Channels of each skip connection of a base's UNet, and of its middle block."""
+    names = ["unet.conv_in"]
+    for level in range(_levels(targets)):
+        block = f"unet.down_blocks.{level}"
+        count = sum(name.startswith(f"{block}.resnets.") and name.endswith(".conv1") for name in targets)
+        names += [f"{block}.resnets.{i}.conv1" for i in range(count)]
+        names += [name for name in (f"{block}.downsamplers.0.conv",) if name in targets]
+    names += [name for name in ("unet.mid_block.resnets.0.conv1",) if name in targets]
+    return tuple(targets[name][0] for name in names)
+
+
+def _levels(targets: dict[str, Shape]) -> int:
+    return sum(
+        name.startswith("unet.down_blocks.") and name.endswith(".resnets.0.conv1") and name.count(".") == 5
+        for name in targets
+    )
+
+
+def _say(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _show(shape: Shape) -> str:

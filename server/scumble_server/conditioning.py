@@ -16,13 +16,13 @@ from torch import Tensor
 from scumble.events import Pixels
 from scumble.request import Adapter
 from scumble_build.layout import Layout
-from scumble_registry import Registry
+from scumble_registry import Registry, Version
 from scumble_server.admission import Admitted
 from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, read_record
-from scumble_server.methods import METHODS, hypernetwork, ip_adapter, lora, textual_inversion
+from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
@@ -92,7 +92,15 @@ class Conditioner:
         """Bring what a queued request will read into host memory. May be called from any thread."""
         with self._host.open() as records:
             for bound in admitted.adapters:
-                read_record(self._registry, records, bound, METHODS[bound.kind].read_record)
+                if bound.version.manifest.record is None:
+                    _unpack(self._registry, records, bound.version)
+                else:
+                    read_record(self._registry, records, bound, METHODS[bound.kind].read_record)
+
+
+def _unpack(registry: Registry, records: Lease, version: Version) -> None:
+    """For files that are read straight into the device. Once while it is remembered: hashing them takes time."""
+    records.get(("unpacked", version.digest), 0, lambda: registry.materialise(version))
 
 
 def _condition(context: Context, admitted: Admitted) -> Conditioned:
@@ -106,8 +114,11 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     loaded = monotonic()
     text = _encode(context, list(prompts.values()), loras, factors, {index: embeddings[index] for index in found})
     groups = ip_adapter.groups(context, _of_kind(ip_adapter.KIND, admitted.adapters))
+    nets = _of_kind(controlnet.KIND, admitted.adapters)
+    controls = controlnet.prepare(context, nets, text.states, text.key)
     phases = tuple(
-        _phase(context, admitted.adapters, weights, factors, text, groups) for weights in admitted.schedule.weights
+        _phase(context, admitted.adapters, weights, factors, text, groups, controls)
+        for weights in admitted.schedule.weights
     )
     encoded = monotonic()
     adapters = tuple(bound for bound in admitted.adapters if not any(bound is each for each in unused))
@@ -118,6 +129,7 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
         {field: tokens.cut for field, tokens in prompts.items() if tokens.cut is not None},
         (loaded - start) * 1e3,
         (encoded - loaded) * 1e3,
+        controlnet.maps(context, nets) if admitted.request.options.return_maps else (),
     )
 
 
@@ -195,16 +207,20 @@ def _phase(
     factors: _Factors,
     text: _Text,
     groups: ip_adapter.Groups | None,
+    controls: Sequence[controlnet.Control],
 ) -> Phase:
     """`weights` has one for each of `adapters`."""
     paired = list(zip(weights, adapters, strict=True))
     of_loras = tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
+    of_nets = [weight for weight, bound in paired if bound.kind == controlnet.KIND]
     chain = hypernetwork.chain(context, adapters, weights)
     return Phase(
         context.executor,
         _project(context, text, factors, of_loras, chain),
         lora.row_factors(factors.step, of_loras),
         ip_adapter.row_images(groups, [weight for weight, bound in paired if bound.kind == ip_adapter.KIND]),
+        nets=controlnet.row_nets(controls, of_nets),
+        features=controlnet.features(controls, of_nets),
         contexts=hypernetwork.row_contexts(chain, context.base),
     )
 

@@ -60,7 +60,9 @@ class Adapter(_Strict):
     masks: Annotated[tuple[Name, ...], Field(max_length=16, validation_alias=AliasChoices("masks", "mask"))] = ()
     """Where each of `images` acts, white on black."""
     scale: LayerScale | None = None
-    """An IP-Adapter's strength by block and layer, on top of `weight`, as diffusers writes it."""
+    """An IP-Adapter's strength by block and layer, on top of `weight`, as diffusers writes it; of a union ControlNet,
+    one number for each of `images`.
+    """
     mode: Literal["balanced", "prompt", "control", "guess"] | None = None
     """Of a ControlNet: whether prompt or control goes first where they disagree; None means balanced."""
     control_type: tuple[Name, ...] = ()

@@ -1,0 +1,181 @@
+"""What each kind of adapter costs: a step beside the bare step and beside its arithmetic, and the time to a first step.
+
+Prints JSON. A step is one pass of the denoiser (and of nets) over a batch of eight images; an adapter is carried by one
+of them or by all. `extra` is the time that a kind adds, over the arithmetic that it adds: 1 means that its operations
+run as fast as the base's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from measure import alternate, count_flops, machine
+from torch import Tensor
+
+from scumble_build.adapted import Factors
+from scumble_build.controlnet import ControlNet
+from scumble_build.denoiser import Denoiser, KVProjection
+from scumble_build.inputs import ImageInputs, StepInputs, level_sizes
+from scumble_server.executors.torch_net import TorchNet
+from scumble_server.stacking import NetCall, with_residuals
+
+IMAGES = 8
+RANKS = (16, 64, 128)
+BASE = Path(__file__).parents[1] / "demo" / "base"
+SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+"""stable-diffusion-v1-5's UNet; random weights, because speed does not depend on them."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--wide", action="store_true", help="also at SD 1.5's real width (8 GB, some 20 minutes)")
+    parser.add_argument("--steps-only", action="store_true", help="leave the time to a first step out")
+    arguments = parser.parse_args()
+    unet = UNet2DConditionModel.from_pretrained(BASE / "unet", local_files_only=True, torch_dtype=torch.float32)
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "rounds": arguments.rounds,
+        "step_demo_base": Steps(unet, 16, guided=True).measure(arguments.rounds),
+    }
+    if not arguments.steps_only:
+        from first_step import first_steps
+
+        result["first_step_demo_base"] = first_steps(BASE, arguments.rounds)
+    if arguments.wide:
+        wide = UNet2DConditionModel(**SD15)
+        result["step_sd15_width"] = Steps(wide, 16, guided=False).measure(arguments.rounds)
+    print(json.dumps(result, indent=2))
+
+
+class Steps:
+    """A batch of eight images of `size` x `size` latents; a guided image is two rows."""
+
+    def __init__(self, unet: UNet2DConditionModel, size: int, *, guided: bool) -> None:
+        self.size, self.per_image = size, 2 if guided else 1
+        self.rows = IMAGES * self.per_image
+        net = ControlNetModel.from_unet(unet)
+        self.residuals = len(net.controlnet_down_blocks) + 1
+        context = int(unet.config.cross_attention_dim)
+        self.channels = unet.config.block_out_channels
+        unet = unet.eval().requires_grad_(False)
+        self.projection = KVProjection(unet)
+        self.denoiser = Denoiser(unet, self.projection.slices)
+        self.sample = torch.randn(self.rows, 4, size, size)
+        self.timestep = torch.linspace(900, 100, self.rows)
+        with torch.inference_mode():
+            self.kv = self.projection(torch.randn(self.rows, 77, context))
+            self.net = TorchNet(ControlNet(net), self.kv)
+            self.net_kv = self.net.project(torch.randn(self.rows, 77, context))
+        self.hint = torch.randn(self.rows, self.channels[0], size, size)
+
+    def measure(self, rounds: int) -> dict[str, dict[str, float]]:
+        cases = self.cases()
+        flops = {}
+        for name, run in cases.items():
+            with count_flops() as counted:
+                run()
+            flops[name] = counted[0]
+        with torch.inference_mode():
+            seconds = alternate(cases, rounds)
+        bare, bare_flops = seconds["bare"], flops["bare"]
+        return {
+            name: {
+                "seconds": seconds[name],
+                "ratio": round(seconds[name] / bare, 4),
+                "arithmetic": round(flops[name] / bare_flops, 4),
+                **_extra(seconds[name] / bare - 1, flops[name] / bare_flops - 1),
+            }
+            for name in cases
+        } | {"step with nets over bare and nets alone": self._sum_of_parts(seconds)}
+
+    def cases(self) -> dict[str, Callable[[], object]]:
+        carried: dict[str, StepInputs] = {"bare": StepInputs(self.kv)}
+        for how, images in (("one image", 1), ("all images", IMAGES)):
+            for layout in ("small", "full"):
+                for rank in RANKS:
+                    carried[f"LoRA {layout} R {rank}, {how}"] = self._with(factors=self._factors(layout, rank, images))
+            carried[f"DoRA small R 16, {how}"] = self._with(factors=self._factors("small", 16, images, stretch=True))
+            for tokens in (4, 16):
+                carried[f"IP-Adapter {tokens} tokens, {how}"] = self._with(images=self._pictures(tokens, images))
+        carried["T2I-Adapter, all images"] = self._with(features=self._features())
+        cases: dict[str, Callable[[], object]] = {
+            name: (lambda inputs=inputs: self.denoiser(self.sample, self.timestep, inputs))
+            for name, inputs in carried.items()
+        }
+        for how, images in (("one image", 1), ("all images", IMAGES)):
+            call = self._call(images)
+            cases[f"ControlNet, {how}"] = lambda call=call: self._step_with_net(call)
+            cases[f"ControlNet alone, {how}"] = lambda call=call: self._net_alone(call)
+        residuals = self._with(
+            residuals=with_residuals(carried["bare"], [self._call(1)], self.sample, self.timestep).residuals
+        )
+        cases["rows beside a net, the net itself not counted"] = lambda: self.denoiser(
+            self.sample, self.timestep, residuals
+        )
+        return cases
+
+    def _with(self, **parts: Any) -> StepInputs:
+        return StepInputs(self.kv, **parts)
+
+    def _factors(self, layout: str, rank: int, images: int, *, stretch: bool = False) -> Factors:
+        """Every target of the layout, each image with a slot of its own."""
+        extent = getattr(self.denoiser.layout, layout)
+        m = images * self.per_image
+        return Factors(
+            torch.randn(images, extent.total_in, rank),
+            torch.randn(images, extent.total_out, rank),
+            torch.arange(images).repeat_interleave(self.per_image),
+            torch.full((m, rank), 1e-3),
+            rows_per_slot=self.per_image,
+            stretch_out=torch.randn(m, extent.total_out) * 0.01 if stretch else None,
+        )
+
+    def _pictures(self, tokens: int, images: int) -> ImageInputs:
+        m = images * self.per_image
+        return ImageInputs(
+            torch.arange(m),
+            torch.randn(m, 1, tokens, self.kv.shape[-1]),
+            torch.ones(m, 1, tokens, dtype=torch.bool),
+            torch.ones(m, 1),
+        )
+
+    def _features(self) -> tuple[Tensor, ...]:
+        sizes = level_sizes(self.size, self.size, len(self.channels))
+        return tuple(
+            torch.randn(self.rows, channels, *size) for channels, size in zip(self.channels, sizes, strict=True)
+        )
+
+    def _call(self, images: int) -> NetCall:
+        m = images * self.per_image
+        rows = torch.arange(m)
+        return NetCall(self.net, rows, self.net_kv[:m], self.hint[:m], torch.ones(m, self.residuals))
+
+    def _step_with_net(self, call: NetCall) -> Tensor:
+        inputs = with_residuals(StepInputs(self.kv), [call], self.sample, self.timestep)
+        output: Tensor = self.denoiser(self.sample, self.timestep, inputs)
+        return output
+
+    def _net_alone(self, call: NetCall) -> object:
+        return call.net.residuals(self.sample[call.rows], self.timestep[call.rows], call.kv, call.hint)
+
+    @staticmethod
+    def _sum_of_parts(seconds: dict[str, float]) -> dict[str, float]:
+        return {
+            how: round(seconds[f"ControlNet, {how}"] / (seconds["bare"] + seconds[f"ControlNet alone, {how}"]), 4)
+            for how in ("one image", "all images")
+        }
+
+
+def _extra(time_added: float, arithmetic_added: float) -> dict[str, float]:
+    return {"extra": round(time_added / arithmetic_added, 2)} if arithmetic_added > 1e-4 else {}
+
+
+if __name__ == "__main__":
+    main()

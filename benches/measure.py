@@ -1,0 +1,42 @@
+"""How benches measure: contenders in turn, medians after a warm-up round, and torch's count of the arithmetic."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def machine() -> dict[str, object]:
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each; the first round warms up and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: round(statistics.median(measured[1:]), 5) for name, measured in seconds.items()}
+
+
+@contextmanager
+def count_flops() -> Iterator[list[int]]:
+    """The floating point operations of products and convolutions, by torch's own counter."""
+    counted = [0]
+    # The counter knows only the form that makes a new tensor.
+    in_place = {torch.ops.aten.baddbmm_: lambda _y, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        yield counted
+    counted[0] = counter.get_total_flops()

@@ -1,0 +1,106 @@
+"""Files of the ControlNet family → diffusers' models, in the precision of the file, on the CPU.
+
+A file in the original layout, or a control-LoRA, says nothing of its structure: it is the encoder of its base, so the
+base's config says it. A control-LoRA's weights are the base's plus up @ down (Stability AI's control-lora; there is no
+alpha); they become weights of the net's own, and the base is only read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scumble.errors import Refused
+from scumble_registry.formats.controlnet import FILE_NAME, Weights, is_original, read_weights
+from scumble_registry.formats.safetensors_header import Array, read_header
+
+_EMBEDDING = "controlnet_cond_embedding."
+
+
+def load_net(folder: Path, unet: Callable[[], Path]) -> ControlNetModel:
+    """From a published folder; `unet` gives the base's, where the files need it.
+
+    Raises Refused if weights and structure differ.
+    """
+    if not is_original(read_header(folder / FILE_NAME)):
+        return _load(ControlNetModel, folder)
+    weights = read_weights(folder / FILE_NAME)
+    model = _structure(weights, unet())
+    found = {name: _tensor(values) for name, values in weights.full.items()}
+    inherited = model.state_dict() if weights.needs_base else {}
+    for name, (up, down) in weights.factors.items():
+        base = _inherited(inherited, name)
+        product = _tensor(up).float().flatten(1) @ _tensor(down).float().flatten(1)
+        found[name] = base + product.view_as(base)
+    for name, values in weights.differences.items():
+        found[name] = _inherited(inherited, name) + _tensor(values).float()
+    encoder = {name: value for name, value in inherited.items() if not name.startswith("controlnet_")}
+    return _fill(model, encoder | {name: value.float() for name, value in found.items()})
+
+
+def load_union(folder: Path) -> ControlNetUnionModel:
+    """Raises Refused."""
+    return _load(ControlNetUnionModel, folder)
+
+
+def load_t2i(folder: Path) -> T2IAdapter:
+    """Raises Refused."""
+    return _load(T2IAdapter, folder)
+
+
+def _load(kind: Any, folder: Path) -> Any:
+    """Every weight must be in the file: `from_pretrained` would draw what is missing at random."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        try:
+            model = kind.from_config(config)
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError) as error:
+            raise Refused(f"config.json describes no {kind.__name__} that can be made: {error}") from error
+    return _fill(model, load_file(folder / FILE_NAME))
+
+
+def _fill(model: Any, state: dict[str, Tensor]) -> Any:
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise Refused(f"the net's weights do not fit its structure: {error}") from error
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _structure(weights: Weights, unet: Path) -> ControlNetModel:
+    """A net around the base's encoder, with the base's weights if they are needed."""
+    full = weights.full
+    widths = [full[f"{_EMBEDDING}conv_in.weight"].shape[0]]
+    while (name := f"{_EMBEDDING}blocks.{2 * len(widths) - 1}.weight") in full:
+        widths.append(full[name].shape[0])
+    if weights.needs_base:
+        base = UNet2DConditionModel.from_pretrained(unet, local_files_only=True, torch_dtype=torch.float32)
+    else:
+        with torch.device("meta"):
+            base = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(unet, local_files_only=True))
+    with torch.device("cpu" if weights.needs_base else "meta"):
+        return ControlNetModel.from_unet(
+            base,
+            conditioning_embedding_out_channels=tuple(widths),
+            load_weights_from_unet=weights.needs_base,
+            conditioning_channels=full[f"{_EMBEDDING}conv_in.weight"].shape[1],
+        )
+
+
+def _inherited(state: dict[str, Tensor], name: str) -> Tensor:
+    if name not in state:
+        raise Refused(f"the net changes {name}, which the base's encoder does not have", tensor=name)
+    return state[name].float()
+
+
+def _tensor(values: Array) -> Tensor:
+    if values.dtype.name == "bfloat16":
+        return torch.from_numpy(values.view("<i2").copy()).view(torch.bfloat16)
+    return torch.from_numpy(values.copy())

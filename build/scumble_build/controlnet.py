@@ -1,0 +1,112 @@
+"""ControlNet with its text's keys and values, and its embedded control picture, as inputs (Zhang et al., 2302.05543).
+
+Neither depends on the time step: `project` and `embed` run once per request, `residuals` at every step. The layers are
+those of diffusers' ControlNetModel and ControlNetUnionModel; only the order of the calls stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import ControlNetModel, ControlNetUnionModel
+from torch import Tensor, nn
+
+from scumble_build.denoiser import CrossAttention, KVProjection, StepInput, cross_attentions
+from scumble_build.inputs import StepInputs
+
+
+class ControlledEncoder(nn.Module):
+    """What ControlNets of both kinds share: the encoder, whose cross-attention reads K and V from the input."""
+
+    def __init__(self, model: ControlNetModel | ControlNetUnionModel) -> None:
+        super().__init__()
+        self.model = model
+        self.projection = KVProjection(model)
+        self.input = StepInput()
+        places = {place.name: place for place in self.projection.slices}
+        for name, attention in cross_attentions(model):
+            attention.set_processor(CrossAttention(places[name], 0, self.input))
+        self.pools = bool(model.config.global_pool_conditions)
+
+    def project(self, states: Tensor) -> Tensor:
+        """Text states `(rows, T, C)` → the net's own keys and values `(rows, T, K)`."""
+        kv: Tensor = self.projection(states)
+        return kv
+
+    def embed(self, control: Tensor) -> Tensor:
+        """Control pictures `(n, 3, H, W)`, RGB in 0…1 → `(n, C, H/8, W/8)`."""
+        if self.model.config.controlnet_conditioning_channel_order == "bgr":
+            control = control.flip(1)
+        hint: Tensor = self.model.controlnet_cond_embedding(control)
+        return hint
+
+    def time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """timestep `(rows,)` → `(rows, E)`."""
+        embedded: Tensor = self.model.time_embedding(self.model.time_proj(timestep).to(dtype))
+        return embedded
+
+    def encode(self, sample: Tensor, time: Tensor, kv: Tensor) -> tuple[Tensor, ...]:
+        """sample `(rows, C, h, w)` behind the first convolution and the picture → unscaled residuals, middle last."""
+        self.input.inputs = StepInputs(kv)
+        skips = [sample]
+        for block in self.model.down_blocks:
+            sample, outputs = block(hidden_states=sample, temb=time)
+            skips += outputs
+        sample = self.model.mid_block(sample, time)
+        convolutions = (*self.model.controlnet_down_blocks, self.model.controlnet_mid_block)
+        residuals = [each(skip) for each, skip in zip(convolutions, [*skips, sample], strict=True)]
+        if self.pools:
+            residuals = [each.mean((2, 3), keepdim=True).expand_as(each) for each in residuals]
+        return tuple(residuals)
+
+
+class ControlNet(ControlledEncoder):
+    """A net for one kind of control."""
+
+    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+        """sample `(rows, 4, h, w)`, timestep `(rows,)`, kv `(rows, T, K)`, hint `(rows, C, h, w)`
+        → for each skip connection, and at last the middle block, `(rows, C, h, w)`.
+        """
+        time = self.time(timestep, sample.dtype)
+        return self.encode(self.model.conv_in(sample) + hint, time, kv)
+
+
+class ControlNetUnion(ControlledEncoder):
+    """A net for several kinds of control (ControlNet++, xinsir; diffusers' ControlNetUnionModel).
+
+    Its transformer weighs the pictures by their means. diffusers (and the original) hand it rows × tokens where torch
+    expects tokens × rows, so a picture's token attends to the same token of the batch's other rows. Within one request
+    these are equal, and attention among equals gives each its own value. So it is written here: each token for
+    itself, which is what diffusers computes for a request alone, whoever shares the batch; and as no token then sees
+    the sample, pictures are fused once per request.
+    """
+
+    def fuse(self, controls: Tensor, types: Sequence[int], strengths: Sequence[float]) -> Tensor:
+        """controls `(n, 3, H, W)`, for each its kind of control and its strength → hint `(1, C, h, w)`.
+
+        A single picture's strength has its place behind the net, on the residuals: it is 1 here.
+        """
+        hints = self.embed(controls)
+        strength = hints.new_tensor(strengths)[:, None]
+        tokens = (hints.mean((2, 3)) + self.model.task_embedding[list(types)]) * strength
+        for layer in self.model.transformer_layes:  # the model's own spelling
+            tokens = layer(tokens[None])[0]
+        shifted = hints + self.model.spatial_ch_projs(tokens)[..., None, None]
+        hint: Tensor = (shifted * strength[..., None, None]).sum(0, keepdim=True)
+        return hint
+
+    def residuals_of(
+        self, types: Sequence[int], sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor
+    ) -> tuple[Tensor, ...]:
+        """As ControlNet.residuals; `types` are the kinds of control that the pictures of all rows are of."""
+        time = self.time(timestep, sample.dtype) + self._type_embedding(types, sample)
+        return self.encode(self.model.conv_in(sample) + hint, time, kv)
+
+    def _type_embedding(self, types: Sequence[int], like: Tensor) -> Tensor:
+        """`(1, E)`: which kinds of control are there."""
+        present = torch.zeros(self.model.config.num_control_type, device=like.device)
+        present[list(types)] = 1
+        spread = self.model.control_type_proj(present).view(1, -1)
+        embedded: Tensor = self.model.control_add_embedding(spread.to(like.dtype))
+        return embedded

@@ -1,0 +1,75 @@
+"""A ControlNet's weights in one spelling, diffusers' own, whatever the file's was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scumble.errors import Refused
+from scumble_registry.compatibility import Shape
+from scumble_registry.formats.controlnet import ldm
+from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors
+
+CONTROL_LORA = "lora_controlnet"
+"""The key that marks a control-LoRA; its tensor is empty."""
+DIFFERENCE = "difference"
+"""The key that says: the encoder's weights are differences to the base's."""
+_MARKS = frozenset({CONTROL_LORA, DIFFERENCE})
+_OWN = ("controlnet_", "input_hint_block", "zero_convs", "middle_block_out")
+"""What a ControlNet has that a UNet's encoder has not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """By the names of diffusers' ControlNetModel.
+
+    `full` are as they are; to the base's weight `factors` add up @ down (both flattened behind the first axis), and
+    `differences` themselves. What stands nowhere is the base's own.
+    """
+
+    full: dict[str, Array] = field(default_factory=dict)
+    factors: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    differences: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def needs_base(self) -> bool:
+        return bool(self.factors or self.differences)
+
+
+def names_of(header: Header) -> dict[str, str]:
+    """Tensor → its name in diffusers' spelling, without the marks. Raises Refused for a stranger."""
+    names = [name for name in header.tensors if name.removeprefix(ldm.PREFIX) not in _MARKS]
+    convert = ldm.converter(names) if ldm.is_ldm(names) else str
+    return {name: convert(name) for name in names}
+
+
+def shapes_of(header: Header) -> dict[str, Shape]:
+    """Of the whole weights that these tensors are or make, as far as the file says them."""
+    tensors = {new: header.tensors[old].shape for old, new in names_of(header).items()}
+    shapes = {name: shape for name, shape in tensors.items() if not name.endswith((".up", ".down"))}
+    for name, shape in tensors.items():
+        if name.endswith(".up"):
+            down = tensors.get(name.removesuffix(".up") + ".down")
+            if down is None or len(down) < 2 or len(shape) < 2 or down[0] != shape[1]:
+                raise Refused(f"{name} {shape} has no down of its rank beside it; the file is damaged", tensor=name)
+            shapes[name.removesuffix(".up") + ".weight"] = (shape[0], *down[1:])
+        elif name.endswith(".down") and name.removesuffix(".down") + ".up" not in tensors:
+            raise Refused(f"{name} has no up beside it; the file is damaged", tensor=name)
+    return shapes
+
+
+def read_weights(path: Path) -> Weights:
+    """Arrays are read-only views of the mapped file. Raises Refused."""
+    header = read_header(path)
+    tensors = read_tensors(path, header)
+    differences = any(name.removeprefix(ldm.PREFIX) == DIFFERENCE for name in tensors)
+    weights = Weights()
+    renamed = {new: tensors[old] for old, new in names_of(header).items()}
+    for name, values in renamed.items():
+        stem, _, role = name.rpartition(".")
+        if role == "up":
+            weights.factors[f"{stem}.weight"] = (values, renamed[f"{stem}.down"])
+        elif role != "down":
+            of_encoder = differences and not name.startswith(_OWN)
+            (weights.differences if of_encoder else weights.full)[name] = values
+    return weights

@@ -1,0 +1,79 @@
+"""ControlNets in eager PyTorch: the graphs of `scumble_build.controlnet` with weights of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scumble_build.controlnet import ControlledEncoder, ControlNet, ControlNetUnion
+
+
+class _TorchNet:
+    """Owns nothing: several may stand before one graph."""
+
+    def __init__(self, graph: ControlledEncoder, like: Tensor) -> None:
+        """On `like`'s device, in its precision."""
+        self._graph = graph.to(like.device, like.dtype).eval().requires_grad_(requires_grad=False)
+        self._like = like.new_empty(0)
+
+    @property
+    def kv_width(self) -> int:
+        """K of the keys and values that `project` gives."""
+        return sum(2 * place.width for place in self._graph.projection.slices)
+
+    @torch.inference_mode()
+    def project(self, states: Tensor) -> Tensor:
+        return self._graph.project(states.to(self._like))
+
+    @torch.inference_mode()
+    def embed(self, control: Tensor) -> Tensor:
+        return self._graph.embed(control.to(self._like))
+
+
+class TorchNet(_TorchNet):
+    """A net for one kind of control."""
+
+    _graph: ControlNet
+
+    @torch.inference_mode()
+    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+        found = self._graph.residuals(sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like))
+        return tuple(residual.float() for residual in found)
+
+
+class TorchUnionNet(_TorchNet):
+    """A union net as it looks at pictures of certain kinds: rows with the same kinds share a run."""
+
+    _graph: ControlNetUnion
+
+    def __init__(self, graph: ControlNetUnion, like: Tensor, types: Sequence[int]) -> None:
+        super().__init__(graph, like)
+        self._types = tuple(types)
+
+    @torch.inference_mode()
+    def fuse(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
+        """controls `(n, 3, H, W)`, one for each kind → hint `(1, C, H/8, W/8)`."""
+        return self._graph.fuse(controls.to(self._like), self._types, strengths)
+
+    @torch.inference_mode()
+    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+        found = self._graph.residuals_of(
+            self._types, sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like)
+        )
+        return tuple(residual.float() for residual in found)
+
+
+class TorchUnion:
+    """A union net in memory: one `TorchUnionNet` for each choice of kinds, all before the same weights."""
+
+    def __init__(self, graph: ControlNetUnion, like: Tensor) -> None:
+        self._graph, self._like = graph, like
+        self._nets: dict[tuple[int, ...], TorchUnionNet] = {}
+
+    def net(self, types: tuple[int, ...]) -> TorchUnionNet:
+        """The same object for the same kinds, so that rows share its run. Asked by one thread."""
+        if types not in self._nets:
+            self._nets[types] = TorchUnionNet(self._graph, self._like, types)
+        return self._nets[types]

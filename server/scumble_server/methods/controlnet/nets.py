@@ -1,0 +1,188 @@
+"""From the ControlNets of one request to what its rows carry.
+
+Nets, embedded pictures, features and the nets' keys and values are kept by digest: whoever asks for the same while it
+is resident finds it. Rows of one net object share its run, so a net is one object however many requests ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scumble_build.control_models import load_net, load_t2i, load_union
+from scumble_build.controlnet import ControlNet, ControlNetUnion
+from scumble_build.inputs import level_sizes
+from scumble_server.bound import Bound
+from scumble_server.carried import RowNet
+from scumble_server.context import Context
+from scumble_server.executors.torch_net import TorchNet, TorchUnion, TorchUnionNet
+from scumble_server.methods.controlnet.checks import (
+    compatibility,
+    control_types,
+    mode,
+    picture_scales,
+    preprocessor,
+)
+from scumble_server.methods.controlnet.scales import of_features, of_residuals
+from scumble_server.preprocess import Pixels, control_map
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Control:
+    """One adapter of a request, whatever its weight in a phase.
+
+    A net with its keys and values `(1|2, T, K)` of the text and its hint `(1, C, H/8, W/8)`; or a T2I-Adapter's
+    features, `(1, C, h, w)` for each down block.
+    """
+
+    bound: Bound
+    rows: int
+    net: TorchNet | TorchUnionNet | None = None
+    kv: Tensor | None = None
+    hint: Tensor | None = None
+    features: tuple[Tensor, ...] = ()
+
+
+def prepare(context: Context, adapters: Sequence[Bound], states: Tensor, text: Hashable) -> tuple[Control, ...]:
+    """`states` `(1|2, T, C)` are the encoded prompts and `text` all that they were made of.
+
+    Raises Refused for files that make no net.
+    """
+    return tuple(
+        Control(bound, context.rows, features=_features(context, bound, states))
+        if compatibility(bound).form == "t2i"
+        else _control(context, bound, states, text)
+        for bound in adapters
+    )
+
+
+def row_nets(controls: Sequence[Control], weights: Sequence[float]) -> tuple[RowNet, ...]:
+    """The nets that act in a phase; `weights` has one for each of `controls`."""
+    found = []
+    for control, weight in zip(controls, weights, strict=True):
+        if weight and control.net is not None and control.kv is not None and control.hint is not None:
+            about = compatibility(control.bound)
+            scales = picture_scales(control.bound)
+            # Of several pictures, each one's strength is in the hint already.
+            strength = weight * scales[0] if len(scales) == 1 else 1.0
+            scale = of_residuals(mode(control.bound), strength, len(about.widths), control.rows, pools=about.pools)
+            found.append(RowNet(control.net, control.kv, control.hint, scale.to(control.hint.device)))
+    return tuple(found)
+
+
+def features(controls: Sequence[Control], weights: Sequence[float]) -> tuple[Tensor, ...] | None:
+    """What the T2I-Adapters of a phase add together, `(1|2, C, h, w)` for each down block."""
+    total: list[Tensor] = []
+    for control, weight in zip(controls, weights, strict=True):
+        if weight and control.features:
+            scale = of_features(mode(control.bound), weight, len(control.features), control.rows)
+            parts = [
+                feature * scale[:, level, None, None, None].to(feature)
+                for level, feature in enumerate(control.features)
+            ]
+            total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
+    return tuple(total) or None
+
+
+def maps(context: Context, adapters: Sequence[Bound]) -> tuple[Pixels, ...]:
+    """The control maps that were made of pictures here, in the order of adapters and their images."""
+    return tuple(
+        each for bound in adapters if bound.spec.preprocess is not None for each in _control_maps(context, bound)
+    )
+
+
+def _control(context: Context, bound: Bound, states: Tensor, text: Hashable) -> Control:
+    net = _net(context, bound, states)
+    key = ("net kv", bound.version.digest, context.base.version.digest, text)
+    nbytes = states.shape[0] * states.shape[1] * net.kv_width * states.element_size()
+    kv = context.device.get(key, nbytes, lambda: net.project(states))
+    return Control(bound, context.rows, net, kv, _hint(context, bound, net, states))
+
+
+def _net(context: Context, bound: Bound, like: Tensor) -> TorchNet | TorchUnionNet:
+    """One object for all requests that may share its run: for a union net, those with the same kinds of control."""
+    about, base = compatibility(bound), context.base.version
+    key = ("net", bound.version.digest, base.digest)
+    nbytes = about.parameters * like.element_size()
+
+    def unet() -> Path:
+        return context.registry.materialise(base) / "unet"  # hashes the whole base: only if it is read
+
+    def load() -> TorchNet:
+        return TorchNet(ControlNet(load_net(context.registry.materialise(bound.version), unet)), like)
+
+    def load_all_kinds() -> TorchUnion:
+        return TorchUnion(ControlNetUnion(load_union(context.registry.materialise(bound.version))), like)
+
+    if about.form == "union":
+        return context.device.get(key, nbytes, load_all_kinds).net(control_types(bound))
+    return context.device.get(key, nbytes, load)
+
+
+def _hint(context: Context, bound: Bound, net: TorchNet | TorchUnionNet, like: Tensor) -> Tensor:
+    scales = picture_scales(bound)
+    strengths = [bound.spec.weight * scale for scale in scales] if len(scales) > 1 else [1.0]
+    key = ("hint", _picture_key(context, bound), tuple(strengths), control_types(bound))
+    height, width = level_sizes(context.settings.height // 8, context.settings.width // 8, 1)[0]
+    nbytes = compatibility(bound).widths[0] * height * width * like.element_size()
+
+    def embed() -> Tensor:
+        controls = _pixels(context, bound)
+        return net.fuse(controls, strengths) if isinstance(net, TorchUnionNet) else net.embed(controls)
+
+    return context.device.get(key, nbytes, embed)
+
+
+def _features(context: Context, bound: Bound, like: Tensor) -> tuple[Tensor, ...]:
+    about = compatibility(bound)
+    sizes = level_sizes(context.settings.height // 8, context.settings.width // 8, len(about.widths))
+    nbytes = sum(c * h * w for c, (h, w) in zip(about.widths, sizes, strict=True)) * like.element_size()
+
+    adapter = context.device.get(
+        ("t2i", bound.version.digest),
+        about.parameters * like.element_size(),
+        lambda: load_t2i(context.registry.materialise(bound.version)).to(like.device, like.dtype),
+    )
+
+    @torch.inference_mode()
+    def draw() -> tuple[Tensor, ...]:
+        return tuple(adapter(_pixels(context, bound).to(like)))
+
+    return context.device.get(("features", _picture_key(context, bound)), nbytes, draw)
+
+
+def _picture_key(context: Context, bound: Bound) -> Hashable:
+    """All that an embedded picture is made of."""
+    settings = context.settings
+    pictures = tuple(picture.digest for picture in bound.pictures)
+    return (
+        bound.version.digest,
+        context.base.version.digest,
+        pictures,
+        preprocessor(bound),
+        settings.height,
+        settings.width,
+    )
+
+
+def _pixels(context: Context, bound: Bound) -> Tensor:
+    """`(n, 3, H, W)`, or grey `(n, 1, H, W)` where the net reads it so, in 0…1."""
+    found = []
+    for pixels in _control_maps(context, bound):
+        tensor = torch.from_numpy(pixels.copy())
+        if compatibility(bound).conditioning_channels == 1:
+            # As PIL weighs the colours, which is how diffusers' users make grey pictures.
+            tensor = torch.frombuffer(bytearray(Image.fromarray(pixels).convert("L").tobytes()), dtype=torch.uint8)
+            tensor = tensor.view(*pixels.shape[:2], 1)
+        found.append(tensor.permute(2, 0, 1))
+    return torch.stack(found).float() / 255
+
+
+def _control_maps(context: Context, bound: Bound) -> list[Pixels]:
+    settings, made_by = context.settings, preprocessor(bound)
+    return [control_map(picture.rgb, settings.width, settings.height, made_by) for picture in bound.pictures]

@@ -1,0 +1,167 @@
+"""Sixteen strangers with random mixes of every kind share batches, and each is drawn as it would be alone.
+
+Three ways to break that on purpose show that the comparison would see it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from every_kind import EveryKind, publish_every_kind, random_request, request_for, ways_to_ask
+from torch import Tensor
+
+import scumble_server.conditioning
+import scumble_server.stacking
+from scumble.request import Request
+from scumble_build.adapted import Factors
+from scumble_registry import Registry
+from scumble_server.batch import Batch
+from scumble_server.rows import Row
+
+if TYPE_CHECKING:
+    from .conftest import Running
+
+TOLERANCE = 1e-3
+WRONG = 10 * TOLERANCE
+
+
+@dataclass
+class Shared:
+    running: Running
+    every: EveryKind
+
+    def draw(self, requests: Sequence[Request]) -> list[Tensor]:
+        return [result.latents for result in self.running.run(requests)]
+
+    def draw_alone(self, requests: Sequence[Request]) -> list[Tensor]:
+        return [self.draw([request])[0] for request in requests]
+
+
+@pytest.fixture(scope="module")
+def shared(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Running]
+) -> Iterator[Shared]:
+    home = tmp_path_factory.mktemp("every")
+    with Registry.open(home, create=True) as registry:
+        every = publish_every_kind(registry, tiny_base, tmp_path_factory.mktemp("kinds"))
+    running = start(home, every.base, every.files, max_batch_images=16)
+    yield Shared(running, every)
+    running.service.close()
+
+
+def sixteen(every: EveryKind, seed: int) -> list[Request]:
+    rng = random.Random(seed)
+    return [random_request(every, rng) for _ in range(16)]
+
+
+def largest_difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sixteen_strangers_are_drawn_as_alone(shared: Shared, seed: int) -> None:
+    requests = sixteen(shared.every, seed)
+    before = shared.running.service.stats()["mixed_steps"]
+    together = shared.draw(requests)
+    assert shared.running.service.stats()["mixed_steps"] > before
+    assert largest_difference(together, shared.draw_alone(requests)) <= TOLERANCE
+
+
+def swap_two_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows get the factors of their neighbours."""
+    stack = scumble_server.stacking.stack_factors
+
+    def swapped(*arguments: Any) -> Factors | None:
+        factors = stack(*arguments)
+        return None if factors is None else replace(factors, A=factors.A.flip(0), B=factors.B.flip(0))
+
+    monkeypatch.setattr(scumble_server.stacking, "stack_factors", swapped)
+
+
+def keep_a_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot still holds what an earlier batch of the same shape put there."""
+    stack = scumble_server.stacking.stack_factors
+    first: dict[Any, Factors] = {}
+
+    def stale(*arguments: Any) -> Factors | None:
+        factors = stack(*arguments)
+        if factors is None:
+            return None
+        old = first.setdefault((factors.A.shape, factors.B.shape), factors)
+        return replace(factors, A=old.A, B=old.B)
+
+    monkeypatch.setattr(scumble_server.stacking, "stack_factors", stale)
+
+
+def miss_the_transition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values stay those of a request's first phase."""
+    project = scumble_server.conditioning._project
+    first: dict[Any, Tensor] = {}
+
+    def same(context: Any, text: Any, *rest: Any) -> Tensor:
+        return first.setdefault((id(context.settings), text.key), project(context, text, *rest))
+
+    monkeypatch.setattr(scumble_server.conditioning, "_project", same)
+
+
+def never_restack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch goes on as it was stacked, though its rows are in another phase."""
+
+    def fits(self: Batch, rows: Sequence[Row]) -> bool:
+        return {id(row) for row in rows} == {id(row) for row in self.rows}
+
+    monkeypatch.setattr(Batch, "fits", fits)
+
+
+@pytest.mark.parametrize("mutate", [swap_two_slots, keep_a_stale_slot, miss_the_transition, never_restack])
+def test_a_mistake_would_be_seen(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, mutate: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    requests = sixteen(shared.every, 0)
+    alone = shared.draw_alone(requests)
+    mutate(monkeypatch)
+    assert largest_difference(shared.draw(requests), alone) >= WRONG
+
+
+def everything(every: EveryKind, *, without: str | None = None) -> Request:
+    """One request with an adapter of every kind."""
+    ways = ways_to_ask(random.Random(3))
+    adapters = [{"ref": name, **way} for name, way in ways.items() if name != without]
+    return request_for(
+        every, adapters, prompt="a <bad> apple", seed=5, steps=8, guidance_scale=5.0, width=64, height=64
+    )
+
+
+@pytest.mark.parametrize("name", sorted(ways_to_ask(random.Random(0))))
+def test_removing_any_adapter_from_everything_changes_the_picture(shared: Shared, name: str) -> None:
+    with_it, without = shared.draw([everything(shared.every), everything(shared.every, without=name)])
+    assert (with_it - without).abs().max() >= WRONG
+
+
+@pytest.mark.parametrize("name", sorted(ways_to_ask(random.Random(0))))
+def test_an_adapter_of_weight_zero_is_dropped_and_said(shared: Shared, name: str) -> None:
+    rng = random.Random(1)
+    beside = {"ref": "lora/small", "weight": 0.3}
+    if name == "lora/small":
+        beside = {"ref": "ip/base", "image": "red"}
+    idle = {"ref": name, **ways_to_ask(rng)[name], "weight": 0}
+    fields = {"prompt": "an apple", "seed": 5, "steps": 4, "guidance_scale": 5.0, "width": 64, "height": 64}
+    with_it = shared.running.run([request_for(shared.every, [beside, idle], **fields)])[0]
+    without = shared.draw([request_for(shared.every, [beside], **fields)])[0]
+    assert (with_it.latents == without).all() or name == "lora/full", "text_weight of its own"
+    dropped = [each["ref"] for each in with_it.done.receipt["dropped"]]
+    assert dropped == ([name] if name != "lora/full" else [])
+
+
+def test_the_receipt_pins_every_adapter_and_picture(shared: Shared) -> None:
+    receipt = shared.running.run([everything(shared.every)])[0].done.receipt
+    with Registry.open(shared.running.home) as registry:
+        expected = {name: registry.resolve(name).digest for name in ways_to_ask(random.Random(0))}
+    assert {each["ref"]: each["digest"] for each in receipt["adapters"]} == expected
+    assert set(receipt["request"]["images"]) >= {"red", "shape", "blue"}
+    assert all(each["digest"].startswith("sha256:") for each in receipt["request"]["images"].values())
