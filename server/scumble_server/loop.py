@@ -136,6 +136,7 @@ class Loop:
     def _blame(self, batch: Batch, error: Exception) -> None:
         """A step that fails touched no row. Rows try it alone, so that only the one to blame ends."""
         log.error("a step of %d images failed", len(batch.rows), exc_info=error)
+        self._counters.add("failed_steps")
         if len(batch.rows) > 1:
             for row in batch.rows:
                 self._step(Batch([row]))

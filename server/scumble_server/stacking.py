@@ -74,21 +74,24 @@ def stack_factors(carried: Sequence[RowFactors | None], counts: Sequence[int], d
     scale = torch.cat([_pad(factors.scale, 0, rank).expand(count, -1) for factors, count in present])
     slot = torch.cat([torch.full((count,), slots[id(factors.bound)]) for factors, count in present])
     rows_of_slot = slot.bincount()
+    A = _stack_padded([each.A for each in bound.values()], rank)
+    B = _stack_padded([each.B for each in bound.values()], rank)
+    out = [(factors.stretch.out if factors.stretch else None, count) for factors, count in present]
+    into = [(factors.stretch.into if factors.stretch else None, count) for factors, count in present]
     return Factors(
-        _stack_padded([each.A for each in bound.values()], rank).to(device),
-        _stack_padded([each.B for each in bound.values()], rank).to(device),
+        A.to(device),
+        B.to(device),
         slot.to(device),
         scale.to(device),
         rows_per_slot=int(rows_of_slot[0]) if (rows_of_slot == rows_of_slot[0]).all() else 0,
-        stretch_out=_stack_stretches([(f.stretch.out if f.stretch else None, count) for f, count in present], device),
-        stretch_in=_stack_stretches([(f.stretch.into if f.stretch else None, count) for f, count in present], device),
+        stretch_out=_stack_stretches(out, B.shape[1], device),
+        stretch_in=_stack_stretches(into, A.shape[1], device),
     )
 
 
-def _stack_stretches(carried: Sequence[tuple[Tensor | None, int]], device: str) -> Tensor | None:
-    """(m, Σ), 0 where a row has none or the small layout only; None if no row has any."""
-    length = max((len(vector) for vector, _ in carried if vector is not None), default=None)
-    if length is None:
+def _stack_stretches(carried: Sequence[tuple[Tensor | None, int]], length: int, device: str) -> Tensor | None:
+    """(m, length), 0 where a row has none or the small layout only; None if no row has any."""
+    if all(vector is None for vector, _ in carried):
         return None
     rows = [
         (torch.zeros(length) if vector is None else pad(vector, (0, length - len(vector)))).expand(count, -1)
