@@ -13,6 +13,7 @@ import torch
 from control_nets import load_unet, make_net, make_t2i, make_union
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_hypernetwork import WebuiHypernetwork, make_predictor, save_predictor
 from tiny_ip import make_image_encoder, make_ip_adapter
 from tiny_sd import make_lora
 
@@ -55,6 +56,10 @@ def _models(base: Path, folder: Path) -> dict[str, Path]:
     }
     for name, net in nets.items():
         net.save_pretrained(folder / name)
+    attentions = {name: layer for name, layer in unet.named_modules() if name.endswith(("attn1.to_k", "attn2.to_k"))}
+    hyper = WebuiHypernetwork(sorted({layer.in_features for layer in attentions.values()}), seed=6, norm=True)
+    targets = {f"unet.{name}": tuple(layer.weight.shape) for name, layer in attentions.items()}
+    predictor = make_predictor(targets, width, seed=7, gain=0.5, condition="text")
     return {
         "lora/small": make_lora(base, folder / "small", seed=1),
         "lora/full": make_lora(base, folder / "full", seed=2, rank=12, full=True),
@@ -62,6 +67,8 @@ def _models(base: Path, folder: Path) -> dict[str, Path]:
         "word/bad": folder / "bad.safetensors",
         "ip/base": make_ip_adapter(base, folder / "ip_base.safetensors", "base", seed=1, gain=3.0),
         "ip/plus": make_ip_adapter(base, folder / "ip_plus.safetensors", "plus", seed=2, gain=3.0, tokens=6),
+        "hyper/context": hyper.save(folder / "context.safetensors"),
+        "hyper/predictor": save_predictor(predictor, folder / "predictor.safetensors"),
         **{name: folder / name for name in nets},
     }
 
@@ -102,6 +109,8 @@ def ways_to_ask(rng: random.Random) -> dict[str, dict[str, Any]]:
         "net/two": {"weight": 0.3, "image": "shape", "preprocess": rng.choice([None, "invert", "canny"])},
         "net/union": {"weight": 0.4, "image": "shape", "control_type": "canny"},
         "net/t2i": {"weight": 1.0, "image": "shape", **part},
+        "hyper/context": {"weight": weight, **part},
+        "hyper/predictor": {"weight": weight, "text": rng.choice([None, "ink on paper"]), **part},
     }
 
 

@@ -88,9 +88,44 @@ class CrossAttention:
         return added
 
 
+class SelfAttention:
+    """A diffusers attention processor whose keys and values read what hypernetworks make of the hidden states."""
+
+    def __init__(self, source: StepInput) -> None:
+        self.source = source
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, **_unused: Tensor | None) -> Tensor:
+        """hidden_states `(rows, N, C)` → `(rows, N, C)`."""
+        of_keys, of_values = self._contexts(hidden_states)
+        query, key, value = (
+            layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer, states in ((attn.to_q, hidden_states), (attn.to_k, of_keys), (attn.to_v, of_values))
+        )
+        mixed = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return attn.to_out[0](mixed) / attn.rescale_output_factor  # type: ignore[no-any-return]
+
+    def _contexts(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What keys and what values are read from; rows without hypernetworks stay as they are."""
+        inputs = self.source.inputs
+        assert inputs is not None
+        keys = values = hidden_states
+        for chain in inputs.contexts:
+            if not any(hidden_states.shape[-1] in net.widths for net in chain.nets):
+                continue
+            of_keys = of_values = hidden_states.index_select(0, chain.rows)
+            for net, strength in zip(chain.nets, chain.strength.unbind(1), strict=True):
+                of_keys, of_values = net(of_keys, of_values, strength[:, None, None])
+            keys, values = keys.index_copy(0, chain.rows, of_keys), values.index_copy(0, chain.rows, of_values)
+        return keys, values
+
+
 def cross_attentions(unet: nn.Module) -> Iterator[tuple[str, Attention]]:
+    return _attentions(unet, "attn2")
+
+
+def _attentions(unet: nn.Module, which: str) -> Iterator[tuple[str, Attention]]:
     for name, module in unet.named_modules():
-        if isinstance(module, Attention) and name.endswith("attn2"):
+        if isinstance(module, Attention) and name.endswith(which):
             yield name, module
 
 
@@ -112,11 +147,12 @@ class KVProjection(nn.Module):
         self.shared = shared
         self.layout, self.source = adapt(shared, find_layers(shared, PREFIX), PREFIX)
 
-    def forward(self, states: Tensor, factors: Factors | None = None) -> Tensor:
-        """states `(rows, T, C)` → `(rows, T, Σ 2·width)`."""
+    def forward(self, states: Tensor, factors: Factors | None = None, of_values: Tensor | None = None) -> Tensor:
+        """states `(rows, T, C)` → `(rows, T, Σ 2·width)`. Values are read from `of_values`, if it is given."""
         self.source.factors = factors
+        reads = {"to_k": states, "to_v": states if of_values is None else of_values}
         parts = [
-            self.shared.get_submodule(f"{place.name}.{which}")(states)
+            self.shared.get_submodule(f"{place.name}.{which}")(reads[which])
             for place in self.slices
             for which in ("to_k", "to_v")
         ]
@@ -137,6 +173,8 @@ class Denoiser(nn.Module):
         places = {place.name: place for place in slices}
         for name, attention in cross_attentions(unet):
             attention.set_processor(CrossAttention(places[name], _level(name, self.levels), self.input))
+        for _, attention in _attentions(unet, "attn1"):
+            attention.set_processor(SelfAttention(self.input))
         self.layout, self.source = adapt(unet, _step_layers(unet), PREFIX)
 
     def forward(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:

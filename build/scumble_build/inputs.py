@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scumble_build.adapted import Factors
+from scumble_build.hypernetwork import Hypernetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,24 @@ class ImageInputs:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextInputs:
+    """Hypernetworks that change what self-attention reads, one behind the other, for m of the rows.
+
+    rows (m,) int64; strength (m, n) of n networks.
+    """
+
+    rows: Tensor
+    nets: tuple[Hypernetwork, ...]
+    strength: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """kv (rows, T, K), kv_mask (rows, T) bool or None, True where a key is.
 
     residuals: ControlNet's, for each skip connection and at last the middle block, (rows, C, h, w) each;
-    features: T2I-Adapter's, for each down block, (rows, C, h, w) each.
+    features: T2I-Adapter's, for each down block, (rows, C, h, w) each; contexts: one for each chain of hypernetworks
+    that some of the rows have, a row in one at most.
     """
 
     kv: Tensor
@@ -44,6 +58,7 @@ class StepInputs:
     images: ImageInputs | None = None
     residuals: tuple[Tensor, ...] | None = None
     features: tuple[Tensor, ...] | None = None
+    contexts: tuple[ContextInputs, ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StepInputs:
         """The same with every floating point tensor in `dtype`; nothing is copied that is there already."""
@@ -63,6 +78,7 @@ class StepInputs:
             images=images,
             residuals=tuple(map(move, self.residuals)) if self.residuals is not None else None,
             features=tuple(map(move, self.features)) if self.features is not None else None,
+            contexts=tuple(ContextInputs(move(c.rows), c.nets, move(c.strength)) for c in self.contexts),
         )
 
 

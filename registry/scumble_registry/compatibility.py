@@ -7,7 +7,7 @@ in, k, k)`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
@@ -35,6 +35,14 @@ class BaseCompatibility(BaseModel):
     text_widths: tuple[int, ...]
     """Hidden size of each text encoder."""
     targets: dict[str, Shape]
+
+    @property
+    def self_attention_widths(self) -> frozenset[int]:
+        """Of the hidden states that the UNet's self-attentions read."""
+        ends = (".attn1.to_q", ".attn1.to_k")
+        return frozenset(
+            shape[1] for name, shape in self.targets.items() if name.startswith("unet.") and name.endswith(ends)
+        )
 
 
 class LoraCompatibility(BaseModel):
@@ -83,6 +91,72 @@ class TextualInversionCompatibility(BaseModel):
                 adapter_widths=self.widths,
                 base_widths=base.text_widths,
             )
+
+
+class ContextNetworks(BaseModel):
+    """A hypernetwork of the webui's kind: networks on what attention reads its keys and values from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["context"] = "context"
+    widths: tuple[int, ...]
+    """Of the contexts that it changes, rising: every attention that reads one of this width is changed."""
+    structure: tuple[float, ...]
+    """Width of each layer's input, and of the last one's output, as multiples of the context's."""
+    activation: str
+    activate_output: bool
+    layer_norm: bool
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming the widths that nothing in the base has."""
+        selves = base.self_attention_widths
+        if wrong := sorted(set(self.widths) - selves - {base.cross_attention_dim}):
+            raise Incompatible(
+                f"the hypernetwork changes contexts of width {_list(wrong)}, but attention in this {base.family} base "
+                f"reads text of width {base.cross_attention_dim} and hidden states of {_list(sorted(selves))}; "
+                "use the base that it was trained on",
+                adapter_widths=tuple(wrong),
+                base_widths=(base.cross_attention_dim, *sorted(selves)),
+            )
+
+
+class WeightPredictor(BaseModel):
+    """A hypernetwork that reads a picture or a text and predicts a LoRA."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["predictor"] = "predictor"
+    condition: Literal["image", "text"]
+    condition_width: int
+    """Of the states that it reads: the image encoder's last but one, or the text encoder's last."""
+    encoder: str | None
+    """sha256 of the weights of the encoder that it was trained with, if its file says so."""
+    lora: LoraCompatibility
+    """Of what it predicts."""
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming the first target that does not match, or the widths of the text."""
+        self.lora.fits(base)
+        if self.condition == "text" and self.condition_width not in base.text_widths[:1]:
+            raise Incompatible(
+                f"the hypernetwork reads text of width {self.condition_width}, but the text encoder of this "
+                f"{base.family} base gives {base.text_widths[0]}; use the base that it was trained on",
+                adapter_width=self.condition_width,
+                base_width=base.text_widths[0],
+            )
+
+
+class HypernetworkCompatibility(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["hypernetwork"] = "hypernetwork"
+    family: Family | None
+    """The base's, if one was named; else by the width of the text context, else None."""
+    network: Annotated[ContextNetworks | WeightPredictor, Field(discriminator="type")]
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming what does not match."""
+        self.network.fits(base)
 
 
 IpAdapterKind = Literal["base", "full", "plus", "faceid", "faceid_plus"]
@@ -242,7 +316,8 @@ Compatibility = Annotated[
     | ImageEncoderCompatibility
     | IpAdapterCompatibility
     | ControlNetCompatibility
-    | DreamboothCompatibility,
+    | DreamboothCompatibility
+    | HypernetworkCompatibility,
     Field(discriminator="kind"),
 ]
 """A new kind is one more class here."""
@@ -318,3 +393,7 @@ def _say(value: object) -> str:
 
 def _show(shape: Shape) -> str:
     return "x".join(map(str, shape))
+
+
+def _list(widths: Iterable[int]) -> str:
+    return ", ".join(map(str, widths)) or "none"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from scumble_build.hypernetwork import Hypernetwork
 from scumble_server.executors import Executor, Net
 
 
@@ -76,6 +77,14 @@ class RowNet:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowContexts:
+    """Hypernetworks on what self-attention reads, one behind the other: those of one request, strength `(n,)`."""
+
+    nets: tuple[Hypernetwork, ...]
+    strength: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Phase:
     """A stretch of a schedule in which the same adapters act.
 
@@ -89,3 +98,4 @@ class Phase:
     images: RowImages | None = None
     nets: tuple[RowNet, ...] = ()
     features: tuple[Tensor, ...] | None = None
+    contexts: RowContexts | None = None

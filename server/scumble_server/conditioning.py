@@ -22,7 +22,7 @@ from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, read_record
-from scumble_server.methods import METHODS, controlnet, ip_adapter, lora, textual_inversion
+from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
@@ -146,7 +146,7 @@ def _tokens(context: Context, embeddings: Sequence[Bound]) -> dict[str, Tokens]:
 def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
     executor = context.executor
     return _Factors(
-        tuple((each.version.digest, each.blocks) for each in loras),
+        tuple(lora.identity(context, each) for each in loras),
         _bind(context, "text", executor.text_layout, loras),
         _bind(context, "kv", executor.kv_layout, loras),
         _bind(context, "step", executor.step_layout, loras),
@@ -161,7 +161,7 @@ def _bind(context: Context, graph: str, layout: Layout, loras: Sequence[Bound]) 
         return None if bound is None else replace(bound, A=bound.A.to(device), B=bound.B.to(device))
 
     of_weights = context.weights if any(map(lora.depends_on_weights, loras)) else None
-    key = ("factors", graph, of_weights, *((each.version.digest, each.blocks) for each in loras))
+    key = ("factors", graph, of_weights, *(lora.identity(context, each) for each in loras))
     return context.device.get(key, lora.bound_bytes(layout, loras), bind)
 
 
@@ -213,25 +213,42 @@ def _phase(
     paired = list(zip(weights, adapters, strict=True))
     of_loras = tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
     of_nets = [weight for weight, bound in paired if bound.kind == controlnet.KIND]
+    chain = hypernetwork.chain(context, adapters, weights)
     return Phase(
         context.executor,
-        _project(context, text, factors, of_loras),
+        _project(context, text, factors, of_loras, chain),
         lora.row_factors(factors.step, of_loras),
         ip_adapter.row_images(groups, [weight for weight, bound in paired if bound.kind == ip_adapter.KIND]),
         nets=controlnet.row_nets(controls, of_nets),
         features=controlnet.features(controls, of_nets),
+        contexts=hypernetwork.row_contexts(chain, context.base),
     )
 
 
-def _project(context: Context, text: _Text, factors: _Factors, weights: tuple[float, ...]) -> Tensor:
+def _project(
+    context: Context,
+    text: _Text,
+    factors: _Factors,
+    weights: tuple[float, ...],
+    chain: Sequence[hypernetwork.Link],
+) -> Tensor:
     """Keys and values of the text, `(1|2, T, K)`."""
     executor, states = context.executor, text.states
     carried = lora.row_factors(factors.kv, weights)
-    key = ("kv", text.key, (factors.key, weights) if carried is not None else None)
-    nbytes = states.shape[0] * states.shape[1] * executor.kv_layout.full.total_out * states.element_size()
-    return context.device.get(
-        key, nbytes, lambda: executor.project(states, factors_of(carried, len(states), executor.device))
+    links = hypernetwork.on_text(chain, states.shape[-1])
+    key = (
+        "kv",
+        text.key,
+        (factors.key, weights) if carried is not None else None,
+        tuple((link.digest, link.strength) for link in links),
     )
+    nbytes = states.shape[0] * states.shape[1] * executor.kv_layout.full.total_out * states.element_size()
+
+    def project() -> Tensor:
+        of_keys, of_values = hypernetwork.change(links, states)
+        return executor.project(of_keys, factors_of(carried, len(states), executor.device), of_values)
+
+    return context.device.get(key, nbytes, project)
 
 
 def _of_kind(kind: str, adapters: Sequence[Bound]) -> list[Bound]:

@@ -77,9 +77,14 @@ def place_of(context: Context, bound: Bound) -> Place:
         assert isinstance(version.manifest.compatibility, ImageEncoderCompatibility)
         folder = registry.materialise(version)
         return Place((version.digest, ""), folder, _with_preparation(folder), version.manifest.compatibility)
+    return place_in_base(context)
+
+
+def place_in_base(context: Context) -> Place:
+    """The base's own, which is there: whoever asks has checked. Raises IntegrityError or Unavailable."""
     base = context.base
-    assert base.image_encoder is not None  # `check` has seen to it
-    root = registry.materialise(base.version)
+    assert base.image_encoder is not None
+    root = context.registry.materialise(base.version)
     preparation = _with_preparation(root / _FOLDER, root / _BASES_PREPARATION)
     return Place((base.version.digest, _FOLDER), root / _FOLDER, preparation, base.image_encoder)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from scumble_build.adapted import Factors
-from scumble_build.inputs import ImageInputs, StepInputs
-from scumble_server.carried import Phase, RowFactors, RowImages, RowNet
+from scumble_build.inputs import ContextInputs, ImageInputs, StepInputs
+from scumble_server.carried import Phase, RowContexts, RowFactors, RowImages, RowNet
 from scumble_server.executors import Net
 from scumble_server.rows import Row
 
@@ -46,6 +46,7 @@ def stack(phases: Sequence[Phase], device: str) -> StepInputs:
         stack_factors([phase.factors for phase in phases], counts, device),
         _stack_images(_placed([phase.images for phase in phases], counts), device),
         features=_stack_features([phase.features for phase in phases], counts, device),
+        contexts=_stack_contexts([phase.contexts for phase in phases], counts, device),
     )
 
 
@@ -170,6 +171,26 @@ def _stack_features(
             ]
         ).to(device)
         for block, like in enumerate(pattern)
+    )
+
+
+def _stack_contexts(
+    carried: Sequence[RowContexts | None], counts: Sequence[int], device: str
+) -> tuple[ContextInputs, ...]:
+    """One for each chain of hypernetworks; images with the same chain, at whatever strengths, share it."""
+    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+    chains: dict[tuple[int, ...], list[tuple[Tensor, RowContexts]]] = {}
+    for start, count, contexts in zip(starts, counts, carried, strict=False):
+        if contexts is not None:
+            rows = torch.arange(start, start + count)
+            chains.setdefault(tuple(map(id, contexts.nets)), []).append((rows, contexts))
+    return tuple(
+        ContextInputs(
+            torch.cat([rows for rows, _ in members]).to(device),
+            members[0][1].nets,
+            torch.cat([contexts.strength.expand(len(rows), -1) for rows, contexts in members]).to(device),
+        )
+        for members in chains.values()
     )
 
 

@@ -53,6 +53,8 @@ class Adapter(_Strict):
 
     token: Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")] | None = None
     """The word in the prompts that stands for a textual inversion; None means the one that it was published with."""
+    text: Annotated[str, Field(max_length=10_000)] | None = None
+    """What a hypernetwork that predicts a LoRA from a text reads; None means the request's prompt."""
     images: Annotated[tuple[Name, ...], Field(max_length=16, validation_alias=AliasChoices("images", "image"))] = ()
     """What it looks at: names of the request's pictures (or, where it takes embeddings, of its tensors)."""
     masks: Annotated[tuple[Name, ...], Field(max_length=16, validation_alias=AliasChoices("masks", "mask"))] = ()

@@ -12,7 +12,16 @@ from __future__ import annotations
 from typing import Protocol
 
 from scumble.errors import Refused
-from scumble_registry.formats import base, controlnet, dreambooth, image_encoder, ip_adapter, lora, textual_inversion
+from scumble_registry.formats import (
+    base,
+    controlnet,
+    dreambooth,
+    hypernetwork,
+    image_encoder,
+    ip_adapter,
+    lora,
+    textual_inversion,
+)
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest
 
@@ -27,7 +36,16 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (dreambooth, base, image_encoder, ip_adapter, textual_inversion, controlnet, lora)
+FORMATS: tuple[Format, ...] = (
+    dreambooth,
+    base,
+    image_encoder,
+    ip_adapter,
+    hypernetwork,
+    textual_inversion,
+    controlnet,
+    lora,
+)
 """In the order of being asked: a base's folder that comes with a base is a checkpoint of it; an embedding of one tensor
 may bear any name, also one that speaks of LoRA, a FaceID IP-Adapter brings a LoRA of its own, and a control-LoRA speaks
 of it too."""
@@ -42,9 +60,10 @@ def read(source: Source, base: Manifest | None) -> Draft:
     raise Refused(
         f"{source.path} is none of the kinds that can be published ({known}): a base (or, with --base, a checkpoint of "
         "it) is a folder with model_index.json, a LoRA is a safetensors file (or a folder with one) of lora_A/lora_B "
-        "or lora_down/lora_up, an embedding is one with a single tensor, named by its token or emb_params, an IP-Adapter "
-        "is one with image_proj and ip_adapter, an image encoder is a folder with CLIP's vision tower, a ControlNet "
-        "or T2I-Adapter a folder of config.json and weights"
+        "or lora_down/lora_up, an embedding is one with a single tensor, named by its token or emb_params, "
+        "an IP-Adapter is one with image_proj and ip_adapter, an image encoder is a folder with CLIP's vision tower, "
+        "a ControlNet or T2I-Adapter a folder of config.json and weights, a hypernetwork "
+        "is one of <width>.k.linear.<i> and <width>.v.linear.<i>, or one whose header holds scumble.predictor"
     )
 
 

@@ -54,8 +54,11 @@ class Executor(Protocol):
     def encode(self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None) -> Tensor:
         """tokens `(rows, 77)` → text states `(rows, 77, C)`; overrides stand for some of the tokens."""
 
-    def project(self, states: Tensor, factors: Factors | None) -> Tensor:
-        """Text states `(rows, T, C)` → keys and values of all cross-attentions, `(rows, T, K)`."""
+    def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
+        """Text states `(rows, T, C)` → keys and values of all cross-attentions, `(rows, T, K)`.
+
+        Values are read from `of_values` `(rows, T, C)`, if it is given.
+        """
 
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
         """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → prediction like sample."""

@@ -70,8 +70,8 @@ class TorchExecutor:
         return states
 
     @torch.inference_mode()
-    def project(self, states: Tensor, factors: Factors | None) -> Tensor:
-        kv: Tensor = self._projection(states, self._cast(factors))
+    def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
+        kv: Tensor = self._projection(states, self._cast(factors), of_values)
         return kv
 
     @torch.inference_mode()

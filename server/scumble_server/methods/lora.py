@@ -6,7 +6,7 @@ column, so that the same bound set serves every request that asks for these LoRA
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from scumble_build.layout import Extent, Layout, Target, rank_bucket
 from scumble_registry.compatibility import IpAdapterCompatibility, LoraCompatibility
 from scumble_registry.formats import ip_adapter
 from scumble_registry.formats.lora import KIND, LoraRecord, read_record
+from scumble_server import predicted
 from scumble_server.base import Base
 from scumble_server.block_weights import BlockWeights
 from scumble_server.bound import Bound
@@ -39,10 +40,12 @@ class Piece:
 
 
 def part_of(bound: Bound) -> LoraCompatibility | None:
-    """What of an adapter is a LoRA: all of one, a FaceID's own, nothing of others."""
+    """What of an adapter is a LoRA: all of one, a FaceID's own, what a hypernetwork predicts, nothing of others."""
     compatibility = bound.version.manifest.compatibility
     if isinstance(compatibility, IpAdapterCompatibility):
         return compatibility.lora
+    if (predictor := predicted.predictor_of(bound)) is not None:
+        return predictor.lora
     return compatibility if isinstance(compatibility, LoraCompatibility) else None
 
 
@@ -50,7 +53,14 @@ def record_of(context: Context, bound: Bound) -> LoraRecord:
     """The LoRA in an adapter that has one (`part_of`)."""
     if bound.kind == KIND:
         return context.record(bound, read_record)
+    if predicted.predictor_of(bound) is not None:
+        return predicted.record(context, bound)
     return context.record(bound, ip_adapter.read_record).lora
+
+
+def identity(context: Context, bound: Bound) -> Hashable:
+    """All that the factors of an adapter are made of, its strengths and the base's weights aside."""
+    return bound.version.digest, predicted.condition_key(context, bound), bound.blocks
 
 
 def check(bound: Bound, base: Base) -> None:
@@ -218,6 +228,7 @@ __all__ = [
     "check_together",
     "depends_on_weights",
     "describe",
+    "identity",
     "idle",
     "part_of",
     "rank_in",

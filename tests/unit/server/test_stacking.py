@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from scumble_build.denoiser import Denoiser, KVProjection
+from scumble_build.hypernetwork import Hypernetwork
 from scumble_build.inputs import StepInputs, level_sizes
-from scumble_server.carried import BoundSet, Phase, RowFactors, RowImages, RowNet
+from scumble_registry.formats.hypernetwork.context_record import Layer, Sides
+from scumble_server.carried import BoundSet, Phase, RowContexts, RowFactors, RowImages, RowNet
 from scumble_server.stacking import stack, stack_nets, with_residuals
 
 SIZE = (9, 6)  # levels round up
@@ -50,6 +53,9 @@ class Graph:
         sizes = level_sizes(*SIZE, self.denoiser.levels)
         return tuple(self.random(1, channels, *size) for channels, size in zip(self.channels, sizes, strict=True))
 
+    def contexts(self, *networks: Hypernetwork) -> RowContexts:
+        return RowContexts(networks, self.random(len(networks)))
+
     def run(self, phases: list[Phase], sample: Tensor, timestep: Tensor) -> Tensor:
         inputs = with_residuals(stack(phases, "cpu"), stack_nets(phases, "cpu"), sample, timestep)
         with torch.inference_mode():
@@ -82,6 +88,16 @@ def shapes_of_residuals(graph: Graph) -> list[tuple[int, ...]]:
     return [(narrow, h0, w0), (narrow, h0, w0), (narrow, h1, w1), (wide, h1, w1), (wide, h1, w1)]
 
 
+def hypernetwork(widths: tuple[int, ...], seed: int) -> Hypernetwork:
+    draw = np.random.default_rng(seed)
+
+    def layers(width: int) -> tuple[Layer, ...]:
+        weight, bias = draw.normal(size=(width, width)) * width**-0.5, draw.normal(size=width)
+        return (Layer(weight.astype(np.float32), bias.astype(np.float32), None, "tanh"),)
+
+    return Hypernetwork({width: Sides(layers(width), layers(width)) for width in widths})
+
+
 def test_every_mix_is_denoised_as_alone(graph: Graph) -> None:
     one, two = (Zoom(strength, shapes_of_residuals(graph)) for strength in (0.7, -1.1))
     shared = graph.factors(8, full=False)
@@ -92,13 +108,17 @@ def test_every_mix_is_denoised_as_alone(graph: Graph) -> None:
         return RowNet(net, graph.random(rows, 77, 3), graph.random(1, 2, 3, 3), scale)
 
     executor: Any = None
+    first, second = (hypernetwork(graph.channels, seed) for seed in (1, 2))
     phases = [
         Phase(executor, graph.kv(2), shared),
         Phase(executor, graph.kv(2), shared, graph.images(2, 1, 4)),
         Phase(executor, graph.kv(1), graph.factors(4, full=True), graph.images(1, 3, 16, areas=True)),
+        Phase(executor, graph.kv(2), graph.factors(8, full=False), contexts=graph.contexts(first, second)),
         Phase(executor, graph.kv(2), None, graph.images(2, 2, 4), (net(one, 2, skips_negative=True), net(two, 2))),
         Phase(executor, graph.kv(2), nets=(net(one, 2), net(one, 2)), features=graph.features()),
-        Phase(executor, graph.kv(1), features=graph.features()),
+        Phase(executor, graph.kv(1), features=graph.features(), contexts=graph.contexts(first)),
+        Phase(executor, graph.kv(2), contexts=graph.contexts(second, first)),
+        Phase(executor, graph.kv(1), contexts=graph.contexts(first)),
         Phase(executor, graph.kv(2)),
     ]
     counts = [phase.kv.shape[0] for phase in phases]
