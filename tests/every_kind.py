@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tiny_hypernetwork import WebuiHypernetwork, make_predictor, save_predictor
 from tiny_ip import make_image_encoder, make_ip_adapter
 from tiny_sd import make_lora
+from tiny_variant import make_checkpoint
 
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
@@ -64,6 +65,7 @@ def _models(base: Path, folder: Path) -> dict[str, Path]:
         "lora/small": make_lora(base, folder / "small", seed=1),
         "lora/full": make_lora(base, folder / "full", seed=2, rank=12, full=True),
         "lora/dora": make_lora(base, folder / "dora", seed=3, dora=True, text=False),
+        "dream/dog": make_checkpoint(base, folder / "dog", seed=1, components=("unet", "text_encoder")),
         "word/bad": folder / "bad.safetensors",
         "ip/base": make_ip_adapter(base, folder / "ip_base.safetensors", "base", seed=1, gain=3.0),
         "ip/plus": make_ip_adapter(base, folder / "ip_plus.safetensors", "plus", seed=2, gain=3.0, tokens=6),
@@ -102,6 +104,7 @@ def ways_to_ask(rng: random.Random) -> dict[str, dict[str, Any]]:
         "lora/small": {"weight": weight, **part, "blocks": rng.choice([None, {"mid_block": 0.2, "up_blocks.1": 1.5}])},
         "lora/full": {"weight": weight / 2, "text_weight": 0.5, **part},
         "lora/dora": {"weight": weight, **part},
+        "dream/dog": {},
         "word/bad": {},
         "ip/base": {"weight": rng.choice([0.5, 1.0]), **masks, **part},
         "ip/plus": {"weight": 0.6, "image": "blue", "scale": rng.choice([None, {"up": {"block_1": [0.0, 1.2]}}])},

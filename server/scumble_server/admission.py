@@ -16,7 +16,7 @@ from scumble_registry import Registry
 from scumble_server.base import Base
 from scumble_server.block_weights import block_weights
 from scumble_server.bound import Bound
-from scumble_server.methods import METHODS
+from scumble_server.methods import METHODS, dreambooth
 from scumble_server.methods.method import check_fields
 from scumble_server.pictures import Picture, decode_all
 from scumble_server.schedulers import Table, table
@@ -100,7 +100,7 @@ def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> 
     return Admitted(
         request,
         settings,
-        table(settings.scheduler, base.scheduler_config, settings.steps),
+        table(settings.scheduler, dreambooth.scheduler_config(adapters, base), settings.steps),
         tuple(adapters),
         _schedule([bound.spec for bound in adapters], settings.steps),
         tuple(dropped),

@@ -59,7 +59,7 @@ def load_base(registry: Registry, config: ServerConfig) -> Base:
             ref=ref,
         )
     folder = registry.materialise(version)
-    executor = TorchExecutor(folder, config.device, config.precision, config.max_rows)
+    executor = TorchExecutor.load(folder, config.device, config.precision, config.max_rows)
     return Base(
         version=version,
         compatibility=compatibility,

@@ -34,6 +34,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Open requests; more are refused.")] = 256,
     host_cache: Annotated[float, typer.Option(min=0.001, help="GiB of host memory for adapters.")] = 1.0,
     device_cache: Annotated[float, typer.Option(min=0.001, help="GiB of device memory for requests.")] = 2.0,
+    variant_cache: Annotated[float, typer.Option(min=0.001, help="GiB of device memory for checkpoints.")] = 4.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     home: Annotated[Path | None, typer.Option(help="Registry, caches and logs. [SCUMBLE_HOME]")] = None,
     triton: Annotated[Path | None, typer.Option(help="tritonserver to run. [SCUMBLE_TRITON]")] = None,
@@ -52,6 +53,7 @@ def serve(
         max_queue=max_queue,
         host_cache_bytes=int(host_cache * GIB),
         device_cache_bytes=int(device_cache * GIB),
+        variant_cache_bytes=int(variant_cache * GIB),
         threads=threads,
     )
     ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)

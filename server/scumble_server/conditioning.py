@@ -6,7 +6,7 @@ next request that asks for the same finds it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -27,6 +27,7 @@ from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
 from scumble_server.stacking import factors_of
+from scumble_server.variants import merged, on_checkpoint, too_wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,8 @@ class Conditioner:
         self._registry = registry
         self._host = host
 
-    def condition(self, admitted: Admitted, device: Lease) -> Conditioned:
-        """`device` pins what the rows carry, until the request has ended."""
+    def condition(self, admitted: Admitted, device: Lease, variants: Lease) -> Conditioned:
+        """`device` pins what the rows carry, and `variants` their weights, until the request has ended."""
         with self._host.open() as records:
             context = Context(
                 self._base,
@@ -83,10 +84,12 @@ class Conditioner:
                 admitted.settings,
                 self._base.executor,
                 self._base.version.digest,
+                self._base.tokenizer,
                 records,
                 device,
+                variants,
             )
-            return _condition(context, admitted)
+            return _condition(on_checkpoint(context, admitted.adapters), admitted)
 
     def prefetch(self, admitted: Admitted) -> None:
         """Bring what a queued request will read into host memory. May be called from any thread."""
@@ -100,7 +103,7 @@ class Conditioner:
 
 def _unpack(registry: Registry, records: Lease, version: Version) -> None:
     """For files that are read straight into the device. Once while it is remembered: hashing them takes time."""
-    records.get(("unpacked", version.digest), 0, lambda: registry.materialise(version))
+    records.get(("unpacked", version.digest), 0, lambda: registry.stored(version))
 
 
 def _condition(context: Context, admitted: Admitted) -> Conditioned:
@@ -110,14 +113,26 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     prompts = _tokens(context, embeddings)
     found = frozenset[int]().union(*(tokens.found for tokens in prompts.values()))
     unused = [bound for index, bound in enumerate(embeddings) if index not in found]
-    factors = _factors(context, loras)
+    wide = too_wide(context, loras)
+    factors = _factors(context, [] if wide else loras)
+    # More columns than factors may have are merged into copies of the weights instead: for the text once, for the
+    # UNet in every phase.
+    of_text = merged(context, loras, [each.text_weight for each in loras], "text_encoder") if wide else context
     loaded = monotonic()
-    text = _encode(context, list(prompts.values()), loras, factors, {index: embeddings[index] for index in found})
+    text = _encode(of_text, list(prompts.values()), [] if wide else loras, factors, _chosen(embeddings, found))
     groups = ip_adapter.groups(context, _of_kind(ip_adapter.KIND, admitted.adapters))
     nets = _of_kind(controlnet.KIND, admitted.adapters)
     controls = controlnet.prepare(context, nets, text.states, text.key)
     phases = tuple(
-        _phase(context, admitted.adapters, weights, factors, text, groups, controls)
+        _phase(
+            merged(context, loras, _of_loras(weights, admitted.adapters), "unet") if wide else context,
+            admitted.adapters,
+            weights,
+            factors,
+            text,
+            groups,
+            controls,
+        )
         for weights in admitted.schedule.weights
     )
     encoded = monotonic()
@@ -133,6 +148,16 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     )
 
 
+def _chosen(embeddings: Sequence[Bound], found: Collection[int]) -> dict[int, Bound]:
+    return {index: embeddings[index] for index in found}
+
+
+def _of_loras(weights: Sequence[float], adapters: Sequence[Bound]) -> tuple[float, ...]:
+    """Of one phase's weights for all adapters, those of the LoRAs."""
+    paired = zip(weights, adapters, strict=True)
+    return tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
+
+
 def _tokens(context: Context, embeddings: Sequence[Bound]) -> dict[str, Tokens]:
     """By field; the negative prompt first, where the request is guided."""
     names = [Name(textual_inversion.token_of(each), textual_inversion.count(each)) for each in embeddings]
@@ -140,7 +165,7 @@ def _tokens(context: Context, embeddings: Sequence[Bound]) -> dict[str, Tokens]:
     prompts = {"prompt": settings.prompt}
     if settings.guided:
         prompts = {"negative_prompt": settings.negative_prompt, **prompts}
-    return {field: tokenize(context.base.tokenizer, text, names) for field, text in prompts.items()}
+    return {field: tokenize(context.tokenizer, text, names) for field, text in prompts.items()}
 
 
 def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
@@ -211,7 +236,7 @@ def _phase(
 ) -> Phase:
     """`weights` has one for each of `adapters`."""
     paired = list(zip(weights, adapters, strict=True))
-    of_loras = tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
+    of_loras = _of_loras(weights, adapters) if factors.key else ()
     of_nets = [weight for weight, bound in paired if bound.kind == controlnet.KIND]
     chain = hypernetwork.chain(context, adapters, weights)
     return Phase(
@@ -238,6 +263,7 @@ def _project(
     links = hypernetwork.on_text(chain, states.shape[-1])
     key = (
         "kv",
+        context.weights,
         text.key,
         (factors.key, weights) if carried is not None else None,
         tuple((link.digest, link.strength) for link in links),

@@ -34,6 +34,8 @@ class ServerConfig(BaseModel):
     """Host memory for adapters' records, least recently used first out."""
     device_cache_bytes: int = Field(default=2 << 30, ge=0)
     """Device memory for what requests are made of: bound factors, nets, encodings, keys and values."""
+    variant_cache_bytes: int = Field(default=4 << 30, ge=0)
+    """Device memory for other weights than the base's: checkpoints, and LoRAs that are too many for factors."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the executor; None leaves torch's own choice."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from transformers import CLIPTokenizer
 
 from scumble_registry import Registry
 from scumble_server.base import Base
@@ -22,16 +24,19 @@ class Context:
     """One request, in the conditioning thread. `executor` holds the weights that it is drawn with, and `weights`
     says which: every key of something made by them begins with it.
 
-    `records` pins host memory until the request is conditioned, `device` pins device memory until it is drawn.
+    `records` pins host memory until the request is conditioned; `device` and `variants` pin device memory until it is
+    drawn.
     """
 
     base: Base
     registry: Registry
     settings: Settings
     executor: Executor
-    weights: str
+    weights: Hashable
+    tokenizer: CLIPTokenizer
     records: Lease
     device: Lease
+    variants: Lease
 
     def record(self, bound: Bound, read: Callable[[Path], Record]) -> Record:
         """An adapter's normalised record, read once for all requests that ask while it is resident."""

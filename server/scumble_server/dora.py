@@ -33,3 +33,14 @@ def delta(module: LoraModule) -> Tensor:
     up = torch.tensor(module.up.astype("float32")).flatten(1)
     product: Tensor = up @ down
     return product * module.scale
+
+
+def change(weight: Tensor, module: LoraModule) -> Tensor:
+    """W' − W at strength 1, shaped like `weight`, float32: of a DoRA, or ΔW itself."""
+    added = delta(module).to(weight.device).view(weight.shape)
+    if module.magnitude is None:
+        return added
+    shape = [1] * weight.ndim
+    shape[module.magnitude.axis] = -1
+    changed: Tensor = (weight.float() + added) * gains(weight, module).view(shape) - weight.float()
+    return changed

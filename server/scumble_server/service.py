@@ -41,12 +41,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Job:
-    """One request on its way through the three threads. `lease` pins what its rows carry until it has ended."""
+    """One request on its way through the three threads. Its leases pin what its rows carry until it has ended."""
 
     admitted: Admitted
     on_event: Callable[[Event], None]
     is_cancelled: Callable[[], bool]
-    lease: Lease
+    device: Lease
+    variants: Lease
     submitted_at: float = field(default_factory=monotonic)
     conditioned: Conditioned | None = None
     progress: Progress | None = None
@@ -93,6 +94,7 @@ class Service:
         self._loop = Loop(config.max_batch_images, self._counters)
         self._host = Residency(config.host_cache_bytes, "host")
         self._device = Residency(config.device_cache_bytes, "device")
+        self._variants = Residency(config.variant_cache_bytes, "variant")
         self._conditioner = Conditioner(base, registry, self._host)
         self._prefetcher = Prefetcher()
         # The most urgent first, then first come; the last of all ends the thread.
@@ -141,8 +143,9 @@ class Service:
         `is_cancelled` is asked before conditioning and once a step.
         """
         admitted = admit(request, self.base, self._registry, self._config.max_pixels)
-        lease = self._device.open(lambda: job.check())  # noqa: PLW0108 - there is no job yet
-        job = _Job(admitted, self._until_the_end(on_event, lease), is_cancelled, lease)
+        device, variants = self._device.open(), self._variants.open()
+        job = _Job(admitted, self._until_the_end(on_event, device, variants), is_cancelled, device, variants)
+        device.check = variants.check = job.check  # asked while they wait for room
         with self._lock:
             if self._closing:
                 raise Unavailable("the server is stopping")
@@ -170,6 +173,7 @@ class Service:
             "base": self.base.version.ref,
             "host_cache": self._host.stats(),
             "device_cache": self._device.stats(),
+            "variant_cache": self._variants.stats(),
         }
 
     def is_alive(self) -> bool:
@@ -183,8 +187,8 @@ class Service:
                 return
             self._closing = True
         self._loop.close()
-        self._device.close()
-        self._host.close()
+        for cache in (self._device, self._variants, self._host):
+            cache.close()
         self._incoming.put((math.inf, next(self._arrivals), None))
         for thread in self._threads[:2]:
             thread.join()
@@ -193,12 +197,13 @@ class Service:
         self._prefetcher.close()
         self._registry.close()
 
-    def _until_the_end(self, on_event: Callable[[Event], None], lease: Lease) -> Callable[[Event], None]:
+    def _until_the_end(self, on_event: Callable[[Event], None], *leases: Lease) -> Callable[[Event], None]:
         """Passes events on; with the last one the request lets go of all that it holds."""
 
         def send(event: Event) -> None:
             if isinstance(event, Done | Failed):
-                lease.release()
+                for lease in leases:
+                    lease.release()
                 with self._lock:
                     self._open_requests -= 1
                     self._pace.ended()
@@ -222,7 +227,7 @@ class Service:
                 continue
             try:
                 job.check()
-                job.conditioned = self._conditioner.condition(job.admitted, job.lease)
+                job.conditioned = self._conditioner.condition(job.admitted, job.device, job.variants)
                 job.progress = self._rows(job, job.conditioned)
             except Exception as error:
                 job.on_event(Failed(_typed(error)))

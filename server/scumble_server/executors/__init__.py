@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from scumble_build.denoiser import KVSlice
 from scumble_build.inputs import StepInputs
 from scumble_build.layout import Layout
 from scumble_build.text import Overrides
+
+Changed: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+"""By component (`unet`, `text_encoder`, `vae`) and by the name in its file, with or without `text_model.`."""
 
 
 class Net(Protocol):
@@ -68,6 +73,13 @@ class Executor(Protocol):
 
     def weight(self, target: str) -> Tensor:
         """The weight of a layer that takes factors, `(out, in[, k, k])`, to be read only."""
+
+    def variant(self, changed: Changed, configs: Path | None = None) -> Executor:
+        """An executor with some other weights; all that is not in `changed` is shared with this one, not copied.
+
+        `configs` is a folder with configs of its components, in the diffusers layout; None: this one's own.
+        Raises Refused for a tensor that has no place here.
+        """
 
     def weights_digest(self) -> str:
         """sha256 over every weight as it is now: proof that nothing was patched."""

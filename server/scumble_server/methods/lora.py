@@ -75,9 +75,7 @@ def check(bound: Bound, base: Base) -> None:
 
 
 def check_together(adapters: Sequence[Bound], base: Base) -> None:
-    """All must find room in one rank bucket of each graph."""
-    for layout in base.layouts:
-        rank_bucket(sum(rank_in(layout, _compatibility(bound).ranks) for bound in adapters))
+    """Any number may act at once: more columns than the largest bucket holds are merged (`variants.py`)."""
 
 
 def idle(bound: Bound, steps: int) -> str | None:
@@ -98,13 +96,22 @@ def describe(bound: Bound) -> dict[str, Any]:
 
 def bound_bytes(layout: Layout, adapters: Sequence[Bound]) -> int:
     """How large the bound set of these will be in this graph, before any of it is read."""
-    ranks = [_compatibility(bound).ranks for bound in adapters]
-    columns = sum(rank_in(layout, each) for each in ranks)
-    if not columns:
+    needed = columns(layout, adapters)
+    if not needed:
         return 0
-    extent = layout.extent(name for each in ranks for name in each)
-    width = rank_bucket(columns) + sum(depends_on_weights(bound) for bound in adapters)
+    extent = layout.extent(name for bound in adapters for name in targets_of(bound))
+    width = rank_bucket(needed) + sum(depends_on_weights(bound) for bound in adapters)
     return (extent.total_in + extent.total_out) * width * 4
+
+
+def columns(layout: Layout, adapters: Sequence[Bound]) -> int:
+    """How many rank columns these need together in this graph."""
+    return sum(rank_in(layout, _compatibility(bound).ranks) for bound in adapters)
+
+
+def targets_of(bound: Bound) -> Iterable[str]:
+    """The layers that it changes, by canonical name."""
+    return _compatibility(bound).ranks
 
 
 def depends_on_weights(bound: Bound) -> bool:
@@ -226,6 +233,7 @@ __all__ = [
     "bound_bytes",
     "check",
     "check_together",
+    "columns",
     "depends_on_weights",
     "describe",
     "identity",
@@ -235,4 +243,5 @@ __all__ = [
     "read_record",
     "record_of",
     "row_factors",
+    "targets_of",
 ]

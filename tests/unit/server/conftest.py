@@ -6,6 +6,7 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,14 +40,13 @@ class Running:
     last: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        executor = self.service.base.executor
-        decode = executor.decode
+        decode = self.service._decode
 
-        def watched(latents: Tensor) -> Tensor:
-            self.last[:] = [latents.clone()]
-            return decode(latents)
+        def watched(job: Any) -> Done:
+            self.last[:] = [torch.stack([row.sample for row in job.progress.rows])]
+            return decode(job)
 
-        executor.decode = watched  # type: ignore[method-assign]
+        self.service._decode = watched  # type: ignore[method-assign]
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         """All at once; results in the order of the requests. Raises the first failure."""

@@ -1,0 +1,100 @@
+"""Other weights than the base's: checkpoints, and LoRAs that are too many for factors.
+
+A variant is an executor of its own that shares every tensor which is not its own with the base's. Rows of one variant
+share their steps; other adapters stack on it as on the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from scumble_build.layout import RANK_BUCKETS
+from scumble_registry.formats.dreambooth import read_changed
+from scumble_registry.formats.safetensors_header import Array
+from scumble_server.bound import Bound
+from scumble_server.context import Context
+from scumble_server.dora import change
+from scumble_server.executors import Executor
+from scumble_server.methods import dreambooth, lora
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    executor: Executor
+    tokenizer: CLIPTokenizer
+
+
+def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
+    """`context` with the weights of the request's checkpoint, if it has one.
+
+    Raises NotFound, IntegrityError, Refused (the budget for variants is too small for it).
+    """
+    bound = next((each for each in adapters if each.kind == dreambooth.KIND), None)
+    if bound is None:
+        return context
+
+    def load() -> _Checkpoint:
+        stored, base = context.registry.stored(bound.version), context.registry.stored(context.base.version)
+        changed = {
+            component: {name: _tensor(values) for name, values in tensors.items()}
+            for component, tensors in read_changed(stored, base).items()
+        }
+        tokenizer = CLIPTokenizer.from_pretrained(stored / "tokenizer", local_files_only=True)
+        return _Checkpoint(context.base.executor.variant(changed, stored), tokenizer)
+
+    key = ("checkpoint", bound.version.digest)
+    nbytes = sum(dreambooth.compatibility_of(bound).changed.values()) * context.executor.dtype.itemsize
+    loaded = context.variants.get(key, nbytes, load)
+    return replace(context, executor=loaded.executor, weights=bound.version.digest, tokenizer=loaded.tokenizer)
+
+
+def too_wide(context: Context, loras: Sequence[Bound]) -> bool:
+    """Do these LoRAs together have more rank columns than the largest bucket, in any graph?"""
+    executor = context.executor
+    layouts = executor.text_layout, executor.kv_layout, executor.step_layout
+    return any(lora.columns(layout, loras) > RANK_BUCKETS[-1] for layout in layouts)
+
+
+def merged(context: Context, loras: Sequence[Bound], strengths: Sequence[float], component: str) -> Context:
+    """`context` with LoRAs merged into copies of the weights of one component (`unet`, `text_encoder`).
+
+    Raises Refused with the numbers if the budget for variants does not hold the copies.
+    """
+    acting = [(bound, strength) for bound, strength in zip(loras, strengths, strict=True) if strength]
+    prefix = f"{component}."
+    targets = sorted({name for bound, _ in acting for name in lora.targets_of(bound) if name.startswith(prefix)})
+    if not targets:
+        return context
+    weights = (
+        "merged",
+        context.weights,
+        component,
+        tuple((lora.identity(context, bound), strength) for bound, strength in acting),
+    )
+
+    def merge() -> Executor:
+        sums = {target: context.executor.weight(target).float() for target in targets}
+        for bound, strength in acting:
+            for name, module in lora.record_of(context, bound).items():
+                if name in sums:
+                    block = 1.0 if bound.blocks is None else bound.blocks.of(name)
+                    sums[name] = sums[name] + strength * block * change(context.executor.weight(name), module)
+        return context.executor.variant({component: _by_file_name(sums.items(), prefix)})
+
+    nbytes = sum(context.executor.weight(target).nbytes for target in targets)
+    return replace(context, executor=context.variants.get(weights, nbytes, merge), weights=weights)
+
+
+def _by_file_name(weights: Iterable[tuple[str, Tensor]], prefix: str) -> dict[str, Tensor]:
+    return {f"{target.removeprefix(prefix)}.weight": weight for target, weight in weights}
+
+
+def _tensor(values: Array) -> Tensor:
+    """torch knows no bfloat16 of numpy's."""
+    return torch.from_numpy(np.ascontiguousarray(values).astype(np.float32))
