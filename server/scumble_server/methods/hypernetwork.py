@@ -67,8 +67,7 @@ def check(bound: Bound, base: Base) -> None:
 
 
 def check_together(adapters: Sequence[Bound], base: Base) -> None:
-    """Any number of the webui's kind; predicted LoRAs must find room in one rank bucket of each graph."""
-    lora.check_together([bound for bound in adapters if predicted.predictor_of(bound) is not None], base)
+    """Any number may act at once."""
 
 
 def idle(bound: Bound, steps: int) -> str | None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from tiny_hypernetwork import WebuiHypernetwork
+from tiny_variant import make_checkpoint
 from torch import Tensor
 
 from scumble.errors import Incompatible, InvalidRequest
@@ -71,6 +72,7 @@ class World:
     running: Any
     base: Path
     lora: Path
+    checkpoint: Path
     theirs: dict[str, WebuiHypernetwork]
 
 
@@ -84,14 +86,16 @@ def world(
     folder = tmp_path_factory.mktemp("hypernetworks")
     base = make_tiny_base(folder / "base", width=NARROW)
     lora = make_lora(base, folder / "lora", seed=1)
+    checkpoint = make_checkpoint(base, folder / "dog", seed=1, components=("unet", "text_encoder"))
     theirs = {name: WebuiHypernetwork(**how) for name, how in ENTRIES.items()}
     with Registry.open(folder / "home", create=True) as registry:
         registry.publish(base, "tiny/base")
         registry.publish(lora, "l/a", base="tiny/base")
+        registry.publish(checkpoint, "my/dog", base="tiny/base")
         for name, each in theirs.items():
             registry.publish(each.save(folder / f"{name}.safetensors"), name, base="tiny/base")
     running = start(folder / "home", "tiny/base", {})
-    yield World(running, base, lora, theirs)
+    yield World(running, base, lora, checkpoint, theirs)
     running.service.close()
 
 
@@ -169,6 +173,15 @@ def test_alone_equals_the_formula_in_diffusers(world: World, name: str) -> None:
     for ref in {adapter.ref for adapter in asked.adapters}:
         bare = by_the_formula(world.base, world.lora, world.theirs, without(asked, ref))
         assert (reference - bare).abs().max() >= VISIBLE, f"the oracle does not show {ref}"
+
+
+def test_on_a_checkpoint(world: World) -> None:
+    asked = request({"ref": "my/dog"}, BOTH, {**OTHER, "weight": 0.5})
+    own = without(asked, "my/dog")
+    reference = by_the_formula(world.checkpoint, world.lora, world.theirs, own)
+    on_base, on_checkpoint = world.running.run([own, asked])
+    assert (on_checkpoint.latents - reference).abs().max() <= TOLERANCE
+    assert (on_base.latents - reference).abs().max() >= VISIBLE
 
 
 def test_the_order_of_a_chain_matters(world: World) -> None:

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from tiny_hypernetwork import make_predictor, save_predictor
 from tiny_ip import STATES, make_image_encoder
+from tiny_variant import make_checkpoint
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -62,6 +63,7 @@ CASES: dict[str, Request] = {
     "a text of its own": request({"ref": "p/text", "text": "ink on paper"}),
     "an empty text": request({"ref": "p/text", "text": ""}),
     "one predictor, two pictures": request({**RED, "weight": 0.5}, {**BLUE, "weight": 0.4}),
+    "more columns than factors may have": request({**RED, "ref": "p/wide"}, {**BLUE, "ref": "p/wide", "end": 0.5}),
     "beside a lora": request({**RED, "weight": 0.5}, {"ref": "l/a", "weight": 0.3}, {"ref": "p/text", "weight": 0.4}),
 }
 
@@ -71,6 +73,7 @@ class World:
     running: Any
     base: Path
     lora: Path
+    checkpoint: Path
     predictors: dict[str, Predictor]
 
 
@@ -96,11 +99,13 @@ def world(
     base = Path(shutil.copytree(tiny_base, folder / "base"))
     make_image_encoder(base / "image_encoder")
     lora = make_lora(base, folder / "lora", seed=1)
+    checkpoint = make_checkpoint(base, folder / "dog", seed=1, components=("unet", "text_encoder"))
     targets = targets_of(base)
     encoder = hashlib.sha256((base / "image_encoder/model.safetensors").read_bytes()).hexdigest()
     predictors = {
         "p/image": make_predictor(targets, STATES, seed=1, gain=0.5, encoder=f"sha256:{encoder}"),
         "p/text": make_predictor(targets, TEXT, seed=2, gain=0.5, condition="text"),
+        "p/wide": make_predictor(targets, STATES, seed=3, gain=0.02, rank=200, alpha=200.0),
         "p/other-encoder": make_predictor(targets, STATES, encoder="sha256:" + "0" * 64),
         "p/other-width": make_predictor(targets, STATES + 8),
         "p/loud": make_predictor(targets, STATES, gain=1e38),
@@ -108,10 +113,11 @@ def world(
     with Registry.open(folder / "home", create=True) as registry:
         registry.publish(base, "tiny/base")
         registry.publish(lora, "l/a", base="tiny/base")
+        registry.publish(checkpoint, "my/dog", base="tiny/base")
         for name, each in predictors.items():
             registry.publish(save_predictor(each, folder / f"{name}.safetensors"), name, base="tiny/base")
     running = start(folder / "home", "tiny/base", {})
-    yield World(running, base, lora, predictors)
+    yield World(running, base, lora, checkpoint, predictors)
     running.service.close()
 
 
@@ -151,8 +157,10 @@ def _nested() -> bool:
     return hasattr(CLIPTextModel, "text_model")
 
 
-def by_peft(world: World, asked: Request) -> Tensor:
-    pipeline = StableDiffusionPipeline.from_pretrained(world.base, image_encoder=None, local_files_only=True)
+def by_peft(world: World, asked: Request, drawn_with: Path | None = None) -> Tensor:
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        drawn_with or world.base, image_encoder=None, local_files_only=True
+    )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     names = [f"a{index}" for index in range(len(asked.adapters))]
@@ -206,6 +214,14 @@ def test_alone_equals_diffusers_with_the_predicted_lora(world: World, name: str)
         others = tuple(each for each in asked.adapters if each is not adapter)
         bare = by_peft(world, asked.model_copy(update={"adapters": others}))
         assert (reference - bare).abs().max() >= VISIBLE, f"the oracle does not show {adapter}"
+
+
+def test_on_a_checkpoint_the_condition_is_read_by_the_base(world: World) -> None:
+    own = request({"ref": "p/text", "text": "ink"}, {**RED, "weight": 0.5})
+    asked = own.model_copy(update={"adapters": (Adapter(ref="my/dog"), *own.adapters)})
+    reference = by_peft(world, own, drawn_with=world.checkpoint)
+    assert (world.running.run([asked])[0].latents - reference).abs().max() <= TOLERANCE
+    assert (by_peft(world, own) - reference).abs().max() >= VISIBLE
 
 
 def test_another_condition_is_another_lora(world: World) -> None:
