@@ -42,8 +42,10 @@ layers:
 bundled: setup
 	for style in openmoji ink; do ./demo/train-style.sh $$style || exit 1; done
 
+# Random adapters come from the tests' own makers.
 bench: setup
-	$(BIN)/python benches/mixed.py
+	PYTHONPATH=tests $(BIN)/python benches/mixed.py
+	PYTHONPATH=tests $(BIN)/python benches/kinds.py
 
 serve: setup
 	$(BIN)/scumble serve

@@ -33,6 +33,7 @@ class EveryKind:
 
 def publish_every_kind(registry: Registry, base: Path, folder: Path, *, image_side: int = 64) -> EveryKind:
     """`every/base` and an adapter of each kind for it, random but loud enough to be seen."""
+    folder.mkdir(parents=True, exist_ok=True)
     registry.publish(base, name="every/base")
     files = {"every/base": base, **_models(base, folder)}
     encoder = folder / "encoder"

@@ -84,6 +84,7 @@ class Conditioner:
                 admitted.settings,
                 self._base.executor,
                 self._base.version.digest,
+                self._base.version,
                 self._base.tokenizer,
                 records,
                 device,

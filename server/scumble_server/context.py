@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from transformers import CLIPTokenizer
 
-from scumble_registry import Registry
+from scumble_registry import Registry, Version
 from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.executors import Executor
@@ -22,7 +22,7 @@ Record = TypeVar("Record")
 @dataclass(frozen=True, slots=True)
 class Context:
     """One request, in the conditioning thread. `executor` holds the weights that it is drawn with, and `weights`
-    says which: every key of something made by them begins with it.
+    says which: every key of something made by them begins with it. `drawn_with` is the base, or the checkpoint.
 
     `records` pins host memory until the request is conditioned; `device` and `variants` pin device memory until it is
     drawn.
@@ -33,6 +33,7 @@ class Context:
     settings: Settings
     executor: Executor
     weights: Hashable
+    drawn_with: Version
     tokenizer: CLIPTokenizer
     records: Lease
     device: Lease

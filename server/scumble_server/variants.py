@@ -51,7 +51,13 @@ def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
     key = ("checkpoint", bound.version.digest)
     nbytes = sum(dreambooth.compatibility_of(bound).changed.values()) * context.executor.dtype.itemsize
     loaded = context.variants.get(key, nbytes, load)
-    return replace(context, executor=loaded.executor, weights=bound.version.digest, tokenizer=loaded.tokenizer)
+    return replace(
+        context,
+        executor=loaded.executor,
+        weights=bound.version.digest,
+        drawn_with=bound.version,
+        tokenizer=loaded.tokenizer,
+    )
 
 
 def too_wide(context: Context, loras: Sequence[Bound]) -> bool:

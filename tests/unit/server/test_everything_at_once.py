@@ -66,7 +66,7 @@ EVERYTHING: list[dict[str, Any]] = [
     {"ref": "net/one", "weight": 0.5, "image": "shape", "end": 0.7},
     {"ref": "net/two", "weight": 0.3, "image": "red"},
     {"ref": "net/t2i", "weight": 5.0, "image": "shape"},
-    {"ref": "hyper/context", "weight": 0.3},
+    {"ref": "hyper/context", "weight": 0.6},
 ]
 MIXES: dict[str, list[dict[str, Any]]] = {
     "style by IP-Adapter, shape by ControlNet": [

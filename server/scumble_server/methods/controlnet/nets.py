@@ -106,12 +106,14 @@ def _control(context: Context, bound: Bound, states: Tensor, text: Hashable) -> 
 
 def _net(context: Context, bound: Bound, like: Tensor) -> TorchNet | TorchUnionNet:
     """One object for all requests that may share its run: for a union net, those with the same kinds of control."""
-    about, base = compatibility(bound), context.base.version
-    key = ("net", bound.version.digest, base.digest)
+    about = compatibility(bound)
+    # A control-LoRA changes the encoder of whatever the request is drawn with; other nets have their own.
+    builds_on = context.drawn_with if about.form == "control_lora" else context.base.version
+    key = ("net", bound.version.digest, builds_on.digest)
     nbytes = about.parameters * like.element_size()
 
     def unet() -> Path:
-        return context.registry.materialise(base) / "unet"  # hashes the whole base: only if it is read
+        return context.registry.materialise(builds_on) / "unet"  # hashes the whole folder: only if it is read
 
     def load() -> TorchNet:
         return TorchNet(ControlNet(load_net(context.registry.materialise(bound.version), unet)), like)
