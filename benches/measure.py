@@ -31,6 +31,27 @@ def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[
     return {name: round(statistics.median(measured[1:]), 5) for name, measured in seconds.items()}
 
 
+def against(
+    bare: Callable[[], object], contenders: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Of each, median seconds and the median of its ratio to `bare` run right before it: what slows the machine for a
+    while slows both. The first round warms up and does not count.
+    """
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            bare()
+            middle = time.perf_counter()
+            run()
+            end = time.perf_counter()
+            measured[name].append((end - middle, (end - middle) / (middle - start)))
+    return {
+        name: (statistics.median(pair[0] for pair in pairs[1:]), statistics.median(pair[1] for pair in pairs[1:]))
+        for name, pairs in measured.items()
+    }
+
+
 @contextmanager
 def count_flops() -> Iterator[list[int]]:
     """The floating point operations of products and convolutions, by torch's own counter."""

@@ -99,13 +99,12 @@ def _stretch(x: Tensor, y: Tensor, base: Layer, target: Target, factors: Factors
         return values[:, :, *[None] * rest] if convolution else values[:, *[None] * rest, :]
 
     bias = 0 if base.bias is None else by_channel(base.bias[None], y)
-    unbiased = y[:rows] - bias
+    if factors.stretch_out is not None:
+        values = by_channel(factors.stretch_out[:, target.out_offset : target.out_end], y)
+        y[:rows].mul_(1 + values).sub_(values * bias)
     if factors.stretch_in is not None:
         values = factors.stretch_in[:, target.in_offset : target.in_offset + base.weight.shape[1]]
         y[:rows] += base(x[:rows] * by_channel(values, x)) - bias
-    if factors.stretch_out is not None:
-        values = factors.stretch_out[:, target.out_offset : target.out_end]
-        y[:rows] += unbiased * by_channel(values, y)
 
 
 def _add_linear(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
@@ -154,7 +153,10 @@ def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d, size: torch.Size) -> Tensor
         for i in range(kernel)
         for j in range(kernel)
     ]
-    return torch.stack(shifted).sum(0)
+    total = shifted[0].clone()
+    for each in shifted[1:]:
+        total += each
+    return total
 
 
 def _slice(target: Target, factors: Factors) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,9 @@ class CrossAttention:
         mask = inputs.kv_mask[:, None, None] if inputs.kv_mask is not None else None
         mixed = scaled_dot_product_attention(query, key, value, mask)
         if inputs.images is not None:
-            mixed = mixed.index_add(0, inputs.images.rows, self._of_images(query, inputs.images))
+            added = self._of_images(query, inputs.images)
+            all_rows = added.shape[0] == mixed.shape[0]
+            mixed = mixed + added if all_rows else mixed.index_add(0, inputs.images.rows, added)
         mixed = mixed.transpose(1, 2).flatten(2)
         return attn.to_out[0](mixed) / attn.rescale_output_factor  # type: ignore[no-any-return]
 
@@ -78,14 +80,17 @@ class CrossAttention:
     def _of_images(self, query: Tensor, images: ImageInputs) -> Tensor:
         """query `(rows, heads, N, d)` → what the pictures add for their m rows, `(m, heads, N, d)`."""
         m, groups = images.kv.shape[:2]
-        asking = query.index_select(0, images.rows).repeat_interleave(groups, 0)
+        # Copies only where they are needed: often every row has a picture, and one group of them.
+        asking = query if m == query.shape[0] else query.index_select(0, images.rows)
+        asking = asking.repeat_interleave(groups, 0) if groups > 1 else asking
         key, value = self._keys_and_values(images.kv.flatten(0, 1), query.shape[1])
-        mixed = scaled_dot_product_attention(asking, key, value, images.tokens.flatten(0, 1)[:, None, None])
+        mask = images.tokens.flatten(0, 1)[:, None, None] if images.tokens is not None else None
+        mixed = scaled_dot_product_attention(asking, key, value, mask)
         strength = images.scale[..., None]
         if images.areas is not None:
             strength = strength * images.areas[..., self.source.places[self.level]]
-        added: Tensor = (mixed.unflatten(0, (m, groups)) * strength[:, :, None, :, None]).sum(1)
-        return added
+        weighted: Tensor = mixed.unflatten(0, (m, groups)) * strength[:, :, None, :, None]
+        return weighted[:, 0] if groups == 1 else weighted.sum(1)
 
 
 class SelfAttention:

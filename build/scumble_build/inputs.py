@@ -19,14 +19,14 @@ from scumble_build.hypernetwork import Hypernetwork
 class ImageInputs:
     """Keys and values of pictures (IP-Adapter, Ye et al., 2308.06721) for m of the rows, one softmax per group.
 
-    rows (m,) int64; kv (m, G, T, K) in the flat layout of the text's; tokens (m, G, T) bool, True where a token is,
-    at least one in each group; scale (m, G); areas (m, G, P) or None: how much of each group reaches each position,
-    flat over the UNet's levels (`level_sizes`).
+    rows (m,) int64, rising; kv (m, G, T, K) in the flat layout of the text's; tokens (m, G, T) bool, True where a token
+    is, at least one in each group, or None where all are; scale (m, G); areas (m, G, P) or None: how much of each group
+    reaches each position, flat over the UNet's levels (`level_sizes`).
     """
 
     rows: Tensor
     kv: Tensor
-    tokens: Tensor
+    tokens: Tensor | None
     scale: Tensor
     areas: Tensor | None = None
 
@@ -69,7 +69,8 @@ class StepInputs:
         images = self.images
         if images is not None:
             areas = move(images.areas) if images.areas is not None else None
-            images = ImageInputs(move(images.rows), move(images.kv), move(images.tokens), move(images.scale), areas)
+            tokens = move(images.tokens) if images.tokens is not None else None
+            images = ImageInputs(move(images.rows), move(images.kv), tokens, move(images.scale), areas)
         return replace(
             self,
             kv=move(self.kv),

@@ -35,3 +35,12 @@ class Bound:
     @property
     def text_weight(self) -> float:
         return self.spec.weight if self.spec.text_weight is None else self.spec.text_weight
+
+    def why_never(self, steps: int) -> str | None:
+        """Why an adapter that follows the steps acts in none of them, or None."""
+        spec = self.spec
+        if spec.weight == 0:
+            return "weight 0"
+        if not any(spec.is_active(step, steps) for step in range(steps)):
+            return f"no step of {steps} lies between start {spec.start:g} and end {spec.end:g}"
+        return None

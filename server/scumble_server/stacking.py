@@ -131,14 +131,15 @@ def _stack_images(placed: Sequence[tuple[int, RowImages]], device: str) -> Image
         count, present, here, _ = images.kv.shape
         more = groups - present
         kv.append(pad(images.kv, (0, 0, 0, length - here, 0, more)))
-        there = pad(images.tokens, (0, length - here, 0, more))
-        there[present:, 0] = True  # a softmax over nothing would be NaN
-        tokens.append(there.expand(count, -1, -1))
+        present_tokens = pad(images.tokens, (0, length - here, 0, more))
+        present_tokens[present:, 0] = True  # a softmax over nothing would be NaN
+        tokens.append(present_tokens.expand(count, -1, -1))
         scale.append(pad(images.scale, (0, more)))
+    there = torch.cat(tokens)
     return ImageInputs(
         torch.cat([torch.arange(start, start + len(images.kv)) for start, images in placed]).to(device),
         torch.cat(kv).to(device),
-        torch.cat(tokens).to(device),
+        None if there.all() else there.to(device),
         torch.cat(scale).to(device),
         _stack_areas(placed, groups, device),
     )

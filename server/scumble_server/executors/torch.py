@@ -34,12 +34,12 @@ class Models:
     vae: AutoencoderKL
 
     @classmethod
-    def load(cls, folder: Path) -> Models:
+    def load(cls, folder: Path, dtype: torch.dtype) -> Models:
         """A folder in the diffusers layout."""
         return cls(
-            UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True),
-            CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True),
-            AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True),
+            UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True),
+            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True),
+            AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True),
         )
 
 
@@ -47,6 +47,7 @@ class TorchExecutor:
     """Owns one set of weights, which it only ever reads."""
 
     def __init__(self, models: Models, device: torch.device, dtype: torch.dtype, max_rows: int) -> None:
+        """`models` are in `dtype` already."""
         self._device, self._dtype, self.max_rows = device, dtype, max_rows
         unet, text = self._place(models.unet), self._place(models.text_encoder)
         self._vae: Any = self._place(models.vae)
@@ -74,7 +75,7 @@ class TorchExecutor:
         """A folder in the diffusers layout. Raises Unavailable if the device is not there."""
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
-        return cls(Models.load(folder), torch.device(device), _DTYPES[precision], max_rows)
+        return cls(Models.load(folder, _DTYPES[precision]), torch.device(device), _DTYPES[precision], max_rows)
 
     def variant(self, changed: Changed, configs: Path | None = None) -> Self:
         states = {component: dict(state) for component, state in self._states.items()}
@@ -104,7 +105,7 @@ class TorchExecutor:
         return json.loads((configs / component / "config.json").read_text())
 
     def _place(self, model: Model) -> Model:
-        return model.to(self._device, self._dtype).eval().requires_grad_(False)
+        return model.to(self._device).eval().requires_grad_(False)
 
     @property
     def device(self) -> str:

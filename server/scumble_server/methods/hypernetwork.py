@@ -73,12 +73,7 @@ def check_together(adapters: Sequence[Bound], base: Base) -> None:
 def idle(bound: Bound, steps: int) -> str | None:
     if predicted.predictor_of(bound) is not None:
         return lora.idle(bound, steps)
-    spec = bound.spec
-    if spec.weight == 0:
-        return "weight 0"
-    if not any(spec.is_active(step, steps) for step in range(steps)):
-        return f"no step of {steps} lies between start {spec.start:g} and end {spec.end:g}"
-    return None
+    return bound.why_never(steps)
 
 
 def describe(bound: Bound) -> dict[str, Any]:

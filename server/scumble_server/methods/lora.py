@@ -79,15 +79,10 @@ def check_together(adapters: Sequence[Bound], base: Base) -> None:
 
 
 def idle(bound: Bound, steps: int) -> str | None:
-    spec = bound.spec
     has_text = any(name.startswith("text_encoder.") for name in _compatibility(bound).ranks)
     if bound.text_weight and has_text:
         return None
-    if spec.weight == 0:
-        return "weight 0"
-    if not any(spec.is_active(step, steps) for step in range(steps)):
-        return f"no step of {steps} lies between start {spec.start:g} and end {spec.end:g}"
-    return None
+    return bound.why_never(steps)
 
 
 def describe(bound: Bound) -> dict[str, Any]:

@@ -162,6 +162,7 @@ def test_inputs_are_computed_in_the_executors_type(graph: Graph) -> None:
     assert inputs.images is not None
     assert inputs.factors is not None
     assert inputs.images.areas is not None
+    assert inputs.images.tokens is not None
     assert inputs.images.tokens.dtype is torch.bool
     assert inputs.images.rows.dtype is torch.int64
     floats = (inputs.kv, inputs.images.kv, inputs.images.scale, inputs.images.areas, inputs.factors.A)

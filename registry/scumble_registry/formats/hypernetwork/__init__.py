@@ -10,10 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeAlias
 
-import numpy as np
-
 from scumble.errors import IntegrityError, Refused
 from scumble_registry.compatibility import HypernetworkCompatibility
+from scumble_registry.formats.floats import read_floats
 from scumble_registry.formats.hypernetwork import context, predictor
 from scumble_registry.formats.hypernetwork.context_record import ContextRecord
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
@@ -40,16 +39,8 @@ def read(source: Source, base: Manifest | None) -> Draft:
     (file,) = source.weights().values() or (source.path,)
     if source.path.is_dir():
         check_plain(source)
-    if file.stat().st_size > _MAX_BYTES:
-        raise Refused(f"{file.name} is larger than {_MAX_BYTES} bytes, too large for a hypernetwork")
     header = read_header(file)
-    for name, info in header.tensors.items():
-        if info.dtype not in {"F32", "F16", "BF16"}:
-            raise Refused(f"tensor {name} is {info.dtype}; a hypernetwork may be F32, F16 or BF16", tensor=name)
-    tensors = read_tensors(file, header)
-    for name, values in tensors.items():
-        if not np.isfinite(values).all():
-            raise Refused(f"tensor {name} holds NaN or infinite values; the training went wrong", tensor=name)
+    tensors = read_floats(file, header, what="a hypernetwork", max_bytes=_MAX_BYTES)
     form = _form(header)
     assert form is not None  # `recognises` has seen to it
     record, network, family = form.parse(tensors, header.metadata)

@@ -17,8 +17,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from scumble.errors import Incompatible, Refused
 from scumble_registry.compatibility import (
     BaseCompatibility,
@@ -27,12 +25,13 @@ from scumble_registry.compatibility import (
     LoraCompatibility,
 )
 from scumble_registry.formats import image_encoder
+from scumble_registry.formats.floats import read_floats
 from scumble_registry.formats.ip_adapter.attentions import attentions
 from scumble_registry.formats.ip_adapter.projection import Projection, inspect
 from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record, write_record
 from scumble_registry.formats.lora.leftover import refuse_leftover
 from scumble_registry.formats.lora.record import LoraRecord, make_module
-from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors
+from scumble_registry.formats.safetensors_header import Array, Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
 
@@ -65,7 +64,7 @@ def read(source: Source, base: Manifest | None) -> Draft:
             "publish it with --base REF"
         )
     header = read_header(file)
-    tensors = _load(file, header)
+    tensors = read_floats(file, header, what="an IP-Adapter", max_bytes=_MAX_BYTES)
     projection_part, attention_part = _split(tensors)
     projection = inspect({name: values.shape for name, values in projection_part.items()})
     record = _parse(projection_part, attention_part, base.compatibility)
@@ -98,19 +97,6 @@ def _single(source: Source) -> Path:
         f"{source.path} holds {len(found)} IP-Adapters ({', '.join(file.name for file in found[:4])} …); publish one "
         "file at a time, or a folder with one of them beside image_encoder/"
     )
-
-
-def _load(file: Path, header: Header) -> dict[str, Array]:
-    if file.stat().st_size > _MAX_BYTES:
-        raise Refused(f"{file.name} is larger than {_MAX_BYTES} bytes, too large for an IP-Adapter")
-    for name, info in header.tensors.items():
-        if info.dtype not in {"F32", "F16", "BF16"}:
-            raise Refused(f"tensor {name} is {info.dtype}; an IP-Adapter may be F32, F16 or BF16", tensor=name)
-    tensors = read_tensors(file, header)
-    for name, values in tensors.items():
-        if not np.isfinite(values).all():
-            raise Refused(f"tensor {name} holds NaN or infinite values; the training went wrong", tensor=name)
-    return tensors
 
 
 def _split(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:

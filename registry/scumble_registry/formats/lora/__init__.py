@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
-
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, LoraCompatibility
+from scumble_registry.formats.floats import read_floats
 from scumble_registry.formats.lora import kohya, peft
 from scumble_registry.formats.lora.record import LoraModule, LoraRecord, read_record, write_record
-from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors
+from scumble_registry.formats.safetensors_header import Array, Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
 
@@ -37,16 +36,8 @@ def read(source: Source, base: Manifest | None) -> Draft:
     (file,) = source.weights().values() or (source.path,)
     if source.path.is_dir():
         check_plain(source)
-    if file.stat().st_size > _MAX_BYTES:
-        raise Refused(f"{file.name} is larger than {_MAX_BYTES} bytes, too large for a LoRA")
     header = read_header(file)
-    for name, info in header.tensors.items():
-        if info.dtype not in {"F32", "F16", "BF16"}:
-            raise Refused(f"tensor {name} is {info.dtype}; a LoRA may be F32, F16 or BF16")
-    tensors = read_tensors(file, header)
-    for name, values in tensors.items():
-        if not np.isfinite(values).all():
-            raise Refused(f"tensor {name} holds NaN or infinite values; the training went wrong", tensor=name)
+    tensors = read_floats(file, header, what="a LoRA", max_bytes=_MAX_BYTES)
     record = _parse(tensors, header.metadata, base)
     return Draft(
         files=source.files if source.path.is_dir() else {FILE_NAME: file},

@@ -15,7 +15,8 @@ import re
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, TextualInversionCompatibility
-from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
+from scumble_registry.formats.floats import read_floats
+from scumble_registry.formats.safetensors_header import Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.formats.textual_inversion.record import (
     TextualInversionRecord,
@@ -47,13 +48,8 @@ def read(source: Source, base: Manifest | None) -> Draft:
     (file,) = source.weights().values() or (source.path,)
     if source.path.is_dir():
         check_plain(source)
-    if file.stat().st_size > _MAX_BYTES:
-        raise Refused(f"{file.name} is larger than {_MAX_BYTES} bytes, too large for an embedding")
     header = read_header(file)
-    for name, info in header.tensors.items():
-        if info.dtype not in {"F32", "F16", "BF16"}:
-            raise Refused(f"tensor {name} is {info.dtype}; an embedding may be F32, F16 or BF16", tensor=name)
-    tensors = read_tensors(file, header)
+    tensors = read_floats(file, header, what="an embedding", max_bytes=_MAX_BYTES)
     record = make_record({_ENCODERS.get(name, "text_encoder"): values for name, values in tensors.items()})
     nameless = set(tensors) in _NAMELESS
     token = _token(source, file.stem if nameless else next(iter(tensors)))

@@ -44,14 +44,7 @@ def check_together(adapters: Sequence[Bound], base: Base) -> None:
 
 
 def idle(bound: Bound, steps: int) -> str | None:
-    spec = bound.spec
-    if spec.weight == 0:
-        return "weight 0"
-    if not any(picture_scales(bound)):
-        return "scale 0 for every picture"
-    if not any(spec.is_active(step, steps) for step in range(steps)):
-        return f"no step of {steps} lies between start {spec.start:g} and end {spec.end:g}"
-    return None
+    return bound.why_never(steps) or (None if any(picture_scales(bound)) else "scale 0 for every picture")
 
 
 def describe(bound: Bound) -> dict[str, Any]:

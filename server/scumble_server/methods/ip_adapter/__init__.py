@@ -42,12 +42,7 @@ def check_together(adapters: Sequence[Bound], base: Base) -> None:
 
 
 def idle(bound: Bound, steps: int) -> str | None:
-    spec = bound.spec
-    if spec.weight == 0:
-        return "weight 0"
-    if not any(spec.is_active(step, steps) for step in range(steps)):
-        return f"no step of {steps} lies between start {spec.start:g} and end {spec.end:g}"
-    return None
+    return bound.why_never(steps)
 
 
 def describe(bound: Bound) -> dict[str, Any]:
