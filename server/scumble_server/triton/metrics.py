@@ -16,6 +16,7 @@ COUNTERS = {
     "steps": "Steps of the loop, each for all rows that share it",
     "rows": "Rows computed, one or two for an image's step",
     "mixed_steps": "Steps in which rows with different adapters shared the batch",
+    "failed_steps": "Steps that raised and were tried again image by image",
 }
 GAUGES = {
     "open_requests": "Requests that wait or run",

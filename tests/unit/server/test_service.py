@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -185,6 +186,21 @@ def test_a_request_lets_go_of_all_that_it_held(running: Running) -> None:
     running.run([request(adapters=[Adapter(ref="l/a")], seed=i) for i in range(3)])
     for cache in (running.service._host, running.service._device, running.service._variants):
         assert cache.stats()["held_bytes"] == 0
+
+
+def test_what_a_waiting_request_will_read_is_there_before_its_turn(published: tuple[Path, dict[str, Path]]) -> None:
+    service = Service.open(ServerConfig(home=published[0], base="tiny/base", device="cpu"))
+    first, second, go = Listener(), Listener(), threading.Event()
+    service.submit(request(), first, is_cancelled=lambda: not go.wait(60))  # holds the thread that conditions
+    service.submit(request(adapters=[Adapter(ref="l/a")]), second)
+    end = time.monotonic() + 30
+    while service.stats()["host_cache"]["entries"] == 0 and time.monotonic() < end:
+        time.sleep(0.01)
+    read_ahead = service.stats()["host_cache"]
+    go.set()
+    assert isinstance(second.wait(), Done)
+    assert read_ahead["entries"] == read_ahead["misses"] == service.stats()["host_cache"]["misses"] == 1
+    service.close()
 
 
 def test_what_was_encoded_once_is_used_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
