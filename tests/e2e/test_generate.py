@@ -144,7 +144,10 @@ def test_ctrl_c_stops_the_server_that_it_started(home: Path, tmp_path: Path) -> 
     arguments = [SCUMBLE, "generate", "x", "--base", "tiny/base", "--steps", "500", "-o", str(tmp_path / "a.png")]
     environment = {key: value for key, value in os.environ.items() if key != "SCUMBLE_URL"}
     process = subprocess.Popen(
-        arguments, env={**environment, "SCUMBLE_HOME": str(copy)}, stderr=subprocess.PIPE, text=True
+        ["env", "--default-signal=INT", *arguments],  # a job in a shell's background ignores it
+        env={**environment, "SCUMBLE_HOME": str(copy)},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not processes_under(copy) and time.monotonic() < deadline:
