@@ -364,8 +364,12 @@ def _is_text_key(target: str) -> bool:
 
 
 def feature_widths(targets: dict[str, Shape]) -> tuple[int, ...]:
-    """Channels at each level of a base's UNet."""
-    return tuple(targets[f"unet.down_blocks.{level}.resnets.0.conv1"][0] for level in range(_levels(targets)))
+    """Channels that a UNet takes T2I-Adapters' features in: at each level, and in SDXL (whose first level has no
+    attention, so that its feature comes behind the downsampler) in the middle block too.
+    """
+    widths = tuple(targets[f"unet.down_blocks.{level}.resnets.0.conv1"][0] for level in range(_levels(targets)))
+    has_attention = any(name.startswith("unet.down_blocks.0.attentions.") for name in targets)
+    return widths if has_attention else (*widths, widths[-1])
 
 
 def residual_widths(targets: dict[str, Shape]) -> tuple[int, ...]:

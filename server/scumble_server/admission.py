@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scumble.errors import InvalidRequest, Refused
-from scumble.request import Adapter, Request
+from scumble.request import SDXL_OPTIONS, Adapter, Options, Request
 from scumble_registry import Registry
 from scumble_server.base import Base
 from scumble_server.block_weights import block_weights
@@ -96,7 +96,7 @@ def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> 
         else:
             adapters.append(bound)
     for kind, method in METHODS.items():
-        method.check_together([bound for bound in adapters if bound.kind == kind], base)
+        method.check_together([bound for bound in adapters if bound.kind == kind], base, settings)
     return Admitted(
         request,
         settings,
@@ -142,7 +142,7 @@ def _settle(request: Request, base: Base, max_pixels: int) -> Settings:
         )
     return Settings(
         prompt=request.prompt,
-        negative_prompt=_given_or(request.negative_prompt, ""),
+        negative_prompt=_given_or(request.negative_prompt, None if base.zero_negative else ""),
         scheduler=_given_or(request.scheduler, defaults.scheduler),
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
         steps=_given_or(request.steps, defaults.steps),
@@ -150,7 +150,30 @@ def _settle(request: Request, base: Base, max_pixels: int) -> Settings:
         height=height,
         num_images=request.num_images,
         guidance_scale=_given_or(request.guidance_scale, defaults.guidance_scale),
+        **_sdxl(request.options, base, width, height),
     )
+
+
+def _sdxl(options: Options, base: Base, width: int, height: int) -> dict[str, Any]:
+    """What only SDXL reads. Raises InvalidRequest for an option that the base cannot follow."""
+    given = {name: value for name in SDXL_OPTIONS if (value := getattr(options, name)) is not None}
+    if not base.family.sizes:
+        if given:
+            name = min(given)
+            raise InvalidRequest(
+                f"options.{name} is for SDXL; {base.version.ref} is a base of family {base.compatibility.family}: "
+                "leave it out",
+                field=f"options.{name}",
+            )
+        return {}
+    original = given.get("original_size", (width, height))
+    left, top = given.get("crop", (0, 0))
+    target = given.get("target_size", (width, height))
+    return {
+        "prompt_2": options.prompt_2,
+        "negative_prompt_2": options.negative_prompt_2,
+        "sizes": (original[1], original[0], top, left, target[1], target[0]),
+    }
 
 
 def _resolve(spec: Adapter, base: Base, registry: Registry, inputs: Inputs) -> Bound:

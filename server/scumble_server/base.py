@@ -20,6 +20,7 @@ from scumble_registry.manifest import Defaults
 from scumble_server.config import ServerConfig
 from scumble_server.executors import Executor
 from scumble_server.executors.torch import TorchExecutor
+from scumble_server.families import FAMILIES, Family
 from scumble_server.preview import LatentColours, fit
 
 
@@ -29,11 +30,18 @@ class Base:
     compatibility: BaseCompatibility
     defaults: Defaults
     executor: Executor
-    tokenizer: CLIPTokenizer
+    tokenizers: tuple[CLIPTokenizer, ...]
+    """Of each text encoder."""
     scheduler_config: dict[str, Any]
     colours: LatentColours
+    zero_negative: bool = False
+    """An absent negative prompt is all zeros, not an empty text."""
     image_encoder: ImageEncoderCompatibility | None = None
     """In its own `image_encoder/`, for IP-Adapters that come without."""
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.compatibility.family]
 
     @property
     def blocks(self) -> UNetBlocks:
@@ -41,8 +49,8 @@ class Base:
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """The graphs that take factors: text encoder, K/V projection, denoiser."""
-        return self.executor.text_layout, self.executor.kv_layout, self.executor.step_layout
+        """The graphs that take factors: text encoders, K/V projection, denoiser."""
+        return *self.executor.text_layouts, self.executor.kv_layout, self.executor.step_layout
 
 
 def load_base(registry: Registry, config: ServerConfig) -> Base:
@@ -52,24 +60,25 @@ def load_base(registry: Registry, config: ServerConfig) -> Base:
     compatibility, defaults = version.manifest.compatibility, version.manifest.defaults
     if not isinstance(compatibility, BaseCompatibility) or defaults is None:
         raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base", ref=ref)
-    if compatibility.family != "sd1" or compatibility.prediction_type != "epsilon":
-        raise Refused(
-            f"{version.ref} is a base of family {compatibility.family} ({compatibility.prediction_type}); "
-            "this server serves SD 1.x with epsilon prediction",
-            ref=ref,
-        )
     folder = registry.materialise(version)
-    executor = TorchExecutor.load(folder, config.device, config.precision, config.max_rows)
+    family = FAMILIES[compatibility.family]
+    executor = TorchExecutor.load(folder, family, config.device, config.precision, config.max_rows)
     return Base(
         version=version,
         compatibility=compatibility,
         defaults=defaults,
         executor=executor,
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        scheduler_config=_scheduler_config(folder),
+        tokenizers=load_tokenizers(folder, family),
+        # As the file says it: what it leaves out, each scheduler class fills with its own defaults.
+        scheduler_config=_json(folder / "scheduler" / "scheduler_config.json"),
         colours=fit(executor.decode, compatibility.latent_channels),
+        zero_negative=bool(_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family.sizes)),
         image_encoder=_image_encoder(folder / "image_encoder"),
     )
+
+
+def load_tokenizers(folder: Path, family: Family) -> tuple[CLIPTokenizer, ...]:
+    return tuple(CLIPTokenizer.from_pretrained(folder / part.tokenizer, local_files_only=True) for part in family.texts)
 
 
 def _image_encoder(folder: Path) -> ImageEncoderCompatibility | None:
@@ -82,7 +91,6 @@ def _image_encoder(folder: Path) -> ImageEncoderCompatibility | None:
         return None
 
 
-def _scheduler_config(folder: Path) -> dict[str, Any]:
-    """As the file says it: what it leaves out, each scheduler class fills with its own defaults."""
-    config: dict[str, Any] = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return config
+def _json(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content

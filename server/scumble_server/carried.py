@@ -64,16 +64,18 @@ class RowImages:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowNet:
-    """One ControlNet of one request.
+    """One ControlNet of one request. `added`, of a net for SDXL, is what the pooled text and the sizes add to its time.
 
     kv `(1|2, T, K)`, the net's own of the text; hint `(1, C, H/8, W/8)`, the embedded control picture;
-    scale `(1|2, n)`, for each residual, the middle block's last. The net does not run for a row of zeros.
+    scale `(1|2, n)`, for each residual, the middle block's last; added `(1|2, E)`. The net does not run for a row of
+    zeros.
     """
 
     net: Net
     kv: Tensor
     hint: Tensor
     scale: Tensor
+    added: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +91,8 @@ class Phase:
     """A stretch of a schedule in which the same adapters act.
 
     `executor` holds the weights: the base's, or a variant's. kv `(1, T, K)` of the prompt, or `(2, T, K)` of negative
-    prompt and prompt where the request is guided. features: T2I-Adapter's, `(1, C, h, w)` for each down block.
+    prompt and prompt where the request is guided. features: T2I-Adapter's, `(1, C, h, w)` for each down block. pooled
+    `(1|2, E)` and `sizes` are SDXL's (`StepInputs`).
     """
 
     executor: Executor
@@ -99,3 +102,5 @@ class Phase:
     nets: tuple[RowNet, ...] = ()
     features: tuple[Tensor, ...] | None = None
     contexts: RowContexts | None = None
+    pooled: Tensor | None = None
+    sizes: tuple[int, ...] | None = None

@@ -16,12 +16,13 @@ from torch import Tensor
 from scumble.events import Pixels
 from scumble.request import Adapter
 from scumble_build.layout import Layout
+from scumble_build.text import Encoded
 from scumble_registry import Registry, Version
 from scumble_server.admission import Admitted
 from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
-from scumble_server.context import Context, read_record
+from scumble_server.context import Context, Text, read_record
 from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Lease, Residency
@@ -51,17 +52,9 @@ class _Factors:
     """The LoRAs of a request, laid out for each graph that takes factors. `key` says what they were made of."""
 
     key: Hashable
-    text: BoundSet | None
+    texts: tuple[BoundSet | None, ...]
     kv: BoundSet | None
     step: BoundSet | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """States `(1|2, 77, C)` of the prompts, and what they were made of."""
-
-    key: Hashable
-    states: Tensor
 
 
 class Conditioner:
@@ -85,7 +78,7 @@ class Conditioner:
                 self._base.executor,
                 self._base.version.digest,
                 self._base.version,
-                self._base.tokenizer,
+                self._base.tokenizers,
                 records,
                 device,
                 variants,
@@ -112,18 +105,21 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     loras = [bound for bound in admitted.adapters if lora.part_of(bound) is not None]
     embeddings = _of_kind(textual_inversion.KIND, admitted.adapters)
     prompts = _tokens(context, embeddings)
-    found = frozenset[int]().union(*(tokens.found for tokens in prompts.values()))
+    found = frozenset[int]().union(*(tokens.found for of_encoder in prompts for tokens in of_encoder.values()))
     unused = [bound for index, bound in enumerate(embeddings) if index not in found]
     wide = too_wide(context, loras)
     factors = _factors(context, [] if wide else loras)
     # More columns than factors may have are merged into copies of the weights instead: for the text once, for the
     # UNet in every phase.
-    of_text = merged(context, loras, [each.text_weight for each in loras], "text_encoder") if wide else context
+    of_text = context
+    if wide:
+        for part in context.base.family.texts:
+            of_text = merged(of_text, loras, [each.text_weight for each in loras], part.encoder)
     loaded = monotonic()
-    text = _encode(of_text, list(prompts.values()), [] if wide else loras, factors, _chosen(embeddings, found))
+    text = _encode(of_text, prompts, [] if wide else loras, factors, _chosen(embeddings, found))
     groups = ip_adapter.groups(context, _of_kind(ip_adapter.KIND, admitted.adapters))
     nets = _of_kind(controlnet.KIND, admitted.adapters)
-    controls = controlnet.prepare(context, nets, text.states, text.key)
+    controls = controlnet.prepare(context, nets, text)
     phases = tuple(
         _phase(
             merged(context, loras, _of_loras(weights, admitted.adapters), "unet") if wide else context,
@@ -141,8 +137,8 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     return Conditioned(
         Conditioning(phases, admitted.schedule.phase_of_step, frozenset(each.version.digest for each in adapters)),
         adapters,
-        tuple((each.spec, textual_inversion.why_unused(each, prompts)) for each in unused),
-        {field: tokens.cut for field, tokens in prompts.items() if tokens.cut is not None},
+        tuple((each.spec, textual_inversion.why_unused(each, prompts[0])) for each in unused),
+        {field: tokens.cut for of_encoder in prompts for field, tokens in of_encoder.items() if tokens.cut is not None},
         (loaded - start) * 1e3,
         (encoded - loaded) * 1e3,
         controlnet.maps(context, nets) if admitted.request.options.return_maps else (),
@@ -159,21 +155,26 @@ def _of_loras(weights: Sequence[float], adapters: Sequence[Bound]) -> tuple[floa
     return tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
 
 
-def _tokens(context: Context, embeddings: Sequence[Bound]) -> dict[str, Tokens]:
-    """By field; the negative prompt first, where the request is guided."""
+def _tokens(context: Context, embeddings: Sequence[Bound]) -> list[dict[str, Tokens]]:
+    """For each text encoder by field; the negative prompt first, where the request is guided and zeros do not do."""
     names = [Name(textual_inversion.token_of(each), textual_inversion.count(each)) for each in embeddings]
     settings = context.settings
-    prompts = {"prompt": settings.prompt}
-    if settings.guided:
-        prompts = {"negative_prompt": settings.negative_prompt, **prompts}
-    return {field: tokenize(context.tokenizer, text, names) for field, text in prompts.items()}
+    found = []
+    for index, tokenizer in enumerate(context.tokenizers):
+        second = index == 1
+        prompts = {"prompt": (settings.prompt_2 if second else None) or settings.prompt}
+        if settings.guided and settings.negative_prompt is not None:
+            negative = (settings.negative_prompt_2 if second else None) or settings.negative_prompt
+            prompts = {"negative_prompt": negative, **prompts}
+        found.append({field: tokenize(tokenizer, text, names) for field, text in prompts.items()})
+    return found
 
 
 def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
     executor = context.executor
     return _Factors(
         tuple(lora.identity(context, each) for each in loras),
-        _bind(context, "text", executor.text_layout, loras),
+        tuple(_bind(context, f"text {i}", layout, loras) for i, layout in enumerate(executor.text_layouts)),
         _bind(context, "kv", executor.kv_layout, loras),
         _bind(context, "step", executor.step_layout, loras),
     )
@@ -193,37 +194,65 @@ def _bind(context: Context, graph: str, layout: Layout, loras: Sequence[Bound]) 
 
 def _encode(
     context: Context,
+    prompts: Sequence[Mapping[str, Tokens]],
+    loras: Sequence[Bound],
+    factors: _Factors,
+    embeddings: Mapping[int, Bound],
+) -> Text:
+    """What the encoders say side by side. `embeddings[i]` is what slots of embedding i in the prompts stand for."""
+    parts = [
+        _encode_part(context, index, list(of_encoder.values()), loras, factors, embeddings)
+        for index, of_encoder in enumerate(prompts)
+    ]
+    states = torch.cat([part.states for part in parts], dim=-1)
+    pooled = next((part.pooled for part in parts if part.pooled is not None), None)
+    if context.rows > len(states):  # no negative prompt, where zeros stand for it
+        states = torch.cat([torch.zeros_like(states), states])
+        pooled = torch.cat([torch.zeros_like(pooled), pooled]) if pooled is not None else None
+    return Text((context.rows, *(part.key for part in parts)), states, pooled)
+
+
+def _encode_part(
+    context: Context,
+    index: int,
     prompts: Sequence[Tokens],
     loras: Sequence[Bound],
     factors: _Factors,
     embeddings: Mapping[int, Bound],
-) -> _Text:
-    """`embeddings[i]` is what slots of embedding i in the prompts stand for."""
+) -> Text:
+    """Of one text encoder."""
     ids = torch.cat([tokens.ids for tokens in prompts])
     text_weights = tuple(each.text_weight for each in loras)
+    carried = factors.texts[index]
     key = (
         "text",
         context.weights,
+        index,
         tuple(ids.flatten().tolist()),
         tuple(tokens.slots for tokens in prompts),
-        tuple(sorted((index, each.version.digest, each.text_weight) for index, each in embeddings.items())),
-        (factors.key, text_weights) if factors.text is not None else None,
+        tuple(sorted((i, each.version.digest, each.text_weight) for i, each in embeddings.items())),
+        (factors.key, text_weights) if carried is not None else None,
     )
+    component = context.base.family.texts[index].encoder
 
-    def encode() -> Tensor:
-        records = {index: context.record(each, textual_inversion.read_record) for index, each in embeddings.items()}
+    def encode() -> Encoded:
         vectors = {
-            index: textual_inversion.vectors(record, embeddings[index].text_weight) for index, record in records.items()
+            i: textual_inversion.vectors(
+                context.record(each, textual_inversion.read_record), component, each.text_weight
+            )
+            for i, each in embeddings.items()
         }
         executor = context.executor
         return executor.encode(
+            index,
             ids,
-            factors_of(lora.row_factors(factors.text, text_weights), len(prompts), executor.device),
+            factors_of(lora.row_factors(carried, text_weights), len(prompts), executor.device),
             textual_inversion.overrides(prompts, vectors),
         )
 
-    width = context.base.compatibility.text_widths[0]
-    return _Text(key, context.device.get(key, ids.numel() * width * 4, encode))
+    width = context.base.compatibility.text_widths[index]
+    encoded = context.device.get(key, ids.numel() * width * 4, encode)
+    return Text(key, encoded.states, encoded.pooled)
 
 
 def _phase(
@@ -231,7 +260,7 @@ def _phase(
     adapters: Sequence[Bound],
     weights: Sequence[float],
     factors: _Factors,
-    text: _Text,
+    text: Text,
     groups: ip_adapter.Groups | None,
     controls: Sequence[controlnet.Control],
 ) -> Phase:
@@ -248,12 +277,14 @@ def _phase(
         nets=controlnet.row_nets(controls, of_nets),
         features=controlnet.features(controls, of_nets),
         contexts=hypernetwork.row_contexts(chain, context.base),
+        pooled=text.pooled if context.base.family.sizes else None,
+        sizes=context.settings.sizes if context.base.family.sizes else None,
     )
 
 
 def _project(
     context: Context,
-    text: _Text,
+    text: Text,
     factors: _Factors,
     weights: tuple[float, ...],
     chain: Sequence[hypernetwork.Link],

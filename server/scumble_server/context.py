@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from scumble_registry import Registry, Version
@@ -17,6 +18,17 @@ from scumble_server.residency import Lease
 from scumble_server.settings import Settings
 
 Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The encoded prompts of a request: states `(1|2, T, C)`, pooled `(1|2, E)` where the base reads one, and all that
+    they were made of.
+    """
+
+    key: Hashable
+    states: Tensor
+    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +46,7 @@ class Context:
     executor: Executor
     weights: Hashable
     drawn_with: Version
-    tokenizer: CLIPTokenizer
+    tokenizers: tuple[CLIPTokenizer, ...]
     records: Lease
     device: Lease
     variants: Lease

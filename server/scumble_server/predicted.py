@@ -57,7 +57,7 @@ def check(bound: Bound, predictor: WeightPredictor, base: Base) -> None:
         _check_image_encoder(bound, predictor, base)
     elif bound.pictures:
         raise InvalidRequest(f"{ref} reads a text, not pictures; leave images out", field="adapters.images")
-    elif bound.spec.text is not None and (cut := tokenize(base.tokenizer, bound.spec.text).cut) is not None:
+    elif bound.spec.text is not None and (cut := tokenize(base.tokenizers[0], bound.spec.text).cut) is not None:
         raise InvalidRequest(f"{ref}: text is too long, {cut!r} does not fit; shorten it", field="adapters.text")
     _check_digest(bound, predictor, base)
 
@@ -97,12 +97,12 @@ def _condition(context: Context, bound: Bound) -> Tensor:
     if bound.pictures:
         place = image_encoders.place_in_base(context)
         return image_encoders.encode(context, place, bound.pictures[0]).states
-    return context.base.executor.encode(_tokens(context, bound).ids, None)
+    return context.base.executor.encode(0, _tokens(context, bound).ids, None).states
 
 
 def _tokens(context: Context, bound: Bound) -> Tokens:
     text = context.settings.prompt if bound.spec.text is None else bound.spec.text
-    return tokenize(context.base.tokenizer, text)
+    return tokenize(context.base.tokenizers[0], text)
 
 
 def _network(context: Context, bound: Bound) -> Predictor:

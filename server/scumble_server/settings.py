@@ -10,7 +10,8 @@ class Settings:
     """A request whose every field has a value."""
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
+    """None where all zeros stand for it (SDXL's own rule)."""
     scheduler: str
     seed: int
     steps: int
@@ -18,6 +19,11 @@ class Settings:
     height: int
     num_images: int
     guidance_scale: float
+    prompt_2: str | None = None
+    """For the second text encoder, where there is one; None or empty: the first's."""
+    negative_prompt_2: str | None = None
+    sizes: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    """Height and width of the original, top and left of the crop, height and width aimed at, in pixels (SDXL)."""
 
     @property
     def guided(self) -> bool:

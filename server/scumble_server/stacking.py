@@ -21,13 +21,16 @@ from scumble_server.rows import Row
 
 @dataclass(frozen=True, slots=True)
 class NetCall:
-    """A ControlNet and the m model rows that ask for it: rows (m,), kv (m, T, K), hint (m, C, h, w), scale (m, n)."""
+    """A ControlNet and the m model rows that ask for it: rows (m,), kv (m, T, K), hint (m, C, h, w), scale (m, n),
+    added (m, E) or None.
+    """
 
     net: Net
     rows: Tensor
     kv: Tensor
     hint: Tensor
     scale: Tensor
+    added: Tensor | None = None
 
 
 def by_set(row: Row) -> tuple[bool, int]:
@@ -47,7 +50,21 @@ def stack(phases: Sequence[Phase], device: str) -> StepInputs:
         _stack_images(_placed([phase.images for phase in phases], counts), device),
         features=_stack_features([phase.features for phase in phases], counts, device),
         contexts=_stack_contexts([phase.contexts for phase in phases], counts, device),
+        pooled=_stack_pooled([phase.pooled for phase in phases], device),
+        sizes=_stack_sizes([phase.sizes for phase in phases], counts, device),
     )
+
+
+def _stack_pooled(pooled: Sequence[Tensor | None], device: str) -> Tensor | None:
+    """(rows, E), or None: all rows of a batch are of one base."""
+    present = [each for each in pooled if each is not None]
+    return torch.cat(present).to(device) if present else None
+
+
+def _stack_sizes(sizes: Sequence[tuple[int, ...] | None], counts: Sequence[int], device: str) -> Tensor | None:
+    """(rows, 6), or None."""
+    rows = [each for each, count in zip(sizes, counts, strict=True) if each is not None for _ in range(count)]
+    return torch.tensor(rows, dtype=torch.float32, device=device) if rows else None
 
 
 def _stack_text(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -207,19 +224,22 @@ def stack_nets(phases: Sequence[Phase], device: str) -> list[NetCall]:
 
 
 def _net_call(asking: Sequence[tuple[int, RowNet]], device: str) -> NetCall:
-    rows, kv, hint, scale = [], [], [], []
+    rows, kv, hint, scale, added = [], [], [], [], []
     for start, carried in asking:
         runs = carried.scale.any(1).nonzero()[:, 0]
         rows.append(start + runs)
         kv.append(carried.kv[runs])
         hint.append(carried.hint.expand(len(runs), -1, -1, -1))
         scale.append(carried.scale[runs])
+        if carried.added is not None:
+            added.append(carried.added[runs])
     return NetCall(
         asking[0][1].net,
         torch.cat(rows).to(device),
         torch.cat(kv).to(device),
         torch.cat(hint).to(device),
         torch.cat(scale).to(device),
+        torch.cat(added).to(device) if added else None,
     )
 
 
@@ -229,7 +249,7 @@ def with_residuals(inputs: StepInputs, calls: Sequence[NetCall], sample: Tensor,
         return inputs
     total: list[Tensor] | None = None
     for call in calls:
-        residuals = call.net.residuals(sample[call.rows], timestep[call.rows], call.kv, call.hint)
+        residuals = call.net.residuals(sample[call.rows], timestep[call.rows], call.kv, call.hint, call.added)
         if total is None:
             total = [each.new_zeros(len(sample), *each.shape[1:]) for each in residuals]
         for i, residual in enumerate(residuals):

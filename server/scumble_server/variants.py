@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 from scumble_build.layout import RANK_BUCKETS
 from scumble_registry.formats.dreambooth import read_changed
 from scumble_registry.formats.safetensors_header import Array
+from scumble_server.base import load_tokenizers
 from scumble_server.bound import Bound
 from scumble_server.context import Context
 from scumble_server.dora import change
@@ -27,7 +28,7 @@ from scumble_server.methods import dreambooth, lora
 @dataclass(frozen=True, slots=True)
 class _Checkpoint:
     executor: Executor
-    tokenizer: CLIPTokenizer
+    tokenizers: tuple[CLIPTokenizer, ...]
 
 
 def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
@@ -45,8 +46,8 @@ def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
             component: {name: _tensor(values) for name, values in tensors.items()}
             for component, tensors in read_changed(stored, base).items()
         }
-        tokenizer = CLIPTokenizer.from_pretrained(stored / "tokenizer", local_files_only=True)
-        return _Checkpoint(context.base.executor.variant(changed, stored), tokenizer)
+        tokenizers = load_tokenizers(stored, context.base.family)
+        return _Checkpoint(context.base.executor.variant(changed, stored), tokenizers)
 
     key = ("checkpoint", bound.version.digest)
     nbytes = sum(dreambooth.compatibility_of(bound).changed.values()) * context.executor.dtype.itemsize
@@ -56,19 +57,19 @@ def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
         executor=loaded.executor,
         weights=bound.version.digest,
         drawn_with=bound.version,
-        tokenizer=loaded.tokenizer,
+        tokenizers=loaded.tokenizers,
     )
 
 
 def too_wide(context: Context, loras: Sequence[Bound]) -> bool:
     """Do these LoRAs together have more rank columns than the largest bucket, in any graph?"""
     executor = context.executor
-    layouts = executor.text_layout, executor.kv_layout, executor.step_layout
+    layouts = *executor.text_layouts, executor.kv_layout, executor.step_layout
     return any(lora.columns(layout, loras) > RANK_BUCKETS[-1] for layout in layouts)
 
 
 def merged(context: Context, loras: Sequence[Bound], strengths: Sequence[float], component: str) -> Context:
-    """`context` with LoRAs merged into copies of the weights of one component (`unet`, `text_encoder`).
+    """`context` with LoRAs merged into copies of the weights of one component (`unet`, a text encoder).
 
     Raises Refused with the numbers if the budget for variants does not hold the copies.
     """

@@ -21,6 +21,8 @@ MAX_INPUTS = 64
 """Pictures, and tensors, that one request brings."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Pixel = Annotated[int, Field(ge=0, le=16384)]
+Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
 
 
 class _Strict(BaseModel):
@@ -90,6 +92,18 @@ class Options(_Strict):
     """Send a small, rough picture every so many steps (streaming only)."""
     return_maps: bool = False
     """Also return the control maps that `preprocess` made."""
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    """For SDXL's second text encoder; None means the same as for the first."""
+    original_size: Size | None = None
+    crop: tuple[Pixel, Pixel] | None = None
+    target_size: Size | None = None
+    """What SDXL is told of the picture, in pixels: width and height of the original, left and top of where it was cut,
+    width and height aimed at. None means the picture's own size, uncut.
+    """
+
+
+SDXL_OPTIONS = ("prompt_2", "negative_prompt_2", "original_size", "crop", "target_size")
 
 
 class Request(_Strict):

@@ -13,10 +13,10 @@ from scumble_build.adapted import Factors
 from scumble_build.denoiser import KVSlice
 from scumble_build.inputs import StepInputs
 from scumble_build.layout import Layout
-from scumble_build.text import Overrides
+from scumble_build.text import Encoded, Overrides
 
 Changed: TypeAlias = Mapping[str, Mapping[str, Tensor]]
-"""By component (`unet`, `text_encoder`, `vae`) and by the name in its file, with or without `text_model.`."""
+"""By component (`unet`, `vae`, the text encoders) and by the name in its file, with or without `text_model.`."""
 
 
 class Net(Protocol):
@@ -28,12 +28,17 @@ class Net(Protocol):
     def embed(self, control: Tensor) -> Tensor:
         """Control pictures `(n, 3, H, W)` in 0…1 → what the net adds to its first layer, `(n, C, H/8, W/8)`."""
 
-    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+    def condition(self, pooled: Tensor, sizes: Tensor) -> Tensor | None:
+        """Pooled text `(rows, E)` and sizes `(rows, 6)` → what they add to the embedded time; None if it reads none."""
+
+    def residuals(
+        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, added: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """sample `(rows, 4, H/8, W/8)` → one for each skip connection, the middle block's last, `(rows, C, h, w)`."""
 
 
 class Executor(Protocol):
-    """The four graphs of one base.
+    """The graphs of one base: its text encoders, the projection of text, the denoiser, the VAE's decoder.
 
     Each graph is called from one thread at a time; different graphs may run at once. Tensors come and go on
     `device`; samples and latents are float32 whatever precision the graphs compute in.
@@ -41,7 +46,8 @@ class Executor(Protocol):
 
     step_layout: Layout
     kv_layout: Layout
-    text_layout: Layout
+    text_layouts: tuple[Layout, ...]
+    """Of each text encoder."""
     kv_slices: list[KVSlice]
     """Where each cross-attention stands in keys and values."""
 
@@ -56,8 +62,13 @@ class Executor(Protocol):
     def max_rows(self) -> int:
         """How many rows `denoise` takes at once."""
 
-    def encode(self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None) -> Tensor:
-        """tokens `(rows, 77)` → text states `(rows, 77, C)`; overrides stand for some of the tokens."""
+    def encode(
+        self, encoder: int, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None, skip: int = 0
+    ) -> Encoded:
+        """tokens `(rows, 77)` of one of the text encoders; overrides stand for some of them.
+
+        The last `skip` layers that the base would use are left out.
+        """
 
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
         """Text states `(rows, T, C)` → keys and values of all cross-attentions, `(rows, T, K)`.

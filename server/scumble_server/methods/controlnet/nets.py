@@ -19,7 +19,7 @@ from scumble_build.controlnet import ControlNet, ControlNetUnion
 from scumble_build.inputs import level_sizes
 from scumble_server.bound import Bound
 from scumble_server.carried import RowNet
-from scumble_server.context import Context
+from scumble_server.context import Context, Text
 from scumble_server.executors.torch_net import TorchNet, TorchUnion, TorchUnionNet
 from scumble_server.methods.controlnet.checks import (
     compatibility,
@@ -36,8 +36,8 @@ from scumble_server.preprocess import Pixels, control_map
 class Control:
     """One adapter of a request, whatever its weight in a phase.
 
-    A net with its keys and values `(1|2, T, K)` of the text and its hint `(1, C, H/8, W/8)`; or a T2I-Adapter's
-    features, `(1, C, h, w)` for each down block.
+    A net with its keys and values `(1|2, T, K)` of the text, its hint `(1, C, H/8, W/8)` and what SDXL's pooled text
+    and sizes add, `(1|2, E)`; or a T2I-Adapter's features, `(1, C, h, w)` for each down block.
     """
 
     bound: Bound
@@ -45,18 +45,16 @@ class Control:
     net: TorchNet | TorchUnionNet | None = None
     kv: Tensor | None = None
     hint: Tensor | None = None
+    added: Tensor | None = None
     features: tuple[Tensor, ...] = ()
 
 
-def prepare(context: Context, adapters: Sequence[Bound], states: Tensor, text: Hashable) -> tuple[Control, ...]:
-    """`states` `(1|2, T, C)` are the encoded prompts and `text` all that they were made of.
-
-    Raises Refused for files that make no net.
-    """
+def prepare(context: Context, adapters: Sequence[Bound], text: Text) -> tuple[Control, ...]:
+    """Raises Refused for files that make no net."""
     return tuple(
-        Control(bound, context.rows, features=_features(context, bound, states))
+        Control(bound, context.rows, features=_features(context, bound, text.states))
         if compatibility(bound).form == "t2i"
-        else _control(context, bound, states, text)
+        else _control(context, bound, text)
         for bound in adapters
     )
 
@@ -71,7 +69,8 @@ def row_nets(controls: Sequence[Control], weights: Sequence[float]) -> tuple[Row
             # Of several pictures, each one's strength is in the hint already.
             strength = weight * scales[0] if len(scales) == 1 else 1.0
             scale = of_residuals(mode(control.bound), strength, len(about.widths), control.rows, pools=about.pools)
-            found.append(RowNet(control.net, control.kv, control.hint, scale.to(control.hint.device)))
+            hint = control.hint
+            found.append(RowNet(control.net, control.kv, hint, scale.to(hint.device), control.added))
     return tuple(found)
 
 
@@ -96,12 +95,17 @@ def maps(context: Context, adapters: Sequence[Bound]) -> tuple[Pixels, ...]:
     )
 
 
-def _control(context: Context, bound: Bound, states: Tensor, text: Hashable) -> Control:
+def _control(context: Context, bound: Bound, text: Text) -> Control:
+    states = text.states
     net = _net(context, bound, states)
-    key = ("net kv", bound.version.digest, context.base.version.digest, text)
+    key = ("net kv", bound.version.digest, context.base.version.digest, text.key)
     nbytes = states.shape[0] * states.shape[1] * net.kv_width * states.element_size()
     kv = context.device.get(key, nbytes, lambda: net.project(states))
-    return Control(bound, context.rows, net, kv, _hint(context, bound, net, states))
+    added = None
+    if text.pooled is not None:
+        sizes = torch.tensor([context.settings.sizes], dtype=torch.float32).expand(len(states), -1)
+        added = net.condition(text.pooled, sizes)
+    return Control(bound, context.rows, net, kv, _hint(context, bound, net, states), added)
 
 
 def _net(context: Context, bound: Bound, like: Tensor) -> TorchNet | TorchUnionNet:
@@ -142,7 +146,10 @@ def _hint(context: Context, bound: Bound, net: TorchNet | TorchUnionNet, like: T
 
 def _features(context: Context, bound: Bound, like: Tensor) -> tuple[Tensor, ...]:
     about = compatibility(bound)
-    sizes = level_sizes(context.settings.height // 8, context.settings.width // 8, len(about.widths))
+    levels = context.base.blocks.levels
+    sizes = level_sizes(context.settings.height // 8, context.settings.width // 8, levels)
+    if len(about.widths) > levels:  # SDXL's: behind the first downsampler, then at each level, then in the middle
+        sizes = [sizes[1], *sizes[1:], sizes[-1]]
     nbytes = sum(c * h * w for c, (h, w) in zip(about.widths, sizes, strict=True)) * like.element_size()
 
     adapter = context.device.get(
