@@ -74,6 +74,7 @@ class Admitted:
     """A request that may enter. `dropped` pairs an adapter with the reason why it is not bound."""
 
     request: Request
+    base: Base
     settings: Settings
     table: Table
     adapters: tuple[Bound, ...]
@@ -82,9 +83,12 @@ class Admitted:
     inputs: Inputs
 
 
-def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> Admitted:
-    """Raises InvalidRequest, NotFound or Refused, naming what is wrong."""
-    _check_base(request, base, registry)
+def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixels: int) -> Admitted:
+    """The first of `bases` is for requests that name none.
+
+    Raises InvalidRequest, NotFound or Refused, naming what is wrong.
+    """
+    base = _base_of(request, bases, registry)
     settings = _settle(request, base, max_pixels)
     adapters: list[Bound] = []
     dropped: list[tuple[Adapter, str]] = []
@@ -99,6 +103,7 @@ def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> 
         method.check_together([bound for bound in adapters if bound.kind == kind], base, settings)
     return Admitted(
         request,
+        base,
         settings,
         table(settings.scheduler, dreambooth.scheduler_config(adapters, base), settings.steps),
         tuple(adapters),
@@ -115,16 +120,18 @@ def _schedule(specs: Sequence[Adapter], steps: int) -> Schedule:
     return Schedule(weights, tuple(weights.index(each) for each in of_step))
 
 
-def _check_base(request: Request, base: Base, registry: Registry) -> None:
+def _base_of(request: Request, bases: Sequence[Base], registry: Registry) -> Base:
     if request.base is None:
-        return
+        return bases[0]
     asked = registry.resolve(request.base)
-    if asked.digest != base.version.digest:
-        raise Refused(
-            f"this server runs base {base.version.ref}, not {asked.ref}; ask it without a base, "
-            f"or start a server with --base {asked.ref}",
-            base=base.version.ref,
-        )
+    for base in bases:
+        if asked.digest == base.version.digest:
+            return base
+    served = ", ".join(base.version.ref for base in bases)
+    raise Refused(
+        f"this server serves {served}, not {asked.ref}; name one of these, or start a server with --base {asked.ref}",
+        base=served,
+    )
 
 
 def _given_or(value: Value | None, default: Value) -> Value:

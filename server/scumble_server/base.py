@@ -1,8 +1,11 @@
-"""A base that is loaded: its version, its graphs, its tokenizer and what it gives a request by default."""
+"""A base that is served: its version, how its weights are loaded, its tokenizers, and what it gives a request by
+default.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +22,27 @@ from scumble_registry.formats.source import Source
 from scumble_registry.manifest import Defaults
 from scumble_server.config import ServerConfig
 from scumble_server.executors import Executor
-from scumble_server.executors.torch import TorchExecutor
+from scumble_server.executors.torch import TorchExecutor, weights_bytes
 from scumble_server.families import FAMILIES, Family
 from scumble_server.preview import LatentColours, fit
+from scumble_server.residency import Lease, Residency
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
+    """All but the weights, which come and go with the room that there is."""
+
     version: Version
     compatibility: BaseCompatibility
     defaults: Defaults
-    executor: Executor
+    nbytes: int
+    """Of its weights in device memory."""
+    load: Callable[[], Executor]
     tokenizers: tuple[CLIPTokenizer, ...]
     """Of each text encoder."""
     scheduler_config: dict[str, Any]
+    layouts: tuple[Layout, ...]
+    """Of the graphs that take factors: text encoders, K/V projection, denoiser."""
     colours: LatentColours
     zero_negative: bool = False
     """An absent negative prompt is all zeros, not an empty text."""
@@ -48,33 +58,49 @@ class Base:
         return blocks_of(self.compatibility.targets)
 
     @property
-    def layouts(self) -> tuple[Layout, ...]:
-        """The graphs that take factors: text encoders, K/V projection, denoiser."""
-        return *self.executor.text_layouts, self.executor.kv_layout, self.executor.step_layout
+    def key(self) -> Hashable:
+        """Of its weights, among all that is loaded."""
+        return "base", self.version.digest
+
+    def executor(self, weights: Lease) -> Executor:
+        """Its weights, held by this lease."""
+        return weights.get(self.key, self.nbytes, self.load)
 
 
-def load_base(registry: Registry, config: ServerConfig) -> Base:
-    """Raises NotFound, Refused, IntegrityError or Unavailable."""
-    ref = config.base
+def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Residency) -> Base:
+    """Loads the weights once, to see that they can be; then they stay as long as there is room.
+
+    Raises NotFound, Refused, IntegrityError or Unavailable.
+    """
     version = registry.resolve(ref)
     compatibility, defaults = version.manifest.compatibility, version.manifest.defaults
     if not isinstance(compatibility, BaseCompatibility) or defaults is None:
         raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base", ref=ref)
-    folder = registry.materialise(version)
     family = FAMILIES[compatibility.family]
-    executor = TorchExecutor.load(folder, family, config.device, config.precision, config.max_rows)
-    return Base(
-        version=version,
-        compatibility=compatibility,
-        defaults=defaults,
-        executor=executor,
-        tokenizers=load_tokenizers(folder, family),
-        # As the file says it: what it leaves out, each scheduler class fills with its own defaults.
-        scheduler_config=_json(folder / "scheduler" / "scheduler_config.json"),
-        colours=fit(executor.decode, compatibility.latent_channels),
-        zero_negative=bool(_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family.sizes)),
-        image_encoder=_image_encoder(folder / "image_encoder"),
-    )
+    folder = registry.materialise(version)
+
+    def load() -> Executor:
+        return TorchExecutor.load(
+            registry.materialise(version), family, config.device, config.precision, config.max_rows
+        )
+
+    nbytes = weights_bytes(folder, family, config.precision)
+    with weights.open() as lease:
+        executor = lease.get(("base", version.digest), nbytes, load)
+        return Base(
+            version=version,
+            compatibility=compatibility,
+            defaults=defaults,
+            nbytes=nbytes,
+            load=load,
+            tokenizers=load_tokenizers(folder, family),
+            # As the file says it: what it leaves out, each scheduler class fills with its own defaults.
+            scheduler_config=_json(folder / "scheduler" / "scheduler_config.json"),
+            layouts=(*executor.text_layouts, executor.kv_layout, executor.step_layout),
+            colours=fit(executor.decode, compatibility.latent_channels),
+            zero_negative=bool(_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family.sizes)),
+            image_encoder=_image_encoder(folder / "image_encoder"),
+        )
 
 
 def load_tokenizers(folder: Path, family: Family) -> tuple[CLIPTokenizer, ...]:

@@ -19,7 +19,6 @@ from scumble_build.layout import Layout
 from scumble_build.text import Encoded
 from scumble_registry import Registry, Version
 from scumble_server.admission import Admitted
-from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, Text, read_record
@@ -63,25 +62,28 @@ class Conditioner:
     `host` keeps records, `device` what is made of them.
     """
 
-    def __init__(self, base: Base, registry: Registry, host: Residency) -> None:
-        self._base = base
+    def __init__(self, registry: Registry, host: Residency) -> None:
         self._registry = registry
         self._host = host
 
-    def condition(self, admitted: Admitted, device: Lease, variants: Lease) -> Conditioned:
-        """`device` pins what the rows carry, and `variants` their weights, until the request has ended."""
+    def condition(self, admitted: Admitted, device: Lease, weights: Lease) -> Conditioned:
+        """`device` pins what the rows carry, and `weights` what they are drawn with, until the request has ended."""
+        base = admitted.base
+        executor = base.executor(weights)
         with self._host.open() as records:
             context = Context(
-                self._base,
-                self._registry,
-                admitted.settings,
-                self._base.executor,
-                self._base.version.digest,
-                self._base.version,
-                self._base.tokenizers,
-                records,
-                device,
-                variants,
+                base=base,
+                registry=self._registry,
+                settings=admitted.settings,
+                of_base=executor,
+                executor=executor,
+                weights=base.version.digest,
+                drawn_with=base.version,
+                tokenizers=base.tokenizers,
+                records=records,
+                device=device,
+                held_weights=weights,
+                weights_key=base.key,
             )
             return _condition(on_checkpoint(context, admitted.adapters), admitted)
 

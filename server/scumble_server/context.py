@@ -36,20 +36,23 @@ class Context:
     """One request, in the conditioning thread. `executor` holds the weights that it is drawn with, and `weights`
     says which: every key of something made by them begins with it. `drawn_with` is the base, or the checkpoint.
 
-    `records` pins host memory until the request is conditioned; `device` and `variants` pin device memory until it is
-    drawn.
+    `of_base` holds the base's own. `records` pins host memory until the request is conditioned; `device` and
+    `held_weights` pin device memory until it is drawn.
     """
 
     base: Base
     registry: Registry
     settings: Settings
+    of_base: Executor
     executor: Executor
     weights: Hashable
     drawn_with: Version
     tokenizers: tuple[CLIPTokenizer, ...]
     records: Lease
     device: Lease
-    variants: Lease
+    held_weights: Lease
+    weights_key: Hashable
+    """Of `executor`, among the weights that are loaded."""
 
     def record(self, bound: Bound, read: Callable[[Path], Record]) -> Record:
         """An adapter's normalised record, read once for all requests that ask while it is resident."""

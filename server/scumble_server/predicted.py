@@ -97,7 +97,7 @@ def _condition(context: Context, bound: Bound) -> Tensor:
     if bound.pictures:
         place = image_encoders.place_in_base(context)
         return image_encoders.encode(context, place, bound.pictures[0]).states
-    return context.base.executor.encode(0, _tokens(context, bound).ids, None).states
+    return context.of_base.encode(0, _tokens(context, bound).ids, None).states
 
 
 def _tokens(context: Context, bound: Bound) -> Tokens:
@@ -111,7 +111,7 @@ def _network(context: Context, bound: Bound) -> Predictor:
     return context.device.get(
         ("predictor", bound.version.digest),
         stored.values * 4,
-        lambda: Predictor.of(stored).to(context.base.executor.device),
+        lambda: Predictor.of(stored).to(context.executor.device),
     )
 
 

@@ -34,7 +34,7 @@ class _Checkpoint:
 def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
     """`context` with the weights of the request's checkpoint, if it has one.
 
-    Raises NotFound, IntegrityError, Refused (the budget for variants is too small for it).
+    Raises NotFound, IntegrityError, Refused (the budget for weights is too small for it).
     """
     bound = next((each for each in adapters if each.kind == dreambooth.KIND), None)
     if bound is None:
@@ -47,13 +47,14 @@ def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
             for component, tensors in read_changed(stored, base).items()
         }
         tokenizers = load_tokenizers(stored, context.base.family)
-        return _Checkpoint(context.base.executor.variant(changed, stored), tokenizers)
+        return _Checkpoint(context.of_base.variant(changed, stored), tokenizers)
 
-    key = ("checkpoint", bound.version.digest)
+    key = ("checkpoint", context.base.version.digest, bound.version.digest)
     nbytes = sum(dreambooth.compatibility_of(bound).changed.values()) * context.executor.dtype.itemsize
-    loaded = context.variants.get(key, nbytes, load)
+    loaded = context.held_weights.get(key, nbytes, load, of=context.weights_key)
     return replace(
         context,
+        weights_key=key,
         executor=loaded.executor,
         weights=bound.version.digest,
         drawn_with=bound.version,
@@ -71,7 +72,7 @@ def too_wide(context: Context, loras: Sequence[Bound]) -> bool:
 def merged(context: Context, loras: Sequence[Bound], strengths: Sequence[float], component: str) -> Context:
     """`context` with LoRAs merged into copies of the weights of one component (`unet`, a text encoder).
 
-    Raises Refused with the numbers if the budget for variants does not hold the copies.
+    Raises Refused with the numbers if the budget for weights does not hold the copies.
     """
     acting = [(bound, strength) for bound, strength in zip(loras, strengths, strict=True) if strength]
     prefix = f"{component}."
@@ -95,7 +96,8 @@ def merged(context: Context, loras: Sequence[Bound], strengths: Sequence[float],
         return context.executor.variant({component: _by_file_name(sums.items(), prefix)})
 
     nbytes = sum(context.executor.weight(target).nbytes for target in targets)
-    return replace(context, executor=context.variants.get(weights, nbytes, merge), weights=weights)
+    executor = context.held_weights.get(weights, nbytes, merge, of=context.weights_key)
+    return replace(context, executor=executor, weights=weights, weights_key=weights)
 
 
 def _by_file_name(weights: Iterable[tuple[str, Tensor]], prefix: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -20,6 +21,7 @@ from scumble_build.denoiser import Denoiser, KVProjection
 from scumble_build.inputs import StepInputs
 from scumble_build.text import Encoded, Overrides, TextEncoder
 from scumble_registry.formats.dreambooth import plain
+from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.executors import Changed
 from scumble_server.families import Family, TextPart
 
@@ -212,3 +214,18 @@ def _text_class(part: TextPart) -> type[Text]:
 def _vae_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:
     """SDXL's VAE overflows half precision, and says so."""
     return torch.float32 if config.get("force_upcast") and dtype == torch.float16 else dtype
+
+
+def weights_bytes(folder: Path, family: Family, precision: str) -> int:
+    """What a folder in the diffusers layout will take once it is loaded, read from its headers."""
+    dtype = _DTYPES[precision]
+    of_vae = _vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), dtype)
+    components = {"unet": dtype, **{part.encoder: dtype for part in family.texts}, "vae": of_vae}
+    return sum(_values(folder / name) * kept.itemsize for name, kept in components.items())
+
+
+def _values(folder: Path) -> int:
+    """How many numbers a component has; a folder may hold it a second time, in another precision (`….fp16.…`)."""
+    files = list(folder.glob("*.safetensors"))
+    one = [file for file in files if not {"fp16", "fp32", "bf16", "non_ema"} & set(file.name.split("."))] or files
+    return sum(prod(info.shape) for file in one for info in read_header(file).tensors.values())

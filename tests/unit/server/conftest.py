@@ -19,6 +19,7 @@ from scumble.events import Done, Event, Failed
 from scumble.request import Request
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
+from scumble_server.executors import Executor
 from scumble_server.service import Service
 
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
@@ -47,6 +48,12 @@ class Running:
             return decode(job)
 
         self.service._decode = watched  # type: ignore[method-assign]
+
+    @property
+    def executor(self) -> Executor:
+        """That of the base."""
+        with self.service._weights.open() as lease:
+            return self.service.bases[0].executor(lease)
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         """All at once; results in the order of the requests. Raises the first failure."""

@@ -91,7 +91,7 @@ def test_the_same_receipt_makes_the_same_picture(running: Running) -> None:
 
 
 def test_two_hundred_random_requests_leave_the_base_as_it_was(running: Running) -> None:
-    before = running.service.base.executor.weights_digest()
+    before = running.executor.weights_digest()
     rng = random.Random(0)
     requests = [
         request(
@@ -108,7 +108,7 @@ def test_two_hundred_random_requests_leave_the_base_as_it_was(running: Running) 
         for _ in range(200)
     ]
     assert len(running.run(requests)) == 200
-    assert running.service.base.executor.weights_digest() == before
+    assert running.executor.weights_digest() == before
 
 
 def test_sizes_take_turns(running: Running) -> None:
@@ -184,7 +184,7 @@ def test_a_higher_priority_overtakes_what_is_running(published: tuple[Path, dict
 
 def test_a_request_lets_go_of_all_that_it_held(running: Running) -> None:
     running.run([request(adapters=[Adapter(ref="l/a")], seed=i) for i in range(3)])
-    for cache in (running.service._host, running.service._device, running.service._variants):
+    for cache in (running.service._host, running.service._device, running.service._weights):
         assert cache.stats()["held_bytes"] == 0
 
 
@@ -204,7 +204,7 @@ def test_what_a_waiting_request_will_read_is_there_before_its_turn(published: tu
 
 
 def test_what_was_encoded_once_is_used_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = running.service.base.executor
+    executor = running.executor
     calls: list[str] = []
     for name in ("encode", "project"):
         made = getattr(executor, name)
@@ -240,7 +240,7 @@ def test_a_broken_row_fails_alone(running: Running, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_step_that_raises_ends_only_the_row_to_blame(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = running.service.base.executor
+    executor = running.executor
     denoise = executor.denoise
 
     def picky(sample: torch.Tensor, timestep: torch.Tensor, *rest: Any) -> torch.Tensor:
