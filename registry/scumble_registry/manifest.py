@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from scumble.errors import IntegrityError, InvalidRequest, Refused
+from scumble.request import SchedulerName
 from scumble_registry.blobs import Blob
 from scumble_registry.compatibility import Compatibility, check_fit
 from scumble_registry.references import parse_digest
@@ -33,7 +34,7 @@ class Defaults(BaseModel):
 
     steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=0, le=100, allow_inf_nan=False)
-    scheduler: Literal["ddim", "euler", "dpmpp_2m"]
+    scheduler: SchedulerName
     width: int = Field(ge=8, le=2048, multiple_of=8)
     height: int = Field(ge=8, le=2048, multiple_of=8)
 
