@@ -70,8 +70,8 @@ class Progress:
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One image. `sample` `(4, H/8, W/8)` is float32 on the executor's device. So is `estimate`, what the last step took
-    the finished image to be, and `history` `(HISTORY, 4, H/8, W/8)`, what its scheduler remembers.
+    """One image. `sample` `(4, H/8, W/8)` is float32 on the executor's device. So are `estimate`, what the last step
+    took the finished image to be, and `history` `(HISTORY, 4, H/8, W/8)`, what its scheduler remembers.
     """
 
     progress: Progress

@@ -198,7 +198,7 @@ def _probe(scheduler: Any, timestep: Tensor, eta: float) -> tuple[float, Tensor,
     places = len(_memory(scheduler))
     basis = torch.eye(3 + places, dtype=torch.float64)[..., None]  # some steps want (batch, channels)
     x, m, n = basis[0], basis[-2], basis[-1]
-    _remember(scheduler, basis[1 : 1 + places])
+    _remember(scheduler, list(basis[1 : 1 + places]))
     c_in = scheduler.scale_model_input(x, timestep)[0].item()
     with _Given(n) as given:
         stepped = scheduler.step(m, timestep, x, **({"eta": eta} if _takes_eta(scheduler) else {}))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from scumble.request import SchedulerName, TimestepSpacing
+from scumble.request import SchedulerName
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A request whose every field has a value; of the scheduler's options, None is what the base's config says."""
+    """A request whose every field has a value."""
 
     prompt: str
     negative_prompt: str
@@ -20,9 +22,8 @@ class Settings:
     height: int
     num_images: int
     guidance_scale: float
-    timestep_spacing: TimestepSpacing | None
-    rescale_betas: bool | None
-    eta: float | None
+    scheduler_options: Mapping[str, Any]
+    """Of timestep_spacing, rescale_betas and eta those that differ from what the base's config says."""
 
     @property
     def guided(self) -> bool:

@@ -146,7 +146,8 @@ def test_options_do_what_they_do_in_diffusers(name: str, steps: int, spacing: st
     try:
         ours = table(name, config, steps, **options)
     except InvalidRequest as refused:
-        assert "not finite" in refused.message
+        if "not finite" not in refused.message:
+            raise
         assert not draw_alone(scheduler, steps, eta).isfinite().all()
     else:
         compare(scheduler, ours, steps, 3, eta=eta)

@@ -25,6 +25,7 @@ from scumble.receipt import request_from_receipt
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
+from scumble_server.noise import Noise
 from scumble_server.service import Service
 
 if TYPE_CHECKING:
