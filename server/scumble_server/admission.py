@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from scumble.errors import InvalidRequest, Refused
 from scumble.request import SDXL_OPTIONS, Adapter, Options, Request
 from scumble_registry import Registry
+from scumble_registry.manifest import Sampling
+from scumble_server import sampling
 from scumble_server.base import Base
 from scumble_server.block_weights import block_weights
 from scumble_server.bound import Bound
@@ -89,14 +91,15 @@ def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixel
     Raises InvalidRequest, NotFound or Refused, naming what is wrong.
     """
     base = _base_of(request, bases, registry)
-    settings = _settle(request, base, max_pixels)
+    width, height = _size(request, base, max_pixels)
     adapters: list[Bound] = []
     dropped: list[tuple[Adapter, str]] = []
     inputs = Inputs.of(request)
-    for spec in request.adapters:
-        bound = _resolve(spec, base, registry, inputs)
+    resolved = [_resolve(spec, base, registry, inputs) for spec in request.adapters]
+    settings = _settle(request, base, sampling.settle(request, resolved, base.defaults), width, height)
+    for bound in resolved:
         if reason := METHODS[bound.kind].idle(bound, settings.steps):
-            dropped.append((spec, reason))
+            dropped.append((bound.spec, reason))
         else:
             adapters.append(bound)
     for kind, method in METHODS.items():
@@ -105,7 +108,12 @@ def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixel
         request,
         base,
         settings,
-        table(settings.scheduler, dreambooth.scheduler_config(adapters, base), settings.steps),
+        table(
+            settings.scheduler,
+            dreambooth.scheduler_config(adapters, base),
+            settings.steps,
+            **settings.scheduler_options,
+        ),
         tuple(adapters),
         _schedule([bound.spec for bound in adapters], settings.steps),
         tuple(dropped),
@@ -138,25 +146,32 @@ def _given_or(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
-def _settle(request: Request, base: Base, max_pixels: int) -> Settings:
-    defaults = base.defaults
-    width, height = _given_or(request.width, defaults.width), _given_or(request.height, defaults.height)
+def _size(request: Request, base: Base, max_pixels: int) -> tuple[int, int]:
+    width, height = _given_or(request.width, base.defaults.width), _given_or(request.height, base.defaults.height)
     if width * height > max_pixels:
         raise InvalidRequest(
             f"{width}x{height} is {width * height} pixels, this server makes at most {max_pixels}; "
             "ask for a smaller width or height",
             field="width",
         )
+    return width, height
+
+
+def _settle(request: Request, base: Base, sampled: Sampling, width: int, height: int) -> Settings:
+    assert sampled.scheduler is not None and sampled.steps is not None and sampled.guidance_scale is not None
     return Settings(
         prompt=request.prompt,
         negative_prompt=_given_or(request.negative_prompt, None if base.zero_negative else ""),
-        scheduler=_given_or(request.scheduler, defaults.scheduler),
+        scheduler=sampled.scheduler,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
-        steps=_given_or(request.steps, defaults.steps),
+        steps=sampled.steps,
         width=width,
         height=height,
         num_images=request.num_images,
-        guidance_scale=_given_or(request.guidance_scale, defaults.guidance_scale),
+        guidance_scale=sampled.guidance_scale,
+        scheduler_options={
+            name: value for name in sampling.SCHEDULER_OPTIONS if (value := getattr(sampled, name)) is not None
+        },
         **_sdxl(request.options, base, width, height),
     )
 

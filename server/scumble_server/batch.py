@@ -46,20 +46,25 @@ class Batch:
         sample = torch.stack([row.sample for row in rows])
         history = torch.stack([row.history for row in rows])
         timestep = torch.stack([row.table.timestep[row.step] for row in rows]).to(device)[self._image]
-        c_in, a, b, c, p, q, u, v = (
-            torch.stack([getattr(row.table, name)[row.step] for row in rows]).to(device).view(-1, 1, 1, 1)
-            for name in ("c_in", "a", "b", "c", "p", "q", "u", "v")
-        )
+        c_in = torch.stack([row.table.c_in[row.step] for row in rows]).to(device).view(-1, 1, 1, 1)
+        matrix = torch.stack([row.table.matrix[row.step] for row in rows]).to(device)
         scaled = (sample * c_in)[self._image]
         output = self._executor.denoise(scaled, timestep, self._with_residuals(scaled, timestep))
         negative = output[self._negative]
         m = negative + self._guidance * (output[self._prompt] - negative)
-        following = a * sample + b * m + c * history
-        history = p * sample + q * m
-        estimate = u * sample + v * m
+        state = torch.cat([sample[:, None], history, m[:, None], self._noise()[:, None]], 1)
+        following = torch.einsum("roi,richw->rochw", matrix, state)
         for i, row in enumerate(rows):
-            row.sample, row.history, row.estimate = following[i], history[i], estimate[i]
+            row.sample, row.history, row.estimate = following[i, 0], following[i, 1:-1], following[i, -1]
             row.step += 1
+
+    def _noise(self) -> Tensor:
+        """`(rows, 4, h, w)`, drawn for the rows whose scheduler draws in this step, zero for the others."""
+        drawn = [
+            row.noise.of_step(row.step) if row.table.draws[row.step] else torch.zeros(row.sample.shape)
+            for row in self.rows
+        ]
+        return torch.stack(drawn).to(self._executor.device)
 
     def _with_residuals(self, sample: Tensor, timestep: Tensor) -> StepInputs:
         """What is stacked, with what the ControlNets say of this step; each net runs once for all its rows."""

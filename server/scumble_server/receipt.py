@@ -34,7 +34,9 @@ def receipt(admitted: Admitted, conditioned: Conditioned, timings_ms: Mapping[st
             "num_images": settings.num_images,
             "guidance_scale": settings.guidance_scale,
             "adapters": [spec.model_dump(mode="json", exclude_defaults=True) for spec in admitted.request.adapters],
-            "options": admitted.request.options.model_dump(exclude_defaults=True),
+            "options": admitted.request.options.model_copy(update=dict(settings.scheduler_options)).model_dump(
+                exclude_defaults=True
+            ),
             "images": {
                 name: {"digest": picture.digest, "width": picture.size[0], "height": picture.size[1]}
                 for name, picture in admitted.inputs.pictures.items()

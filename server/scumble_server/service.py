@@ -31,10 +31,11 @@ from scumble_server.conditioning import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
 from scumble_server.counters import Counters
 from scumble_server.loop import Loop
+from scumble_server.noise import Noise
 from scumble_server.prefetch import Prefetcher
 from scumble_server.receipt import receipt
 from scumble_server.residency import Lease, Residency
-from scumble_server.rows import Progress, Row, initial_noise
+from scumble_server.rows import Progress, Row
 
 log = logging.getLogger(__name__)
 
@@ -253,18 +254,9 @@ class Service:
             preview_every=options.preview_every or 0,
         )
         for seed in settings.seeds:
-            noise = initial_noise(seed, height, width).to(device) * table.init_sigma
-            progress.rows.append(
-                Row(
-                    progress,
-                    conditioned.conditioning,
-                    table,
-                    settings.guidance_scale,
-                    noise,
-                    torch.zeros_like(noise),
-                    torch.zeros_like(noise),
-                )
-            )
+            noise = Noise(seed, height, width)
+            sample = noise.draw().to(device) * table.init_sigma
+            progress.rows.append(Row(progress, conditioned.conditioning, table, settings.guidance_scale, sample, noise))
         return progress
 
     def _decode_all(self) -> None:

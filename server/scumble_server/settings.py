@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from scumble.request import SchedulerName
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,13 +16,15 @@ class Settings:
     prompt: str
     negative_prompt: str | None
     """None where all zeros stand for it (SDXL's own rule)."""
-    scheduler: str
+    scheduler: SchedulerName
     seed: int
     steps: int
     width: int
     height: int
     num_images: int
     guidance_scale: float
+    scheduler_options: Mapping[str, Any]
+    """Of timestep_spacing, rescale_betas and eta those that differ from what the base's config says."""
     prompt_2: str | None = None
     """For the second text encoder, where there is one; None or empty: the first's."""
     negative_prompt_2: str | None = None

@@ -12,7 +12,21 @@ from typing_extensions import TypeAliasType
 
 from scumble.errors import InvalidRequest
 
-SchedulerName = Literal["ddim", "euler", "dpmpp_2m"]
+SchedulerName = Literal[
+    "ddim",
+    "euler",
+    "euler_a",
+    "dpmpp_2m",
+    "dpmpp_2m_karras",
+    "dpmpp_2m_sde",
+    "dpmpp_2m_sde_karras",
+    "dpmpp_sde",
+    "dpmpp_sde_karras",
+    "unipc",
+    "lcm",
+    "tcd",
+]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
 MAX_SIZE = 2048
 MAX_STEPS = 1000
 MAX_IMAGES = 16
@@ -101,6 +115,12 @@ class Options(_Strict):
     """What SDXL is told of the picture, in pixels: width and height of the original, left and top of where it was cut,
     width and height aimed at. None means the picture's own size, uncut.
     """
+    timestep_spacing: TimestepSpacing | None = None
+    """How the scheduler spreads its timesteps (Lin et al., 2305.08891, table 2); None means as the base says."""
+    rescale_betas: bool | None = None
+    """Let the last timestep hold no signal at all (same paper, algorithm 1); None means as the base says."""
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How much noise ddim and tcd add again in each step (tcd's gamma); None means 0."""
 
 
 SDXL_OPTIONS = ("prompt_2", "negative_prompt_2", "original_size", "crop", "target_size")

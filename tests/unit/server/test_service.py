@@ -25,6 +25,7 @@ from scumble.receipt import request_from_receipt
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
+from scumble_server.noise import Noise
 from scumble_server.service import Service
 
 if TYPE_CHECKING:
@@ -227,10 +228,15 @@ def test_a_broken_row_fails_alone(running: Running, monkeypatch: pytest.MonkeyPa
     """Seeds decide: the row of seed 13 starts as NaN, its neighbours end well."""
     import scumble_server.service as module
 
-    noise = module.initial_noise
-    monkeypatch.setattr(
-        module, "initial_noise", lambda seed, h, w: noise(seed, h, w) * (float("nan") if seed == 13 else 1)
-    )
+    class Unlucky(Noise):
+        def __init__(self, seed: int, height: int, width: int) -> None:
+            super().__init__(seed, height, width)
+            self.factor = float("nan") if seed == 13 else 1.0
+
+        def draw(self) -> torch.Tensor:
+            return super().draw() * self.factor
+
+    monkeypatch.setattr(module, "Noise", Unlucky)
     listeners = [Listener() for _ in range(3)]
     for seed, listener in zip((12, 13, 14), listeners, strict=True):
         running.service.submit(request(seed=seed), listener)
