@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,15 @@ def make_tiny_sdxl(folder: Path, seed: int = 0, *, zero_negative: bool = True) -
     ).save_pretrained(folder)
     config = folder / "scheduler" / "scheduler_config.json"  # as SDXL's own says it, though Euler does not read it
     config.write_text(json.dumps({**json.loads(config.read_text()), "clip_sample": False, "set_alpha_to_one": False}))
+    return folder
+
+
+def make_tiny_inpainting(base: Path, folder: Path, seed: int = 0) -> Path:
+    """An SD 1.x base whose UNet also looks at a mask and at the masked picture."""
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("unet"))
+    torch.manual_seed(seed)
+    config = {**UNet2DConditionModel.load_config(base / "unet"), "in_channels": 9}
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
     return folder
 
 

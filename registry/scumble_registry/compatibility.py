@@ -268,7 +268,7 @@ class ControlNetCompatibility(BaseModel):
         t2i = self.form == "t2i"
         widths = feature_widths(base.targets) if t2i else residual_widths(base.targets)
         self._match("a text context of width", self.cross_attention_dim, base.cross_attention_dim, base)
-        self._match("latents with channels", self.in_channels, base.in_channels, base)
+        self._match("latents with channels", self.in_channels, base.latent_channels, base)
         self._match("pixels per latent", self.pixels_per_latent, base.vae_scale, base)
         self._match("features of widths" if t2i else "residuals of widths", self.widths, widths, base)
 

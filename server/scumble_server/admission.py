@@ -14,14 +14,15 @@ from scumble.errors import InvalidRequest, Refused
 from scumble.request import SDXL_OPTIONS, Adapter, Options, Request
 from scumble_registry import Registry
 from scumble_registry.manifest import Sampling
-from scumble_server import sampling
+from scumble_server import beginning, sampling
 from scumble_server.base import Base
+from scumble_server.beginning import Original
 from scumble_server.block_weights import block_weights
 from scumble_server.bound import Bound
 from scumble_server.methods import METHODS, dreambooth
 from scumble_server.methods.method import check_fields
 from scumble_server.pictures import Picture, decode_all
-from scumble_server.schedulers import Table, table
+from scumble_server.schedulers import Table, first_step, table
 from scumble_server.settings import Settings
 
 Value = TypeVar("Value")
@@ -48,9 +49,11 @@ class Inputs:
         if both := sorted(request.images.keys() & request.tensors.keys()):
             raise InvalidRequest(f"{both[0]!r} names a picture and a tensor; rename one of them", field="images")
         named = {name for adapter in request.adapters for name in (*adapter.images, *adapter.masks)}
+        named |= {name for name in (request.options.image, request.options.mask) if name is not None}
         if unused := sorted((request.images.keys() | request.tensors.keys()) - named):
             raise InvalidRequest(
-                f"{unused[0]!r} was sent, but no adapter names it in its images or masks; name it or leave it out",
+                f"{unused[0]!r} was sent, but nothing names it (images or masks of an adapter, options.image, "
+                "options.mask); name it or leave it out",
                 field=f"{'images' if unused[0] in request.images else 'tensors'}.{unused[0]}",
             )
         for name, values in request.tensors.items():
@@ -83,6 +86,7 @@ class Admitted:
     schedule: Schedule
     dropped: tuple[tuple[Adapter, str], ...]
     inputs: Inputs
+    original: Original | None
 
 
 def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixels: int) -> Admitted:
@@ -91,14 +95,16 @@ def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixel
     Raises InvalidRequest, NotFound or Refused, naming what is wrong.
     """
     base = _base_of(request, bases, registry)
-    width, height = _size(request, base, max_pixels)
+    inputs = Inputs.of(request)
+    beginning.check(request.options, inpaints=base.inpaints)
+    original = _original(request.options, inputs)
+    width, height = _size(request, base, original, max_pixels)
     adapters: list[Bound] = []
     dropped: list[tuple[Adapter, str]] = []
-    inputs = Inputs.of(request)
     resolved = [_resolve(spec, base, registry, inputs) for spec in request.adapters]
     settings = _settle(request, base, sampling.settle(request, resolved, base.defaults), width, height)
     for bound in resolved:
-        if reason := METHODS[bound.kind].idle(bound, settings.steps):
+        if reason := METHODS[bound.kind].idle(bound, settings.run_steps):
             dropped.append((bound.spec, reason))
         else:
             adapters.append(bound)
@@ -112,13 +118,33 @@ def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixel
             settings.scheduler,
             dreambooth.scheduler_config(adapters, base),
             settings.steps,
+            start=settings.first_step,
             **settings.scheduler_options,
         ),
         tuple(adapters),
-        _schedule([bound.spec for bound in adapters], settings.steps),
+        _schedule([bound.spec for bound in adapters], settings.run_steps),
         tuple(dropped),
         inputs,
+        original,
     )
+
+
+def _original(options: Options, inputs: Inputs) -> Original | None:
+    if options.image is None:
+        return None
+    mask = None if options.mask is None else inputs.picture(options.mask, "options.mask")
+    return Original(inputs.picture(options.image, "options.image"), mask)
+
+
+def _first_step(options: Options, steps: int) -> int:
+    strength = beginning.strength_of(options)
+    start = first_step(steps, strength)
+    if start == steps:
+        raise InvalidRequest(
+            f"strength {strength:g} of {steps} steps is less than one step; ask for more of either",
+            field="options.strength",
+        )
+    return start
 
 
 def _schedule(specs: Sequence[Adapter], steps: int) -> Schedule:
@@ -146,8 +172,13 @@ def _given_or(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
-def _size(request: Request, base: Base, max_pixels: int) -> tuple[int, int]:
-    width, height = _given_or(request.width, base.defaults.width), _given_or(request.height, base.defaults.height)
+def _size(request: Request, base: Base, original: Original | None, max_pixels: int) -> tuple[int, int]:
+    """The request's; else that of the picture that it begins with, in steps of 8; else the base's own."""
+    default = base.defaults.width, base.defaults.height
+    if original is not None and request.width is None and request.height is None:
+        width, height = (max(8, side // 8 * 8) for side in original.picture.size)
+        default = width, height
+    width, height = _given_or(request.width, default[0]), _given_or(request.height, default[1])
     if width * height > max_pixels:
         raise InvalidRequest(
             f"{width}x{height} is {width * height} pixels, this server makes at most {max_pixels}; "
@@ -165,6 +196,8 @@ def _settle(request: Request, base: Base, sampled: Sampling, width: int, height:
         scheduler=sampled.scheduler,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
         steps=sampled.steps,
+        strength=beginning.strength_of(request.options),
+        first_step=_first_step(request.options, sampled.steps),
         width=width,
         height=height,
         num_images=request.num_images,

@@ -54,6 +54,11 @@ class Base:
         return FAMILIES[self.compatibility.family]
 
     @property
+    def inpaints(self) -> bool:
+        """The UNet also looks at a mask and at the picture that it masks."""
+        return self.compatibility.in_channels == 2 * self.compatibility.latent_channels + 1
+
+    @property
     def blocks(self) -> UNetBlocks:
         return blocks_of(self.compatibility.targets)
 
@@ -76,6 +81,12 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
     compatibility, defaults = version.manifest.compatibility, version.manifest.defaults
     if not isinstance(compatibility, BaseCompatibility) or defaults is None:
         raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base", ref=ref)
+    channels, of_latents = compatibility.in_channels, compatibility.latent_channels
+    if channels not in {of_latents, 2 * of_latents + 1}:
+        raise Refused(
+            f"{version.ref} reads {channels} channels; {of_latents} and (for inpainting) {2 * of_latents + 1} can be",
+            ref=ref,
+        )
     family = FAMILIES[compatibility.family]
     folder = registry.materialise(version)
 

@@ -49,14 +49,17 @@ class Batch:
         c_in = torch.stack([row.table.c_in[row.step] for row in rows]).to(device).view(-1, 1, 1, 1)
         matrix = torch.stack([row.table.matrix[row.step] for row in rows]).to(device)
         scaled = (sample * c_in)[self._image]
-        output = self._executor.denoise(scaled, timestep, self._with_residuals(scaled, timestep))
+        inputs = self._with_residuals(scaled, timestep)
+        output = self._executor.denoise(self._with_shown(scaled), timestep, inputs)
         negative = output[self._negative]
-        m = negative + self._guidance * (output[self._prompt] - negative)
+        m = self._rescale(negative + self._guidance * (output[self._prompt] - negative), output[self._prompt])
         state = torch.cat([sample[:, None], history, m[:, None], self._noise()[:, None]], 1)
         following = torch.einsum("roi,richw->rochw", matrix, state)
         for i, row in enumerate(rows):
             row.sample, row.history, row.estimate = following[i, 0], following[i, 1:-1], following[i, -1]
             row.step += 1
+            if row.kept is not None:
+                row.sample = row.kept.put_back(row.sample, row.table.noised[row.step])
 
     def _noise(self) -> Tensor:
         """`(rows, 4, h, w)`, drawn for the rows whose scheduler draws in this step, zero for the others."""
@@ -65,6 +68,20 @@ class Batch:
             for row in self.rows
         ]
         return torch.stack(drawn).to(self._executor.device)
+
+    def _with_shown(self, scaled: Tensor) -> Tensor:
+        """What a UNet that fills masked parts looks at. All rows of a batch are of one base, so all have it or none."""
+        shown = [row.shown for row in self.rows if row.shown is not None]
+        return torch.cat([scaled, torch.stack(shown)[self._image]], 1) if shown else scaled
+
+    def _rescale(self, guided: Tensor, prompt: Tensor) -> Tensor:
+        """Both `(images, 4, h, w)`. An image that asks for none stays bit for bit what it is."""
+        if not any(row.rescale for row in self.rows):
+            return guided
+        share = torch.tensor([row.rescale for row in self.rows], device=guided.device).view(-1, 1, 1, 1)
+        dims = (1, 2, 3)
+        rescaled = guided * (prompt.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+        return torch.where(share > 0, share * rescaled + (1 - share) * guided, guided)
 
     def _with_residuals(self, sample: Tensor, timestep: Tensor) -> StepInputs:
         """What is stacked, with what the ControlNets say of this step; each net runs once for all its rows."""

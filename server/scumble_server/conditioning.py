@@ -18,7 +18,9 @@ from scumble.request import Adapter
 from scumble_build.layout import Layout
 from scumble_build.text import Encoded
 from scumble_registry import Registry, Version
+from scumble_server import beginning
 from scumble_server.admission import Admitted
+from scumble_server.beginning import Beginning
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, Text, read_record
@@ -44,6 +46,7 @@ class Conditioned:
     load_ms: float
     encode_ms: float
     maps: tuple[Pixels, ...] = ()
+    beginning: Beginning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,7 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
         (loaded - start) * 1e3,
         (encoded - loaded) * 1e3,
         controlnet.maps(context, nets) if admitted.request.options.return_maps else (),
+        None if admitted.original is None else beginning.prepare(context, admitted.original),
     )
 
 

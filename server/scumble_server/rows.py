@@ -68,6 +68,21 @@ class Progress:
             self.joined_at = time.monotonic()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What an image keeps of a picture: picture and noise `(4, H/8, W/8)`, mask `(1, H/8, W/8)`, 0 where it is kept."""
+
+    picture: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def put_back(self, sample: Tensor, noised: Tensor) -> Tensor:
+        """`noised` (2,) says how noisy the kept part must be."""
+        of_picture, of_noise = noised.tolist()
+        kept: Tensor = of_picture * self.picture + of_noise * self.noise
+        return (1 - self.mask) * kept + self.mask * sample
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """One image. `sample` `(4, H/8, W/8)` is float32 on the executor's device. So are `estimate`, what the last step
@@ -82,6 +97,11 @@ class Row:
     noise: Noise
     history: Tensor = field(init=False)
     estimate: Tensor = field(init=False)
+    kept: Kept | None = None
+    shown: Tensor | None = None
+    """Of a base that fills masked parts: mask and masked picture, `(5, H/8, W/8)`, which the UNet looks at too."""
+    rescale: float = 0.0
+    """How much of the guided prediction's contrast is set back to the prompt's own (Lin et al., 2305.08891, 3.4)."""
     step: int = 0
 
     def __post_init__(self) -> None:

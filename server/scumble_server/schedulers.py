@@ -71,12 +71,12 @@ _KEPT_SAMPLES = ("last_sample", "sample")
 class Table:
     """One schedule, or the end of one. Tensors are float32 on the CPU.
 
-    `init_sigma` scales the initial noise. `noised` are the factors of (original, noise) in what `add_noise` makes for
-    the first step, for a sample that begins with a picture.
+    `init_sigma` scales the initial noise.
     """
 
     init_sigma: float
-    noised: tuple[float, float]
+    noised: Tensor
+    """`(steps + 1, 2)`: factors of (original, noise) in a picture as noisy as a step expects it, at last (1, 0)."""
     timestep: Tensor
     """`(steps,)`"""
     c_in: Tensor
@@ -174,15 +174,18 @@ def _probe_all(scheduler: Any, steps: int, start: int, eta: float) -> Table:
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
     timesteps = scheduler.timesteps[start:]
-    unit = torch.eye(2, dtype=torch.float64)
-    noised = scheduler.add_noise(unit[0], unit[1], timesteps[:1]).tolist()
-    c_in, matrices, draws = zip(*(_probe(scheduler, timestep, eta) for timestep in timesteps), strict=True)
+    picture, noise = torch.eye(2, dtype=torch.float64)
+    noised, probed = [], []
+    for i, timestep in enumerate(timesteps):
+        noised.append(scheduler.add_noise(picture, noise, timesteps[i : i + 1]))
+        probed.append(_probe(scheduler, timestep, eta))
+    c_in, matrices, draws = zip(*probed, strict=True)
     matrix = _only_used(torch.stack(matrices))
     if not matrix.isfinite().all():
         raise ValueError("some of its coefficients are not finite")
     return Table(
         float(scheduler.init_noise_sigma),
-        (noised[0], noised[1]),
+        torch.stack([*noised, picture]).float(),
         timesteps.float().clone(),
         torch.tensor(c_in, dtype=torch.float32),
         matrix.float(),

@@ -27,6 +27,7 @@ from scumble.request import Request
 from scumble_registry import Registry
 from scumble_server.admission import Admitted, admit
 from scumble_server.base import Base, load_base
+from scumble_server.beginning import begin
 from scumble_server.conditioning import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
 from scumble_server.counters import Counters
@@ -255,8 +256,11 @@ class Service:
         )
         for seed in settings.seeds:
             noise = Noise(seed, height, width)
-            sample = noise.draw().to(device) * table.init_sigma
-            progress.rows.append(Row(progress, conditioned.conditioning, table, settings.guidance_scale, sample, noise))
+            sample = torch.zeros(4, height, width, device=device)
+            row = Row(progress, conditioned.conditioning, table, settings.guidance_scale, sample, noise)
+            row.rescale = options.guidance_rescale
+            begin(row, conditioned.beginning)
+            progress.rows.append(row)
         return progress
 
     def _decode_all(self) -> None:
@@ -274,7 +278,8 @@ class Service:
         assert progress is not None and conditioned is not None and progress.joined_at is not None
         start = monotonic()
         executor = conditioned.conditioning.phases[-1].executor
-        pixels = executor.decode(torch.stack([row.sample for row in progress.rows])).numpy()
+        latents = torch.stack([row.sample for row in progress.rows])
+        pixels = executor.decode(latents, tiled=job.admitted.request.options.vae_tiling).numpy()
         end = monotonic()
         waited = progress.joined_at - job.submitted_at - (conditioned.load_ms + conditioned.encode_ms) / 1e3
         timings = {

@@ -28,8 +28,15 @@ class Settings:
     prompt_2: str | None = None
     """For the second text encoder, where there is one; None or empty: the first's."""
     negative_prompt_2: str | None = None
+    strength: float = 1.0
+    first_step: int = 0
+    """Where the schedule begins: behind 0 where a picture is changed by less than all."""
     sizes: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     """Height and width of the original, top and left of the crop, height and width aimed at, in pixels (SDXL)."""
+
+    @property
+    def run_steps(self) -> int:
+        return self.steps - self.first_step
 
     @property
     def guided(self) -> bool:

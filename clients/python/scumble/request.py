@@ -106,6 +106,16 @@ class Options(_Strict):
     """Send a small, rough picture every so many steps (streaming only)."""
     return_maps: bool = False
     """Also return the control maps that `preprocess` made."""
+    image: Name | None = None
+    """Begin with this one of the request's pictures (img2img), resized to the request's size."""
+    mask: Name | None = None
+    """Draw only what is white in this one of the request's pictures, and keep the rest of `image` (inpainting)."""
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How much of `image` changes: the share of the steps that is run. None means 0.8, or 1 with a mask."""
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Against washed-out pictures at high guidance (Lin et al., 2305.08891, 3.4)."""
+    vae_tiling: bool = False
+    """Decode piece by piece: less memory for large pictures, faint seams at worst."""
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
     """For SDXL's second text encoder; None means the same as for the first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -17,6 +18,14 @@ from scumble_build.text import Encoded, Overrides
 
 Changed: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """By component (`unet`, `vae`, the text encoders) and by the name in its file, with or without `text_model.`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spread:
+    """Where the latents of a picture may lie: mean and deviation `(4, H/8, W/8)` float32, in the UNet's scale."""
+
+    mean: Tensor
+    deviation: Tensor
 
 
 class Net(Protocol):
@@ -79,8 +88,11 @@ class Executor(Protocol):
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
         """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → prediction like sample."""
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU."""
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU; `tiled`: piece by piece."""
+
+    def encode_picture(self, pixels: Tensor) -> Spread:
+        """pixels `(1, 3, H, W)` in -1…1."""
 
     def weight(self, target: str) -> Tensor:
         """The weight of a layer that takes factors, `(out, in[, k, k])`, to be read only."""

@@ -22,7 +22,7 @@ from scumble_build.inputs import StepInputs
 from scumble_build.text import Encoded, Overrides, TextEncoder
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
-from scumble_server.executors import Changed
+from scumble_server.executors import Changed, Spread
 from scumble_server.families import Family, TextPart
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -156,22 +156,28 @@ class TorchExecutor:
         return prediction.float()
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        latents = self._vae_latents(latents)
-        decoded: Tensor = self._vae.decode(latents, return_dict=False)[0].float()
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        mean, deviation = self._vae_scale(latents)
+        latents = (latents * deviation + mean).to(self._vae.dtype)
+        decode = self._vae.tiled_decode if tiled else self._vae.decode
+        decoded: Tensor = decode(latents, return_dict=False)[0].float()
         pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return pixels.round().to(torch.uint8).cpu()
 
-    def _vae_latents(self, latents: Tensor) -> Tensor:
-        """From the UNet's scale to the VAE's; some say a mean and a deviation for each channel."""
+    @torch.inference_mode()
+    def encode_picture(self, pixels: Tensor) -> Spread:
+        found = self._vae.encode(pixels.to(self._device, self._vae.dtype), return_dict=False)[0]
+        mean, deviation = self._vae_scale(pixels.to(self._device))
+        return Spread(((found.mean.float() - mean) / deviation)[0], (found.std.float() / deviation)[0])
+
+    def _vae_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the VAE's own latents, `(1, 1|C, 1, 1)`: the UNet's have mean 0 and deviation 1."""
         config = self._vae.config
-        latents = latents / config.scaling_factor
+        mean, deviation = like.new_zeros(1, 1, 1, 1), like.new_ones(1, 1, 1, 1) / config.scaling_factor
         if config.latents_mean is not None and config.latents_std is not None:
-            mean, deviation = (
-                latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
-            )
-            latents = latents * deviation + mean
-        return latents.to(self._vae.dtype)
+            mean = like.new_tensor(config.latents_mean).view(1, -1, 1, 1)
+            deviation = deviation * like.new_tensor(config.latents_std).view(1, -1, 1, 1)
+        return mean, deviation
 
     def _cast(self, factors: Factors | None) -> Factors | None:
         return factors.to(self._device, self._dtype) if factors is not None else None

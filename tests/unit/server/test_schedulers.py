@@ -172,7 +172,7 @@ def test_the_end_of_a_schedule_is_what_a_picture_is_changed_with(name: str, step
     ours = table(name, SD15, steps, start=start)
     assert torch.equal(ours.timestep, timesteps.float())
     original, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    noised = ours.noised[0] * original + ours.noised[1] * noise
+    noised = ours.noised[0, 0] * original + ours.noised[0, 1] * noise
     assert torch.allclose(noised, scheduler.add_noise(original, noise, timesteps[:1]), atol=1e-5, rtol=1e-5)
     compare(make(name, SD15), ours, steps, 5, start=start)
 
