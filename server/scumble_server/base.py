@@ -52,10 +52,9 @@ def load_base(registry: Registry, config: ServerConfig) -> Base:
     compatibility, defaults = version.manifest.compatibility, version.manifest.defaults
     if not isinstance(compatibility, BaseCompatibility) or defaults is None:
         raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base", ref=ref)
-    if compatibility.family != "sd1" or compatibility.prediction_type != "epsilon":
+    if compatibility.family != "sd1":
         raise Refused(
-            f"{version.ref} is a base of family {compatibility.family} ({compatibility.prediction_type}); "
-            "this server serves SD 1.x with epsilon prediction",
+            f"{version.ref} is a base of family {compatibility.family}; this server serves SD 1.x",
             ref=ref,
         )
     folder = registry.materialise(version)
