@@ -7,7 +7,7 @@ import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from tiny_ip import make_image_encoder, make_ip_adapter
 from tiny_sd import make_lora
 from tiny_variant import make_checkpoint
 
-from scumble.request import Adapter, Request
+from scumble.request import Adapter, Request, SchedulerName
 from scumble_registry import Registry
 
 
@@ -146,7 +146,7 @@ def random_request(every: EveryKind, rng: random.Random, *, most: int = 5, **cha
             "negative_prompt": rng.choice([None, "<bad>"]),
             "seed": rng.randrange(2**31),
             "steps": rng.choice([4, 5, 6]),
-            "scheduler": rng.choice(["ddim", "euler", "dpmpp_2m"]),
+            "scheduler": rng.choice(get_args(SchedulerName)),
             "guidance_scale": rng.choice([1.0, 5.0, 5.0]),
             "width": rng.choice([64, 64, 48]),
             "height": 64,

@@ -16,6 +16,8 @@ from scumble.errors import Incompatible, Refused
 
 Shape = tuple[int, ...]
 Family = Literal["sd1", "sd2", "sdxl"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+"""What the UNet says: the noise, the velocity (Salimans and Ho, 2202.00512), or the finished sample."""
 
 
 class BaseCompatibility(BaseModel):
@@ -23,7 +25,7 @@ class BaseCompatibility(BaseModel):
 
     kind: Literal["base"] = "base"
     family: Family
-    prediction_type: Literal["epsilon", "v_prediction"]
+    prediction_type: PredictionType
     in_channels: int
     """Of the UNet: 4 as a rule, 9 for inpainting bases."""
     latent_channels: int
@@ -289,7 +291,7 @@ class DreamboothCompatibility(BaseModel):
 
     kind: Literal["dreambooth"] = "dreambooth"
     family: Family
-    prediction_type: Literal["epsilon", "v_prediction"]
+    prediction_type: PredictionType
     in_channels: int
     cross_attention_dim: int
     text_widths: tuple[int, ...]

@@ -111,6 +111,8 @@ def table(
     _check_option(name, kind, timestep_spacing, "timestep_spacing", "timestep_spacing")
     _check_option(name, kind, rescale_betas, "rescale_betas", "rescale_betas_zero_snr")
     _check_option(name, kind.step, eta, "eta", "eta")
+    if start >= steps:
+        raise InvalidRequest(f"of {steps} steps none is left at {start}; ask for more of them", field="steps")
     changes = {"timestep_spacing": timestep_spacing, "rescale_betas_zero_snr": rescale_betas}
     changes = {key: value for key, value in changes.items() if value is not None}
     # `_use_default_values` stays in: diffusers gives another scheduler class its own defaults for those.

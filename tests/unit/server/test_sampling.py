@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
@@ -67,7 +70,7 @@ def test_a_batch_of_every_scheduler_equals_each_alone(running: Running) -> None:
 def test_a_step_that_is_tried_again_draws_no_second_noise(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = request(scheduler="euler_a", num_images=2)
     undisturbed = running.run([asked])[0].latents
-    executor = running.service.base.executor
+    executor = running.executor
     denoise, calls = executor.denoise, []
 
     def failing_once(*inputs: Any) -> Any:
@@ -79,6 +82,32 @@ def test_a_step_that_is_tried_again_draws_no_second_noise(running: Running, monk
     monkeypatch.setattr(executor, "denoise", failing_once)
     assert (running.run([asked])[0].latents - undisturbed).abs().max() <= TOLERANCE
     assert len(calls) == 8 + 2  # the fourth again, image by image
+
+
+@pytest.mark.parametrize("predicts", ["v_prediction", "sample"])
+def test_every_scheduler_draws_with_bases_that_predict_something_else(
+    tiny_base: Path,
+    tmp_path: Path,
+    start: Callable[..., Running],
+    diffusers_alone: Callable[..., Any],
+    predicts: str,
+) -> None:
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": predicts}))
+    with Registry.open(tmp_path / "home", create=True) as registry:
+        registry.publish(folder, name="other/base")
+    running = start(tmp_path / "home", "other/base", {"base": folder})
+    try:
+        requests = [request(scheduler=name) for name in NAMES if (name, predicts) != ("euler_a", "sample")]
+        for asked, ours in zip(requests, running.run(requests), strict=True):
+            reference = diffusers_alone(running.files, asked)
+            assert (ours.latents - reference.latents).abs().max() <= TOLERANCE, asked.scheduler
+        if predicts == "sample":
+            with pytest.raises(InvalidRequest, match="euler_a cannot draw with a model of sample"):
+                running.service.submit(request(scheduler="euler_a"), lambda _: None)
+    finally:
+        running.service.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from scumble.errors import (
 )
 from scumble.events import Done, Event, Failed, Queued, Step
 from scumble.receipt import request_from_receipt
-from scumble.request import Adapter, Request
+from scumble.request import Adapter, Request, SchedulerName
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
 from scumble_server.noise import Noise
@@ -98,7 +98,7 @@ def test_two_hundred_random_requests_leave_the_base_as_it_was(running: Running) 
         request(
             seed=rng.randrange(2**31),
             steps=rng.randint(1, 3),
-            scheduler=rng.choice(["ddim", "euler", "dpmpp_2m"]),
+            scheduler=rng.choice(get_args(SchedulerName)),
             guidance_scale=rng.choice([1.0, 4.0]),
             width=rng.choice([64, 64, 64, 48]),
             adapters=[
