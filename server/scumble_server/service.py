@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from scumble.errors import Cancelled, DeadlineExceeded, QueueFull, ScumbleError, Unavailable
-from scumble.events import Done, Event, Failed, Queued
-from scumble.request import Request
+from scumble.events import Done, Event, Failed, Pixels, Queued
+from scumble.images import QUALITY, encode
+from scumble.request import Options, Request
 from scumble_registry import Registry
 from scumble_server.admission import Admitted, admit
 from scumble_server.base import Base, load_base
@@ -270,7 +272,7 @@ class Service:
             except Exception as error:
                 job.on_event(Failed(_typed(error)))
                 continue
-            self._counters.add("images", len(done.images))
+            self._counters.add("images", len(done.encoded) or len(done.images))
             job.on_event(done)
 
     def _decode(self, job: _Job) -> Done:
@@ -291,7 +293,17 @@ class Service:
             "total": (end - job.submitted_at) * 1e3,
         }
         maps = np.stack(conditioned.maps) if conditioned.maps else None
-        return Done(pixels, receipt(job.admitted, conditioned, timings), maps)
+        return _done(pixels, receipt(job.admitted, conditioned, timings), maps, job.admitted.request.options)
+
+
+def _done(pixels: Pixels, about: dict[str, Any], maps: Pixels | None, options: Options) -> Done:
+    if options.format is None:
+        return Done(pixels, about, maps)
+    files = tuple(
+        encode(Image.fromarray(picture), options.format, about | {"image": index}, options.quality or QUALITY)
+        for index, picture in enumerate(pixels)
+    )
+    return Done(np.zeros((0, 0, 0, 3), np.uint8), about, maps, files)
 
 
 def _typed(error: Exception) -> ScumbleError:

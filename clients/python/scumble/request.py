@@ -34,6 +34,7 @@ MAX_ADAPTERS = 32
 MAX_INPUTS = 64
 """Pictures, and tensors, that one request brings."""
 
+Format = Literal["png", "webp", "jpeg"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Pixel = Annotated[int, Field(ge=0, le=16384)]
 Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
@@ -114,6 +115,10 @@ class Options(_Strict):
     """How much of `image` changes: the share of the steps that is run. None means 0.8, or 1 with a mask."""
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Against washed-out pictures at high guidance (Lin et al., 2305.08891, 3.4)."""
+    format: Format | None = None
+    """Answer with files of this format, which carry the receipt, instead of pixels."""
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Of WebP and JPEG; None means 90."""
     vae_tiling: bool = False
     """Decode piece by piece: less memory for large pictures, faint seams at worst."""
     prompt_2: str | None = None

@@ -24,6 +24,7 @@ from PIL import Image
 from tiny_families import make_tiny_inpainting, make_tiny_sdxl
 
 from scumble.errors import InvalidRequest
+from scumble.receipt import read_receipt
 from scumble.request import Request
 from scumble_registry import Registry
 
@@ -198,6 +199,20 @@ def test_tiles_show_the_same_picture(many: Running) -> None:
     assert torch.equal(plain.latents, tiled.latents)
     difference = np.abs(plain.done.images.astype(float) - tiled.done.images).mean()
     assert 0 < difference <= 8
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
+def test_files_instead_of_pixels_carry_the_receipt(many: Running, tmp_path: Path, kind: str) -> None:
+    pixels = many.run([request("tiny/base")])[0].done
+    found = many.run([request("tiny/base", format=kind, quality=95)])[0].done
+    assert found.images.size == 0
+    (content,) = found.encoded
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(content)
+    assert read_receipt(file) == found.receipt | {"image": 0}
+    with Image.open(file) as picture:
+        difference = np.abs(np.asarray(picture).astype(float) - pixels.images[0]).mean()
+    assert difference <= (0 if kind == "png" else 12)
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
