@@ -5,9 +5,12 @@ Whatever is drawn at random is drawn in the order of diffusers' own pipelines, s
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -91,6 +94,12 @@ def prepare(context: Context, original: Original) -> Beginning:
         pure_noise=settings.first_step == 0 and settings.strength == 1,
         shown=shown,
     )
+
+
+def again(pixels: NDArray[np.uint8], mask: Picture | None) -> Original:
+    """What a second pass begins with: pixels `(H, W, 3)` of the first."""
+    digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
+    return Original(Picture("", digest, pixels), mask)
 
 
 def begin(row: Row, beginning: Beginning | None) -> None:

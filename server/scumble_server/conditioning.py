@@ -46,7 +46,7 @@ class Conditioned:
     load_ms: float
     encode_ms: float
     maps: tuple[Pixels, ...] = ()
-    beginning: Beginning | None = None
+    beginnings: tuple[Beginning, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
         (loaded - start) * 1e3,
         (encoded - loaded) * 1e3,
         controlnet.maps(context, nets) if admitted.request.options.return_maps else (),
-        None if admitted.original is None else beginning.prepare(context, admitted.original),
+        tuple(beginning.prepare(context, original) for original in admitted.originals),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from PIL import Image
 from tiny_families import make_tiny_inpainting, make_tiny_sdxl
 
 from scumble.errors import InvalidRequest
+from scumble.events import Done, Event, Failed, Step
 from scumble.receipt import read_receipt
-from scumble.request import Request
+from scumble.request import Options, Request
 from scumble_registry import Registry
 
 from .conftest import diffusers_scheduler
@@ -201,6 +203,46 @@ def test_tiles_show_the_same_picture(many: Running) -> None:
     assert 0 < difference <= 8
 
 
+@pytest.mark.parametrize("base", ["tiny/base", "tiny/sdxl"])
+def test_a_second_pass_begins_with_the_enlarged_picture(many: Running, base: str) -> None:
+    hires = {"scale": 1.5, "strength": 0.5, "steps": 12}
+    asked = request(base, "euler_a", hires=hires).model_copy(update={"num_images": 2})
+    events: list[Event] = []
+    done = threading.Event()
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Done | Failed):
+            done.set()
+
+    many.service.submit(asked, listen)
+    assert done.wait(120)
+    assert isinstance(events[-1], Done), events[-1]
+    ours = events[-1].images
+    assert ours.shape == (2, 96, 96, 3)
+    assert [event for event in events if isinstance(event, Step)] == [Step(step, 16) for step in range(1, 17)]
+    assert events[-1].receipt["request"]["width"] == 64
+    first = many.run([request(base, "euler_a").model_copy(update={"num_images": 2})])[0].done.images
+    kind = StableDiffusionXLImg2ImgPipeline if base == "tiny/sdxl" else StableDiffusionImg2ImgPipeline
+    for index in range(2):
+        enlarged = Image.fromarray(first[index]).resize((96, 96), Image.Resampling.LANCZOS)
+        second = asked.model_copy(update={"steps": 12, "seed": 7 + index, "options": Options()})
+        latents = by_diffusers(many, second, kind, image=enlarged, strength=0.5)
+        theirs = many.executor_of(base).decode(latents).numpy()[0]
+        assert np.abs(ours[index].astype(float) - theirs).max() <= 2
+        assert np.abs(ours[index].astype(float) - np.asarray(enlarged)).mean() >= 1
+
+
+def test_a_second_pass_equals_itself_among_strangers(many: Running) -> None:
+    asked = [
+        request("tiny/base", hires={"scale": 1.5}, image="photo", mask="mask"),
+        request("tiny/base", hires={"scale": 2}, adapters=({"ref": "net/one", "image": "other"},)),
+        request("tiny/base"),
+    ]
+    for one, together in zip(asked, many.run(asked), strict=True):
+        assert np.abs(many.run([one])[0].done.images.astype(int) - together.done.images).max() <= 1
+
+
 @pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
 def test_files_instead_of_pixels_carry_the_receipt(many: Running, tmp_path: Path, kind: str) -> None:
     pixels = many.run([request("tiny/base")])[0].done
@@ -219,6 +261,8 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "a mask without a picture": ("tiny/base", {"mask": "mask"}, r"options\.mask"),
     "strength without a picture": ("tiny/base", {"strength": 0.5}, r"options\.strength"),
     "less than a step": ("tiny/base", {"image": "photo", "strength": 0.05}, "less than one step"),
+    "too large a second pass": ("tiny/base", {"hires": {"scale": 4, "strength": 0.01}}, r"less than one step"),
+    "no second pass": ("tiny/base", {"hires": {"scale": 1}}, r"options\.hires\.scale"),
     "beyond one": ("tiny/base", {"image": "photo", "strength": 1.5}, r"options\.strength"),
     "a base that fills without a mask": ("tiny/nine", {"image": "photo"}, r"options\.mask"),
     "a base that fills without a picture": ("tiny/nine", {}, r"options\.image"),
