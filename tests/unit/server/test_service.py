@@ -272,7 +272,7 @@ def test_a_step_that_raises_ends_only_the_row_to_blame(running: Running, monkeyp
         ({"adapters": [Adapter(ref="other/lora")]}, Incompatible, "down_blocks"),
         ({"adapters": [{"ref": "l/a", "images": ["a"]}]}, InvalidRequest, "images means nothing"),
         ({"adapters": [{"ref": "l/a", "mode": "guess"}]}, InvalidRequest, "mode means nothing"),
-        ({"adapters": [{"ref": "l/a"}], "images": {"a": b"x"}}, InvalidRequest, "no adapter names it"),
+        ({"adapters": [{"ref": "l/a"}], "images": {"a": b"x"}}, InvalidRequest, "nothing names it"),
         ({"adapters": [{"ref": "l/a", "images": ["a"]}], "images": {"a": b"x"}}, InvalidRequest, "no picture"),
         ({"base": "l/a"}, Refused, "tiny/base"),
         ({"base": "no/base"}, NotFound, "no/base"),
