@@ -46,9 +46,9 @@ class ControlledEncoder(nn.Module):
         embedded: Tensor = self.model.time_embedding(self.model.time_proj(timestep).to(dtype))
         return embedded
 
-    def encode(self, sample: Tensor, time: Tensor, kv: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, sample: Tensor, time: Tensor, kv: Tensor, kv_mask: Tensor | None) -> tuple[Tensor, ...]:
         """sample `(rows, C, h, w)` behind the first convolution and the picture → unscaled residuals, middle last."""
-        self.input.inputs = StepInputs(kv)
+        self.input.inputs = StepInputs(kv, kv_mask)
         skips = [sample]
         for block in self.model.down_blocks:
             sample, outputs = block(hidden_states=sample, temb=time)
@@ -64,12 +64,14 @@ class ControlledEncoder(nn.Module):
 class ControlNet(ControlledEncoder):
     """A net for one kind of control."""
 
-    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
-        """sample `(rows, 4, h, w)`, timestep `(rows,)`, kv `(rows, T, K)`, hint `(rows, C, h, w)`
-        → for each skip connection, and at last the middle block, `(rows, C, h, w)`.
+    def residuals(
+        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, kv_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """sample `(rows, 4, h, w)`, timestep `(rows,)`, kv `(rows, T, K)`, hint `(rows, C, h, w)`, kv_mask `(rows, T)`
+        bool, True where a key is → for each skip connection, and at last the middle block, `(rows, C, h, w)`.
         """
         time = self.time(timestep, sample.dtype)
-        return self.encode(self.model.conv_in(sample) + hint, time, kv)
+        return self.encode(self.model.conv_in(sample) + hint, time, kv, kv_mask)
 
 
 class ControlNetUnion(ControlledEncoder):
@@ -97,11 +99,17 @@ class ControlNetUnion(ControlledEncoder):
         return hint
 
     def residuals_of(
-        self, types: Sequence[int], sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor
+        self,
+        types: Sequence[int],
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """As ControlNet.residuals; `types` are the kinds of control that the pictures of all rows are of."""
         time = self.time(timestep, sample.dtype) + self._type_embedding(types, sample)
-        return self.encode(self.model.conv_in(sample) + hint, time, kv)
+        return self.encode(self.model.conv_in(sample) + hint, time, kv, kv_mask)
 
     def _type_embedding(self, types: Sequence[int], like: Tensor) -> Tensor:
         """`(1, E)`: which kinds of control are there."""

@@ -54,7 +54,7 @@ class OverriddenEmbedding(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids → states of the last layer, as SD 1.x reads them."""
+    """Token ids → states of the last layer, or of one before it, as SD 1.x reads them."""
 
     def __init__(self, model: CLIPTextModel) -> None:
         super().__init__()
@@ -64,14 +64,26 @@ class TextEncoder(nn.Module):
         layers = find_layers(encoder, PREFIX + "encoder.")
         self.model = model
         self.layout, self.source = adapt(encoder, layers, PREFIX + "encoder.")
+        self.layers = sum(1 for _ in encoder.get_submodule("layers").children())
+        self.norm = tower.get_submodule("final_layer_norm")
         self.override_input = OverrideInput()
         table = embeddings.get_submodule("token_embedding")
         assert isinstance(table, nn.Embedding)
         embeddings.add_module("token_embedding", OverriddenEmbedding(table, self.override_input))
 
-    def forward(self, tokens: Tensor, factors: Factors | None = None, overrides: Overrides | None = None) -> Tensor:
-        """tokens `(rows, 77)` int64 → `(rows, 77, C)`."""
+    def forward(
+        self,
+        tokens: Tensor,
+        factors: Factors | None = None,
+        overrides: Overrides | None = None,
+        clip_skip: int = 0,
+    ) -> Tensor:
+        """tokens `(rows, 77)` int64 → `(rows, 77, C)`; `clip_skip` layers, at most all, are left out at the end."""
         self.source.factors = factors
         self.override_input.overrides = overrides
-        states: Tensor = self.model(tokens, return_dict=True).last_hidden_state
+        if not clip_skip:
+            last: Tensor = self.model(tokens, return_dict=True).last_hidden_state
+            return last
+        found = self.model(tokens, return_dict=True, output_hidden_states=True)
+        states: Tensor = self.norm(found.hidden_states[-(clip_skip + 1)])
         return states

@@ -16,9 +16,10 @@ from scumble_registry import Registry
 from scumble_server.base import Base
 from scumble_server.block_weights import block_weights
 from scumble_server.bound import Bound
-from scumble_server.methods import METHODS, dreambooth
+from scumble_server.methods import METHODS, dreambooth, textual_inversion
 from scumble_server.methods.method import check_fields
 from scumble_server.pictures import Picture, decode_all
+from scumble_server.reading import Reading, read, without_tags
 from scumble_server.schedulers import Table, table
 from scumble_server.settings import Settings
 
@@ -26,10 +27,18 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """Which adapters act when. `weights[phase]` has a weight for each adapter; `phase_of_step` one entry a step."""
+class Stage:
+    """What is the same in all steps of a phase: a weight for each adapter, and for each model row the text it reads."""
 
-    weights: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+    texts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which adapters act and which texts are read when. `phase_of_step` has one entry a step."""
+
+    stages: tuple[Stage, ...]
     phase_of_step: tuple[int, ...]
 
 
@@ -77,6 +86,7 @@ class Admitted:
     settings: Settings
     table: Table
     adapters: tuple[Bound, ...]
+    reading: Reading
     schedule: Schedule
     dropped: tuple[tuple[Adapter, str], ...]
     inputs: Inputs
@@ -85,6 +95,7 @@ class Admitted:
 def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> Admitted:
     """Raises InvalidRequest, NotFound or Refused, naming what is wrong."""
     _check_base(request, base, registry)
+    request = without_tags(request)
     settings = _settle(request, base, max_pixels)
     adapters: list[Bound] = []
     dropped: list[tuple[Adapter, str]] = []
@@ -97,22 +108,48 @@ def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> 
             adapters.append(bound)
     for kind, method in METHODS.items():
         method.check_together([bound for bound in adapters if bound.kind == kind], base)
+    reading = _read(request, settings, base, adapters)
     return Admitted(
         request,
         settings,
         table(settings.scheduler, dreambooth.scheduler_config(adapters, base), settings.steps),
         tuple(adapters),
-        _schedule([bound.spec for bound in adapters], settings.steps),
+        reading,
+        _schedule([bound.spec for bound in adapters], reading),
         tuple(dropped),
         inputs,
     )
 
 
-def _schedule(specs: Sequence[Adapter], steps: int) -> Schedule:
-    """Steps with the same weights are one phase; a request without start or end has a single one."""
-    of_step = [tuple(spec.weight if spec.is_active(step, steps) else 0.0 for spec in specs) for step in range(steps)]
-    weights = tuple(dict.fromkeys(of_step))
-    return Schedule(weights, tuple(weights.index(each) for each in of_step))
+def _read(request: Request, settings: Settings, base: Base, adapters: Sequence[Bound]) -> Reading:
+    """Raises InvalidRequest, or Refused for what this server or this base cannot do."""
+    skip, layers = request.options.clip_skip or 0, base.executor.text_layers
+    if skip > layers:
+        raise InvalidRequest(
+            f"clip_skip leaves {skip} layers out, the text encoder has {layers}", field="options.clip_skip"
+        )
+    reading = read(request, settings.steps, guided=settings.guided)
+    if reading.rows > base.executor.max_rows:
+        raise Refused(
+            f"AND makes {reading.rows} rows of one image, this server computes {base.executor.max_rows} at once; "
+            "join fewer prompts"
+        )
+    names = textual_inversion.names(adapters)
+    for text in reading.texts:
+        reading.tokens(text, base.tokenizer, names)
+    return reading
+
+
+def _schedule(specs: Sequence[Adapter], reading: Reading) -> Schedule:
+    """Steps with the same weights and texts are one phase."""
+    steps = len(reading.rows_of_step)
+    of_step = [
+        Stage(tuple(spec.weight if spec.is_active(step, steps) else 0.0 for spec in specs), texts)
+        for step, texts in enumerate(reading.rows_of_step)
+    ]
+    stages = dict.fromkeys(of_step)
+    places = {stage: place for place, stage in enumerate(stages)}
+    return Schedule(tuple(stages), tuple(places[stage] for stage in of_step))
 
 
 def _check_base(request: Request, base: Base, registry: Registry) -> None:

@@ -15,8 +15,8 @@ from scumble_server.rows import Row
 class Batch:
     """A fixed composition of rows of one group, each in one phase. Used by the loop's thread alone, while it fits.
 
-    A guided image is two model rows (negative prompt, then prompt) that share its factors. Images with factors
-    come first, because a graph computes factors for the first `m` model rows only.
+    An image is one model row, or its negative prompt's and then one for each prompt that acts against it; they share
+    its factors. Images with factors come first, because a graph computes factors for the first `m` model rows only.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -25,12 +25,13 @@ class Batch:
         self._executor = self._phases[0].executor
         device = self._executor.device
         counts = [phase.kv.shape[0] for phase in self._phases]
-        ends = torch.tensor(counts).cumsum(0)
+        starts = torch.tensor([0, *counts]).cumsum(0)[:-1]
         self._image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
-        self._prompt = (ends - 1).to(device)
-        self._negative = (ends - torch.tensor(counts)).to(device)
-        guided = [row.guidance if count == 2 else 1.0 for row, count in zip(self.rows, counts, strict=True)]
-        self._guidance = torch.tensor(guided, device=device).view(-1, 1, 1, 1)
+        self._first = starts.to(device)
+        strengths = [
+            strength for row, count in zip(self.rows, counts, strict=True) for strength in _strengths(row, count)
+        ]
+        self._strength = torch.tensor(strengths, device=device).view(-1, 1, 1, 1)
         self._inputs = stacking.stack(self._phases, device)
         self._nets = stacking.stack_nets(self._phases, device)
 
@@ -52,8 +53,9 @@ class Batch:
         )
         scaled = (sample * c_in)[self._image]
         output = self._executor.denoise(scaled, timestep, self._with_residuals(scaled, timestep))
-        negative = output[self._negative]
-        m = negative + self._guidance * (output[self._prompt] - negative)
+        # The first row of an image differs from itself by nothing, and so adds nothing.
+        first = output[self._first]
+        m = first.index_add(0, self._image, self._strength * (output - first[self._image]))
         following = a * sample + b * m + c * history
         history = p * sample + q * m
         estimate = u * sample + v * m
@@ -72,3 +74,10 @@ class Batch:
     @property
     def model_rows(self) -> int:
         return self._inputs.kv.shape[0]
+
+
+def _strengths(row: Row, count: int) -> list[float]:
+    """How strongly the difference of each model row of an image to its first one counts (Ho and Salimans, 2207.12598;
+    Liu et al., 2206.01714).
+    """
+    return [0.0] if count == 1 else [0.0, *(row.guidance * weight for weight in row.conditioning.prompt_weights)]

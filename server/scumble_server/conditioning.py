@@ -6,11 +6,10 @@ next request that asks for the same finds it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
-import torch
 from torch import Tensor
 
 from scumble.events import Pixels
@@ -22,8 +21,8 @@ from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, read_record
+from scumble_server.encoding import Encoded, Encoder, together
 from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
-from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
 from scumble_server.stacking import factors_of
@@ -32,15 +31,13 @@ from scumble_server.variants import merged, on_checkpoint, too_wide
 
 @dataclass(frozen=True, slots=True)
 class Conditioned:
-    """`adapters` are those that were bound, `dropped` those whose prompts have no use for them, and why;
-    `cut` holds what the prompts lost to the encoder's length; `maps` are the control maps, if they were asked for;
-    times are in milliseconds.
+    """`adapters` are those that were bound, `dropped` those whose prompts have no use for them, and why; `maps` are the
+    control maps, if they were asked for; times are in milliseconds.
     """
 
     conditioning: Conditioning
     adapters: tuple[Bound, ...]
     dropped: tuple[tuple[Adapter, str], ...]
-    cut: dict[str, str]
     load_ms: float
     encode_ms: float
     maps: tuple[Pixels, ...] = ()
@@ -54,14 +51,6 @@ class _Factors:
     text: BoundSet | None
     kv: BoundSet | None
     step: BoundSet | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """States `(1|2, 77, C)` of the prompts, and what they were made of."""
-
-    key: Hashable
-    states: Tensor
 
 
 class Conditioner:
@@ -89,6 +78,7 @@ class Conditioner:
                 records,
                 device,
                 variants,
+                admitted.reading.rows,
             )
             return _condition(on_checkpoint(context, admitted.adapters), admitted)
 
@@ -111,8 +101,9 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     start = monotonic()
     loras = [bound for bound in admitted.adapters if lora.part_of(bound) is not None]
     embeddings = _of_kind(textual_inversion.KIND, admitted.adapters)
-    prompts = _tokens(context, embeddings)
-    found = frozenset[int]().union(*(tokens.found for tokens in prompts.values()))
+    reading, options = admitted.reading, admitted.request.options
+    tokens = [reading.tokens(text, context.tokenizer, textual_inversion.names(embeddings)) for text in reading.texts]
+    found = frozenset[int]().union(*(each.found for each in tokens))
     unused = [bound for index, bound in enumerate(embeddings) if index not in found]
     wide = too_wide(context, loras)
     factors = _factors(context, [] if wide else loras)
@@ -120,53 +111,47 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     # UNet in every phase.
     of_text = merged(context, loras, [each.text_weight for each in loras], "text_encoder") if wide else context
     loaded = monotonic()
-    text = _encode(of_text, list(prompts.values()), [] if wide else loras, factors, _chosen(embeddings, found))
+    text_weights = () if wide else tuple(each.text_weight for each in loras)
+    of_loras = lora.row_factors(factors.text, text_weights)
+    encoder = Encoder(of_text, of_loras, (factors.key, text_weights), dict(enumerate(embeddings)))
+    skips = [text.clip_skip for text in reading.texts]
+    texts = encoder.encode_all(list(zip(tokens, skips, strict=True)), options.emphasis)
     groups = ip_adapter.groups(context, _of_kind(ip_adapter.KIND, admitted.adapters))
     nets = _of_kind(controlnet.KIND, admitted.adapters)
-    controls = controlnet.prepare(context, nets, text.states, text.key)
+    controls = controlnet.prepare(context, nets)
     phases = tuple(
         _phase(
-            merged(context, loras, _of_loras(weights, admitted.adapters), "unet") if wide else context,
+            merged(context, loras, _of_loras(stage.weights, admitted.adapters), "unet") if wide else context,
             admitted.adapters,
-            weights,
+            stage.weights,
             factors,
-            text,
+            together([texts[index] for index in stage.texts]),
             groups,
             controls,
         )
-        for weights in admitted.schedule.weights
+        for stage in admitted.schedule.stages
     )
     encoded = monotonic()
     adapters = tuple(bound for bound in admitted.adapters if not any(bound is each for each in unused))
     return Conditioned(
-        Conditioning(phases, admitted.schedule.phase_of_step, frozenset(each.version.digest for each in adapters)),
+        Conditioning(
+            phases,
+            admitted.schedule.phase_of_step,
+            frozenset(each.version.digest for each in adapters),
+            reading.weights,
+        ),
         adapters,
-        tuple((each.spec, textual_inversion.why_unused(each, prompts)) for each in unused),
-        {field: tokens.cut for field, tokens in prompts.items() if tokens.cut is not None},
+        tuple((each.spec, textual_inversion.why_unused(each, reading.fields)) for each in unused),
         (loaded - start) * 1e3,
         (encoded - loaded) * 1e3,
-        controlnet.maps(context, nets) if admitted.request.options.return_maps else (),
+        controlnet.maps(context, nets) if options.return_maps else (),
     )
-
-
-def _chosen(embeddings: Sequence[Bound], found: Collection[int]) -> dict[int, Bound]:
-    return {index: embeddings[index] for index in found}
 
 
 def _of_loras(weights: Sequence[float], adapters: Sequence[Bound]) -> tuple[float, ...]:
     """Of one phase's weights for all adapters, those of the LoRAs."""
     paired = zip(weights, adapters, strict=True)
     return tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
-
-
-def _tokens(context: Context, embeddings: Sequence[Bound]) -> dict[str, Tokens]:
-    """By field; the negative prompt first, where the request is guided."""
-    names = [Name(textual_inversion.token_of(each), textual_inversion.count(each)) for each in embeddings]
-    settings = context.settings
-    prompts = {"prompt": settings.prompt}
-    if settings.guided:
-        prompts = {"negative_prompt": settings.negative_prompt, **prompts}
-    return {field: tokenize(context.tokenizer, text, names) for field, text in prompts.items()}
 
 
 def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
@@ -191,47 +176,12 @@ def _bind(context: Context, graph: str, layout: Layout, loras: Sequence[Bound]) 
     return context.device.get(key, lora.bound_bytes(layout, loras), bind)
 
 
-def _encode(
-    context: Context,
-    prompts: Sequence[Tokens],
-    loras: Sequence[Bound],
-    factors: _Factors,
-    embeddings: Mapping[int, Bound],
-) -> _Text:
-    """`embeddings[i]` is what slots of embedding i in the prompts stand for."""
-    ids = torch.cat([tokens.ids for tokens in prompts])
-    text_weights = tuple(each.text_weight for each in loras)
-    key = (
-        "text",
-        context.weights,
-        tuple(ids.flatten().tolist()),
-        tuple(tokens.slots for tokens in prompts),
-        tuple(sorted((index, each.version.digest, each.text_weight) for index, each in embeddings.items())),
-        (factors.key, text_weights) if factors.text is not None else None,
-    )
-
-    def encode() -> Tensor:
-        records = {index: context.record(each, textual_inversion.read_record) for index, each in embeddings.items()}
-        vectors = {
-            index: textual_inversion.vectors(record, embeddings[index].text_weight) for index, record in records.items()
-        }
-        executor = context.executor
-        return executor.encode(
-            ids,
-            factors_of(lora.row_factors(factors.text, text_weights), len(prompts), executor.device),
-            textual_inversion.overrides(prompts, vectors),
-        )
-
-    width = context.base.compatibility.text_widths[0]
-    return _Text(key, context.device.get(key, ids.numel() * width * 4, encode))
-
-
 def _phase(
     context: Context,
     adapters: Sequence[Bound],
     weights: Sequence[float],
     factors: _Factors,
-    text: _Text,
+    text: Encoded,
     groups: ip_adapter.Groups | None,
     controls: Sequence[controlnet.Control],
 ) -> Phase:
@@ -244,21 +194,23 @@ def _phase(
         context.executor,
         _project(context, text, factors, of_loras, chain),
         lora.row_factors(factors.step, of_loras),
-        ip_adapter.row_images(groups, [weight for weight, bound in paired if bound.kind == ip_adapter.KIND]),
-        nets=controlnet.row_nets(controls, of_nets),
-        features=controlnet.features(controls, of_nets),
+        ip_adapter.row_images(
+            groups, [weight for weight, bound in paired if bound.kind == ip_adapter.KIND], context.rows
+        ),
+        nets=controlnet.row_nets(context, controls, of_nets, text.states, text.key),
+        features=controlnet.features(context, controls, of_nets),
         contexts=hypernetwork.row_contexts(chain, context.base),
     )
 
 
 def _project(
     context: Context,
-    text: _Text,
+    text: Encoded,
     factors: _Factors,
     weights: tuple[float, ...],
     chain: Sequence[hypernetwork.Link],
 ) -> Tensor:
-    """Keys and values of the text, `(1|2, T, K)`."""
+    """Keys and values of the text, `(rows, T, K)`."""
     executor, states = context.executor, text.states
     carried = lora.row_factors(factors.kv, weights)
     links = hypernetwork.on_text(chain, states.shape[-1])

@@ -57,7 +57,6 @@ def receipt(
             for bound in conditioned.adapters
         ],
         "dropped": [{"ref": spec.ref, "reason": reason} for spec, reason in (*admitted.dropped, *conditioned.dropped)],
-        "truncated": conditioned.cut or None,
         "seeds": settings.seeds,
         "engine": base.executor.describe(),
         "timings_ms": {name: round(value, 3) for name, value in timings_ms.items()},

@@ -257,7 +257,7 @@ class Service:
                     progress,
                     conditioned.conditioning,
                     table,
-                    settings.guidance_scale,
+                    settings.guidance,
                     noise,
                     torch.zeros_like(noise),
                     torch.zeros_like(noise),

@@ -28,8 +28,13 @@ class Net(Protocol):
     def embed(self, control: Tensor) -> Tensor:
         """Control pictures `(n, 3, H, W)` in 0…1 → what the net adds to its first layer, `(n, C, H/8, W/8)`."""
 
-    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
-        """sample `(rows, 4, H/8, W/8)` → one for each skip connection, the middle block's last, `(rows, C, h, w)`."""
+    def residuals(
+        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, kv_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """sample `(rows, 4, H/8, W/8)` → one for each skip connection, the middle block's last, `(rows, C, h, w)`.
+
+        kv_mask `(rows, T)` is True where a key is.
+        """
 
 
 class Executor(Protocol):
@@ -42,6 +47,8 @@ class Executor(Protocol):
     step_layout: Layout
     kv_layout: Layout
     text_layout: Layout
+    text_layers: int
+    """Layers of the text encoder: as many can be left out."""
     kv_slices: list[KVSlice]
     """Where each cross-attention stands in keys and values."""
 
@@ -56,8 +63,13 @@ class Executor(Protocol):
     def max_rows(self) -> int:
         """How many rows `denoise` takes at once."""
 
-    def encode(self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None) -> Tensor:
-        """tokens `(rows, 77)` → text states `(rows, 77, C)`; overrides stand for some of the tokens."""
+    def encode(
+        self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None, clip_skip: int = 0
+    ) -> Tensor:
+        """tokens `(rows, 77)` → text states `(rows, 77, C)`; overrides stand for some of the tokens.
+
+        `clip_skip` layers are left out at the end.
+        """
 
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
         """Text states `(rows, T, C)` → keys and values of all cross-attentions, `(rows, T, K)`.

@@ -65,6 +65,7 @@ class TorchExecutor:
         self.kv_layout = self._projection.layout
         self.kv_slices = self._projection.slices
         self.text_layout = self._text.layout
+        self.text_layers = self._text.layers
         graphs = (self._denoiser, self._projection, self._text)
         self._adapted = {
             layer.target.name: layer for graph in graphs for layer in graph.modules() if isinstance(layer, Adapted)
@@ -116,14 +117,16 @@ class TorchExecutor:
         return self._dtype
 
     @torch.inference_mode()
-    def encode(self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None) -> Tensor:
+    def encode(
+        self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None, clip_skip: int = 0
+    ) -> Tensor:
         if overrides is not None:
             overrides = Overrides(
                 overrides.vectors.to(self._device, self._dtype),
                 overrides.row.to(self._device),
                 overrides.position.to(self._device),
             )
-        states: Tensor = self._text(tokens.to(self._device), self._cast(factors), overrides)
+        states: Tensor = self._text(tokens.to(self._device), self._cast(factors), overrides, clip_skip)
         return states
 
     @torch.inference_mode()

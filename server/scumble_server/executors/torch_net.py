@@ -38,8 +38,10 @@ class TorchNet(_TorchNet):
     _graph: ControlNet
 
     @torch.inference_mode()
-    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
-        found = self._graph.residuals(sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like))
+    def residuals(
+        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, kv_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        found = self._graph.residuals(sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like), kv_mask)
         return tuple(residual.float() for residual in found)
 
 
@@ -58,9 +60,11 @@ class TorchUnionNet(_TorchNet):
         return self._graph.fuse(controls.to(self._like), self._types, strengths)
 
     @torch.inference_mode()
-    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+    def residuals(
+        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, kv_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         found = self._graph.residuals_of(
-            self._types, sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like)
+            self._types, sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like), kv_mask
         )
         return tuple(residual.float() for residual in found)
 

@@ -67,14 +67,13 @@ def test_events_come_in_order(running: Running) -> None:
 
 def test_the_receipt_says_what_was_bound(running: Running) -> None:
     adapters = [Adapter(ref="l/a", weight=0.5), Adapter(ref="l/b", weight=0)]
-    done = running.run([request(adapters=adapters, seed=None, prompt="x " * 100)])[0].done
+    done = running.run([request(adapters=adapters, seed=None)])[0].done
     receipt = done.receipt
     with Registry.open(running.home) as registry:
         version = registry.resolve("l/a")
     assert [(each["ref"], each["digest"], each["rank"]) for each in receipt["adapters"]] == [("l/a", version.digest, 4)]
     assert receipt["dropped"] == [{"ref": "l/b", "reason": "weight 0"}]
     assert receipt["request"]["seed"] == receipt["seeds"][0] >= 0
-    assert receipt["truncated"]["prompt"].count("x") == 25
     assert set(receipt["timings_ms"]) == {"queue", "load", "encode", "denoise", "decode", "total"}
 
 
