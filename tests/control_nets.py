@@ -13,6 +13,10 @@ UNION_TYPES = 6
 _OF_UNET = (
     "in_channels",
     "block_out_channels",
+    "use_linear_projection",
+    "transformer_layers_per_block",
+    "addition_embed_type",
+    "projection_class_embeddings_input_dim",
     "layers_per_block",
     "cross_attention_dim",
     "attention_head_dim",
@@ -48,7 +52,7 @@ def make_union(unet: UNet2DConditionModel, seed: int) -> ControlNetUnionModel:
     net = ControlNetUnionModel(
         **{key: unet.config[key] for key in _OF_UNET},
         conditioning_embedding_out_channels=(8, 8, 16, 16),
-        addition_time_embed_dim=8,
+        addition_time_embed_dim=unet.config.addition_time_embed_dim or 8,
         num_control_type=UNION_TYPES,
         num_trans_channel=unet.config.block_out_channels[0],
         num_trans_head=4,
@@ -62,8 +66,19 @@ def make_union(unet: UNet2DConditionModel, seed: int) -> ControlNetUnionModel:
 def make_t2i(channels: tuple[int, ...], seed: int, kind: str = "full_adapter", in_channels: int = 3) -> T2IAdapter:
     torch.manual_seed(seed)
     return T2IAdapter(
-        in_channels=in_channels, channels=list(channels), num_res_blocks=1, downscale_factor=8, adapter_type=kind
+        in_channels=in_channels,
+        channels=list(channels),
+        num_res_blocks=1,
+        downscale_factor=16 if kind.endswith("xl") else 8,
+        adapter_type=kind,
     ).eval()
+
+
+def make_t2i_for(unet: UNet2DConditionModel, seed: int) -> T2IAdapter:
+    channels = tuple(unet.config.block_out_channels)
+    if "addition_embed_type" not in unet.config or unet.config.addition_embed_type is None:
+        return make_t2i(channels, seed)
+    return make_t2i((*channels, channels[-1]), seed, "full_adapter_xl")
 
 
 def to_ldm(name: str, layers: int) -> str:

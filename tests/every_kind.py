@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from control_nets import load_unet, make_net, make_t2i, make_union
+from control_nets import load_unet, make_net, make_t2i_for, make_union
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_hypernetwork import WebuiHypernetwork, make_predictor, save_predictor
@@ -18,7 +19,7 @@ from tiny_ip import make_image_encoder, make_ip_adapter
 from tiny_sd import make_lora
 from tiny_variant import make_checkpoint
 
-from scumble.request import Adapter, Request
+from scumble.request import Adapter, Request, SchedulerName
 from scumble_registry import Registry
 
 
@@ -49,31 +50,46 @@ def _models(base: Path, folder: Path) -> dict[str, Path]:
     unet = load_unet(base)
     width = int(unet.config.cross_attention_dim)
     torch.manual_seed(5)
-    save_file({"<bad>": torch.randn(2, width)}, folder / "bad.safetensors")
+    texts = text_widths(base)
+    of_encoder = (
+        {"<bad>": torch.randn(2, width)}
+        if len(texts) == 1
+        else dict(zip(("clip_l", "clip_g"), (torch.randn(2, each) for each in texts), strict=True))
+    )
+    save_file(of_encoder, folder / "<bad>.safetensors")
     nets = {
         "net/one": make_net(unet, 1),
         "net/two": make_net(unet, 2),
         "net/union": make_union(unet, 3),
-        "net/t2i": make_t2i(tuple(unet.config.block_out_channels), 4),
+        "net/t2i": make_t2i_for(unet, 4),
     }
     for name, net in nets.items():
         net.save_pretrained(folder / name)
     attentions = {name: layer for name, layer in unet.named_modules() if name.endswith(("attn1.to_k", "attn2.to_k"))}
     hyper = WebuiHypernetwork(sorted({layer.in_features for layer in attentions.values()}), seed=6, norm=True)
     targets = {f"unet.{name}": tuple(layer.weight.shape) for name, layer in attentions.items()}
-    predictor = make_predictor(targets, width, seed=7, gain=0.5, condition="text")
+    predictor = make_predictor(targets, texts[0], seed=7, gain=0.5, condition="text")
     return {
         "lora/small": make_lora(base, folder / "small", seed=1),
         "lora/full": make_lora(base, folder / "full", seed=2, rank=12, full=True),
         "lora/dora": make_lora(base, folder / "dora", seed=3, dora=True, text=False),
-        "dream/dog": make_checkpoint(base, folder / "dog", seed=1, components=("unet", "text_encoder")),
-        "word/bad": folder / "bad.safetensors",
+        "dream/dog": make_checkpoint(base, folder / "dog", seed=1, components=("unet", *TEXT_ENCODERS[: len(texts)])),
+        "word/bad": folder / "<bad>.safetensors",
         "ip/base": make_ip_adapter(base, folder / "ip_base.safetensors", "base", seed=1, gain=3.0),
         "ip/plus": make_ip_adapter(base, folder / "ip_plus.safetensors", "plus", seed=2, gain=3.0, tokens=6),
         "hyper/context": hyper.save(folder / "context.safetensors"),
         "hyper/predictor": save_predictor(predictor, folder / "predictor.safetensors"),
         **{name: folder / name for name in nets},
     }
+
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def text_widths(base: Path) -> list[int]:
+    """Of each text encoder that the base has."""
+    configs = [base / name / "config.json" for name in TEXT_ENCODERS]
+    return [int(json.loads(config.read_text())["hidden_size"]) for config in configs if config.is_file()]
 
 
 def _pictures(side: int) -> dict[str, bytes]:
@@ -141,7 +157,7 @@ def random_request(every: EveryKind, rng: random.Random, *, most: int = 5, **cha
             "negative_prompt": rng.choice([None, "<bad>"]),
             "seed": rng.randrange(2**31),
             "steps": rng.choice([4, 5, 6]),
-            "scheduler": rng.choice(["ddim", "euler", "dpmpp_2m"]),
+            "scheduler": rng.choice(get_args(SchedulerName)),
             "guidance_scale": rng.choice([1.0, 5.0, 5.0]),
             "width": rng.choice([64, 64, 48]),
             "height": 64,

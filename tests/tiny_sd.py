@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -107,13 +107,15 @@ def make_lora(
 
     Of a DoRA the magnitudes are those of the base's weights, times a random number about 1.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(base, local_files_only=True)
+    texts = [name for name in ("text_encoder", "text_encoder_2") if name in pipeline.components]
     torch.manual_seed(seed)
     layers, metadata = {}, {}
-    for component, model, targets in (
-        ("unet", pipeline.unet, UNET_TARGETS + (FULL_TARGETS if full else [])),
-        ("text_encoder", pipeline.text_encoder, TEXT_TARGETS if text else []),
+    for component, targets in (
+        ("unet", UNET_TARGETS + (FULL_TARGETS if full else [])),
+        *((name, TEXT_TARGETS if text else []) for name in texts),
     ):
+        model = pipeline.components[component]
         if not targets:
             continue
         config = LoraConfig(
@@ -130,5 +132,5 @@ def make_lora(
                 parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
         layers[f"{component}_lora_layers"] = get_peft_model_state_dict(model, adapter_name="default")
         metadata[f"{component}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
-    StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)
+    pipeline.save_lora_weights(folder, **layers, **metadata)
     return folder / "pytorch_lora_weights.safetensors"

@@ -41,10 +41,18 @@ class ControlledEncoder(nn.Module):
         hint: Tensor = self.model.controlnet_cond_embedding(control)
         return hint
 
-    def time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        """timestep `(rows,)` → `(rows, E)`."""
+    def condition(self, pooled: Tensor, sizes: Tensor) -> Tensor | None:
+        """Pooled text `(rows, P)` and sizes `(rows, 6)` → `(rows, E)`, or None if the net reads neither (SDXL's do)."""
+        if self.model.config.addition_embed_type != "text_time":
+            return None
+        spread = self.model.add_time_proj(sizes.flatten()).view(len(sizes), -1)
+        added: Tensor = self.model.add_embedding(torch.cat([pooled, spread.to(pooled)], dim=-1))
+        return added
+
+    def time(self, timestep: Tensor, dtype: torch.dtype, added: Tensor | None) -> Tensor:
+        """timestep `(rows,)`, added `(rows, E)` or None → `(rows, E)`."""
         embedded: Tensor = self.model.time_embedding(self.model.time_proj(timestep).to(dtype))
-        return embedded
+        return embedded if added is None else embedded + added
 
     def encode(self, sample: Tensor, time: Tensor, kv: Tensor, kv_mask: Tensor | None) -> tuple[Tensor, ...]:
         """sample `(rows, C, h, w)` behind the first convolution and the picture → unscaled residuals, middle last."""
@@ -65,12 +73,19 @@ class ControlNet(ControlledEncoder):
     """A net for one kind of control."""
 
     def residuals(
-        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, kv_mask: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """sample `(rows, 4, h, w)`, timestep `(rows,)`, kv `(rows, T, K)`, hint `(rows, C, h, w)`, kv_mask `(rows, T)`
-        bool, True where a key is → for each skip connection, and at last the middle block, `(rows, C, h, w)`.
+        """sample `(rows, 4, h, w)`, timestep `(rows,)`, kv `(rows, T, K)`, hint `(rows, C, h, w)`, added `(rows, E)`,
+        kv_mask `(rows, T)` bool, True where a key is, or None where all are
+        → for each skip connection, and at last the middle block, `(rows, C, h, w)`.
         """
-        time = self.time(timestep, sample.dtype)
+        time = self.time(timestep, sample.dtype, added)
         return self.encode(self.model.conv_in(sample) + hint, time, kv, kv_mask)
 
 
@@ -105,10 +120,11 @@ class ControlNetUnion(ControlledEncoder):
         timestep: Tensor,
         kv: Tensor,
         hint: Tensor,
+        added: Tensor | None = None,
         kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """As ControlNet.residuals; `types` are the kinds of control that the pictures of all rows are of."""
-        time = self.time(timestep, sample.dtype) + self._type_embedding(types, sample)
+        time = self.time(timestep, sample.dtype, added) + self._type_embedding(types, sample)
         return self.encode(self.model.conv_in(sample) + hint, time, kv, kv_mask)
 
     def _type_embedding(self, types: Sequence[int], like: Tensor) -> Tensor:

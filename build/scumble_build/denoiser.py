@@ -62,9 +62,9 @@ class CrossAttention:
         query = attn.to_q(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
         key, value = self._keys_and_values(inputs.kv, heads)
         mask = inputs.kv_mask[:, None, None] if inputs.kv_mask is not None else None
-        mixed = scaled_dot_product_attention(query, key, value, mask)
+        mixed = _attend(attn, query, key, value, mask)
         if inputs.images is not None:
-            added = self._of_images(query, inputs.images)
+            added = self._of_images(attn, query, inputs.images)
             all_rows = added.shape[0] == mixed.shape[0]
             mixed = mixed + added if all_rows else mixed.index_add(0, inputs.images.rows, added)
         mixed = mixed.transpose(1, 2).flatten(2)
@@ -77,7 +77,7 @@ class CrossAttention:
         key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
         return key, value
 
-    def _of_images(self, query: Tensor, images: ImageInputs) -> Tensor:
+    def _of_images(self, attn: Attention, query: Tensor, images: ImageInputs) -> Tensor:
         """query `(rows, heads, N, d)` → what the pictures add for their m rows, `(m, heads, N, d)`."""
         m, groups = images.kv.shape[:2]
         # Copies only where they are needed: often every row has a picture, and one group of them.
@@ -85,7 +85,7 @@ class CrossAttention:
         asking = asking.repeat_interleave(groups, 0) if groups > 1 else asking
         key, value = self._keys_and_values(images.kv.flatten(0, 1), query.shape[1])
         mask = images.tokens.flatten(0, 1)[:, None, None] if images.tokens is not None else None
-        mixed = scaled_dot_product_attention(asking, key, value, mask)
+        mixed = _attend(attn, asking, key, value, mask)
         strength = images.scale[..., None]
         if images.areas is not None:
             strength = strength * images.areas[..., self.source.places[self.level]]
@@ -106,7 +106,7 @@ class SelfAttention:
             layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for layer, states in ((attn.to_q, hidden_states), (attn.to_k, of_keys), (attn.to_v, of_values))
         )
-        mixed = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        mixed = _attend(attn, query, key, value).transpose(1, 2).flatten(2)
         return attn.to_out[0](mixed) / attn.rescale_output_factor  # type: ignore[no-any-return]
 
     def _contexts(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +122,14 @@ class SelfAttention:
                 of_keys, of_values = net(of_keys, of_values, strength[:, None, None])
             keys, values = keys.index_copy(0, chain.rows, of_keys), values.index_copy(0, chain.rows, of_values)
         return keys, values
+
+
+def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention in float32 where the model asks for it: SD 2.1's scores overflow half precision."""
+    if not attn.upcast_attention:
+        return scaled_dot_product_attention(query, key, value, mask)
+    mixed = scaled_dot_product_attention(query.float(), key.float(), value.float(), mask)
+    return mixed.to(query.dtype)
 
 
 def cross_attentions(unet: nn.Module) -> Iterator[tuple[str, Attention]]:
@@ -192,6 +200,7 @@ class Denoiser(nn.Module):
             sample,
             timestep,
             encoder_hidden_states=None,
+            added_cond_kwargs={"text_embeds": inputs.pooled, "time_ids": inputs.sizes},
             down_block_additional_residuals=tuple(down) or None,
             mid_block_additional_residual=middle,
             down_intrablock_additional_residuals=list(inputs.features) if inputs.features else None,  # it takes from it

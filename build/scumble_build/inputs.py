@@ -50,6 +50,9 @@ class StepInputs:
     residuals: ControlNet's, for each skip connection and at last the middle block, (rows, C, h, w) each;
     features: T2I-Adapter's, for each down block, (rows, C, h, w) each; contexts: one for each chain of hypernetworks
     that some of the rows have, a row in one at most.
+
+    pooled (rows, E) and sizes (rows, 6) are read by SDXL only: the pooled text; height and width of the original, top
+    and left of the crop, height and width aimed at, in pixels.
     """
 
     kv: Tensor
@@ -59,6 +62,8 @@ class StepInputs:
     residuals: tuple[Tensor, ...] | None = None
     features: tuple[Tensor, ...] | None = None
     contexts: tuple[ContextInputs, ...] = ()
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StepInputs:
         """The same with every floating point tensor in `dtype`; nothing is copied that is there already."""
@@ -80,6 +85,8 @@ class StepInputs:
             residuals=tuple(map(move, self.residuals)) if self.residuals is not None else None,
             features=tuple(map(move, self.features)) if self.features is not None else None,
             contexts=tuple(ContextInputs(move(c.rows), c.nets, move(c.strength)) for c in self.contexts),
+            pooled=move(self.pooled) if self.pooled is not None else None,
+            sizes=self.sizes.to(device) if self.sizes is not None else None,  # half precision has no 1537
         )
 
 

@@ -1,4 +1,4 @@
-"""The CLIP text encoder with factors and token overrides as inputs (Radford et al., 2103.00020; transformers' own
+"""CLIP's text encoders with factors and token overrides as inputs (Radford et al., 2103.00020; transformers' own
 layers).
 """
 
@@ -7,11 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble_build.adapted import Factors, adapt, find_layers
-
-PREFIX = "text_encoder.text_model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +22,14 @@ class Overrides:
     vectors: Tensor
     row: Tensor
     position: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """states (rows, 77, C); pooled (rows, E), one vector for the whole text, from an encoder that projects."""
+
+    states: Tensor
+    pooled: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -54,36 +60,41 @@ class OverriddenEmbedding(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids → states of the last layer, or of one before it, as SD 1.x reads them."""
+    """Token ids → states as a UNet reads them: of the last layer, or (`penultimate`) of the last but one, unnormed.
 
-    def __init__(self, model: CLIPTextModel) -> None:
+    `component` is the encoder's place in a base: `text_encoder` or `text_encoder_2`.
+    """
+
+    def __init__(
+        self,
+        model: CLIPTextModel | CLIPTextModelWithProjection,
+        component: str = "text_encoder",
+        *,
+        penultimate: bool = False,
+    ) -> None:
         super().__init__()
         # transformers ≥ 5.6 flattened CLIPTextModel; files and our names always say `text_model.`.
         tower = model.get_submodule("text_model") if hasattr(model, "text_model") else model
         encoder, embeddings = tower.get_submodule("encoder"), tower.get_submodule("embeddings")
-        layers = find_layers(encoder, PREFIX + "encoder.")
+        prefix = f"{component}.text_model.encoder."
         self.model = model
-        self.layout, self.source = adapt(encoder, layers, PREFIX + "encoder.")
-        self.layers = sum(1 for _ in encoder.get_submodule("layers").children())
+        self.penultimate = penultimate
         self.norm = tower.get_submodule("final_layer_norm")
+        self.layout, self.source = adapt(encoder, find_layers(encoder, prefix), prefix)
         self.override_input = OverrideInput()
         table = embeddings.get_submodule("token_embedding")
         assert isinstance(table, nn.Embedding)
         embeddings.add_module("token_embedding", OverriddenEmbedding(table, self.override_input))
 
     def forward(
-        self,
-        tokens: Tensor,
-        factors: Factors | None = None,
-        overrides: Overrides | None = None,
-        clip_skip: int = 0,
-    ) -> Tensor:
-        """tokens `(rows, 77)` int64 → `(rows, 77, C)`; `clip_skip` layers, at most all, are left out at the end."""
+        self, tokens: Tensor, factors: Factors | None = None, overrides: Overrides | None = None, skip: int = 0
+    ) -> Encoded:
+        """tokens `(rows, 77)` int64. `skip` leaves out that many more of the last layers (clip skip)."""
         self.source.factors = factors
         self.override_input.overrides = overrides
-        if not clip_skip:
-            last: Tensor = self.model(tokens, return_dict=True).last_hidden_state
-            return last
-        found = self.model(tokens, return_dict=True, output_hidden_states=True)
-        states: Tensor = self.norm(found.hidden_states[-(clip_skip + 1)])
-        return states
+        found = self.model(tokens, output_hidden_states=True, return_dict=True)
+        pooled: Tensor | None = getattr(found, "text_embeds", None)
+        if not skip and not self.penultimate:
+            return Encoded(found.last_hidden_state, pooled)
+        states: Tensor = found.hidden_states[-(1 + self.penultimate + skip)]
+        return Encoded(states if self.penultimate else self.norm(states), pooled)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from scumble.errors import InvalidRequest, NotFound
 from scumble_registry.catalogue import Status, Version
 from scumble_registry.extract import extract
 from scumble_registry.paths import default_home
@@ -49,6 +50,12 @@ def publish(
     ] = None,
     description: Annotated[str, typer.Option(help="One or two sentences.")] = "",
     sample_grid: Annotated[Path | None, typer.Option(help="A picture that shows what it does.")] = None,
+    sampling: Annotated[
+        str | None,
+        typer.Option(
+            help="""How it was made to be sampled: JSON or a file, e.g. '{"scheduler": "lcm", "steps": 4}'."""
+        ),
+    ] = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
@@ -65,6 +72,7 @@ def publish(
             trigger_words=trigger or (),
             description=description,
             sample_grid=sample_grid,
+            sampling=_read_sampling(sampling) if sampling is not None else None,
         )
     _say(version, as_json, f"{version.ref} ({version.status}) {version.digest}")
 
@@ -135,6 +143,7 @@ def show(ref: Ref, home: Home = None, as_json: Json = False) -> None:
         "licence": manifest.license,
         "description": manifest.description,
         "defaults": manifest.defaults and manifest.defaults.model_dump_json(),
+        "sampling": manifest.sampling and manifest.sampling.model_dump_json(),
         "metrics": manifest.metrics and json.dumps(manifest.metrics),
         "provenance": manifest.provenance and json.dumps(manifest.provenance),
         "files": "\n".join(f"{blob.size:>12,}  {name}" for name, blob in manifest.files.items()),
@@ -218,6 +227,16 @@ def verify(
 
 def _open(home: Path | None, *, create: bool = False) -> Registry:
     return Registry.open(home or default_home(), create=create)
+
+
+def _read_sampling(text: str) -> Any:
+    """JSON, or the name of a file with JSON. Raises InvalidRequest, NotFound."""
+    try:
+        return json.loads(text if text.lstrip().startswith("{") else Path(text).read_bytes())
+    except OSError as error:
+        raise NotFound(f"--sampling: {text!r} is neither JSON nor a file that can be read") from error
+    except ValueError as error:
+        raise InvalidRequest(f"--sampling is not JSON: {error}", field="sampling") from error
 
 
 def _set_status(ref: str, status: Status, home: Path | None, as_json: bool) -> None:

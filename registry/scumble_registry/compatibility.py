@@ -16,6 +16,8 @@ from scumble.errors import Incompatible, Refused
 
 Shape = tuple[int, ...]
 Family = Literal["sd1", "sd2", "sdxl"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+"""What the UNet says: the noise, the velocity (Salimans and Ho, 2202.00512), or the finished sample."""
 
 
 class BaseCompatibility(BaseModel):
@@ -23,7 +25,7 @@ class BaseCompatibility(BaseModel):
 
     kind: Literal["base"] = "base"
     family: Family
-    prediction_type: Literal["epsilon", "v_prediction"]
+    prediction_type: PredictionType
     in_channels: int
     """Of the UNet: 4 as a rule, 9 for inpainting bases."""
     latent_channels: int
@@ -268,7 +270,7 @@ class ControlNetCompatibility(BaseModel):
         t2i = self.form == "t2i"
         widths = feature_widths(base.targets) if t2i else residual_widths(base.targets)
         self._match("a text context of width", self.cross_attention_dim, base.cross_attention_dim, base)
-        self._match("latents with channels", self.in_channels, base.in_channels, base)
+        self._match("latents with channels", self.in_channels, base.latent_channels, base)
         self._match("pixels per latent", self.pixels_per_latent, base.vae_scale, base)
         self._match("features of widths" if t2i else "residuals of widths", self.widths, widths, base)
 
@@ -289,7 +291,7 @@ class DreamboothCompatibility(BaseModel):
 
     kind: Literal["dreambooth"] = "dreambooth"
     family: Family
-    prediction_type: Literal["epsilon", "v_prediction"]
+    prediction_type: PredictionType
     in_channels: int
     cross_attention_dim: int
     text_widths: tuple[int, ...]
@@ -364,8 +366,12 @@ def _is_text_key(target: str) -> bool:
 
 
 def feature_widths(targets: dict[str, Shape]) -> tuple[int, ...]:
-    """Channels at each level of a base's UNet."""
-    return tuple(targets[f"unet.down_blocks.{level}.resnets.0.conv1"][0] for level in range(_levels(targets)))
+    """Channels that a UNet takes T2I-Adapters' features in: at each level, and in SDXL (whose first level has no
+    attention, so that its feature comes behind the downsampler) in the middle block too.
+    """
+    widths = tuple(targets[f"unet.down_blocks.{level}.resnets.0.conv1"][0] for level in range(_levels(targets)))
+    has_attention = any(name.startswith("unet.down_blocks.0.attentions.") for name in targets)
+    return widths if has_attention else (*widths, widths[-1])
 
 
 def residual_widths(targets: dict[str, Shape]) -> tuple[int, ...]:

@@ -16,9 +16,20 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from scumble.errors import IntegrityError, InvalidRequest, Refused
+from scumble.request import SchedulerName, TimestepSpacing
 from scumble_registry.blobs import Blob
 from scumble_registry.compatibility import Compatibility, check_fit
 from scumble_registry.references import parse_digest
@@ -33,9 +44,45 @@ class Defaults(BaseModel):
 
     steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=0, le=100, allow_inf_nan=False)
-    scheduler: Literal["ddim", "euler", "dpmpp_2m"]
+    scheduler: SchedulerName
     width: int = Field(ge=8, le=2048, multiple_of=8)
     height: int = Field(ge=8, le=2048, multiple_of=8)
+
+
+class Sampling(BaseModel):
+    """How an adapter was made to be sampled (one that makes few steps do, say). What is None, it leaves open."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scheduler: SchedulerName | None = None
+    steps: int | None = Field(None, ge=1, le=1000)
+    guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    timestep_spacing: TimestepSpacing | None = None
+    rescale_betas: bool | None = None
+    eta: float | None = Field(None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _options_have_their_scheduler(self) -> Sampling:
+        if not self.model_dump():
+            raise ValueError("it says nothing; leave it out")
+        if self.scheduler is None and self.model_dump(include={"timestep_spacing", "rescale_betas", "eta"}):
+            raise ValueError("timestep_spacing, rescale_betas and eta belong to a scheduler; name it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_said(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is left open, so that a field more changes no digest."""
+        return {name: value for name, value in serialise(self).items() if value is not None}
+
+    @classmethod
+    def parse(cls, data: Any) -> Sampling:
+        """Raises InvalidRequest naming the field."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            places = [".".join(["sampling", *map(str, item["loc"])]) for item in error.errors()]
+            text = "; ".join(f"{place}: {item['msg']}" for place, item in zip(places, error.errors(), strict=True))
+            raise InvalidRequest(text, field=places[0]) from error
 
 
 class Manifest(BaseModel):
@@ -49,6 +96,8 @@ class Manifest(BaseModel):
     compatibility: Compatibility
     """Derived from the files, never taken from the publisher's word."""
     defaults: Defaults | None = None
+    sampling: Sampling | None = None
+    """What a request gets that leaves a field out and draws with this adapter; before the base's defaults."""
     base: str | None = None
     """Digest of the base that an adapter was published for and checked against."""
     image_encoder: str | None = None

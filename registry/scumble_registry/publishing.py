@@ -15,9 +15,14 @@ from pydantic import ValidationError
 from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble_registry import formats
 from scumble_registry.blobs import Blob, BlobStore, explain_os_errors
-from scumble_registry.compatibility import ImageEncoderCompatibility, IpAdapterCompatibility, check_fit
+from scumble_registry.compatibility import (
+    BaseCompatibility,
+    ImageEncoderCompatibility,
+    IpAdapterCompatibility,
+    check_fit,
+)
 from scumble_registry.formats.source import Draft, Source
-from scumble_registry.manifest import Manifest, canonical_json
+from scumble_registry.manifest import Manifest, Sampling, canonical_json
 
 _MAX_WORDS, _MAX_WORD, _MAX_TEXT = 100, 200, 20_000
 _PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
@@ -33,6 +38,7 @@ class Details:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     sample_grid: Path | None = None
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ def store(
         before = source.stamps()
         draft = formats.read(source, base)
         metadata = _metadata(details, draft)
+        _check_sampling(details, draft)
         if base is not None:
             check_fit(draft.compatibility, base.compatibility)
         if encoder is not None:
@@ -71,6 +78,7 @@ def store(
         "base": base.digest if base else None,
         "image_encoder": encoder.digest if encoder else None,
         "sample_grid": grid,
+        "sampling": details.sampling,
     }
     return _manifest(draft, files, record, metadata | extra)
 
@@ -83,6 +91,15 @@ def _manifest(draft: Draft, files: dict[str, Blob], record: Blob | None, metadat
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise InvalidRequest(f"the metadata is not usable: {problems}", field="metadata") from error
+
+
+def _check_sampling(details: Details, draft: Draft) -> None:
+    if details.sampling is not None and isinstance(draft.compatibility, BaseCompatibility | ImageEncoderCompatibility):
+        raise InvalidRequest(
+            f"a {draft.compatibility.kind} has no sampling of its own: leave --sampling out; "
+            "what a base gives to requests stands in its scumble.json",
+            field="sampling",
+        )
 
 
 def _check_encoder(draft: Draft, encoder: Manifest) -> None:

@@ -17,6 +17,7 @@ from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Status, Version
 from scumble_registry.database import Database
 from scumble_registry.formats import dreambooth
+from scumble_registry.manifest import Sampling
 from scumble_registry.paths import Layout
 from scumble_registry.publishing import Details, For
 from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
@@ -72,11 +73,13 @@ class Registry:
         provenance: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         sample_grid: Path | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
         description: str = "",
     ) -> Version:
         """Publish a file or folder as the next version of `name`, or find it if this very content is there.
 
-        `image_encoder` names the one that an IP-Adapter reads pictures with, unless it brings its own.
+        `image_encoder` names the one that an IP-Adapter reads pictures with, unless it brings its own; `sampling` says
+        what an adapter was made to be sampled with.
 
         Atomic: whatever happens, the version is there whole or not at all. Raises InvalidRequest, NotFound,
         Refused, Incompatible (with `base` or `image_encoder`), Unavailable.
@@ -85,7 +88,8 @@ class Registry:
         if alias is not None:
             parse_alias(alias)
         words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
-        details = Details(license, description, words, provenance or {}, metrics or {}, sample_grid)
+        profile = Sampling.parse(sampling) if sampling is not None else None
+        details = Details(license, description, words, provenance or {}, metrics or {}, sample_grid, profile)
         base_version = self.resolve(base) if base is not None else None
         if base_version is not None and base_version.manifest.kind != "base":
             raise Refused(f"{base_version.ref} is a {base_version.manifest.kind}, not a base; name a base")

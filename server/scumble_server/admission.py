@@ -11,16 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scumble.errors import InvalidRequest, Refused
-from scumble.request import Adapter, Request
+from scumble.request import SDXL_OPTIONS, Adapter, Options, Request
 from scumble_registry import Registry
+from scumble_registry.manifest import Sampling
+from scumble_server import beginning, sampling
 from scumble_server.base import Base
+from scumble_server.beginning import Original
 from scumble_server.block_weights import block_weights
 from scumble_server.bound import Bound
 from scumble_server.methods import METHODS, dreambooth, textual_inversion
 from scumble_server.methods.method import check_fields
 from scumble_server.pictures import Picture, decode_all
 from scumble_server.reading import Reading, read, without_tags
-from scumble_server.schedulers import Table, table
+from scumble_server.schedulers import Table, first_step, table
 from scumble_server.settings import Settings
 
 Value = TypeVar("Value")
@@ -55,9 +58,11 @@ class Inputs:
         if both := sorted(request.images.keys() & request.tensors.keys()):
             raise InvalidRequest(f"{both[0]!r} names a picture and a tensor; rename one of them", field="images")
         named = {name for adapter in request.adapters for name in (*adapter.images, *adapter.masks)}
+        named |= {name for name in (request.options.image, request.options.mask) if name is not None}
         if unused := sorted((request.images.keys() | request.tensors.keys()) - named):
             raise InvalidRequest(
-                f"{unused[0]!r} was sent, but no adapter names it in its images or masks; name it or leave it out",
+                f"{unused[0]!r} was sent, but nothing names it (images or masks of an adapter, options.image, "
+                "options.mask); name it or leave it out",
                 field=f"{'images' if unused[0] in request.images else 'tensors'}.{unused[0]}",
             )
         for name, values in request.tensors.items():
@@ -83,6 +88,7 @@ class Admitted:
     """A request that may enter. `dropped` pairs an adapter with the reason why it is not bound."""
 
     request: Request
+    base: Base
     settings: Settings
     table: Table
     adapters: tuple[Bound, ...]
@@ -90,53 +96,84 @@ class Admitted:
     schedule: Schedule
     dropped: tuple[tuple[Adapter, str], ...]
     inputs: Inputs
+    original: Original | None
 
 
-def admit(request: Request, base: Base, registry: Registry, max_pixels: int) -> Admitted:
-    """Raises InvalidRequest, NotFound or Refused, naming what is wrong."""
-    _check_base(request, base, registry)
+def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixels: int) -> Admitted:
+    """The first of `bases` is for requests that name none.
+
+    Raises InvalidRequest, NotFound or Refused, naming what is wrong.
+    """
+    base = _base_of(request, bases, registry)
     request = without_tags(request)
-    settings = _settle(request, base, max_pixels)
+    inputs = Inputs.of(request)
+    beginning.check(request.options, inpaints=base.inpaints)
+    original = _original(request.options, inputs)
+    width, height = _size(request, base, original, max_pixels)
     adapters: list[Bound] = []
     dropped: list[tuple[Adapter, str]] = []
-    inputs = Inputs.of(request)
-    for spec in request.adapters:
-        bound = _resolve(spec, base, registry, inputs)
-        if reason := METHODS[bound.kind].idle(bound, settings.steps):
-            dropped.append((spec, reason))
+    resolved = [_resolve(spec, base, registry, inputs) for spec in request.adapters]
+    settings = _settle(request, base, sampling.settle(request, resolved, base.defaults), width, height)
+    for bound in resolved:
+        if reason := METHODS[bound.kind].idle(bound, settings.run_steps):
+            dropped.append((bound.spec, reason))
         else:
             adapters.append(bound)
     for kind, method in METHODS.items():
-        method.check_together([bound for bound in adapters if bound.kind == kind], base)
-    reading = _read(request, settings, base, adapters)
+        method.check_together([bound for bound in adapters if bound.kind == kind], base, settings)
+    reading = _read(request.options, settings, base, adapters)
     return Admitted(
         request,
+        base,
         settings,
-        table(settings.scheduler, dreambooth.scheduler_config(adapters, base), settings.steps),
+        table(
+            settings.scheduler,
+            dreambooth.scheduler_config(adapters, base),
+            settings.steps,
+            start=settings.first_step,
+            **settings.scheduler_options,
+        ),
         tuple(adapters),
         reading,
         _schedule([bound.spec for bound in adapters], reading),
         tuple(dropped),
         inputs,
+        original,
     )
 
 
-def _read(request: Request, settings: Settings, base: Base, adapters: Sequence[Bound]) -> Reading:
-    """Raises InvalidRequest, or Refused for what this server or this base cannot do."""
-    skip, layers = request.options.clip_skip or 0, base.executor.text_layers
-    if skip > layers:
+def _original(options: Options, inputs: Inputs) -> Original | None:
+    if options.image is None:
+        return None
+    mask = None if options.mask is None else inputs.picture(options.mask, "options.mask")
+    return Original(inputs.picture(options.image, "options.image"), mask)
+
+
+def _first_step(options: Options, steps: int) -> int:
+    strength = beginning.strength_of(options)
+    start = first_step(steps, strength)
+    if start == steps:
         raise InvalidRequest(
-            f"clip_skip leaves {skip} layers out, the text encoder has {layers}", field="options.clip_skip"
+            f"strength {strength:g} of {steps} steps is less than one step; ask for more of either",
+            field="options.strength",
         )
-    reading = read(request, settings.steps, guided=settings.guided)
-    if reading.rows > base.executor.max_rows:
+    return start
+
+
+def _read(options: Options, settings: Settings, base: Base, adapters: Sequence[Bound]) -> Reading:
+    """Raises InvalidRequest, or Refused for what this server cannot do."""
+    if (options.clip_skip or 0) > base.text_layers:
+        raise InvalidRequest(
+            f"clip_skip leaves {options.clip_skip} layers out, the text encoder has {base.text_layers}",
+            field="options.clip_skip",
+        )
+    reading = read(settings, options, len(base.tokenizers))
+    if reading.rows > base.max_rows:
         raise Refused(
-            f"AND makes {reading.rows} rows of one image, this server computes {base.executor.max_rows} at once; "
+            f"AND makes {reading.rows} rows of one image, this server computes {base.max_rows} at once; "
             "join fewer prompts"
         )
-    names = textual_inversion.names(adapters)
-    for text in reading.texts:
-        reading.tokens(text, base.tokenizer, names)
+    reading.scripts(base.tokenizers, textual_inversion.names(adapters))
     return reading
 
 
@@ -152,42 +189,81 @@ def _schedule(specs: Sequence[Adapter], reading: Reading) -> Schedule:
     return Schedule(tuple(stages), tuple(places[stage] for stage in of_step))
 
 
-def _check_base(request: Request, base: Base, registry: Registry) -> None:
+def _base_of(request: Request, bases: Sequence[Base], registry: Registry) -> Base:
     if request.base is None:
-        return
+        return bases[0]
     asked = registry.resolve(request.base)
-    if asked.digest != base.version.digest:
-        raise Refused(
-            f"this server runs base {base.version.ref}, not {asked.ref}; ask it without a base, "
-            f"or start a server with --base {asked.ref}",
-            base=base.version.ref,
-        )
+    for base in bases:
+        if asked.digest == base.version.digest:
+            return base
+    served = ", ".join(base.version.ref for base in bases)
+    raise Refused(
+        f"this server serves {served}, not {asked.ref}; name one of these, or start a server with --base {asked.ref}",
+        base=served,
+    )
 
 
 def _given_or(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
-def _settle(request: Request, base: Base, max_pixels: int) -> Settings:
-    defaults = base.defaults
-    width, height = _given_or(request.width, defaults.width), _given_or(request.height, defaults.height)
+def _size(request: Request, base: Base, original: Original | None, max_pixels: int) -> tuple[int, int]:
+    """The request's; else that of the picture that it begins with, in steps of 8; else the base's own."""
+    default = base.defaults.width, base.defaults.height
+    if original is not None and request.width is None and request.height is None:
+        width, height = (max(8, side // 8 * 8) for side in original.picture.size)
+        default = width, height
+    width, height = _given_or(request.width, default[0]), _given_or(request.height, default[1])
     if width * height > max_pixels:
         raise InvalidRequest(
             f"{width}x{height} is {width * height} pixels, this server makes at most {max_pixels}; "
             "ask for a smaller width or height",
             field="width",
         )
+    return width, height
+
+
+def _settle(request: Request, base: Base, sampled: Sampling, width: int, height: int) -> Settings:
+    assert sampled.scheduler is not None and sampled.steps is not None and sampled.guidance_scale is not None
     return Settings(
         prompt=request.prompt,
-        negative_prompt=_given_or(request.negative_prompt, ""),
-        scheduler=_given_or(request.scheduler, defaults.scheduler),
+        negative_prompt=_given_or(request.negative_prompt, None if base.zero_negative else ""),
+        scheduler=sampled.scheduler,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
-        steps=_given_or(request.steps, defaults.steps),
+        steps=sampled.steps,
+        strength=beginning.strength_of(request.options),
+        first_step=_first_step(request.options, sampled.steps),
         width=width,
         height=height,
         num_images=request.num_images,
-        guidance_scale=_given_or(request.guidance_scale, defaults.guidance_scale),
+        guidance_scale=sampled.guidance_scale,
+        scheduler_options={
+            name: value for name in sampling.SCHEDULER_OPTIONS if (value := getattr(sampled, name)) is not None
+        },
+        **_sdxl(request.options, base, width, height),
     )
+
+
+def _sdxl(options: Options, base: Base, width: int, height: int) -> dict[str, Any]:
+    """What only SDXL reads. Raises InvalidRequest for an option that the base cannot follow."""
+    given = {name: value for name in SDXL_OPTIONS if (value := getattr(options, name)) is not None}
+    if not base.family.sizes:
+        if given:
+            name = min(given)
+            raise InvalidRequest(
+                f"options.{name} is for SDXL; {base.version.ref} is a base of family {base.compatibility.family}: "
+                "leave it out",
+                field=f"options.{name}",
+            )
+        return {}
+    original = given.get("original_size", (width, height))
+    left, top = given.get("crop", (0, 0))
+    target = given.get("target_size", (width, height))
+    return {
+        "prompt_2": options.prompt_2,
+        "negative_prompt_2": options.negative_prompt_2,
+        "sizes": (original[1], original[0], top, left, target[1], target[0]),
+    }
 
 
 def _resolve(spec: Adapter, base: Base, registry: Registry, inputs: Inputs) -> Bound:

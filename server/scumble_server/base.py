@@ -1,8 +1,11 @@
-"""A base that is loaded: its version, its graphs, its tokenizer and what it gives a request by default."""
+"""A base that is served: its version, how its weights are loaded, its tokenizers, and what it gives a request by
+default.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,57 +22,110 @@ from scumble_registry.formats.source import Source
 from scumble_registry.manifest import Defaults
 from scumble_server.config import ServerConfig
 from scumble_server.executors import Executor
-from scumble_server.executors.torch import TorchExecutor
+from scumble_server.executors.torch import TorchExecutor, weights_bytes
+from scumble_server.families import FAMILIES, Family
 from scumble_server.preview import LatentColours, fit
+from scumble_server.residency import Lease, Residency
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
+    """All but the weights, which come and go with the room that there is."""
+
     version: Version
     compatibility: BaseCompatibility
     defaults: Defaults
-    executor: Executor
-    tokenizer: CLIPTokenizer
+    nbytes: int
+    """Of its weights in device memory."""
+    load: Callable[[], Executor]
+    max_rows: int
+    """How many model rows its executor computes at once."""
+    tokenizers: tuple[CLIPTokenizer, ...]
+    """Of each text encoder."""
     scheduler_config: dict[str, Any]
+    layouts: tuple[Layout, ...]
+    """Of the graphs that take factors: text encoders, K/V projection, denoiser."""
     colours: LatentColours
+    zero_negative: bool = False
+    """An absent negative prompt is all zeros, not an empty text."""
     image_encoder: ImageEncoderCompatibility | None = None
     """In its own `image_encoder/`, for IP-Adapters that come without."""
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.compatibility.family]
+
+    @property
+    def inpaints(self) -> bool:
+        """The UNet also looks at a mask and at the picture that it masks."""
+        return self.compatibility.in_channels == 2 * self.compatibility.latent_channels + 1
 
     @property
     def blocks(self) -> UNetBlocks:
         return blocks_of(self.compatibility.targets)
 
     @property
-    def layouts(self) -> tuple[Layout, ...]:
-        """The graphs that take factors: text encoder, K/V projection, denoiser."""
-        return self.executor.text_layout, self.executor.kv_layout, self.executor.step_layout
+    def text_layers(self) -> int:
+        """Of the text encoder that has the fewest, those that can be left out."""
+        layouts = self.layouts[: len(self.family.texts)]
+        layers = [{name.split(".layers.")[1].split(".")[0] for name in layout.targets} for layout in layouts]
+        return min(map(len, layers)) - self.family.penultimate
+
+    @property
+    def key(self) -> Hashable:
+        """Of its weights, among all that is loaded."""
+        return "base", self.version.digest
+
+    def executor(self, weights: Lease) -> Executor:
+        """Its weights, held by this lease."""
+        return weights.get(self.key, self.nbytes, self.load)
 
 
-def load_base(registry: Registry, config: ServerConfig) -> Base:
-    """Raises NotFound, Refused, IntegrityError or Unavailable."""
-    ref = config.base
+def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Residency) -> Base:
+    """Loads the weights once, to see that they can be; then they stay as long as there is room.
+
+    Raises NotFound, Refused, IntegrityError or Unavailable.
+    """
     version = registry.resolve(ref)
     compatibility, defaults = version.manifest.compatibility, version.manifest.defaults
     if not isinstance(compatibility, BaseCompatibility) or defaults is None:
         raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base", ref=ref)
-    if compatibility.family != "sd1" or compatibility.prediction_type != "epsilon":
+    channels, of_latents = compatibility.in_channels, compatibility.latent_channels
+    if channels not in {of_latents, 2 * of_latents + 1}:
         raise Refused(
-            f"{version.ref} is a base of family {compatibility.family} ({compatibility.prediction_type}); "
-            "this server serves SD 1.x with epsilon prediction",
+            f"{version.ref} reads {channels} channels; {of_latents} and (for inpainting) {2 * of_latents + 1} can be",
             ref=ref,
         )
+    family = FAMILIES[compatibility.family]
     folder = registry.materialise(version)
-    executor = TorchExecutor.load(folder, config.device, config.precision, config.max_rows)
-    return Base(
-        version=version,
-        compatibility=compatibility,
-        defaults=defaults,
-        executor=executor,
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        scheduler_config=_scheduler_config(folder),
-        colours=fit(executor.decode, compatibility.latent_channels),
-        image_encoder=_image_encoder(folder / "image_encoder"),
-    )
+
+    def load() -> Executor:
+        return TorchExecutor.load(
+            registry.materialise(version), family, config.device, config.precision, config.max_rows
+        )
+
+    nbytes = weights_bytes(folder, family, config.precision)
+    with weights.open() as lease:
+        executor = lease.get(("base", version.digest), nbytes, load)
+        return Base(
+            version=version,
+            compatibility=compatibility,
+            defaults=defaults,
+            nbytes=nbytes,
+            load=load,
+            max_rows=config.max_rows,
+            tokenizers=load_tokenizers(folder, family),
+            # As the file says it: what it leaves out, each scheduler class fills with its own defaults.
+            scheduler_config=_json(folder / "scheduler" / "scheduler_config.json"),
+            layouts=(*executor.text_layouts, executor.kv_layout, executor.step_layout),
+            colours=fit(executor.decode, compatibility.latent_channels),
+            zero_negative=bool(_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family.sizes)),
+            image_encoder=_image_encoder(folder / "image_encoder"),
+        )
+
+
+def load_tokenizers(folder: Path, family: Family) -> tuple[CLIPTokenizer, ...]:
+    return tuple(CLIPTokenizer.from_pretrained(folder / part.tokenizer, local_files_only=True) for part in family.texts)
 
 
 def _image_encoder(folder: Path) -> ImageEncoderCompatibility | None:
@@ -82,7 +138,6 @@ def _image_encoder(folder: Path) -> ImageEncoderCompatibility | None:
         return None
 
 
-def _scheduler_config(folder: Path) -> dict[str, Any]:
-    """As the file says it: what it leaves out, each scheduler class fills with its own defaults."""
-    config: dict[str, Any] = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return config
+def _json(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content

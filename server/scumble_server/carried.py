@@ -72,16 +72,18 @@ class RowImages:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowNet:
-    """One ControlNet of one request.
+    """One ControlNet of one request. `added`, of a net for SDXL, is what the pooled text and the sizes add to its time.
 
     kv `(rows, T, K)`, the net's own of the text; hint `(1, C, H/8, W/8)`, the embedded control picture;
-    scale `(rows, n)`, for each residual, the middle block's last. The net does not run for a row of zeros.
+    scale `(rows, n)`, for each residual, the middle block's last; added `(rows, E)`. The net does not run for a row of
+    zeros.
     """
 
     net: Net
     kv: Tensor
     hint: Tensor
     scale: Tensor
+    added: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,11 +96,11 @@ class RowContexts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Phase:
-    """A stretch of a schedule in which the same adapters act.
+    """A stretch of a schedule in which the same adapters act and the same texts are read.
 
     `executor` holds the weights: the base's, or a variant's. kv `(rows, T, K)` for each model row of an image: the
     prompt alone, or the negative prompt and then the prompts that act against it. features: T2I-Adapter's, for each
-    down block `(1, C, h, w)` or `(rows, C, h, w)`.
+    down block `(1, C, h, w)` or `(rows, C, h, w)`. pooled `(rows, E)` and `sizes` are SDXL's (`StepInputs`).
     """
 
     executor: Executor
@@ -108,3 +110,5 @@ class Phase:
     nets: tuple[RowNet, ...] = ()
     features: tuple[Tensor, ...] | None = None
     contexts: RowContexts | None = None
+    pooled: Tensor | None = None
+    sizes: tuple[int, ...] | None = None

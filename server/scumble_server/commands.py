@@ -23,7 +23,10 @@ GIB = 1 << 30
 
 
 def serve(
-    base: Annotated[str, typer.Option(help="Base that answers requests which name none.")] = "scumble/demo",
+    base: Annotated[
+        list[str] | None,
+        typer.Option(help="Base to serve, once for each; the first answers requests which name none. [scumble/demo]"),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = LOOPBACK,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8001,
@@ -34,7 +37,9 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Open requests; more are refused.")] = 256,
     host_cache: Annotated[float, typer.Option(min=0.001, help="GiB of host memory for adapters.")] = 1.0,
     device_cache: Annotated[float, typer.Option(min=0.001, help="GiB of device memory for requests.")] = 2.0,
-    variant_cache: Annotated[float, typer.Option(min=0.001, help="GiB of device memory for checkpoints.")] = 4.0,
+    weights_cache: Annotated[
+        float, typer.Option(min=0.001, help="GiB of device memory for bases, checkpoints.")
+    ] = 16.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     home: Annotated[Path | None, typer.Option(help="Registry, caches and logs. [SCUMBLE_HOME]")] = None,
     triton: Annotated[Path | None, typer.Option(help="tritonserver to run. [SCUMBLE_TRITON]")] = None,
@@ -44,16 +49,18 @@ def serve(
 ) -> None:
     """Start the server and keep it running until Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    bases = base or ["scumble/demo"]
     config = ServerConfig(
         home=home.expanduser().resolve() if home else default_home(),
-        base=base,
+        base=bases[0],
+        more_bases=tuple(bases[1:]),
         device=device,
         precision=precision,
         max_batch_images=max_batch_images,
         max_queue=max_queue,
         host_cache_bytes=int(host_cache * GIB),
         device_cache_bytes=int(device_cache * GIB),
-        variant_cache_bytes=int(variant_cache * GIB),
+        weights_cache_bytes=int(weights_cache * GIB),
         threads=threads,
     )
     ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)

@@ -16,12 +16,13 @@ from scumble.events import Pixels
 from scumble.request import Adapter
 from scumble_build.layout import Layout
 from scumble_registry import Registry, Version
+from scumble_server import beginning
 from scumble_server.admission import Admitted
-from scumble_server.base import Base
+from scumble_server.beginning import Beginning
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
-from scumble_server.context import Context, read_record
-from scumble_server.encoding import Encoded, Encoder, together
+from scumble_server.context import Context, Text, read_record
+from scumble_server.encoding import Encoder, together
 from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
@@ -41,6 +42,7 @@ class Conditioned:
     load_ms: float
     encode_ms: float
     maps: tuple[Pixels, ...] = ()
+    beginning: Beginning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class _Factors:
     """The LoRAs of a request, laid out for each graph that takes factors. `key` says what they were made of."""
 
     key: Hashable
-    text: BoundSet | None
+    texts: tuple[BoundSet | None, ...]
     kv: BoundSet | None
     step: BoundSet | None
 
@@ -59,26 +61,29 @@ class Conditioner:
     `host` keeps records, `device` what is made of them.
     """
 
-    def __init__(self, base: Base, registry: Registry, host: Residency) -> None:
-        self._base = base
+    def __init__(self, registry: Registry, host: Residency) -> None:
         self._registry = registry
         self._host = host
 
-    def condition(self, admitted: Admitted, device: Lease, variants: Lease) -> Conditioned:
-        """`device` pins what the rows carry, and `variants` their weights, until the request has ended."""
+    def condition(self, admitted: Admitted, device: Lease, weights: Lease) -> Conditioned:
+        """`device` pins what the rows carry, and `weights` what they are drawn with, until the request has ended."""
+        base = admitted.base
+        executor = base.executor(weights)
         with self._host.open() as records:
             context = Context(
-                self._base,
-                self._registry,
-                admitted.settings,
-                self._base.executor,
-                self._base.version.digest,
-                self._base.version,
-                self._base.tokenizer,
-                records,
-                device,
-                variants,
-                admitted.reading.rows,
+                base=base,
+                registry=self._registry,
+                settings=admitted.settings,
+                of_base=executor,
+                executor=executor,
+                weights=base.version.digest,
+                drawn_with=base.version,
+                tokenizers=base.tokenizers,
+                records=records,
+                device=device,
+                held_weights=weights,
+                weights_key=base.key,
+                rows=admitted.reading.rows,
             )
             return _condition(on_checkpoint(context, admitted.adapters), admitted)
 
@@ -102,20 +107,22 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     loras = [bound for bound in admitted.adapters if lora.part_of(bound) is not None]
     embeddings = _of_kind(textual_inversion.KIND, admitted.adapters)
     reading, options = admitted.reading, admitted.request.options
-    tokens = [reading.tokens(text, context.tokenizer, textual_inversion.names(embeddings)) for text in reading.texts]
-    found = frozenset[int]().union(*(each.found for each in tokens))
+    scripts = reading.scripts(context.tokenizers, textual_inversion.names(embeddings))
+    found = frozenset[int]().union(*(script.found for script in scripts))
     unused = [bound for index, bound in enumerate(embeddings) if index not in found]
     wide = too_wide(context, loras)
     factors = _factors(context, [] if wide else loras)
     # More columns than factors may have are merged into copies of the weights instead: for the text once, for the
     # UNet in every phase.
-    of_text = merged(context, loras, [each.text_weight for each in loras], "text_encoder") if wide else context
+    of_text = context
+    if wide:
+        for part in context.base.family.texts:
+            of_text = merged(of_text, loras, [each.text_weight for each in loras], part.encoder)
     loaded = monotonic()
-    text_weights = () if wide else tuple(each.text_weight for each in loras)
-    of_loras = lora.row_factors(factors.text, text_weights)
-    encoder = Encoder(of_text, of_loras, (factors.key, text_weights), dict(enumerate(embeddings)))
-    skips = [text.clip_skip for text in reading.texts]
-    texts = encoder.encode_all(list(zip(tokens, skips, strict=True)), options.emphasis)
+    strengths = () if wide else tuple(each.text_weight for each in loras)
+    of_loras = tuple(lora.row_factors(of_encoder, strengths) for of_encoder in factors.texts)
+    encoder = Encoder(of_text, of_loras, (factors.key, strengths), dict(enumerate(embeddings)), options.emphasis)
+    texts = encoder.encode_all(scripts)
     groups = ip_adapter.groups(context, _of_kind(ip_adapter.KIND, admitted.adapters))
     nets = _of_kind(controlnet.KIND, admitted.adapters)
     controls = controlnet.prepare(context, nets)
@@ -145,6 +152,7 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
         (loaded - start) * 1e3,
         (encoded - loaded) * 1e3,
         controlnet.maps(context, nets) if options.return_maps else (),
+        None if admitted.original is None else beginning.prepare(context, admitted.original),
     )
 
 
@@ -158,7 +166,7 @@ def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
     executor = context.executor
     return _Factors(
         tuple(lora.identity(context, each) for each in loras),
-        _bind(context, "text", executor.text_layout, loras),
+        tuple(_bind(context, f"text {i}", layout, loras) for i, layout in enumerate(executor.text_layouts)),
         _bind(context, "kv", executor.kv_layout, loras),
         _bind(context, "step", executor.step_layout, loras),
     )
@@ -181,7 +189,7 @@ def _phase(
     adapters: Sequence[Bound],
     weights: Sequence[float],
     factors: _Factors,
-    text: Encoded,
+    text: Text,
     groups: ip_adapter.Groups | None,
     controls: Sequence[controlnet.Control],
 ) -> Phase:
@@ -197,15 +205,17 @@ def _phase(
         ip_adapter.row_images(
             groups, [weight for weight, bound in paired if bound.kind == ip_adapter.KIND], context.rows
         ),
-        nets=controlnet.row_nets(context, controls, of_nets, text.states, text.key),
+        nets=controlnet.row_nets(context, controls, of_nets, text),
         features=controlnet.features(context, controls, of_nets),
         contexts=hypernetwork.row_contexts(chain, context.base),
+        pooled=text.pooled if context.base.family.sizes else None,
+        sizes=context.settings.sizes if context.base.family.sizes else None,
     )
 
 
 def _project(
     context: Context,
-    text: Encoded,
+    text: Text,
     factors: _Factors,
     weights: tuple[float, ...],
     chain: Sequence[hypernetwork.Link],

@@ -20,6 +20,8 @@ class ServerConfig(BaseModel):
     """The embedded registry's folder."""
     base: str
     """Reference of the base that answers requests which name none, e.g. `scumble/demo`."""
+    more_bases: tuple[str, ...] = ()
+    """References of the others that requests may name."""
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     max_batch_images: int = Field(default=8, ge=1, le=64)
@@ -34,8 +36,8 @@ class ServerConfig(BaseModel):
     """Host memory for adapters' records, least recently used first out."""
     device_cache_bytes: int = Field(default=2 << 30, ge=0)
     """Device memory for what requests are made of: bound factors, nets, encodings, keys and values."""
-    variant_cache_bytes: int = Field(default=4 << 30, ge=0)
-    """Device memory for other weights than the base's: checkpoints, and LoRAs that are too many for factors."""
+    weights_cache_bytes: int = Field(default=16 << 30, ge=0)
+    """Device memory for weights: bases, checkpoints, and LoRAs that are too many for factors."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the executor; None leaves torch's own choice."""
 

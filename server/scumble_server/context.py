@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from scumble_registry import Registry, Version
@@ -20,24 +21,38 @@ Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """Encoded prompts: states `(rows, T, C)`, pooled `(rows, E)` where the base reads one, and all that they were made
+    of.
+    """
+
+    key: Hashable
+    states: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """One request, in the conditioning thread. `executor` holds the weights that it is drawn with, and `weights`
     says which: every key of something made by them begins with it. `drawn_with` is the base, or the checkpoint.
 
-    `records` pins host memory until the request is conditioned; `device` and `variants` pin device memory until it is
-    drawn.
+    `of_base` holds the base's own. `records` pins host memory until the request is conditioned; `device` and
+    `held_weights` pin device memory until it is drawn.
     """
 
     base: Base
     registry: Registry
     settings: Settings
+    of_base: Executor
     executor: Executor
     weights: Hashable
     drawn_with: Version
-    tokenizer: CLIPTokenizer
+    tokenizers: tuple[CLIPTokenizer, ...]
     records: Lease
     device: Lease
-    variants: Lease
+    held_weights: Lease
+    weights_key: Hashable
+    """Of `executor`, among the weights that are loaded."""
     rows: int
     """Model rows of one image: the prompt alone, or the negative prompt first and then prompts."""
 

@@ -1,4 +1,4 @@
-"""Texts of one request → states of the text encoder, each text once, kept by all that it was made of."""
+"""Texts of one request → states of the text encoders, each text once, kept by all that it was made of."""
 
 from __future__ import annotations
 
@@ -8,82 +8,113 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scumble_build.text import Encoded
 from scumble_server.bound import Bound
 from scumble_server.carried import RowFactors
-from scumble_server.context import Context
+from scumble_server.context import Context, Text
 from scumble_server.methods import textual_inversion
 from scumble_server.prompts import Tokens, tokenize
 from scumble_server.stacking import factors_of
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """States `(rows, T, C)`, and what they were made of."""
+class Script:
+    """A text as each of the base's encoders reads it, or None where zeros stand for it; `clip_skip` of the last
+    layers are left out.
+    """
 
-    key: Hashable
-    states: Tensor
+    of_encoder: tuple[Tokens, ...] | None
+    clip_skip: int
+
+    @property
+    def chunks(self) -> int:
+        return max((len(tokens.ids) for tokens in self.of_encoder or ()), default=0)
+
+    @property
+    def found(self) -> frozenset[int]:
+        """The embeddings whose name is written in it."""
+        return frozenset[int]().union(*(tokens.found for tokens in self.of_encoder or ()))
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """The text encoder as one request sees it. `context` holds its weights, `factors` the request's LoRAs on it, of
-    which `factors_key` says what they are; `embeddings[i]` is what slots of embedding i stand for.
+    """The text encoders as one request sees them. `context` holds their weights; `factors[i]` are the request's LoRAs
+    on encoder i, and `factors_key` says what they are; `embeddings[i]` is what slots of embedding i stand for.
     """
 
     context: Context
-    factors: RowFactors | None
+    factors: tuple[RowFactors | None, ...]
     factors_key: Hashable
     embeddings: Mapping[int, Bound]
+    emphasis: str
 
-    def encode(self, tokens: Tokens, clip_skip: int, emphasis: str) -> Encoded:
-        """`(1, n·77, C)` of n chunks, one behind the other."""
+    def encode_all(self, scripts: Sequence[Script]) -> list[Text]:
+        """`(1, n·77, C)` each; shorter ones are padded with chunks of an empty text to the n of the longest."""
+        longest = max(script.chunks for script in scripts)
+        found = [self._encode(script, longest) if script.of_encoder is not None else None for script in scripts]
+        like = next(text for text in found if text is not None)
+        zeros = Text(
+            "zeros",
+            torch.zeros_like(like.states),
+            torch.zeros_like(like.pooled) if like.pooled is not None else None,
+        )
+        return [zeros if text is None else text for text in found]
+
+    def _encode(self, script: Script, chunks: int) -> Text:
+        """What the encoders say side by side. Of a long text, what is pooled is its first chunk's."""
+        assert script.of_encoder is not None
+        parts = [self._padded(i, tokens, script.clip_skip, chunks) for i, tokens in enumerate(script.of_encoder)]
+        pooled = next((part.pooled for part in parts if part.pooled is not None), None)
+        return Text(tuple(part.key for part in parts), torch.cat([part.states for part in parts], dim=-1), pooled)
+
+    def _padded(self, index: int, tokens: Tokens, clip_skip: int, chunks: int) -> Text:
+        text, missing = self._part(index, tokens, clip_skip), chunks - len(tokens.ids)
+        if not missing:
+            return text
+        empty = self._part(index, tokenize(self.context.tokenizers[index], ""), clip_skip)
+        states = torch.cat([text.states, *[empty.states] * missing], dim=1)
+        return Text((text.key, empty.key, missing), states, text.pooled)
+
+    def _part(self, index: int, tokens: Tokens, clip_skip: int) -> Text:
+        """Of one encoder: `(1, n·77, C)` of n chunks, one behind the other."""
         context = self.context
-        used = {index: self.embeddings[index] for index in sorted(tokens.found)}
+        used = {i: self.embeddings[i] for i in sorted(tokens.found)}
         key = (
             "text",
             context.weights,
+            index,
             tuple(tokens.ids.flatten().tolist()),
             tokens.slots,
-            tuple((index, each.version.digest, each.text_weight) for index, each in used.items()),
-            self.factors_key if self.factors is not None else None,
+            tuple((i, each.version.digest, each.text_weight) for i, each in used.items()),
+            self.factors_key if self.factors[index] is not None else None,
             clip_skip,
-            (emphasis, tuple(tokens.weights.flatten().tolist())) if tokens.weights is not None else None,
+            (self.emphasis, tuple(tokens.weights.flatten().tolist())) if tokens.weights is not None else None,
         )
-        width = context.base.compatibility.text_widths[0]
-        states = context.device.get(
-            key, tokens.ids.numel() * width * 4, lambda: self._states(tokens, used, clip_skip, emphasis)
-        )
-        return Encoded(key, states)
+        nbytes = tokens.ids.numel() * context.base.compatibility.text_widths[index] * 4
+        encoded = context.device.get(key, nbytes, lambda: self._run(index, tokens, used, clip_skip))
+        return Text(key, encoded.states, encoded.pooled)
 
-    def encode_all(self, texts: Sequence[tuple[Tokens, int]], emphasis: str) -> list[Encoded]:
-        """Texts, each with its clip skip, padded to the same number of chunks with those of an empty one."""
-        longest = max(len(tokens.ids) for tokens, _ in texts)
-        nothing = tokenize(self.context.tokenizer, "")
-        found = []
-        for tokens, clip_skip in texts:
-            encoded = self.encode(tokens, clip_skip, emphasis)
-            if missing := longest - len(tokens.ids):
-                empty = self.encode(nothing, clip_skip, emphasis)
-                states = torch.cat([encoded.states, *[empty.states] * missing], dim=1)
-                encoded = Encoded((encoded.key, empty.key, missing), states)
-            found.append(encoded)
-        return found
-
-    def _states(self, tokens: Tokens, embeddings: Mapping[int, Bound], clip_skip: int, emphasis: str) -> Tensor:
+    def _run(self, index: int, tokens: Tokens, embeddings: Mapping[int, Bound], clip_skip: int) -> Encoded:
         context, executor = self.context, self.context.executor
+        component = context.base.family.texts[index].encoder
         vectors = {
-            index: textual_inversion.vectors(context.record(each, textual_inversion.read_record), each.text_weight)
-            for index, each in embeddings.items()
+            i: textual_inversion.vectors(
+                context.record(each, textual_inversion.read_record), component, each.text_weight
+            )
+            for i, each in embeddings.items()
         }
-        states = executor.encode(
+        found = executor.encode(
+            index,
             tokens.ids,
-            factors_of(self.factors, len(tokens.ids), executor.device),
+            factors_of(self.factors[index], len(tokens.ids), executor.device),
             textual_inversion.overrides(tokens, vectors),
             clip_skip,
         )
+        states = found.states
         if tokens.weights is not None:
-            states = weighted(states, tokens.weights.to(states.device), restore_mean=emphasis == "original")
-        return states.flatten(0, 1)[None]
+            restore = self.emphasis == "original"
+            states = weighted(states, tokens.weights.to(states.device), restore_mean=restore)
+        return Encoded(states.flatten(0, 1)[None], found.pooled[:1] if found.pooled is not None else None)
 
 
 @torch.inference_mode()
@@ -95,6 +126,11 @@ def weighted(states: Tensor, weights: Tensor, *, restore_mean: bool) -> Tensor:
     return found.to(states.dtype)
 
 
-def together(texts: Sequence[Encoded]) -> Encoded:
+def together(texts: Sequence[Text]) -> Text:
     """What the rows of one phase read, as one tensor."""
-    return Encoded(tuple(text.key for text in texts), torch.cat([text.states for text in texts]))
+    pooled = [text.pooled for text in texts if text.pooled is not None]
+    return Text(
+        tuple(text.key for text in texts),
+        torch.cat([text.states for text in texts]),
+        torch.cat(pooled) if pooled else None,
+    )

@@ -57,8 +57,8 @@ def check(bound: Bound, predictor: WeightPredictor, base: Base) -> None:
         _check_image_encoder(bound, predictor, base)
     elif bound.pictures:
         raise InvalidRequest(f"{ref} reads a text, not pictures; leave images out", field="adapters.images")
-    elif bound.spec.text is not None and len(tokenize(base.tokenizer, bound.spec.text).ids) > 1:
-        room = base.tokenizer.model_max_length - 2
+    elif bound.spec.text is not None and len(tokenize(base.tokenizers[0], bound.spec.text).ids) > 1:
+        room = base.tokenizers[0].model_max_length - 2
         raise InvalidRequest(f"{ref}: text has more than {room} tokens; shorten it", field="adapters.text")
     _check_digest(bound, predictor, base)
 
@@ -98,13 +98,13 @@ def _condition(context: Context, bound: Bound) -> Tensor:
     if bound.pictures:
         place = image_encoders.place_in_base(context)
         return image_encoders.encode(context, place, bound.pictures[0]).states
-    return context.base.executor.encode(_ids(context, bound), None)
+    return context.of_base.encode(0, _ids(context, bound), None).states
 
 
 def _ids(context: Context, bound: Bound) -> Tensor:
     """`(1, 77)` of the text, or of the beginning of the prompt as it is written."""
     text = context.settings.prompt if bound.spec.text is None else bound.spec.text
-    return tokenize(context.base.tokenizer, text).ids[:1]
+    return tokenize(context.base.tokenizers[0], text).ids[:1]
 
 
 def _network(context: Context, bound: Bound) -> Predictor:
@@ -113,7 +113,7 @@ def _network(context: Context, bound: Bound) -> Predictor:
     return context.device.get(
         ("predictor", bound.version.digest),
         stored.values * 4,
-        lambda: Predictor.of(stored).to(context.base.executor.device),
+        lambda: Predictor.of(stored).to(context.executor.device),
     )
 
 

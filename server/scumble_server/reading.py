@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -11,11 +11,13 @@ from transformers import CLIPTokenizer
 from scumble.errors import InvalidRequest
 from scumble.request import Adapter, Options, Request
 from scumble_server.chunks import MAX_CHUNKS
+from scumble_server.encoding import Script
 from scumble_server.grammar.attention import parse_attention
 from scumble_server.grammar.composition import Part, parse_composition
 from scumble_server.grammar.schedule import texts_by_step
 from scumble_server.grammar.tags import find_tag, parse_tags
 from scumble_server.prompts import Name, Tokens, tokenize, tokenize_weighted
+from scumble_server.settings import Settings
 
 Field: TypeAlias = Literal["prompt", "negative_prompt"]
 MAX_PARTS = 8
@@ -25,12 +27,19 @@ MAX_TEXTS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """Words as the encoder reads them, and how many of its last layers are left out. `field` is where they stand."""
+class Words:
+    """What each of the base's text encoders reads, or None where zeros stand for it; how many of their last layers are
+    left out; and the field where it is written.
+    """
 
-    words: str
+    of_encoder: tuple[str, ...] | None
     field: Field
     clip_skip: int = 0
+
+    @property
+    def key(self) -> Hashable:
+        """Words with the same are read alike."""
+        return self.of_encoder, self.clip_skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +49,7 @@ class Reading:
     """
 
     options: Options
-    texts: tuple[Text, ...]
+    texts: tuple[Words, ...]
     rows_of_step: tuple[tuple[int, ...], ...]
     weights: tuple[float, ...]
 
@@ -54,39 +63,56 @@ class Reading:
         """The fields that are read."""
         return ("prompt", "negative_prompt") if self.rows > 1 else ("prompt",)
 
-    def tokens(self, text: Text, tokenizer: CLIPTokenizer, names: Sequence[Name]) -> Tokens:
-        """Raises InvalidRequest if it is too long."""
-        if self.options.grammar == "plain":
-            tokens = tokenize(tokenizer, text.words, names)
-        else:
-            tokens = tokenize_weighted(tokenizer, parse_attention(text.words), names)
-        if len(tokens.ids) > MAX_CHUNKS:
-            room = tokenizer.model_max_length - 2
+    def scripts(self, tokenizers: Sequence[CLIPTokenizer], names: Sequence[Name]) -> list[Script]:
+        """Of each text. Raises InvalidRequest for one that is too long."""
+        return [self._script(text, tokenizers, names) for text in self.texts]
+
+    def _script(self, text: Words, tokenizers: Sequence[CLIPTokenizer], names: Sequence[Name]) -> Script:
+        if text.of_encoder is None:
+            return Script(None, text.clip_skip)
+        read = zip(tokenizers, text.of_encoder, strict=True)
+        script = Script(tuple(self._tokens(*each, names) for each in read), text.clip_skip)
+        if script.chunks > MAX_CHUNKS:
+            room = tokenizers[0].model_max_length - 2
             raise InvalidRequest(
-                f"{text.field} has {len(tokens.ids)} chunks of {room} tokens, {MAX_CHUNKS} are read; shorten it",
+                f"{text.field} has {script.chunks} chunks of {room} tokens, {MAX_CHUNKS} are read; shorten it",
                 field=text.field,
             )
-        return tokens
+        return script
+
+    def _tokens(self, tokenizer: CLIPTokenizer, words: str, names: Sequence[Name]) -> Tokens:
+        if self.options.grammar == "plain":
+            return tokenize(tokenizer, words, names)
+        return tokenize_weighted(tokenizer, parse_attention(words), names)
 
 
-def read(request: Request, steps: int, *, guided: bool) -> Reading:
-    """Raises InvalidRequest for options that do not go together, and for prompts that say too much.
+def read(settings: Settings, options: Options, encoders: int) -> Reading:
+    """For a base with so many text encoders. Raises InvalidRequest for options that do not go together, and for prompts
+    that say too much.
 
     Several parts, or one with a weight, stand against the negative prompt even where there is no guidance.
     """
-    _check(request.options)
-    options, negative = request.options, request.negative_prompt or ""
-    parts = parse_composition(request.prompt) if options.grammar == "webui" else [Part(request.prompt, 1.0)]
+    _check(options)
+    parts = parse_composition(settings.prompt) if options.grammar == "webui" else [Part(settings.prompt, 1.0)]
     if len(parts) > MAX_PARTS:
         raise InvalidRequest(f"AND joins {len(parts)} prompts, {MAX_PARTS} at most are drawn", field="prompt")
     weights = tuple(part.weight for part in parts)
     skip = options.clip_skip or 0
-    columns = [[Text(words, "prompt", skip) for words in _by_step(part.text, options, steps)] for part in parts]
-    if guided or weights != (1.0,):
+
+    def column(text: str | None, second: str | None, field: Field, clip_skip: int) -> list[Words]:
+        if text is None:
+            return [Words(None, field)] * settings.run_steps
+        of_first = (
+            texts_by_step(text, settings.run_steps) if options.grammar == "webui" else [text] * settings.run_steps
+        )
+        return [Words((words, *[second or words] * (encoders - 1)), field, clip_skip) for words in of_first]
+
+    columns = [column(part.text, settings.prompt_2, "prompt", skip) for part in parts]
+    if settings.guided or weights != (1.0,):
         # diffusers leaves the negative prompt's layers alone; the webui does not.
         of_negative = 0 if options.grammar == "plain" else skip
-        words = _by_step(negative, options, steps)
-        columns.insert(0, [Text(each, "negative_prompt", of_negative) for each in words])
+        negative = column(settings.negative_prompt, settings.negative_prompt_2, "negative_prompt", of_negative)
+        columns.insert(0, negative)
     return _numbered(options, list(zip(*columns, strict=True)), weights)
 
 
@@ -125,19 +151,22 @@ def _check(options: Options) -> None:
                     "or set grammar to webui",
                     field=f"options.{name}",
                 )
+        return
+    for name in ("prompt_2", "negative_prompt_2"):
+        if getattr(options, name) is not None:
+            raise InvalidRequest(
+                f"options.{name} goes with plain prompts alone; leave it out, or set grammar to plain",
+                field=f"options.{name}",
+            )
 
 
-def _by_step(prompt: str, options: Options, steps: int) -> list[str]:
-    return texts_by_step(prompt, steps) if options.grammar == "webui" else [prompt] * steps
-
-
-def _numbered(options: Options, steps: Sequence[Sequence[Text]], weights: tuple[float, ...]) -> Reading:
-    """Texts with the same words and the same layers are one."""
-    numbers: dict[tuple[str, int], int] = {}
-    texts: list[Text] = []
+def _numbered(options: Options, steps: Sequence[Sequence[Words]], weights: tuple[float, ...]) -> Reading:
+    """Words that are read alike are one text."""
+    numbers: dict[Hashable, int] = {}
+    texts: list[Words] = []
     for text in (text for step in steps for text in step):
-        if (text.words, text.clip_skip) not in numbers:
-            numbers[text.words, text.clip_skip] = len(texts)
+        if text.key not in numbers:
+            numbers[text.key] = len(texts)
             texts.append(text)
     if len(texts) > MAX_TEXTS:
         raise InvalidRequest(
@@ -145,5 +174,5 @@ def _numbered(options: Options, steps: Sequence[Sequence[Text]], weights: tuple[
             "let fewer words alternate",
             field="prompt",
         )
-    rows = tuple(tuple(numbers[text.words, text.clip_skip] for text in step) for step in steps)
+    rows = tuple(tuple(numbers[text.key] for text in step) for step in steps)
     return Reading(options, tuple(texts), rows, weights)

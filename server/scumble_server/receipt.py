@@ -11,18 +11,15 @@ from numpy.typing import NDArray
 
 from scumble_registry import Version
 from scumble_server.admission import Admitted
-from scumble_server.base import Base
 from scumble_server.conditioning import Conditioned
 from scumble_server.methods import METHODS
 
 SCHEMA = 1
 
 
-def receipt(
-    base: Base, admitted: Admitted, conditioned: Conditioned, timings_ms: Mapping[str, float]
-) -> dict[str, Any]:
+def receipt(admitted: Admitted, conditioned: Conditioned, timings_ms: Mapping[str, float]) -> dict[str, Any]:
     """Plain JSON. Digests come from the versions that were bound, not from the references that were asked for."""
-    settings = admitted.settings
+    settings, base = admitted.settings, admitted.base
     return {
         "schema": SCHEMA,
         "request": {
@@ -37,7 +34,9 @@ def receipt(
             "num_images": settings.num_images,
             "guidance_scale": settings.guidance_scale,
             "adapters": [spec.model_dump(mode="json", exclude_defaults=True) for spec in admitted.request.adapters],
-            "options": admitted.request.options.model_dump(exclude_defaults=True),
+            "options": admitted.request.options.model_copy(update=dict(settings.scheduler_options)).model_dump(
+                exclude_defaults=True
+            ),
             "images": {
                 name: {"digest": picture.digest, "width": picture.size[0], "height": picture.size[1]}
                 for name, picture in admitted.inputs.pictures.items()
@@ -58,7 +57,7 @@ def receipt(
         ],
         "dropped": [{"ref": spec.ref, "reason": reason} for spec, reason in (*admitted.dropped, *conditioned.dropped)],
         "seeds": settings.seeds,
-        "engine": base.executor.describe(),
+        "engine": conditioned.conditioning.phases[-1].executor.describe(),
         "timings_ms": {name: round(value, 3) for name, value in timings_ms.items()},
     }
 

@@ -25,9 +25,13 @@ _POLL = 0.05
 
 @dataclass(slots=True)
 class _Entry:
-    """`ready` once it is made; until then its bytes are reserved, and others who ask for it wait."""
+    """`ready` once it is made; until then its bytes are reserved, and others who ask for it wait.
+
+    `of` is the key of the entry that it shares memory with, which does not go before it.
+    """
 
     nbytes: int
+    of: Hashable = None
     holders: set[Lease] = field(default_factory=set)
     value: Any = None
     ready: bool = False
@@ -69,9 +73,9 @@ class Residency:
                 **counts,
             }
 
-    def _get(self, lease: Lease, key: Hashable, nbytes: int, make: Callable[[], Value]) -> Value:
+    def _get(self, lease: Lease, key: Hashable, nbytes: int, make: Callable[[], Value], of: Hashable) -> Value:
         with self._changed:
-            entry = self._find_or_reserve(lease, key, nbytes)
+            entry = self._find_or_reserve(lease, key, nbytes, of)
             if entry.ready:
                 value: Value = entry.value
                 return value
@@ -88,7 +92,7 @@ class Residency:
             self._changed.notify_all()
         return made
 
-    def _find_or_reserve(self, lease: Lease, key: Hashable, nbytes: int) -> _Entry:
+    def _find_or_reserve(self, lease: Lease, key: Hashable, nbytes: int, of: Hashable) -> _Entry:
         """The entry, held by `lease`: made, or reserved for the caller to make."""
         waited = False
         try:
@@ -103,7 +107,7 @@ class Residency:
                     return entry
                 if entry is None and self._has_room(lease, nbytes):
                     self._counts["misses"] += 1
-                    entry = self._entries[key] = _Entry(nbytes, {lease})
+                    entry = self._entries[key] = _Entry(nbytes, of, {lease})
                     self._used += nbytes
                     return entry
                 self._counts["waits"] += not waited
@@ -129,9 +133,17 @@ class Residency:
         for key in free:
             if self._used + nbytes <= self._budget:
                 break
-            self._used -= self._entries.pop(key).nbytes
-            self._counts["evictions"] += 1
+            self._evict(key)
         return True
+
+    def _evict(self, key: Hashable) -> None:
+        """With all that shares memory with it: whoever holds such a thing holds this too, so nobody does."""
+        if key not in self._entries:
+            return
+        for other in [other for other, entry in self._entries.items() if entry.of == key]:
+            self._evict(other)
+        self._used -= self._entries.pop(key).nbytes
+        self._counts["evictions"] += 1
 
     def _wait(self, lease: Lease, *, for_room: bool) -> None:
         """Who waits for room waits on all that others hold; who waits for a value, on the one who makes it (and may
@@ -160,13 +172,15 @@ class Lease:
         self._residency = residency
         self.check = check
 
-    def get(self, key: Hashable, nbytes: int, make: Callable[[], Value]) -> Value:
+    def get(self, key: Hashable, nbytes: int, make: Callable[[], Value], of: Hashable = None) -> Value:
         """The value of `key`, held until the release; made by `make` if it is not there, once however many ask.
+
+        `of` is the key of another value, held by this lease, that it shares memory with: the two are evicted together.
 
         `nbytes` is reserved before `make` runs. What `make` raises is raised, nothing is kept, and others who waited
         for it make it themselves. Raises Refused (it can never fit), QueueFull, Unavailable, or what `check` raises.
         """
-        return self._residency._get(self, key, nbytes, make)  # noqa: SLF001 - two classes, one lock
+        return self._residency._get(self, key, nbytes, make, of)  # noqa: SLF001 - two classes, one lock
 
     def release(self) -> None:
         """Let everything go; again does nothing."""

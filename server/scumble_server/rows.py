@@ -11,7 +11,8 @@ from torch import Tensor
 
 from scumble.events import Event, Failed, Step
 from scumble_server.carried import Phase
-from scumble_server.schedulers import Table
+from scumble_server.noise import Noise
+from scumble_server.schedulers import HISTORY, Table
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,10 +70,25 @@ class Progress:
             self.joined_at = time.monotonic()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What an image keeps of a picture: picture and noise `(4, H/8, W/8)`, mask `(1, H/8, W/8)`, 0 where it is kept."""
+
+    picture: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def put_back(self, sample: Tensor, noised: Tensor) -> Tensor:
+        """`noised` (2,) says how noisy the kept part must be."""
+        of_picture, of_noise = noised.tolist()
+        kept: Tensor = of_picture * self.picture + of_noise * self.noise
+        return (1 - self.mask) * kept + self.mask * sample
+
+
 @dataclass(slots=True, eq=False)
 class Row:
-    """One image. `sample` and `history` are `(4, H/8, W/8)` float32 on the executor's device; `estimate`, like them,
-    is what the last step took the finished image to be.
+    """One image. `sample` `(4, H/8, W/8)` is float32 on the executor's device. So are `estimate`, what the last step
+    took the finished image to be, and `history` `(HISTORY, 4, H/8, W/8)`, what its scheduler remembers.
     """
 
     progress: Progress
@@ -80,9 +96,19 @@ class Row:
     table: Table
     guidance: float
     sample: Tensor
-    history: Tensor
-    estimate: Tensor
+    noise: Noise
+    history: Tensor = field(init=False)
+    estimate: Tensor = field(init=False)
+    kept: Kept | None = None
+    shown: Tensor | None = None
+    """Of a base that fills masked parts: mask and masked picture, `(5, H/8, W/8)`, which the UNet looks at too."""
+    rescale: float = 0.0
+    """How much of the guided prediction's contrast is set back to the prompt's own (Lin et al., 2305.08891, 3.4)."""
     step: int = 0
+
+    def __post_init__(self) -> None:
+        self.history = self.sample.new_zeros((HISTORY, *self.sample.shape))
+        self.estimate = torch.zeros_like(self.sample)
 
     @property
     def done(self) -> bool:
@@ -96,9 +122,3 @@ class Row:
     def group(self) -> Hashable:
         """Rows of one group can share a step: the same weights, and latents of the same height and width."""
         return id(self.phase.executor), tuple(self.sample.shape[-2:])
-
-
-def initial_noise(seed: int, height: int, width: int) -> Tensor:
-    """`(4, height, width)`: what diffusers draws for one image with a CPU generator of this seed."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn((1, 4, height, width), generator=generator)[0]

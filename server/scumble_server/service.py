@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -27,14 +27,16 @@ from scumble.request import Request
 from scumble_registry import Registry
 from scumble_server.admission import Admitted, admit
 from scumble_server.base import Base, load_base
+from scumble_server.beginning import begin
 from scumble_server.conditioning import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
 from scumble_server.counters import Counters
 from scumble_server.loop import Loop
+from scumble_server.noise import Noise
 from scumble_server.prefetch import Prefetcher
 from scumble_server.receipt import receipt
 from scumble_server.residency import Lease, Residency
-from scumble_server.rows import Progress, Row, initial_noise
+from scumble_server.rows import Progress, Row
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class _Job:
     on_event: Callable[[Event], None]
     is_cancelled: Callable[[], bool]
     device: Lease
-    variants: Lease
+    weights: Lease
     submitted_at: float = field(default_factory=monotonic)
     conditioned: Conditioned | None = None
     progress: Progress | None = None
@@ -82,20 +84,21 @@ class _Pace:
 
 
 class Service:
-    """Owns the base, the registry's handle and the three threads. `submit`, `stats`, `is_alive` and `close` may be
+    """Owns the bases, the registry's handle and the three threads. `submit`, `stats`, `is_alive` and `close` may be
     called from any thread.
     """
 
-    def __init__(self, config: ServerConfig, registry: Registry, base: Base) -> None:
-        self.base = base
+    def __init__(self, config: ServerConfig, registry: Registry, bases: Sequence[Base], weights: Residency) -> None:
+        """The first of `bases` is for requests that name none; `weights` holds what is loaded of them."""
+        self.bases = tuple(bases)
         self._config = config
         self._registry = registry
         self._counters = Counters()
         self._loop = Loop(config.max_batch_images, self._counters)
         self._host = Residency(config.host_cache_bytes, "host")
         self._device = Residency(config.device_cache_bytes, "device")
-        self._variants = Residency(config.variant_cache_bytes, "variant")
-        self._conditioner = Conditioner(base, registry, self._host)
+        self._weights = weights
+        self._conditioner = Conditioner(registry, self._host)
         self._prefetcher = Prefetcher()
         # The most urgent first, then first come; the last of all ends the thread.
         self._incoming: queue.PriorityQueue[tuple[float, int, _Job | None]] = queue.PriorityQueue()
@@ -116,16 +119,17 @@ class Service:
 
     @classmethod
     def open(cls, config: ServerConfig) -> Service:
-        """Load the base and start. Raises ScumbleError if the registry or the base is not there."""
+        """Load the bases and start. Raises ScumbleError if the registry or one of them is not there."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         registry = Registry.open(config.home, create=False)
+        weights = Residency(config.weights_cache_bytes, "weight")
         try:
-            base = load_base(registry, config)
+            bases = [load_base(registry, ref, config, weights) for ref in (config.base, *config.more_bases)]
         except BaseException:
             registry.close()
             raise
-        service = cls(config, registry, base)
+        service = cls(config, registry, bases, weights)
         for thread in service._threads:
             thread.start()
         return service
@@ -142,10 +146,10 @@ class Service:
         Afterwards `on_event` gets Queued, Step…, Preview…, and at last exactly one of Done and Failed.
         `is_cancelled` is asked before conditioning and once a step.
         """
-        admitted = admit(request, self.base, self._registry, self._config.max_pixels)
-        device, variants = self._device.open(), self._variants.open()
-        job = _Job(admitted, self._until_the_end(on_event, device, variants), is_cancelled, device, variants)
-        device.check = variants.check = job.check  # asked while they wait for room
+        admitted = admit(request, self.bases, self._registry, self._config.max_pixels)
+        device, weights = self._device.open(), self._weights.open()
+        job = _Job(admitted, self._until_the_end(on_event, device, weights), is_cancelled, device, weights)
+        device.check = weights.check = job.check  # asked while they wait for room
         with self._lock:
             if self._closing:
                 raise Unavailable("the server is stopping")
@@ -170,10 +174,11 @@ class Service:
         return {
             **self._counters.snapshot(),
             "open_requests": open_requests,
-            "base": self.base.version.ref,
+            "base": self.bases[0].version.ref,
+            "bases": [base.version.ref for base in self.bases],
             "host_cache": self._host.stats(),
             "device_cache": self._device.stats(),
-            "variant_cache": self._variants.stats(),
+            "weights_cache": self._weights.stats(),
         }
 
     def is_alive(self) -> bool:
@@ -187,7 +192,7 @@ class Service:
                 return
             self._closing = True
         self._loop.close()
-        for cache in (self._device, self._variants, self._host):
+        for cache in (self._device, self._weights, self._host):
             cache.close()
         self._incoming.put((math.inf, next(self._arrivals), None))
         for thread in self._threads[:2]:
@@ -227,7 +232,7 @@ class Service:
                 continue
             try:
                 job.check()
-                job.conditioned = self._conditioner.condition(job.admitted, job.device, job.variants)
+                job.conditioned = self._conditioner.condition(job.admitted, job.device, job.weights)
                 job.progress = self._rows(job, job.conditioned)
             except Exception as error:
                 job.on_event(Failed(_typed(error)))
@@ -235,11 +240,10 @@ class Service:
             self._loop.add(job.progress)
 
     def _rows(self, job: _Job, conditioned: Conditioned) -> Progress:
-        settings, table = job.admitted.settings, job.admitted.table
-        height, width = (
-            settings.height // self.base.compatibility.vae_scale,
-            settings.width // self.base.compatibility.vae_scale,
-        )
+        base, settings, table = job.admitted.base, job.admitted.settings, job.admitted.table
+        scale = base.compatibility.vae_scale
+        height, width = settings.height // scale, settings.width // scale
+        device = conditioned.conditioning.phases[0].executor.device
         options = job.admitted.request.options
         progress = Progress(
             job.on_event,
@@ -247,22 +251,16 @@ class Service:
             lambda _: self._denoised.put(job),
             priority=options.priority,
             deadline=job.deadline,
-            preview=self.base.colours.preview,
+            preview=base.colours.preview,
             preview_every=options.preview_every or 0,
         )
         for seed in settings.seeds:
-            noise = initial_noise(seed, height, width).to(self.base.executor.device) * table.init_sigma
-            progress.rows.append(
-                Row(
-                    progress,
-                    conditioned.conditioning,
-                    table,
-                    settings.guidance,
-                    noise,
-                    torch.zeros_like(noise),
-                    torch.zeros_like(noise),
-                )
-            )
+            noise = Noise(seed, height, width)
+            sample = torch.zeros(4, height, width, device=device)
+            row = Row(progress, conditioned.conditioning, table, settings.guidance, sample, noise)
+            row.rescale = options.guidance_rescale
+            begin(row, conditioned.beginning)
+            progress.rows.append(row)
         return progress
 
     def _decode_all(self) -> None:
@@ -280,7 +278,8 @@ class Service:
         assert progress is not None and conditioned is not None and progress.joined_at is not None
         start = monotonic()
         executor = conditioned.conditioning.phases[-1].executor
-        pixels = executor.decode(torch.stack([row.sample for row in progress.rows])).numpy()
+        latents = torch.stack([row.sample for row in progress.rows])
+        pixels = executor.decode(latents, tiled=job.admitted.request.options.vae_tiling).numpy()
         end = monotonic()
         waited = progress.joined_at - job.submitted_at - (conditioned.load_ms + conditioned.encode_ms) / 1e3
         timings = {
@@ -292,7 +291,7 @@ class Service:
             "total": (end - job.submitted_at) * 1e3,
         }
         maps = np.stack(conditioned.maps) if conditioned.maps else None
-        return Done(pixels, receipt(self.base, job.admitted, conditioned, timings), maps)
+        return Done(pixels, receipt(job.admitted, conditioned, timings), maps)
 
 
 def _typed(error: Exception) -> ScumbleError:

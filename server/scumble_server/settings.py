@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from scumble.request import SchedulerName
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,14 +14,29 @@ class Settings:
     """A request whose every field has a value."""
 
     prompt: str
-    negative_prompt: str
-    scheduler: str
+    negative_prompt: str | None
+    """None where all zeros stand for it (SDXL's own rule)."""
+    scheduler: SchedulerName
     seed: int
     steps: int
     width: int
     height: int
     num_images: int
     guidance_scale: float
+    scheduler_options: Mapping[str, Any]
+    """Of timestep_spacing, rescale_betas and eta those that differ from what the base's config says."""
+    prompt_2: str | None = None
+    """For the second text encoder, where there is one; None or empty: the first's."""
+    negative_prompt_2: str | None = None
+    strength: float = 1.0
+    first_step: int = 0
+    """Where the schedule begins: behind 0 where a picture is changed by less than all."""
+    sizes: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    """Height and width of the original, top and left of the crop, height and width aimed at, in pixels (SDXL)."""
+
+    @property
+    def run_steps(self) -> int:
+        return self.steps - self.first_step
 
     @property
     def guided(self) -> bool:

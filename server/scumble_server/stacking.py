@@ -22,8 +22,9 @@ from scumble_server.rows import Row
 
 @dataclass(frozen=True, slots=True)
 class NetCall:
-    """A ControlNet and the m model rows that ask for it: rows (m,), kv (m, T, K), hint (m, C, h, w), scale (m, n);
-    kv_mask (m, T) bool, True where a key is, or None where all are.
+    """A ControlNet and the m model rows that ask for it: rows (m,), kv (m, T, K), hint (m, C, h, w), scale (m, n),
+    added (m, E) or None, kv_mask
+    (m, T) bool, True where a key is, or None where all are.
     """
 
     net: Net
@@ -31,6 +32,7 @@ class NetCall:
     kv: Tensor
     hint: Tensor
     scale: Tensor
+    added: Tensor | None = None
     kv_mask: Tensor | None = None
 
 
@@ -51,7 +53,21 @@ def stack(phases: Sequence[Phase], device: str) -> StepInputs:
         _stack_images(_placed([phase.images for phase in phases], counts), device),
         features=_stack_features([phase.features for phase in phases], counts, device),
         contexts=_stack_contexts([phase.contexts for phase in phases], counts, device),
+        pooled=_stack_pooled([phase.pooled for phase in phases], device),
+        sizes=_stack_sizes([phase.sizes for phase in phases], counts, device),
     )
+
+
+def _stack_pooled(pooled: Sequence[Tensor | None], device: str) -> Tensor | None:
+    """(rows, E), or None: all rows of a batch are of one base."""
+    present = [each for each in pooled if each is not None]
+    return torch.cat(present).to(device) if present else None
+
+
+def _stack_sizes(sizes: Sequence[tuple[int, ...] | None], counts: Sequence[int], device: str) -> Tensor | None:
+    """(rows, 6), or None."""
+    rows = [each for each, count in zip(sizes, counts, strict=True) if each is not None for _ in range(count)]
+    return torch.tensor(rows, dtype=torch.float32, device=device) if rows else None
 
 
 def _stack_text(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -211,13 +227,15 @@ def stack_nets(phases: Sequence[Phase], device: str) -> list[NetCall]:
 
 
 def _net_call(asking: Sequence[tuple[int, RowNet]], device: str) -> NetCall:
-    rows, kv, hint, scale = [], [], [], []
+    rows, kv, hint, scale, added = [], [], [], [], []
     for start, carried in asking:
         runs = carried.scale.any(1).nonzero()[:, 0]
         rows.append(start + runs)
         kv.append(carried.kv[runs])
         hint.append(carried.hint.expand(len(runs), -1, -1, -1))
         scale.append(carried.scale[runs])
+        if carried.added is not None:
+            added.append(carried.added[runs])
     texts, mask = _stack_text(kv)
     return NetCall(
         asking[0][1].net,
@@ -225,6 +243,7 @@ def _net_call(asking: Sequence[tuple[int, RowNet]], device: str) -> NetCall:
         texts.to(device),
         torch.cat(hint).to(device),
         torch.cat(scale).to(device),
+        torch.cat(added).to(device) if added else None,
         mask.to(device) if mask is not None else None,
     )
 
@@ -235,7 +254,9 @@ def with_residuals(inputs: StepInputs, calls: Sequence[NetCall], sample: Tensor,
         return inputs
     total: list[Tensor] | None = None
     for call in calls:
-        residuals = call.net.residuals(sample[call.rows], timestep[call.rows], call.kv, call.hint, call.kv_mask)
+        residuals = call.net.residuals(
+            sample[call.rows], timestep[call.rows], call.kv, call.hint, call.added, call.kv_mask
+        )
         if total is None:
             total = [each.new_zeros(len(sample), *each.shape[1:]) for each in residuals]
         for i, residual in enumerate(residuals):

@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 from scumble_build.layout import RANK_BUCKETS
 from scumble_registry.formats.dreambooth import read_changed
 from scumble_registry.formats.safetensors_header import Array
+from scumble_server.base import load_tokenizers
 from scumble_server.bound import Bound
 from scumble_server.context import Context
 from scumble_server.dora import change
@@ -27,13 +28,13 @@ from scumble_server.methods import dreambooth, lora
 @dataclass(frozen=True, slots=True)
 class _Checkpoint:
     executor: Executor
-    tokenizer: CLIPTokenizer
+    tokenizers: tuple[CLIPTokenizer, ...]
 
 
 def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
     """`context` with the weights of the request's checkpoint, if it has one.
 
-    Raises NotFound, IntegrityError, Refused (the budget for variants is too small for it).
+    Raises NotFound, IntegrityError, Refused (the budget for weights is too small for it).
     """
     bound = next((each for each in adapters if each.kind == dreambooth.KIND), None)
     if bound is None:
@@ -45,32 +46,33 @@ def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
             component: {name: _tensor(values) for name, values in tensors.items()}
             for component, tensors in read_changed(stored, base).items()
         }
-        tokenizer = CLIPTokenizer.from_pretrained(stored / "tokenizer", local_files_only=True)
-        return _Checkpoint(context.base.executor.variant(changed, stored), tokenizer)
+        tokenizers = load_tokenizers(stored, context.base.family)
+        return _Checkpoint(context.of_base.variant(changed, stored), tokenizers)
 
-    key = ("checkpoint", bound.version.digest)
+    key = ("checkpoint", context.base.version.digest, bound.version.digest)
     nbytes = sum(dreambooth.compatibility_of(bound).changed.values()) * context.executor.dtype.itemsize
-    loaded = context.variants.get(key, nbytes, load)
+    loaded = context.held_weights.get(key, nbytes, load, of=context.weights_key)
     return replace(
         context,
+        weights_key=key,
         executor=loaded.executor,
         weights=bound.version.digest,
         drawn_with=bound.version,
-        tokenizer=loaded.tokenizer,
+        tokenizers=loaded.tokenizers,
     )
 
 
 def too_wide(context: Context, loras: Sequence[Bound]) -> bool:
     """Do these LoRAs together have more rank columns than the largest bucket, in any graph?"""
     executor = context.executor
-    layouts = executor.text_layout, executor.kv_layout, executor.step_layout
+    layouts = *executor.text_layouts, executor.kv_layout, executor.step_layout
     return any(lora.columns(layout, loras) > RANK_BUCKETS[-1] for layout in layouts)
 
 
 def merged(context: Context, loras: Sequence[Bound], strengths: Sequence[float], component: str) -> Context:
-    """`context` with LoRAs merged into copies of the weights of one component (`unet`, `text_encoder`).
+    """`context` with LoRAs merged into copies of the weights of one component (`unet`, a text encoder).
 
-    Raises Refused with the numbers if the budget for variants does not hold the copies.
+    Raises Refused with the numbers if the budget for weights does not hold the copies.
     """
     acting = [(bound, strength) for bound, strength in zip(loras, strengths, strict=True) if strength]
     prefix = f"{component}."
@@ -94,7 +96,8 @@ def merged(context: Context, loras: Sequence[Bound], strengths: Sequence[float],
         return context.executor.variant({component: _by_file_name(sums.items(), prefix)})
 
     nbytes = sum(context.executor.weight(target).nbytes for target in targets)
-    return replace(context, executor=context.variants.get(weights, nbytes, merge), weights=weights)
+    executor = context.held_weights.get(weights, nbytes, merge, of=context.weights_key)
+    return replace(context, executor=executor, weights=weights, weights_key=weights)
 
 
 def _by_file_name(weights: Iterable[tuple[str, Tensor]], prefix: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -20,7 +20,7 @@ from scumble.events import Done
 from scumble.images import Images, check_png_path, encoded, write_whole
 from scumble.progress import ProgressBar
 from scumble.receipt import find_inputs, input_digests, read_receipt, request_from_receipt
-from scumble.request import Adapter, Request, parse_adapter
+from scumble.request import Adapter, Request, SchedulerName, parse_adapter
 
 LOCAL_SERVER_GROUP = "scumble.local_server"
 """Entry point: a function (base or None) → context manager that starts a server and gives its gRPC address."""
@@ -42,7 +42,12 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less: none.")] = None,
     size: Annotated[str | None, typer.Option(help="WxH in pixels, e.g. 128x128.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, euler or dpmpp_2m.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help=f"One of {', '.join(get_args(SchedulerName))}.")] = None,
+    timestep_spacing: Annotated[str | None, typer.Option(help="leading, trailing or linspace.")] = None,
+    rescale_betas: Annotated[
+        bool | None, typer.Option("--rescale-betas/--no-rescale-betas", help="Begin without any signal.")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="Noise that ddim and tcd add in each step, 0 to 1.")] = None,
     num_images: Annotated[int | None, typer.Option("-n", help="Pictures; seeds count up.")] = None,
     receipt: Annotated[Path | None, typer.Option(help="Also write the receipt, as JSON.")] = None,
     from_receipt: Annotated[Path | None, typer.Option(help="Draw again what this PNG or receipt says.")] = None,
@@ -51,6 +56,7 @@ def generate(
 ) -> None:
     """Make pictures; without --url or SCUMBLE_URL a server is started for them and stopped again."""
     images, looking = parse_looking([*(control or ()), *(ip or ())])
+    options = {"timestep_spacing": timestep_spacing, "rescale_betas": rescale_betas, "eta": eta}
     given = {
         "prompt": prompt,
         "base": base,
@@ -62,6 +68,7 @@ def generate(
         "guidance_scale": guidance,
         "scheduler": scheduler,
         "num_images": num_images,
+        "options": {name: value for name, value in options.items() if value is not None} or None,
         **(_parse_size(size) if size else {}),
     }
     given = {name: value for name, value in given.items() if value is not None}

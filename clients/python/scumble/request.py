@@ -12,7 +12,21 @@ from typing_extensions import TypeAliasType
 
 from scumble.errors import InvalidRequest
 
-SchedulerName = Literal["ddim", "euler", "dpmpp_2m"]
+SchedulerName = Literal[
+    "ddim",
+    "euler",
+    "euler_a",
+    "dpmpp_2m",
+    "dpmpp_2m_karras",
+    "dpmpp_2m_sde",
+    "dpmpp_2m_sde_karras",
+    "dpmpp_sde",
+    "dpmpp_sde_karras",
+    "unipc",
+    "lcm",
+    "tcd",
+]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
 MAX_SIZE = 2048
 MAX_STEPS = 1000
 MAX_IMAGES = 16
@@ -21,6 +35,8 @@ MAX_INPUTS = 64
 """Pictures, and tensors, that one request brings."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Pixel = Annotated[int, Field(ge=0, le=16384)]
+Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
 
 
 class _Strict(BaseModel):
@@ -98,6 +114,34 @@ class Options(_Strict):
     """Whether `<lora:ns/name:0.8>` in a prompt of the webui's grammar adds that adapter."""
     return_maps: bool = False
     """Also return the control maps that `preprocess` made."""
+    image: Name | None = None
+    """Begin with this one of the request's pictures (img2img), resized to the request's size."""
+    mask: Name | None = None
+    """Draw only what is white in this one of the request's pictures, and keep the rest of `image` (inpainting)."""
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How much of `image` changes: the share of the steps that is run. None means 0.8, or 1 with a mask."""
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Against washed-out pictures at high guidance (Lin et al., 2305.08891, 3.4)."""
+    vae_tiling: bool = False
+    """Decode piece by piece: less memory for large pictures, faint seams at worst."""
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    """For SDXL's second text encoder; None means the same as for the first."""
+    original_size: Size | None = None
+    crop: tuple[Pixel, Pixel] | None = None
+    target_size: Size | None = None
+    """What SDXL is told of the picture, in pixels: width and height of the original, left and top of where it was cut,
+    width and height aimed at. None means the picture's own size, uncut.
+    """
+    timestep_spacing: TimestepSpacing | None = None
+    """How the scheduler spreads its timesteps (Lin et al., 2305.08891, table 2); None means as the base says."""
+    rescale_betas: bool | None = None
+    """Let the last timestep hold no signal at all (same paper, algorithm 1); None means as the base says."""
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How much noise ddim and tcd add again in each step (tcd's gamma); None means 0."""
+
+
+SDXL_OPTIONS = ("prompt_2", "negative_prompt_2", "original_size", "crop", "target_size")
 
 
 class Request(_Strict):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.compatibility import BaseCompatibility, Family, Shape
+from scumble_registry.compatibility import BaseCompatibility, Family, PredictionType, Shape
 from scumble_registry.formats.safetensors_header import Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Defaults, Manifest
@@ -136,12 +136,12 @@ class _Folder:
             raise Refused("the folder lacks text_encoder/config.json; publish the whole folder")
         return names
 
-    def _prediction_type(self) -> Literal["epsilon", "v_prediction"]:
+    def _prediction_type(self) -> PredictionType:
         name = "scheduler/scheduler_config.json"
         found = _object(self.source.json(name), name).get("prediction_type", "epsilon")
-        if found not in {"epsilon", "v_prediction"}:
-            raise Refused(f"{name} says prediction_type {found!r}; epsilon and v_prediction can be served")
-        return cast(Literal["epsilon", "v_prediction"], found)
+        if found not in get_args(PredictionType):
+            raise Refused(f"{name} says prediction_type {found!r}; {', '.join(get_args(PredictionType))} can be served")
+        return cast(PredictionType, found)
 
     def _weighted(self, component: str) -> Iterator[tuple[str, Shape]]:
         """Canonical name and weight shape of every matrix and convolution of a component."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -13,10 +14,18 @@ from scumble_build.adapted import Factors
 from scumble_build.denoiser import KVSlice
 from scumble_build.inputs import StepInputs
 from scumble_build.layout import Layout
-from scumble_build.text import Overrides
+from scumble_build.text import Encoded, Overrides
 
 Changed: TypeAlias = Mapping[str, Mapping[str, Tensor]]
-"""By component (`unet`, `text_encoder`, `vae`) and by the name in its file, with or without `text_model.`."""
+"""By component (`unet`, `vae`, the text encoders) and by the name in its file, with or without `text_model.`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spread:
+    """Where the latents of a picture may lie: mean and deviation `(4, H/8, W/8)` float32, in the UNet's scale."""
+
+    mean: Tensor
+    deviation: Tensor
 
 
 class Net(Protocol):
@@ -28,17 +37,26 @@ class Net(Protocol):
     def embed(self, control: Tensor) -> Tensor:
         """Control pictures `(n, 3, H, W)` in 0…1 → what the net adds to its first layer, `(n, C, H/8, W/8)`."""
 
+    def condition(self, pooled: Tensor, sizes: Tensor) -> Tensor | None:
+        """Pooled text `(rows, E)` and sizes `(rows, 6)` → what they add to the embedded time; None if it reads none."""
+
     def residuals(
-        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, kv_mask: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """sample `(rows, 4, H/8, W/8)` → one for each skip connection, the middle block's last, `(rows, C, h, w)`.
 
-        kv_mask `(rows, T)` is True where a key is.
+        kv_mask `(rows, T)` is True where a key is; None: there are no others.
         """
 
 
 class Executor(Protocol):
-    """The four graphs of one base.
+    """The graphs of one base: its text encoders, the projection of text, the denoiser, the VAE's decoder.
 
     Each graph is called from one thread at a time; different graphs may run at once. Tensors come and go on
     `device`; samples and latents are float32 whatever precision the graphs compute in.
@@ -46,9 +64,8 @@ class Executor(Protocol):
 
     step_layout: Layout
     kv_layout: Layout
-    text_layout: Layout
-    text_layers: int
-    """Layers of the text encoder: as many can be left out."""
+    text_layouts: tuple[Layout, ...]
+    """Of each text encoder."""
     kv_slices: list[KVSlice]
     """Where each cross-attention stands in keys and values."""
 
@@ -64,11 +81,11 @@ class Executor(Protocol):
         """How many rows `denoise` takes at once."""
 
     def encode(
-        self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None, clip_skip: int = 0
-    ) -> Tensor:
-        """tokens `(rows, 77)` → text states `(rows, 77, C)`; overrides stand for some of the tokens.
+        self, encoder: int, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None, skip: int = 0
+    ) -> Encoded:
+        """tokens `(rows, 77)` of one of the text encoders; overrides stand for some of them.
 
-        `clip_skip` layers are left out at the end.
+        The last `skip` layers that the base would use are left out.
         """
 
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
@@ -80,8 +97,11 @@ class Executor(Protocol):
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
         """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → prediction like sample."""
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU."""
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU; `tiled`: piece by piece."""
+
+    def encode_picture(self, pixels: Tensor) -> Spread:
+        """pixels `(1, 3, H, W)` in -1…1."""
 
     def weight(self, target: str) -> Tensor:
         """The weight of a layer that takes factors, `(out, in[, k, k])`, to be read only."""

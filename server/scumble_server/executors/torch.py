@@ -4,79 +4,89 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble.errors import Refused, Unavailable
 from scumble_build.adapted import Adapted, Factors
 from scumble_build.denoiser import Denoiser, KVProjection
 from scumble_build.inputs import StepInputs
-from scumble_build.text import Overrides, TextEncoder
+from scumble_build.text import Encoded, Overrides, TextEncoder
 from scumble_registry.formats.dreambooth import plain
-from scumble_server.executors import Changed
+from scumble_registry.formats.safetensors_header import read_header
+from scumble_server.executors import Changed, Spread
+from scumble_server.families import Family, TextPart
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+Text: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The networks of one SD 1.x base, before adapters' inputs are taken out of them."""
+    """The networks of one base, before adapters' inputs are taken out of them; `texts` by their folders' names."""
 
     unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
+    texts: Mapping[str, Text]
     vae: AutoencoderKL
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype) -> Models:
+    def load(cls, folder: Path, family: Family, dtype: torch.dtype) -> Models:
         """A folder in the diffusers layout."""
+        texts = {
+            part.encoder: _text_class(part).from_pretrained(folder / part.encoder, dtype=dtype, local_files_only=True)
+            for part in family.texts
+        }
+        config = AutoencoderKL.load_config(folder / "vae", local_files_only=True)
         return cls(
             UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True),
-            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True),
-            AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True),
+            texts,
+            AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=_vae_dtype(config, dtype), local_files_only=True),
         )
 
 
 class TorchExecutor:
     """Owns one set of weights, which it only ever reads."""
 
-    def __init__(self, models: Models, device: torch.device, dtype: torch.dtype, max_rows: int) -> None:
+    def __init__(self, models: Models, family: Family, device: torch.device, dtype: torch.dtype, max_rows: int) -> None:
         """`models` are in `dtype` already."""
-        self._device, self._dtype, self.max_rows = device, dtype, max_rows
-        unet, text = self._place(models.unet), self._place(models.text_encoder)
+        self._family, self._device, self._dtype, self.max_rows = family, device, dtype, max_rows
+        unet = self._place(models.unet)
+        texts = {name: self._place(text) for name, text in models.texts.items()}
         self._vae: Any = self._place(models.vae)
         # As their files name them: behind this, names gain what adapters need.
-        self._states = {
-            "unet": dict(unet.state_dict()),
-            "text_encoder": dict(text.state_dict()),
-            "vae": dict(self._vae.state_dict()),
-        }
-        self._configs = {"unet": unet.config, "text_encoder": text.config, "vae": self._vae.config}
+        components = {"unet": unet, **texts, "vae": self._vae}
+        self._states = {name: dict(model.state_dict()) for name, model in components.items()}
+        self._configs = {name: model.config for name, model in components.items()}
         self._projection = KVProjection(unet)
         self._denoiser = Denoiser(unet, self._projection.slices)
-        self._text = TextEncoder(text)
+        self._texts = [TextEncoder(text, name, penultimate=family.penultimate) for name, text in texts.items()]
         self.step_layout = self._denoiser.layout
         self.kv_layout = self._projection.layout
         self.kv_slices = self._projection.slices
-        self.text_layout = self._text.layout
-        self.text_layers = self._text.layers
-        graphs = (self._denoiser, self._projection, self._text)
+        self.text_layouts = tuple(text.layout for text in self._texts)
+        graphs = (self._denoiser, self._projection, *self._texts)
         self._adapted = {
             layer.target.name: layer for graph in graphs for layer in graph.modules() if isinstance(layer, Adapted)
         }
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu", precision: str = "fp32", max_rows: int = 32) -> Self:
+    def load(
+        cls, folder: Path, family: Family, device: str = "cpu", precision: str = "fp32", max_rows: int = 32
+    ) -> Self:
         """A folder in the diffusers layout. Raises Unavailable if the device is not there."""
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
-        return cls(Models.load(folder, _DTYPES[precision]), torch.device(device), _DTYPES[precision], max_rows)
+        dtype = _DTYPES[precision]
+        return cls(Models.load(folder, family, dtype), family, torch.device(device), dtype, max_rows)
 
     def variant(self, changed: Changed, configs: Path | None = None) -> Self:
         states = {component: dict(state) for component, state in self._states.items()}
@@ -91,13 +101,18 @@ class TorchExecutor:
                         "save it again with a current diffusers",
                         tensor=name,
                     )
-                states[component][names[plain(name)]] = values.to(self._device, self._dtype)
+                old = states[component][names[plain(name)]]
+                states[component][names[plain(name)]] = values.to(old.device, old.dtype)
+        texts = {
+            part.encoder: _build_text(_text_class(part), self._configs[part.encoder], states[part.encoder])
+            for part in self._family.texts
+        }
         models = Models(
             _build(UNet2DConditionModel, self._config("unet", configs), states["unet"]),
-            _build_text(self._configs["text_encoder"], states["text_encoder"]),
+            texts,
             _build(AutoencoderKL, self._config("vae", configs), states["vae"]),
         )
-        return type(self)(models, self._device, self._dtype, self.max_rows)
+        return type(self)(models, self._family, self._device, self._dtype, self.max_rows)
 
     def _config(self, component: str, configs: Path | None) -> Any:
         """A checkpoint's own: scaling and the like may differ, though its shapes do not."""
@@ -118,16 +133,16 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def encode(
-        self, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None, clip_skip: int = 0
-    ) -> Tensor:
+        self, encoder: int, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None, skip: int = 0
+    ) -> Encoded:
         if overrides is not None:
             overrides = Overrides(
                 overrides.vectors.to(self._device, self._dtype),
                 overrides.row.to(self._device),
                 overrides.position.to(self._device),
             )
-        states: Tensor = self._text(tokens.to(self._device), self._cast(factors), overrides, clip_skip)
-        return states
+        encoded: Encoded = self._texts[encoder](tokens.to(self._device), self._cast(factors), overrides, skip)
+        return encoded
 
     @torch.inference_mode()
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
@@ -141,11 +156,28 @@ class TorchExecutor:
         return prediction.float()
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self._dtype) / self._vae.config.scaling_factor
-        decoded: Tensor = self._vae.decode(latents, return_dict=False)[0].float()
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        mean, deviation = self._vae_scale(latents)
+        latents = (latents * deviation + mean).to(self._vae.dtype)
+        decode = self._vae.tiled_decode if tiled else self._vae.decode
+        decoded: Tensor = decode(latents, return_dict=False)[0].float()
         pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return pixels.round().to(torch.uint8).cpu()
+
+    @torch.inference_mode()
+    def encode_picture(self, pixels: Tensor) -> Spread:
+        found = self._vae.encode(pixels.to(self._device, self._vae.dtype), return_dict=False)[0]
+        mean, deviation = self._vae_scale(pixels.to(self._device))
+        return Spread(((found.mean.float() - mean) / deviation)[0], (found.std.float() / deviation)[0])
+
+    def _vae_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the VAE's own latents, `(1, 1|C, 1, 1)`: the UNet's have mean 0 and deviation 1."""
+        config = self._vae.config
+        mean, deviation = like.new_zeros(1, 1, 1, 1), like.new_ones(1, 1, 1, 1) / config.scaling_factor
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean = like.new_tensor(config.latents_mean).view(1, -1, 1, 1)
+            deviation = deviation * like.new_tensor(config.latents_std).view(1, -1, 1, 1)
+        return mean, deviation
 
     def _cast(self, factors: Factors | None) -> Factors | None:
         return factors.to(self._device, self._dtype) if factors is not None else None
@@ -174,8 +206,32 @@ def _build(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
     return model
 
 
-def _build_text(config: Any, state: dict[str, Tensor]) -> CLIPTextModel:
+def _build_text(kind: type[Text], config: Any, state: dict[str, Tensor]) -> Text:
     """Not on the meta device, because its position ids are in no state."""
-    model = CLIPTextModel(config)
+    model = kind(config)
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _text_class(part: TextPart) -> type[Text]:
+    return CLIPTextModelWithProjection if part.projects else CLIPTextModel
+
+
+def _vae_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:
+    """SDXL's VAE overflows half precision, and says so."""
+    return torch.float32 if config.get("force_upcast") and dtype == torch.float16 else dtype
+
+
+def weights_bytes(folder: Path, family: Family, precision: str) -> int:
+    """What a folder in the diffusers layout will take once it is loaded, read from its headers."""
+    dtype = _DTYPES[precision]
+    of_vae = _vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), dtype)
+    components = {"unet": dtype, **{part.encoder: dtype for part in family.texts}, "vae": of_vae}
+    return sum(_values(folder / name) * kept.itemsize for name, kept in components.items())
+
+
+def _values(folder: Path) -> int:
+    """How many numbers a component has; a folder may hold it a second time, in another precision (`….fp16.…`)."""
+    files = list(folder.glob("*.safetensors"))
+    one = [file for file in files if not {"fp16", "fp32", "bf16", "non_ema"} & set(file.name.split("."))] or files
+    return sum(prod(info.shape) for file in one for info in read_header(file).tensors.values())

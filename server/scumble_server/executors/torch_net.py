@@ -28,8 +28,15 @@ class _TorchNet:
         return self._graph.project(states.to(self._like))
 
     @torch.inference_mode()
+    def condition(self, pooled: Tensor, sizes: Tensor) -> Tensor | None:
+        return self._graph.condition(pooled.to(self._like), sizes.to(self._like.device))
+
+    @torch.inference_mode()
     def embed(self, control: Tensor) -> Tensor:
         return self._graph.embed(control.to(self._like))
+
+    def _moved(self, added: Tensor | None) -> Tensor | None:
+        return None if added is None else added.to(self._like)
 
 
 class TorchNet(_TorchNet):
@@ -39,9 +46,17 @@ class TorchNet(_TorchNet):
 
     @torch.inference_mode()
     def residuals(
-        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, kv_mask: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        found = self._graph.residuals(sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like), kv_mask)
+        found = self._graph.residuals(
+            sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like), self._moved(added), kv_mask
+        )
         return tuple(residual.float() for residual in found)
 
 
@@ -61,10 +76,22 @@ class TorchUnionNet(_TorchNet):
 
     @torch.inference_mode()
     def residuals(
-        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, kv_mask: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         found = self._graph.residuals_of(
-            self._types, sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like), kv_mask
+            self._types,
+            sample.to(self._like),
+            timestep,
+            kv.to(self._like),
+            hint.to(self._like),
+            self._moved(added),
+            kv_mask,
         )
         return tuple(residual.float() for residual in found)
 

@@ -11,6 +11,7 @@ from scumble_registry.compatibility import DreamboothCompatibility
 from scumble_registry.formats.dreambooth import KIND
 from scumble_server.base import Base
 from scumble_server.bound import Bound
+from scumble_server.settings import Settings
 
 FIELDS: frozenset[str] = frozenset()
 
@@ -35,7 +36,7 @@ def check(bound: Bound, base: Base) -> None:
         )
 
 
-def check_together(adapters: Sequence[Bound], base: Base) -> None:  # noqa: ARG001 - the protocol's
+def check_together(adapters: Sequence[Bound], base: Base, settings: Settings) -> None:  # noqa: ARG001 - the protocol's
     if len(adapters) > 1:
         raise InvalidRequest(
             f"{' and '.join(bound.spec.ref for bound in adapters)} are checkpoints; a request is drawn with one",

@@ -28,6 +28,7 @@ from scumble_server.bound import Bound
 from scumble_server.carried import RowContexts
 from scumble_server.context import Context
 from scumble_server.methods import lora
+from scumble_server.settings import Settings
 
 FIELDS = frozenset({"text_weight", "blocks", "start", "end", "images", "text"})
 _FIELDS_OF_PREDICTORS = FIELDS - {"start", "end"}
@@ -66,7 +67,7 @@ def check(bound: Bound, base: Base) -> None:
             )
 
 
-def check_together(adapters: Sequence[Bound], base: Base) -> None:
+def check_together(adapters: Sequence[Bound], base: Base, settings: Settings) -> None:
     """Any number may act at once."""
 
 

@@ -27,6 +27,7 @@ from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, RowFactors, Stretch
 from scumble_server.context import Context
 from scumble_server.dora import gains
+from scumble_server.settings import Settings
 
 FIELDS = frozenset({"text_weight", "blocks", "start", "end"})
 
@@ -74,12 +75,12 @@ def check(bound: Bound, base: Base) -> None:
             )
 
 
-def check_together(adapters: Sequence[Bound], base: Base) -> None:
+def check_together(adapters: Sequence[Bound], base: Base, settings: Settings) -> None:
     """Any number may act at once: more columns than the largest bucket holds are merged (`variants.py`)."""
 
 
 def idle(bound: Bound, steps: int) -> str | None:
-    has_text = any(name.startswith("text_encoder.") for name in _compatibility(bound).ranks)
+    has_text = any(name.startswith("text_encoder") for name in _compatibility(bound).ranks)
     if bound.text_weight and has_text:
         return None
     return bound.why_never(steps)

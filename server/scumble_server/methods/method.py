@@ -10,6 +10,7 @@ from scumble.errors import InvalidRequest
 from scumble.request import Adapter
 from scumble_server.base import Base
 from scumble_server.bound import Bound
+from scumble_server.settings import Settings
 
 
 class Method(Protocol):
@@ -26,7 +27,7 @@ class Method(Protocol):
     def check(self, bound: Bound, base: Base) -> None:
         """Raises Refused for what this server cannot serve, though it fits the base."""
 
-    def check_together(self, adapters: Sequence[Bound], base: Base) -> None:
+    def check_together(self, adapters: Sequence[Bound], base: Base, settings: Settings) -> None:
         """All of this kind in one request. Raises InvalidRequest or Refused."""
 
     def idle(self, bound: Bound, steps: int) -> str | None:

@@ -21,6 +21,7 @@ from scumble_registry.formats.textual_inversion import KIND, TextualInversionRec
 from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.prompts import Name, Tokens
+from scumble_server.settings import Settings
 
 FIELDS = frozenset({"text_weight", "token"})
 
@@ -29,7 +30,7 @@ def check(bound: Bound, base: Base) -> None:
     """Whatever fits the base can be served."""
 
 
-def check_together(adapters: Sequence[Bound], base: Base) -> None:  # noqa: ARG001 - the protocol's
+def check_together(adapters: Sequence[Bound], base: Base, settings: Settings) -> None:  # noqa: ARG001 - the protocol's
     """Two embeddings cannot share a name in one request."""
     first: dict[str, Bound] = {}
     for bound in adapters:
@@ -65,9 +66,9 @@ def names(adapters: Iterable[Bound]) -> list[Name]:
     return [Name(token_of(each), count(each)) for each in adapters if each.kind == KIND]
 
 
-def vectors(record: TextualInversionRecord, weight: float) -> Tensor:
-    """What stands in the prompt of an SD 1.x base: (n, C) float32."""
-    return torch.from_numpy(record["text_encoder"].astype(np.float32)) * weight
+def vectors(record: TextualInversionRecord, component: str, weight: float) -> Tensor:
+    """What stands in the prompt for one of the base's text encoders: (n, C) float32."""
+    return torch.from_numpy(record[component].astype(np.float32)) * weight
 
 
 def why_unused(bound: Bound, prompts: Iterable[str]) -> str:

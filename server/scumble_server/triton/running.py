@@ -69,7 +69,8 @@ def running_server(
     """
     install = find_triton(triton)
     with Registry.open(config.home) as registry:
-        registry.resolve(config.base)
+        for ref in (config.base, *config.more_bases):
+            registry.resolve(ref)
     claimed = claim_ports(host, ports)
     repository = models or default_model_repository()
     run = OwnedRun(config.home)

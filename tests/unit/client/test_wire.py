@@ -1,7 +1,7 @@
 """The wire carries requests and events without loss, and names what does not belong on it."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tritonclient.grpc import model_config_pb2
 from scumble import kserve, wire
 from scumble.errors import InvalidRequest, NotFound, QueueFull, ScumbleError
 from scumble.events import Done, Failed, Preview, Queued, Step
-from scumble.request import Adapter, Options, Request
+from scumble.request import Adapter, Options, Request, SchedulerName, TimestepSpacing
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 weights = st.floats(allow_nan=False, allow_infinity=False)
@@ -41,6 +41,9 @@ options = st.builds(
     deadline_ms=st.none() | st.integers(1, 1000),
     preview_every=st.none() | st.integers(1, 100),
     return_maps=st.booleans(),
+    timestep_spacing=st.none() | st.sampled_from(get_args(TimestepSpacing)),
+    rescale_betas=st.none() | st.booleans(),
+    eta=st.none() | st.floats(0, 1),
 )
 arrays = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=4).map(lambda values: np.array(values, np.float32))
 requests = st.builds(
@@ -48,7 +51,7 @@ requests = st.builds(
     prompt=texts,
     negative_prompt=st.none() | texts,
     base=st.none() | texts,
-    scheduler=st.none() | st.sampled_from(["ddim", "euler", "dpmpp_2m"]),
+    scheduler=st.none() | st.sampled_from(get_args(SchedulerName)),
     seed=st.none() | st.integers(0, 2**63 - 1),
     steps=st.none() | st.integers(1, 1000),
     width=st.none() | sizes,
@@ -125,7 +128,9 @@ def test_only_what_was_given_is_sent() -> None:
         ("adapters", {"prompt": text(""), "adapters": text("[" * 100_000)}),
         ("adapters.0.weight", {"prompt": text(""), "adapters": text('[{"ref": "a/b", "weight": NaN}]')}),
         ("adapters.1.ref", {"prompt": text(""), "adapters": text('[{"ref": "a/b"}, {}]')}),
-        ("options.eta", {"prompt": text(""), "options": text('{"eta": 1}')}),
+        ("options.theta", {"prompt": text(""), "options": text('{"theta": 1}')}),
+        ("options.eta", {"prompt": text(""), "options": text('{"eta": 1.5}')}),
+        ("options.timestep_spacing", {"prompt": text(""), "options": text('{"timestep_spacing": "even"}')}),
         ("options.priority", {"prompt": text(""), "options": text('{"priority": 11}')}),
         ("options", {"prompt": text(""), "options": text("[]")}),
         ("images", {"prompt": text(""), "images": text("picture")}),

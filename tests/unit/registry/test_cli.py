@@ -71,6 +71,28 @@ def test_people_read_tables_and_notes(scumble: Scumble, lora: Path) -> None:
     assert out.startswith("styles/ink@1 sha256:")
 
 
+def test_sampling_is_published_from_json_or_a_file_and_shown(scumble: Scumble, lora: Path, tmp_path: Path) -> None:
+    said = '{"scheduler": "lcm", "steps": 4}'
+    (tmp_path / "sampling.json").write_text(said)
+    typed = as_json(scumble("publish", lora, "--name", "a/lcm", "--sampling", said, "--json"))
+    read = as_json(scumble("publish", lora, "--name", "b/lcm", "--sampling", tmp_path / "sampling.json", "--json"))
+    assert typed["digest"] == read["digest"]
+    assert as_json(scumble("show", "a/lcm", "--json"))["manifest"]["sampling"] == json.loads(said)
+    assert '{"scheduler":"lcm","steps":4}' in scumble("show", "a/lcm")[1]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "status"), [('{"steps": 0}', 2), ("{steps}", 2), ("[1]", 3), ("/nowhere.json", 3), ('{"eta": 1}', 2)]
+)
+def test_sampling_that_cannot_be_read_is_refused(scumble: Scumble, lora: Path, sampling: str, status: int) -> None:
+    assert scumble("publish", lora, "--name", "a/lcm", "--sampling", sampling)[0] == status
+
+
+def test_a_base_has_no_sampling(scumble: Scumble, base: Path) -> None:
+    status, _, said = scumble("publish", base, "--name", "demo/base", "--sampling", '{"steps": 4}')
+    assert (status, "scumble.json" in said) == (2, True)
+
+
 def test_an_empty_registry_says_so(scumble: Scumble, home: Path) -> None:
     Registry.open(home, create=True).close()
     assert "Nothing is published yet" in scumble("ls")[1]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from scumble.errors import IntegrityError, InvalidRequest, Refused
+from scumble.request import SchedulerName, TimestepSpacing
 from scumble_registry.blobs import Blob
 from scumble_registry.compatibility import LoraCompatibility
-from scumble_registry.manifest import Manifest, canonical_json
+from scumble_registry.manifest import Manifest, Sampling, canonical_json
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
@@ -41,6 +42,16 @@ MANIFESTS = st.builds(
     provenance=st.dictionaries(TEXT, JSON, max_size=3),
     metrics=st.dictionaries(TEXT, JSON, max_size=3),
     sample_grid=st.none() | BLOBS,
+    sampling=st.none()
+    | st.builds(
+        Sampling,
+        scheduler=st.sampled_from(get_args(SchedulerName)),
+        steps=st.none() | st.integers(1, 1000),
+        guidance_scale=st.none() | st.floats(0, 100),
+        timestep_spacing=st.none() | st.sampled_from(get_args(TimestepSpacing)),
+        rescale_betas=st.none() | st.booleans(),
+        eta=st.none() | st.floats(0, 1),
+    ),
 )
 
 
@@ -95,3 +106,32 @@ def test_a_path_that_leaves_the_folder_is_no_manifest(path: str) -> None:
     blob = Blob(digest="sha256:" + "0" * 64, size=0)
     with pytest.raises(ValidationError, match="not a path inside"):
         Manifest(files={path: blob}, compatibility=LoraCompatibility(family=None, requires={}, ranks={}))
+
+
+def test_a_manifest_without_sampling_has_the_digest_that_it_had_before_there_was_any() -> None:
+    before = "sha256:902137c0a44d8f96b39d5313b3cf0716a5d722e8816dc9bcd289719e9f5591aa"
+    assert manifest(description="ink").digest == before
+    assert manifest(description="ink", sampling=Sampling(steps=4)).digest != before
+
+
+def test_sampling_is_kept_without_what_it_leaves_open() -> None:
+    found = manifest(sampling=Sampling(scheduler="lcm", steps=4))
+    assert json.loads(found.canonical())["sampling"] == {"scheduler": "lcm", "steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        ({}, "sampling"),
+        ([], "sampling"),
+        ({"scheduler": "magic"}, "sampling.scheduler"),
+        ({"steps": 0}, "sampling.steps"),
+        ({"scheduler": "tcd", "eta": 2}, "sampling.eta"),
+        ({"eta": 0.5}, "sampling"),
+        ({"cfg": 1}, "sampling.cfg"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused_by_name(data: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Sampling.parse(data)
+    assert caught.value.fields["field"] == field

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
@@ -19,9 +29,25 @@ from scumble.events import Done, Event, Failed
 from scumble.request import Request
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
+from scumble_server.executors import Executor
 from scumble_server.service import Service
 
-SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+SDE, KARRAS = {"algorithm_type": "sde-dpmsolver++"}, {"use_karras_sigmas": True}
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, KARRAS),
+    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, SDE),
+    "dpmpp_2m_sde_karras": (DPMSolverMultistepScheduler, SDE | KARRAS),
+    "dpmpp_sde": (DPMSolverSinglestepScheduler, SDE),
+    "dpmpp_sde_karras": (DPMSolverSinglestepScheduler, SDE | KARRAS),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+    "tcd": (TCDScheduler, {}),
+}
+"""diffusers' class for each name, and what its documentation adds for the webui's names."""
 
 
 @dataclass
@@ -47,6 +73,12 @@ class Running:
             return decode(job)
 
         self.service._decode = watched  # type: ignore[method-assign]
+
+    @property
+    def executor(self) -> Executor:
+        """That of the base."""
+        with self.service._weights.open() as lease:
+            return self.service.bases[0].executor(lease)
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         """All at once; results in the order of the requests. Raises the first failure."""
@@ -108,6 +140,15 @@ class Reference:
     pixels: np.ndarray
 
 
+def diffusers_scheduler(request: Request, config: dict[str, Any]) -> Any:
+    kind, named = SCHEDULERS[request.scheduler or "ddim"]
+    options = {
+        "timestep_spacing": request.options.timestep_spacing,
+        "rescale_betas_zero_snr": request.options.rescale_betas,
+    }
+    return kind.from_config(config, **named, **{name: value for name, value in options.items() if value is not None})
+
+
 def diffusers_alone(
     files: dict[str, Path], request: Request, pipeline: StableDiffusionPipeline | None = None
 ) -> Reference:
@@ -115,9 +156,7 @@ def diffusers_alone(
     loaded = pipeline is not None
     pipeline = pipeline or StableDiffusionPipeline.from_pretrained(files["base"], local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = SCHEDULERS[request.scheduler or "ddim"].from_config(
-        DDIMScheduler.load_config(files["base"] / "scheduler")
-    )
+    pipeline.scheduler = diffusers_scheduler(request, DDIMScheduler.load_config(files["base"] / "scheduler"))
     if request.adapters and not loaded:
         for index, adapter in enumerate(request.adapters):
             pipeline.load_lora_weights(files[adapter.ref], adapter_name=f"a{index}")
@@ -130,6 +169,7 @@ def diffusers_alone(
         "guidance_scale": request.guidance_scale,
         "width": request.width,
         "height": request.height,
+        "eta": request.options.eta or 0.0,
     }
     count = request.num_images
     arguments["callback_on_step_end"] = _schedule(request)

@@ -296,7 +296,7 @@ def test_a_control_lora_equals_the_merged_net(running: Running, tmp_path: Path) 
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "diffusion_pytorch_model.safetensors").symlink_to(running.files["c/lora"])
     load_net(tmp_path / "lora", lambda: running.files["base"] / "unet").save_pretrained(tmp_path / "c" / "merged")
-    before = running.service.base.executor.weights_digest()
+    before = running.executor.weights_digest()
     asked = request(net("c/lora", weight=0.8))
     found = running.run([asked])[0].latents
     merged = asked.model_copy(update={"adapters": (net("c/merged", weight=0.8),)})
@@ -304,7 +304,7 @@ def test_a_control_lora_equals_the_merged_net(running: Running, tmp_path: Path) 
     expected = with_nets(running, merged)
     assert (found - expected).abs().max() <= TOLERANCE
     assert (running.run([request(net("c/one", weight=0.8))])[0].latents - expected).abs().max() >= VISIBLE
-    assert running.service.base.executor.weights_digest() == before, "the base is only read"
+    assert running.executor.weights_digest() == before, "the base is only read"
 
 
 @pytest.mark.parametrize("mode", ["prompt", "control"])

@@ -173,6 +173,6 @@ def test_strangers_with_and_without_stretches_share_a_batch(running: Running) ->
 
 
 def test_base_weights_are_only_read(running: Running, files: dict[str, Path]) -> None:
-    before = running.service.base.executor.weights_digest()
+    before = running.executor.weights_digest()
     running.run([request(Adapter(ref=name, weight=0.7)) for name in files])
-    assert running.service.base.executor.weights_digest() == before
+    assert running.executor.weights_digest() == before

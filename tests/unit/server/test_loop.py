@@ -17,6 +17,7 @@ from scumble_build.inputs import StepInputs
 from scumble_server.carried import Phase
 from scumble_server.counters import Counters
 from scumble_server.loop import PATIENCE, Loop
+from scumble_server.noise import Noise
 from scumble_server.preview import LatentColours
 from scumble_server.rows import Conditioning, Progress, Row
 from scumble_server.schedulers import table
@@ -70,7 +71,9 @@ def request(
     conditioning = Conditioning((phase,), (0,) * steps, frozenset())
     for _ in range(images):
         sample = torch.ones(4, size, size)
-        progress.rows.append(Row(progress, conditioning, table("ddim", SCHEDULE, steps), 1.0, sample, sample, sample))
+        progress.rows.append(
+            Row(progress, conditioning, table("ddim", SCHEDULE, steps), 1.0, sample, Noise(0, size, size))
+        )
     return Request(progress, events, cancelled)
 
 

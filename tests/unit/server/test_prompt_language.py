@@ -228,12 +228,12 @@ def test_the_negative_prompt_changes_too(running: Running) -> None:
 
 def test_each_text_is_encoded_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    executor = running.service.base.executor
+    executor = running.executor
     encode = executor.encode
 
-    def counted(tokens: Tensor, *more: Any) -> Tensor:
+    def counted(index: int, tokens: Tensor, *more: Any) -> Any:
         asked.append(len(tokens))
-        return encode(tokens, *more)
+        return encode(index, tokens, *more)
 
     monkeypatch.setattr(executor, "encode", counted)
     running.run([request("[jug|mug] AND jug", "webui", negative_prompt="nothing of the kind")])

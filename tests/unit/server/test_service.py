@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
@@ -22,9 +22,10 @@ from scumble.errors import (
 )
 from scumble.events import Done, Event, Failed, Queued, Step
 from scumble.receipt import request_from_receipt
-from scumble.request import Adapter, Request
+from scumble.request import Adapter, Request, SchedulerName
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
+from scumble_server.noise import Noise
 from scumble_server.service import Service
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ def test_the_same_receipt_makes_the_same_picture(running: Running) -> None:
 
 
 def test_two_hundred_random_requests_leave_the_base_as_it_was(running: Running) -> None:
-    before = running.service.base.executor.weights_digest()
+    before = running.executor.weights_digest()
     rng = random.Random(0)
     requests = [
         request(
             seed=rng.randrange(2**31),
             steps=rng.randint(1, 3),
-            scheduler=rng.choice(["ddim", "euler", "dpmpp_2m"]),
+            scheduler=rng.choice(get_args(SchedulerName)),
             guidance_scale=rng.choice([1.0, 4.0]),
             width=rng.choice([64, 64, 64, 48]),
             adapters=[
@@ -107,7 +108,7 @@ def test_two_hundred_random_requests_leave_the_base_as_it_was(running: Running) 
         for _ in range(200)
     ]
     assert len(running.run(requests)) == 200
-    assert running.service.base.executor.weights_digest() == before
+    assert running.executor.weights_digest() == before
 
 
 def test_sizes_take_turns(running: Running) -> None:
@@ -183,7 +184,7 @@ def test_a_higher_priority_overtakes_what_is_running(published: tuple[Path, dict
 
 def test_a_request_lets_go_of_all_that_it_held(running: Running) -> None:
     running.run([request(adapters=[Adapter(ref="l/a")], seed=i) for i in range(3)])
-    for cache in (running.service._host, running.service._device, running.service._variants):
+    for cache in (running.service._host, running.service._device, running.service._weights):
         assert cache.stats()["held_bytes"] == 0
 
 
@@ -203,7 +204,7 @@ def test_what_a_waiting_request_will_read_is_there_before_its_turn(published: tu
 
 
 def test_what_was_encoded_once_is_used_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = running.service.base.executor
+    executor = running.executor
     calls: list[str] = []
     for name in ("encode", "project"):
         made = getattr(executor, name)
@@ -227,10 +228,15 @@ def test_a_broken_row_fails_alone(running: Running, monkeypatch: pytest.MonkeyPa
     """Seeds decide: the row of seed 13 starts as NaN, its neighbours end well."""
     import scumble_server.service as module
 
-    noise = module.initial_noise
-    monkeypatch.setattr(
-        module, "initial_noise", lambda seed, h, w: noise(seed, h, w) * (float("nan") if seed == 13 else 1)
-    )
+    class Unlucky(Noise):
+        def __init__(self, seed: int, height: int, width: int) -> None:
+            super().__init__(seed, height, width)
+            self.factor = float("nan") if seed == 13 else 1.0
+
+        def draw(self) -> torch.Tensor:
+            return super().draw() * self.factor
+
+    monkeypatch.setattr(module, "Noise", Unlucky)
     listeners = [Listener() for _ in range(3)]
     for seed, listener in zip((12, 13, 14), listeners, strict=True):
         running.service.submit(request(seed=seed), listener)
@@ -240,7 +246,7 @@ def test_a_broken_row_fails_alone(running: Running, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_step_that_raises_ends_only_the_row_to_blame(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = running.service.base.executor
+    executor = running.executor
     denoise = executor.denoise
 
     def picky(sample: torch.Tensor, timestep: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -266,7 +272,7 @@ def test_a_step_that_raises_ends_only_the_row_to_blame(running: Running, monkeyp
         ({"adapters": [Adapter(ref="other/lora")]}, Incompatible, "down_blocks"),
         ({"adapters": [{"ref": "l/a", "images": ["a"]}]}, InvalidRequest, "images means nothing"),
         ({"adapters": [{"ref": "l/a", "mode": "guess"}]}, InvalidRequest, "mode means nothing"),
-        ({"adapters": [{"ref": "l/a"}], "images": {"a": b"x"}}, InvalidRequest, "no adapter names it"),
+        ({"adapters": [{"ref": "l/a"}], "images": {"a": b"x"}}, InvalidRequest, "nothing names it"),
         ({"adapters": [{"ref": "l/a", "images": ["a"]}], "images": {"a": b"x"}}, InvalidRequest, "no picture"),
         ({"base": "l/a"}, Refused, "tiny/base"),
         ({"base": "no/base"}, NotFound, "no/base"),

@@ -70,7 +70,13 @@ class Zoom:
         self.strength, self.shapes, self.calls = strength, shapes, []
 
     def residuals(
-        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, kv_mask: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        _added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         self.calls.append(len(sample))
         there = torch.ones(kv.shape[:2]) if kv_mask is None else kv_mask

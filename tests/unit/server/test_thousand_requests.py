@@ -30,14 +30,14 @@ def test_a_thousand_requests_leave_the_base_and_memory_as_they_were(
     running = start(
         home, every.base, every.files, max_batch_images=16, device_cache_bytes=FEW, host_cache_bytes=FEW // 4
     )
-    digest = running.service.base.executor.weights_digest()
+    digest = running.executor.weights_digest()
     rng, resident = random.Random(0), []
     for _ in range(40):
         running.run([random_request(every, rng, most=3, steps=rng.choice([1, 2, 3])) for _ in range(25)])
         gc.collect()
         resident.append(psutil.Process().memory_info().rss)
     stats = running.service.stats()
-    after = running.service.base.executor.weights_digest()
+    after = running.executor.weights_digest()
     running.service.close()
     assert stats["requests"] == 1000
     assert stats["failed"] == stats["failed_steps"] == 0

@@ -120,7 +120,7 @@ def test_strangers_on_base_and_checkpoints_are_drawn_as_alone(variants: Running)
 
 
 def test_what_is_not_changed_is_shared_and_the_base_is_as_it_was(variants: Running) -> None:
-    base = variants.service.base.executor
+    base = variants.executor
     assert isinstance(base, TorchExecutor)
     before = base.weights_digest()
     name = "unet.mid_block.attentions.0.proj_in"
@@ -136,16 +136,17 @@ def test_what_is_not_changed_is_shared_and_the_base_is_as_it_was(variants: Runni
 def test_checkpoints_push_each_other_out_and_come_back_the_same(
     variants: Running, start: Callable[..., Running]
 ) -> None:
-    few = start(variants.home, "tiny/base", variants.files, variant_cache_bytes=400_000)
+    budget = variants.service.bases[0].nbytes + 400_000
+    few = start(variants.home, "tiny/base", variants.files, weights_cache_bytes=budget)
     first = few.run([request("my/dog")])[0]
     for _ in range(2):
         few.run([request("my/cat"), request("my/velocity"), request("my/dog")])
     again = few.run([request("my/dog")])[0]
-    stats = few.service.stats()["variant_cache"]
+    stats = few.service.stats()["weights_cache"]
     few.service.close()
     assert torch.equal(first.latents, again.latents)
     assert stats["evictions"] >= 3
-    assert stats["bytes"] <= 400_000
+    assert stats["bytes"] <= budget
 
 
 WIDE = {
@@ -178,9 +179,10 @@ def test_many_columns_on_a_checkpoint(variants: Running, diffusers_alone: Callab
 
 
 def test_beyond_the_budget_it_is_refused_with_the_numbers(variants: Running, start: Callable[..., Running]) -> None:
-    none = start(variants.home, "tiny/base", variants.files, variant_cache_bytes=1000)
+    budget = variants.service.bases[0].nbytes + 1000
+    none = start(variants.home, "tiny/base", variants.files, weights_cache_bytes=budget)
     for asked in (request("l/wide", "l/wider"), request("my/dog")):
-        with pytest.raises(Refused, match="bytes of variant memory, the budget is 1000"):
+        with pytest.raises(Refused, match=f"bytes of weight memory, the budget is {budget}"):
             none.run([asked])
     none.service.close()
 

@@ -17,7 +17,7 @@ class _Config(BaseModel):
 
 
 class NetConfig(_Config):
-    """Of a ControlNetModel or a ControlNetUnionModel. What SD 1.x nets never set must not be set."""
+    """Of a ControlNetModel or a ControlNetUnionModel. What Stable Diffusion's nets never set must not be set."""
 
     in_channels: int = _Width
     conditioning_channels: int = Field(default=3, ge=1, le=16)

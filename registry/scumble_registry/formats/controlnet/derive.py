@@ -14,8 +14,7 @@ from scumble_registry.manifest import Manifest
 
 Form = Literal["net", "union", "t2i", "control_lora"]
 CLASSES: dict[str, Form] = {"ControlNetModel": "net", "ControlNetUnionModel": "union", "T2IAdapter": "t2i"}
-_SDXL_CONTEXT = 2048
-_FAMILIES: dict[int, Family] = {768: "sd1", 1024: "sd2", _SDXL_CONTEXT: "sdxl"}
+_FAMILIES: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _EMBEDDED = "controlnet_cond_embedding.blocks."
 
 
@@ -44,8 +43,9 @@ def _of_net(
     count = sum(key.startswith("controlnet_down_blocks.") and key.endswith(".weight") for key in shapes)
     residuals = [*(f"controlnet_down_blocks.{i}" for i in range(count)), "controlnet_mid_block"]
     types = _control_types(shapes, config) if form == "union" else 0
-    if config is not None and config.addition_embed_type is not None and text[1] != _SDXL_CONTEXT:
-        raise Refused("config.json says addition_embed_type text_time, which only nets for SDXL have")
+    if config is not None:
+        said = config.addition_embed_type is not None
+        _agree("addition_embed_type text_time (SDXL)", said, "add_embedding.linear_1.weight" in shapes)
     convolutions = [key for key in shapes if key.startswith(_EMBEDDED) and key.endswith(".weight")]
     return ControlNetCompatibility(
         form=form,
@@ -75,8 +75,6 @@ def _control_types(shapes: dict[str, Shape], config: NetConfig | None) -> int:
 
 def _of_t2i(shapes: dict[str, Shape], config: dict[str, Any], base: Manifest | None) -> ControlNetCompatibility:
     parsed = parse_t2i(config)
-    if parsed.adapter_type == "full_adapter_xl":
-        raise Refused("this T2I-Adapter (full_adapter_xl) is for SDXL, which this registry does not serve with it yet")
     light = parsed.adapter_type == "light_adapter"
     first = "adapter.body.0.in_conv.weight" if light else "adapter.conv_in.weight"
     out = "adapter.body.{}.out_conv.weight" if light else "adapter.body.{}.resnets.0.block1.weight"
@@ -88,7 +86,8 @@ def _of_t2i(shapes: dict[str, Shape], config: dict[str, Any], base: Manifest | N
         family=_family(base, None),
         conditioning_channels=parsed.in_channels,
         widths=found,
-        pixels_per_latent=parsed.downscale_factor,
+        # Those for SDXL begin at the second level, where the latents are halved.
+        pixels_per_latent=parsed.downscale_factor // (2 if parsed.adapter_type == "full_adapter_xl" else 1),
         parameters=_count(shapes),
     )
 

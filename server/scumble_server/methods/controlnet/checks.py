@@ -10,6 +10,7 @@ from scumble_registry.compatibility import ControlNetCompatibility
 from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.preprocess import Preprocessor, parse
+from scumble_server.settings import Settings
 
 FIELDS = frozenset({"start", "end", "images", "scale", "mode", "control_type", "preprocess"})
 
@@ -39,8 +40,22 @@ def check(bound: Bound, base: Base) -> None:  # noqa: ARG001 - the protocol's
     picture_scales(bound)
 
 
-def check_together(adapters: Sequence[Bound], base: Base) -> None:
-    """Any number of nets may act at once."""
+def check_together(adapters: Sequence[Bound], base: Base, settings: Settings) -> None:
+    """Any number of nets may act at once. Raises InvalidRequest for a size that one of them cannot look at."""
+    for bound in adapters:
+        unit = 8 if compatibility(bound).form != "t2i" else _unit(bound, base)
+        if settings.width % unit or settings.height % unit:
+            raise _invalid(
+                bound,
+                "ref",
+                f"takes sizes in steps of {unit}; {settings.width}x{settings.height} is none: change width or height",
+            )
+
+
+def _unit(bound: Bound, base: Base) -> int:
+    """SDXL's T2I-Adapters begin at half the latents' size."""
+    about = compatibility(bound)
+    return about.pixels_per_latent * (2 if len(about.widths) > base.blocks.levels else 1)
 
 
 def idle(bound: Bound, steps: int) -> str | None:

@@ -19,7 +19,7 @@ from scumble_build.controlnet import ControlNet, ControlNetUnion
 from scumble_build.inputs import level_sizes
 from scumble_server.bound import Bound
 from scumble_server.carried import RowNet, spread
-from scumble_server.context import Context
+from scumble_server.context import Context, Text
 from scumble_server.executors.torch_net import TorchNet, TorchUnion, TorchUnionNet
 from scumble_server.methods.controlnet.checks import (
     compatibility,
@@ -57,13 +57,8 @@ def prepare(context: Context, adapters: Sequence[Bound]) -> tuple[Control, ...]:
     )
 
 
-def row_nets(
-    context: Context, controls: Sequence[Control], weights: Sequence[float], states: Tensor, text: Hashable
-) -> tuple[RowNet, ...]:
-    """The nets that act in a phase; `weights` has one for each of `controls`.
-
-    `states` `(rows, T, C)` are the encoded prompts and `text` all that they were made of.
-    """
+def row_nets(context: Context, controls: Sequence[Control], weights: Sequence[float], text: Text) -> tuple[RowNet, ...]:
+    """The nets that act in a phase, in which `text` is read; `weights` has one for each of `controls`."""
     found = []
     for control, weight in zip(controls, weights, strict=True):
         if weight and control.net is not None and control.hint is not None:
@@ -72,8 +67,8 @@ def row_nets(
             # Of several pictures, each one's strength is in the hint already.
             strength = weight * scales[0] if len(scales) == 1 else 1.0
             scale = of_residuals(mode(control.bound), strength, len(about.widths), context.sides, pools=about.pools)
-            scale = spread(scale, context.rows).to(control.hint.device)
-            found.append(RowNet(control.net, _kv(context, control, states, text), control.hint, scale))
+            hint, (kv, added) = control.hint, _of_text(context, control.bound, control.net, text)
+            found.append(RowNet(control.net, kv, hint, spread(scale, context.rows).to(hint.device), added))
     return tuple(found)
 
 
@@ -103,13 +98,17 @@ def _control(context: Context, bound: Bound, like: Tensor) -> Control:
     return Control(bound, net, _hint(context, bound, net, like))
 
 
-def _kv(context: Context, control: Control, states: Tensor, text: Hashable) -> Tensor:
-    """The net's own keys and values of the text, `(rows, T, K)`."""
-    net = control.net
-    assert net is not None
-    key = ("net kv", control.bound.version.digest, context.base.version.digest, text)
+def _of_text(context: Context, bound: Bound, net: TorchNet | TorchUnionNet, text: Text) -> tuple[Tensor, Tensor | None]:
+    """The net's own keys and values `(rows, T, K)` of the prompts, and what it adds to the time `(rows, E)`."""
+    states = text.states
+    key = ("net kv", bound.version.digest, context.base.version.digest, text.key)
     nbytes = states.shape[0] * states.shape[1] * net.kv_width * states.element_size()
-    return context.device.get(key, nbytes, lambda: net.project(states))
+    kv = context.device.get(key, nbytes, lambda: net.project(states))
+    added = None
+    if text.pooled is not None:
+        sizes = torch.tensor([context.settings.sizes], dtype=torch.float32).expand(len(states), -1)
+        added = net.condition(text.pooled, sizes)
+    return kv, added
 
 
 def _net(context: Context, bound: Bound, like: Tensor) -> TorchNet | TorchUnionNet:
@@ -150,7 +149,10 @@ def _hint(context: Context, bound: Bound, net: TorchNet | TorchUnionNet, like: T
 
 def _features(context: Context, bound: Bound, like: Tensor) -> tuple[Tensor, ...]:
     about = compatibility(bound)
-    sizes = level_sizes(context.settings.height // 8, context.settings.width // 8, len(about.widths))
+    levels = context.base.blocks.levels
+    sizes = level_sizes(context.settings.height // 8, context.settings.width // 8, levels)
+    if len(about.widths) > levels:  # SDXL's: behind the first downsampler, then at each level, then in the middle
+        sizes = [sizes[1], *sizes[1:], sizes[-1]]
     nbytes = sum(c * h * w for c, (h, w) in zip(about.widths, sizes, strict=True)) * like.element_size()
 
     adapter = context.device.get(

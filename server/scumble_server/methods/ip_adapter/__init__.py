@@ -17,6 +17,7 @@ from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.methods.ip_adapter.inputs import check_inputs, compatibility_of, picture_count, scales_of
 from scumble_server.methods.ip_adapter.keys_values import Groups, groups, row_images
+from scumble_server.settings import Settings
 
 FIELDS = frozenset({"images", "masks", "scale", "blocks", "start", "end"})
 
@@ -37,7 +38,7 @@ def check(bound: Bound, base: Base) -> None:
     image_encoders.check(bound, base)
 
 
-def check_together(adapters: Sequence[Bound], base: Base) -> None:
+def check_together(adapters: Sequence[Bound], base: Base, settings: Settings) -> None:
     """Any number may act at once."""
 
 

@@ -132,9 +132,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "widths that differ": (lambda f: edit(f / "unet/config.json", cross_attention_dim=768), "width 768"),
     "widths per block": (lambda f: edit(f / "unet/config.json", cross_attention_dim=[8, 4]), "one positive"),
     "no sample size": (lambda f: edit(f / "unet/config.json", sample_size="gone"), "sample_size"),
-    "predicts samples": (
-        lambda f: edit(f / "scheduler/scheduler_config.json", prediction_type="sample"),
-        "epsilon and v_prediction",
+    "predicts flow": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", prediction_type="flow_prediction"),
+        "epsilon, v_prediction, sample can be served",
     ),
     "defaults that cannot be": (
         lambda f: (f / "scumble.json").write_text('{"steps": 0}'),

@@ -109,7 +109,7 @@ def test_a_net_of_another_text_width(
         ({"block_out_channels": [10**9, 10**9]}, "the weights have"),
         ({"transformer_layers_per_block": 10**9}, "transformer_layers_per_block"),
         ({"only_cross_attention": True}, "only_cross_attention"),
-        ({"addition_embed_type": "text_time"}, "only nets for SDXL"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type text_time"),
         ({"_class_name": "SparseControlNetModel"}, "SparseCtrl"),
         ({"_class_name": "ControlNetXSAdapter"}, "ControlNet-XS"),
     ],

@@ -1,0 +1,49 @@
+"""`scumble generate` as a user types it: what it asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scumble import generate
+from scumble.cli import run
+from scumble.images import Images
+from scumble.request import Options, Request
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests that would have been sent."""
+    requests: list[Request] = []
+
+    def draw(request: Request, _url: str | None, *, quiet: bool) -> Images:
+        assert not quiet
+        requests.append(request)
+        return Images(np.zeros((1, 8, 8, 3), np.uint8), {"dropped": []})
+
+    monkeypatch.setattr(generate, "_draw", draw)
+    return requests
+
+
+def command(*arguments: object) -> int:
+    try:
+        return run(["generate", "an apple", *map(str, arguments)])
+    except SystemExit as left:
+        return int(left.code or 0)
+
+
+def test_options_of_the_scheduler_are_asked_for(asked: list[Request], tmp_path: Path) -> None:
+    how = ["--scheduler", "tcd", "--eta", "0.3", "--timestep-spacing", "trailing", "--no-rescale-betas"]
+    assert command(*how, "-o", tmp_path / "a.png") == 0
+    assert command("-o", tmp_path / "b.png") == 0
+    assert asked[0].scheduler == "tcd"
+    assert asked[0].options == Options(eta=0.3, timestep_spacing="trailing", rescale_betas=False)
+    assert asked[1].options == Options()
+
+
+@pytest.mark.parametrize("option", [("--scheduler", "magic"), ("--eta", "2"), ("--timestep-spacing", "even")])
+def test_options_that_cannot_be_are_refused(asked: list[Request], tmp_path: Path, option: tuple[str, str]) -> None:
+    assert command(*option, "-o", tmp_path / "a.png") == 2
+    assert not asked
