@@ -111,6 +111,15 @@ def _png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+PROMPTS = [
+    ("a <bad> apple", "plain"),
+    ("cat", "plain"),
+    ("a red boat with a very long description of its sails, " * 3, "plain"),
+    ("a (<bad>:1.3) [apple:pear:0.5]", "webui"),
+    ("a [cat|dog] AND a boat BREAK with sails :0.7", "webui"),
+]
+
+
 def ways_to_ask(rng: random.Random) -> dict[str, dict[str, Any]]:
     """For each adapter one random way to ask for it."""
     start = rng.choice([0.0, 0.0, 0.3])
@@ -138,11 +147,13 @@ def random_request(every: EveryKind, rng: random.Random, *, most: int = 5, **cha
     """Up to `most` adapters of any kinds, on a random size, schedule and guidance."""
     ways = ways_to_ask(rng)
     names = rng.sample(sorted(ways), rng.randint(0, min(most, len(ways))))
+    prompt, grammar = rng.choice(PROMPTS)
     return request_for(
         every,
         [{"ref": name, **ways[name]} for name in names],
         **{
-            "prompt": rng.choice(["a <bad> apple", "cat", "a red boat with a very long description of its sails"]),
+            "prompt": prompt,
+            "options": {"grammar": grammar},
             "negative_prompt": rng.choice([None, "<bad>"]),
             "seed": rng.randrange(2**31),
             "steps": rng.choice([4, 5, 6]),

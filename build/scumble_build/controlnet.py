@@ -54,9 +54,9 @@ class ControlledEncoder(nn.Module):
         embedded: Tensor = self.model.time_embedding(self.model.time_proj(timestep).to(dtype))
         return embedded if added is None else embedded + added
 
-    def encode(self, sample: Tensor, time: Tensor, kv: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, sample: Tensor, time: Tensor, kv: Tensor, kv_mask: Tensor | None) -> tuple[Tensor, ...]:
         """sample `(rows, C, h, w)` behind the first convolution and the picture → unscaled residuals, middle last."""
-        self.input.inputs = StepInputs(kv)
+        self.input.inputs = StepInputs(kv, kv_mask)
         skips = [sample]
         for block in self.model.down_blocks:
             sample, outputs = block(hidden_states=sample, temb=time)
@@ -73,13 +73,20 @@ class ControlNet(ControlledEncoder):
     """A net for one kind of control."""
 
     def residuals(
-        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, added: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """sample `(rows, 4, h, w)`, timestep `(rows,)`, kv `(rows, T, K)`, hint `(rows, C, h, w)`, added `(rows, E)`
+        """sample `(rows, 4, h, w)`, timestep `(rows,)`, kv `(rows, T, K)`, hint `(rows, C, h, w)`, added `(rows, E)`,
+        kv_mask `(rows, T)` bool, True where a key is, or None where all are
         → for each skip connection, and at last the middle block, `(rows, C, h, w)`.
         """
         time = self.time(timestep, sample.dtype, added)
-        return self.encode(self.model.conv_in(sample) + hint, time, kv)
+        return self.encode(self.model.conv_in(sample) + hint, time, kv, kv_mask)
 
 
 class ControlNetUnion(ControlledEncoder):
@@ -114,10 +121,11 @@ class ControlNetUnion(ControlledEncoder):
         kv: Tensor,
         hint: Tensor,
         added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """As ControlNet.residuals; `types` are the kinds of control that the pictures of all rows are of."""
         time = self.time(timestep, sample.dtype, added) + self._type_embedding(types, sample)
-        return self.encode(self.model.conv_in(sample) + hint, time, kv)
+        return self.encode(self.model.conv_in(sample) + hint, time, kv, kv_mask)
 
     def _type_embedding(self, types: Sequence[int], like: Tensor) -> Tensor:
         """`(1, E)`: which kinds of control are there."""

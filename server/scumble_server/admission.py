@@ -19,9 +19,10 @@ from scumble_server.base import Base
 from scumble_server.beginning import Original
 from scumble_server.block_weights import block_weights
 from scumble_server.bound import Bound
-from scumble_server.methods import METHODS, dreambooth
+from scumble_server.methods import METHODS, dreambooth, textual_inversion
 from scumble_server.methods.method import check_fields
 from scumble_server.pictures import Picture, decode_all
+from scumble_server.reading import Reading, read, without_tags
 from scumble_server.schedulers import Table, first_step, table
 from scumble_server.settings import Settings
 
@@ -29,10 +30,18 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """Which adapters act when. `weights[phase]` has a weight for each adapter; `phase_of_step` one entry a step."""
+class Stage:
+    """What is the same in all steps of a phase: a weight for each adapter, and for each model row the text it reads."""
 
-    weights: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+    texts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which adapters act and which texts are read when. `phase_of_step` has one entry a step."""
+
+    stages: tuple[Stage, ...]
     phase_of_step: tuple[int, ...]
 
 
@@ -83,6 +92,7 @@ class Admitted:
     settings: Settings
     table: Table
     adapters: tuple[Bound, ...]
+    reading: Reading
     schedule: Schedule
     dropped: tuple[tuple[Adapter, str], ...]
     inputs: Inputs
@@ -98,6 +108,7 @@ def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixel
     Raises InvalidRequest, NotFound or Refused, naming what is wrong.
     """
     base = _base_of(request, bases, registry)
+    request = without_tags(request)
     inputs = Inputs.of(request)
     beginning.check(request.options, inpaints=base.inpaints)
     original = _original(request.options, inputs)
@@ -143,6 +154,7 @@ def _admit(
             adapters.append(bound)
     for kind, method in METHODS.items():
         method.check_together([bound for bound in adapters if bound.kind == kind], base, settings)
+    reading = _read(request.options, settings, base, adapters)
     return Admitted(
         request,
         base,
@@ -155,7 +167,8 @@ def _admit(
             **settings.scheduler_options,
         ),
         tuple(adapters),
-        _schedule([bound.spec for bound in adapters], settings.run_steps),
+        reading,
+        _schedule([bound.spec for bound in adapters], reading),
         tuple(dropped),
         inputs,
     )
@@ -178,11 +191,33 @@ def _first_step(strength: float, steps: int) -> int:
     return start
 
 
-def _schedule(specs: Sequence[Adapter], steps: int) -> Schedule:
-    """Steps with the same weights are one phase; a request without start or end has a single one."""
-    of_step = [tuple(spec.weight if spec.is_active(step, steps) else 0.0 for spec in specs) for step in range(steps)]
-    weights = tuple(dict.fromkeys(of_step))
-    return Schedule(weights, tuple(weights.index(each) for each in of_step))
+def _read(options: Options, settings: Settings, base: Base, adapters: Sequence[Bound]) -> Reading:
+    """Raises InvalidRequest, or Refused for what this server cannot do."""
+    if (options.clip_skip or 0) > base.text_layers:
+        raise InvalidRequest(
+            f"clip_skip leaves {options.clip_skip} layers out, the text encoder has {base.text_layers}",
+            field="options.clip_skip",
+        )
+    reading = read(settings, options, len(base.tokenizers))
+    if reading.rows > base.max_rows:
+        raise Refused(
+            f"AND makes {reading.rows} rows of one image, this server computes {base.max_rows} at once; "
+            "join fewer prompts"
+        )
+    reading.scripts(base.tokenizers, textual_inversion.names(adapters))
+    return reading
+
+
+def _schedule(specs: Sequence[Adapter], reading: Reading) -> Schedule:
+    """Steps with the same weights and texts are one phase."""
+    steps = len(reading.rows_of_step)
+    of_step = [
+        Stage(tuple(spec.weight if spec.is_active(step, steps) else 0.0 for spec in specs), texts)
+        for step, texts in enumerate(reading.rows_of_step)
+    ]
+    stages = dict.fromkeys(of_step)
+    places = {stage: place for place, stage in enumerate(stages)}
+    return Schedule(tuple(stages), tuple(places[stage] for stage in of_step))
 
 
 def _base_of(request: Request, bases: Sequence[Base], registry: Registry) -> Base:

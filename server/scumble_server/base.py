@@ -38,6 +38,8 @@ class Base:
     nbytes: int
     """Of its weights in device memory."""
     load: Callable[[], Executor]
+    max_rows: int
+    """How many model rows its executor computes at once."""
     tokenizers: tuple[CLIPTokenizer, ...]
     """Of each text encoder."""
     scheduler_config: dict[str, Any]
@@ -61,6 +63,13 @@ class Base:
     @property
     def blocks(self) -> UNetBlocks:
         return blocks_of(self.compatibility.targets)
+
+    @property
+    def text_layers(self) -> int:
+        """Of the text encoder that has the fewest, those that can be left out."""
+        layouts = self.layouts[: len(self.family.texts)]
+        layers = [{name.split(".layers.")[1].split(".")[0] for name in layout.targets} for layout in layouts]
+        return min(map(len, layers)) - self.family.penultimate
 
     @property
     def key(self) -> Hashable:
@@ -104,6 +113,7 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
             defaults=defaults,
             nbytes=nbytes,
             load=load,
+            max_rows=config.max_rows,
             tokenizers=load_tokenizers(folder, family),
             # As the file says it: what it leaves out, each scheduler class fills with its own defaults.
             scheduler_config=_json(folder / "scheduler" / "scheduler_config.json"),

@@ -15,8 +15,8 @@ from scumble_server.rows import Row
 class Batch:
     """A fixed composition of rows of one group, each in one phase. Used by the loop's thread alone, while it fits.
 
-    A guided image is two model rows (negative prompt, then prompt) that share its factors. Images with factors
-    come first, because a graph computes factors for the first `m` model rows only.
+    An image is one model row, or its negative prompt's and then one for each prompt that acts against it; they share
+    its factors. Images with factors come first, because a graph computes factors for the first `m` model rows only.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -25,12 +25,13 @@ class Batch:
         self._executor = self._phases[0].executor
         device = self._executor.device
         counts = [phase.kv.shape[0] for phase in self._phases]
-        ends = torch.tensor(counts).cumsum(0)
+        starts = torch.tensor([0, *counts]).cumsum(0)[:-1]
         self._image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
-        self._prompt = (ends - 1).to(device)
-        self._negative = (ends - torch.tensor(counts)).to(device)
-        guided = [row.guidance if count == 2 else 1.0 for row, count in zip(self.rows, counts, strict=True)]
-        self._guidance = torch.tensor(guided, device=device).view(-1, 1, 1, 1)
+        self._first = starts.to(device)
+        weights = [each for row, count in zip(self.rows, counts, strict=True) for each in _weights(row, count)]
+        self._weight = torch.tensor(weights, device=device).view(-1, 1, 1, 1)
+        guidance = [row.guidance for row, count in zip(self.rows, counts, strict=True) for _ in range(count)]
+        self._guidance = torch.tensor(guidance, device=device).view(-1, 1, 1, 1)
         self._inputs = stacking.stack(self._phases, device)
         self._nets = stacking.stack_nets(self._phases, device)
 
@@ -51,8 +52,7 @@ class Batch:
         scaled = (sample * c_in)[self._image]
         inputs = self._with_residuals(scaled, timestep)
         output = self._executor.denoise(self._with_shown(scaled), timestep, inputs)
-        negative = output[self._negative]
-        m = self._rescale(negative + self._guidance * (output[self._prompt] - negative), output[self._prompt])
+        m = self._guide(output)
         state = torch.cat([sample[:, None], history, m[:, None], self._noise()[:, None]], 1)
         following = torch.einsum("roi,richw->rochw", matrix, state)
         for i, row in enumerate(rows):
@@ -74,10 +74,19 @@ class Batch:
         shown = [row.shown for row in self.rows if row.shown is not None]
         return torch.cat([scaled, torch.stack(shown)[self._image]], 1) if shown else scaled
 
-    def _rescale(self, guided: Tensor, prompt: Tensor) -> Tensor:
-        """Both `(images, 4, h, w)`. An image that asks for none stays bit for bit what it is."""
+    def _guide(self, output: Tensor) -> Tensor:
+        """Predictions of the model rows `(rows, 4, h, w)` → of the images: the first row's, and what the others differ
+        from it, as strongly as each one acts (Ho and Salimans, 2207.12598; Liu et al., 2206.01714).
+        """
+        first = output[self._first]
+        difference = self._weight * (output - first[self._image])
+        guided = first.index_add(0, self._image, self._guidance * difference)
         if not any(row.rescale for row in self.rows):
             return guided
+        return self._rescale(guided, first.index_add(0, self._image, difference))
+
+    def _rescale(self, guided: Tensor, prompt: Tensor) -> Tensor:
+        """Both `(images, 4, h, w)`. An image that asks for none stays bit for bit what it is."""
         share = torch.tensor([row.rescale for row in self.rows], device=guided.device).view(-1, 1, 1, 1)
         dims = (1, 2, 3)
         rescaled = guided * (prompt.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
@@ -94,3 +103,8 @@ class Batch:
     @property
     def model_rows(self) -> int:
         return self._inputs.kv.shape[0]
+
+
+def _weights(row: Row, count: int) -> list[float]:
+    """Of the model rows of an image; the first one's does not matter, for it does not differ from itself."""
+    return [0.0] if count == 1 else [0.0, *row.conditioning.prompt_weights]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from scumble_build.hypernetwork import Hypernetwork
@@ -48,12 +49,19 @@ class RowFactors:
     stretch: Stretch | None = None
 
 
+def spread(sides: Tensor, rows: int) -> Tensor:
+    """`(1|2, …)`, of the prompt or of negative prompt and prompt → one for each model row, `(rows, …)`."""
+    if len(sides) == rows:
+        return sides
+    return torch.cat([sides[:1], sides[1:].expand(rows - 1, *sides.shape[1:])])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RowImages:
-    """IP-Adapters of one request: G groups with a softmax each, T tokens. `1|2` is as in `Phase`.
+    """IP-Adapters of one request: G groups with a softmax each, T tokens. `rows` is as in `Phase`.
 
-    kv `(1|2, G, T, K)` in the flat layout of the text's, layer scales folded into V; tokens `(G, T)` bool, True where
-    a token is, at least one in each group; scale `(1|2, G)`; areas `(G, P)`, flat over the UNet's levels, or None.
+    kv `(rows, G, T, K)` in the flat layout of the text's, layer scales folded into V; tokens `(G, T)` bool, True where
+    a token is, at least one in each group; scale `(rows, G)`; areas `(G, P)`, flat over the UNet's levels, or None.
     """
 
     kv: Tensor
@@ -66,8 +74,8 @@ class RowImages:
 class RowNet:
     """One ControlNet of one request. `added`, of a net for SDXL, is what the pooled text and the sizes add to its time.
 
-    kv `(1|2, T, K)`, the net's own of the text; hint `(1, C, H/8, W/8)`, the embedded control picture;
-    scale `(1|2, n)`, for each residual, the middle block's last; added `(1|2, E)`. The net does not run for a row of
+    kv `(rows, T, K)`, the net's own of the text; hint `(1, C, H/8, W/8)`, the embedded control picture;
+    scale `(rows, n)`, for each residual, the middle block's last; added `(rows, E)`. The net does not run for a row of
     zeros.
     """
 
@@ -88,11 +96,11 @@ class RowContexts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Phase:
-    """A stretch of a schedule in which the same adapters act.
+    """A stretch of a schedule in which the same adapters act and the same texts are read.
 
-    `executor` holds the weights: the base's, or a variant's. kv `(1, T, K)` of the prompt, or `(2, T, K)` of negative
-    prompt and prompt where the request is guided. features: T2I-Adapter's, `(1, C, h, w)` for each down block. pooled
-    `(1|2, E)` and `sizes` are SDXL's (`StepInputs`).
+    `executor` holds the weights: the base's, or a variant's. kv `(rows, T, K)` for each model row of an image: the
+    prompt alone, or the negative prompt and then the prompts that act against it. features: T2I-Adapter's, for each
+    down block `(1, C, h, w)` or `(rows, C, h, w)`. pooled `(rows, E)` and `sizes` are SDXL's (`StepInputs`).
     """
 
     executor: Executor

@@ -6,17 +6,15 @@ next request that asks for the same finds it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
-import torch
 from torch import Tensor
 
 from scumble.events import Pixels
 from scumble.request import Adapter
 from scumble_build.layout import Layout
-from scumble_build.text import Encoded
 from scumble_registry import Registry, Version
 from scumble_server import beginning
 from scumble_server.admission import Admitted
@@ -24,8 +22,8 @@ from scumble_server.beginning import Beginning
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, Text, read_record
+from scumble_server.encoding import Encoder, together
 from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
-from scumble_server.prompts import Name, Tokens, tokenize
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
 from scumble_server.stacking import factors_of
@@ -34,15 +32,13 @@ from scumble_server.variants import merged, on_checkpoint, too_wide
 
 @dataclass(frozen=True, slots=True)
 class Conditioned:
-    """`adapters` are those that were bound, `dropped` those whose prompts have no use for them, and why;
-    `cut` holds what the prompts lost to the encoder's length; `maps` are the control maps, if they were asked for;
-    times are in milliseconds.
+    """`adapters` are those that were bound, `dropped` those whose prompts have no use for them, and why; `maps` are the
+    control maps, if they were asked for; times are in milliseconds.
     """
 
     conditioning: Conditioning
     adapters: tuple[Bound, ...]
     dropped: tuple[tuple[Adapter, str], ...]
-    cut: dict[str, str]
     load_ms: float
     encode_ms: float
     maps: tuple[Pixels, ...] = ()
@@ -87,6 +83,7 @@ class Conditioner:
                 device=device,
                 held_weights=weights,
                 weights_key=base.key,
+                rows=admitted.reading.rows,
             )
             return _condition(on_checkpoint(context, admitted.adapters), admitted)
 
@@ -109,8 +106,9 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     start = monotonic()
     loras = [bound for bound in admitted.adapters if lora.part_of(bound) is not None]
     embeddings = _of_kind(textual_inversion.KIND, admitted.adapters)
-    prompts = _tokens(context, embeddings)
-    found = frozenset[int]().union(*(tokens.found for of_encoder in prompts for tokens in of_encoder.values()))
+    reading, options = admitted.reading, admitted.request.options
+    scripts = reading.scripts(context.tokenizers, textual_inversion.names(embeddings))
+    found = frozenset[int]().union(*(script.found for script in scripts))
     unused = [bound for index, bound in enumerate(embeddings) if index not in found]
     wide = too_wide(context, loras)
     factors = _factors(context, [] if wide else loras)
@@ -121,59 +119,47 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
         for part in context.base.family.texts:
             of_text = merged(of_text, loras, [each.text_weight for each in loras], part.encoder)
     loaded = monotonic()
-    text = _encode(of_text, prompts, [] if wide else loras, factors, _chosen(embeddings, found))
+    strengths = () if wide else tuple(each.text_weight for each in loras)
+    of_loras = tuple(lora.row_factors(of_encoder, strengths) for of_encoder in factors.texts)
+    encoder = Encoder(of_text, of_loras, (factors.key, strengths), dict(enumerate(embeddings)), options.emphasis)
+    texts = encoder.encode_all(scripts)
     groups = ip_adapter.groups(context, _of_kind(ip_adapter.KIND, admitted.adapters))
     nets = _of_kind(controlnet.KIND, admitted.adapters)
-    controls = controlnet.prepare(context, nets, text)
+    controls = controlnet.prepare(context, nets)
     phases = tuple(
         _phase(
-            merged(context, loras, _of_loras(weights, admitted.adapters), "unet") if wide else context,
+            merged(context, loras, _of_loras(stage.weights, admitted.adapters), "unet") if wide else context,
             admitted.adapters,
-            weights,
+            stage.weights,
             factors,
-            text,
+            together([texts[index] for index in stage.texts]),
             groups,
             controls,
         )
-        for weights in admitted.schedule.weights
+        for stage in admitted.schedule.stages
     )
     encoded = monotonic()
     adapters = tuple(bound for bound in admitted.adapters if not any(bound is each for each in unused))
     return Conditioned(
-        Conditioning(phases, admitted.schedule.phase_of_step, frozenset(each.version.digest for each in adapters)),
+        Conditioning(
+            phases,
+            admitted.schedule.phase_of_step,
+            frozenset(each.version.digest for each in adapters),
+            reading.weights,
+        ),
         adapters,
-        tuple((each.spec, textual_inversion.why_unused(each, prompts[0])) for each in unused),
-        {field: tokens.cut for of_encoder in prompts for field, tokens in of_encoder.items() if tokens.cut is not None},
+        tuple((each.spec, textual_inversion.why_unused(each, reading.fields)) for each in unused),
         (loaded - start) * 1e3,
         (encoded - loaded) * 1e3,
-        controlnet.maps(context, nets) if admitted.request.options.return_maps else (),
+        controlnet.maps(context, nets) if options.return_maps else (),
         tuple(beginning.prepare(context, original) for original in admitted.originals),
     )
-
-
-def _chosen(embeddings: Sequence[Bound], found: Collection[int]) -> dict[int, Bound]:
-    return {index: embeddings[index] for index in found}
 
 
 def _of_loras(weights: Sequence[float], adapters: Sequence[Bound]) -> tuple[float, ...]:
     """Of one phase's weights for all adapters, those of the LoRAs."""
     paired = zip(weights, adapters, strict=True)
     return tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
-
-
-def _tokens(context: Context, embeddings: Sequence[Bound]) -> list[dict[str, Tokens]]:
-    """For each text encoder by field; the negative prompt first, where the request is guided and zeros do not do."""
-    names = [Name(textual_inversion.token_of(each), textual_inversion.count(each)) for each in embeddings]
-    settings = context.settings
-    found = []
-    for index, tokenizer in enumerate(context.tokenizers):
-        second = index == 1
-        prompts = {"prompt": (settings.prompt_2 if second else None) or settings.prompt}
-        if settings.guided and settings.negative_prompt is not None:
-            negative = (settings.negative_prompt_2 if second else None) or settings.negative_prompt
-            prompts = {"negative_prompt": negative, **prompts}
-        found.append({field: tokenize(tokenizer, text, names) for field, text in prompts.items()})
-    return found
 
 
 def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
@@ -198,69 +184,6 @@ def _bind(context: Context, graph: str, layout: Layout, loras: Sequence[Bound]) 
     return context.device.get(key, lora.bound_bytes(layout, loras), bind)
 
 
-def _encode(
-    context: Context,
-    prompts: Sequence[Mapping[str, Tokens]],
-    loras: Sequence[Bound],
-    factors: _Factors,
-    embeddings: Mapping[int, Bound],
-) -> Text:
-    """What the encoders say side by side. `embeddings[i]` is what slots of embedding i in the prompts stand for."""
-    parts = [
-        _encode_part(context, index, list(of_encoder.values()), loras, factors, embeddings)
-        for index, of_encoder in enumerate(prompts)
-    ]
-    states = torch.cat([part.states for part in parts], dim=-1)
-    pooled = next((part.pooled for part in parts if part.pooled is not None), None)
-    if context.rows > len(states):  # no negative prompt, where zeros stand for it
-        states = torch.cat([torch.zeros_like(states), states])
-        pooled = torch.cat([torch.zeros_like(pooled), pooled]) if pooled is not None else None
-    return Text((context.rows, *(part.key for part in parts)), states, pooled)
-
-
-def _encode_part(
-    context: Context,
-    index: int,
-    prompts: Sequence[Tokens],
-    loras: Sequence[Bound],
-    factors: _Factors,
-    embeddings: Mapping[int, Bound],
-) -> Text:
-    """Of one text encoder."""
-    ids = torch.cat([tokens.ids for tokens in prompts])
-    text_weights = tuple(each.text_weight for each in loras)
-    carried = factors.texts[index]
-    key = (
-        "text",
-        context.weights,
-        index,
-        tuple(ids.flatten().tolist()),
-        tuple(tokens.slots for tokens in prompts),
-        tuple(sorted((i, each.version.digest, each.text_weight) for i, each in embeddings.items())),
-        (factors.key, text_weights) if carried is not None else None,
-    )
-    component = context.base.family.texts[index].encoder
-
-    def encode() -> Encoded:
-        vectors = {
-            i: textual_inversion.vectors(
-                context.record(each, textual_inversion.read_record), component, each.text_weight
-            )
-            for i, each in embeddings.items()
-        }
-        executor = context.executor
-        return executor.encode(
-            index,
-            ids,
-            factors_of(lora.row_factors(carried, text_weights), len(prompts), executor.device),
-            textual_inversion.overrides(prompts, vectors),
-        )
-
-    width = context.base.compatibility.text_widths[index]
-    encoded = context.device.get(key, ids.numel() * width * 4, encode)
-    return Text(key, encoded.states, encoded.pooled)
-
-
 def _phase(
     context: Context,
     adapters: Sequence[Bound],
@@ -279,9 +202,11 @@ def _phase(
         context.executor,
         _project(context, text, factors, of_loras, chain),
         lora.row_factors(factors.step, of_loras),
-        ip_adapter.row_images(groups, [weight for weight, bound in paired if bound.kind == ip_adapter.KIND]),
-        nets=controlnet.row_nets(controls, of_nets),
-        features=controlnet.features(controls, of_nets),
+        ip_adapter.row_images(
+            groups, [weight for weight, bound in paired if bound.kind == ip_adapter.KIND], context.rows
+        ),
+        nets=controlnet.row_nets(context, controls, of_nets, text),
+        features=controlnet.features(context, controls, of_nets),
         contexts=hypernetwork.row_contexts(chain, context.base),
         pooled=text.pooled if context.base.family.sizes else None,
         sizes=context.settings.sizes if context.base.family.sizes else None,
@@ -295,7 +220,7 @@ def _project(
     weights: tuple[float, ...],
     chain: Sequence[hypernetwork.Link],
 ) -> Tensor:
-    """Keys and values of the text, `(1|2, T, K)`."""
+    """Keys and values of the text, `(rows, T, K)`."""
     executor, states = context.executor, text.states
     carried = lora.row_factors(factors.kv, weights)
     links = hypernetwork.on_text(chain, states.shape[-1])

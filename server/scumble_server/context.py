@@ -22,8 +22,8 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The encoded prompts of a request: states `(1|2, T, C)`, pooled `(1|2, E)` where the base reads one, and all that
-    they were made of.
+    """Encoded prompts: states `(rows, T, C)`, pooled `(rows, E)` where the base reads one, and all that they were made
+    of.
     """
 
     key: Hashable
@@ -53,15 +53,17 @@ class Context:
     held_weights: Lease
     weights_key: Hashable
     """Of `executor`, among the weights that are loaded."""
+    rows: int
+    """Model rows of one image: the prompt alone, or the negative prompt first and then prompts."""
 
     def record(self, bound: Bound, read: Callable[[Path], Record]) -> Record:
         """An adapter's normalised record, read once for all requests that ask while it is resident."""
         return read_record(self.registry, self.records, bound, read)
 
     @property
-    def rows(self) -> int:
-        """Model rows of one image: negative prompt and prompt, or the prompt alone."""
-        return 2 if self.settings.guided else 1
+    def sides(self) -> int:
+        """1 where there is no negative prompt, else 2: what does not read the prompts is made once for each side."""
+        return min(self.rows, 2)
 
 
 def read_record(registry: Registry, records: Lease, bound: Bound, read: Callable[[Path], Record]) -> Record:

@@ -22,7 +22,7 @@ from scumble_server import image_encoders
 from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.context import Context
-from scumble_server.prompts import Tokens, tokenize
+from scumble_server.prompts import tokenize
 
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
 
@@ -57,8 +57,9 @@ def check(bound: Bound, predictor: WeightPredictor, base: Base) -> None:
         _check_image_encoder(bound, predictor, base)
     elif bound.pictures:
         raise InvalidRequest(f"{ref} reads a text, not pictures; leave images out", field="adapters.images")
-    elif bound.spec.text is not None and (cut := tokenize(base.tokenizers[0], bound.spec.text).cut) is not None:
-        raise InvalidRequest(f"{ref}: text is too long, {cut!r} does not fit; shorten it", field="adapters.text")
+    elif bound.spec.text is not None and len(tokenize(base.tokenizers[0], bound.spec.text).ids) > 1:
+        room = base.tokenizers[0].model_max_length - 2
+        raise InvalidRequest(f"{ref}: text has more than {room} tokens; shorten it", field="adapters.text")
     _check_digest(bound, predictor, base)
 
 
@@ -69,7 +70,7 @@ def condition_key(context: Context, bound: Bound) -> Hashable:
         return None
     if predictor.condition == "image":
         return context.base.version.digest, bound.pictures[0].digest
-    return context.base.version.digest, tuple(_tokens(context, bound).ids.flatten().tolist())
+    return context.base.version.digest, tuple(_ids(context, bound).flatten().tolist())
 
 
 def record(context: Context, bound: Bound) -> LoraRecord:
@@ -97,12 +98,13 @@ def _condition(context: Context, bound: Bound) -> Tensor:
     if bound.pictures:
         place = image_encoders.place_in_base(context)
         return image_encoders.encode(context, place, bound.pictures[0]).states
-    return context.of_base.encode(0, _tokens(context, bound).ids, None).states
+    return context.of_base.encode(0, _ids(context, bound), None).states
 
 
-def _tokens(context: Context, bound: Bound) -> Tokens:
+def _ids(context: Context, bound: Bound) -> Tensor:
+    """`(1, 77)` of the text, or of the beginning of the prompt as it is written."""
     text = context.settings.prompt if bound.spec.text is None else bound.spec.text
-    return tokenize(context.base.tokenizers[0], text)
+    return tokenize(context.base.tokenizers[0], text).ids[:1]
 
 
 def _network(context: Context, bound: Bound) -> Predictor:

@@ -1,4 +1,4 @@
-"""Prompts → token ids, padded as diffusers pads them, with places kept free for embeddings.
+"""Prompts → token ids in chunks (`chunks.py`), padded as diffusers pads them, with places kept free for embeddings.
 
 An embedding's name is found in two ways:
 
@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from scumble_server.chunks import BACKTRACK, Unit, chunked
+from scumble_server.grammar.attention import Break, Piece, Span
+
 
 @dataclass(frozen=True, slots=True)
 class Name:
@@ -32,23 +35,25 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The places from `position` on belong to the embedding with this index."""
+    """The places of a chunk from `position` on belong to the embedding with this index."""
 
     embedding: int
+    chunk: int
     position: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """ids `(1, 77)` int64; `cut` is the end of the prompt that did not fit, or None.
-
-    `found` are the embeddings whose name is written in the prompt, be it in the part that was cut.
-    """
+    """ids `(n, 77)` int64 of n chunks; weights `(n, 77)` float32, or None where all are 1."""
 
     ids: Tensor
-    slots: tuple[Slot, ...]
-    cut: str | None
-    found: frozenset[int]
+    slots: tuple[Slot, ...] = ()
+    weights: Tensor | None = None
+
+    @property
+    def found(self) -> frozenset[int]:
+        """The embeddings whose name is written in the prompt."""
+        return frozenset(slot.embedding for slot in self.slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,35 +64,45 @@ class _Place:
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[Name] = ()) -> Tokens:
-    """The first 75 places of `prompt` between BOS and EOS. What was cut is said, never lost in silence.
+    """A prompt without a grammar: chunks are as full as they can be."""
+    room = tokenizer.model_max_length - 2
+    return _lay_out(tokenizer, chunked(_units(tokenizer, Span(prompt, 1.0), names), room))
 
-    An embedding is never split: one that does not fit is cut whole, with all that follows.
-    """
-    pieces = list(_pieces(tokenizer, prompt, names))
-    room = tokenizer.model_max_length - 1
+
+def tokenize_weighted(tokenizer: CLIPTokenizer, pieces: Sequence[Piece], names: Sequence[Name] = ()) -> Tokens:
+    """What the webui's grammar makes of a prompt. All vectors of an embedding have the weight of its name."""
+    units: list[Unit | Break] = []
+    for piece in pieces:
+        units += [piece] if isinstance(piece, Break) else _units(tokenizer, piece, names)
+    return _lay_out(tokenizer, chunked(units, tokenizer.model_max_length - 2, BACKTRACK))
+
+
+def _units(tokenizer: CLIPTokenizer, span: Span, names: Sequence[Name]) -> Iterator[Unit]:
+    comma = tokenizer.convert_tokens_to_ids(",</w>")
     # Not EOS, which the pooled output is taken at; whatever stands here, the embedding replaces it.
     filler = tokenizer.bos_token_id
-    ids: list[int] = [tokenizer.bos_token_id]
-    slots: list[Slot] = []
-    kept = 0
-    for piece in pieces:
-        width = names[piece.embedding].vectors if isinstance(piece, _Place) else 1
-        if len(ids) + width > room:
-            break
+    for piece in _pieces(tokenizer, span.text, names):
         if isinstance(piece, _Place):
-            slots.append(Slot(piece.embedding, len(ids)))
-            ids += [filler] * width
+            yield Unit(filler, span.weight, names[piece.embedding].vectors, piece.embedding)
         else:
-            ids.append(piece)
-        kept += 1
-    ids.append(tokenizer.eos_token_id)
-    ids += [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids))
-    return Tokens(
-        torch.tensor([ids], dtype=torch.int64),
-        tuple(slots),
-        _spell(tokenizer, pieces[kept:], names) if kept < len(pieces) else None,
-        frozenset(piece.embedding for piece in pieces if isinstance(piece, _Place)),
-    )
+            yield Unit(piece, span.weight, is_comma=piece == comma)
+
+
+def _lay_out(tokenizer: CLIPTokenizer, chunks: Sequence[Sequence[Unit]]) -> Tokens:
+    slots: list[Slot] = []
+    ids = torch.full((len(chunks), tokenizer.model_max_length), tokenizer.pad_token_id)
+    weights = torch.ones(ids.shape)
+    for row, chunk in enumerate(chunks):
+        ids[row, 0] = tokenizer.bos_token_id
+        position = 1
+        for unit in chunk:
+            places = slice(position, position + unit.width)
+            ids[row, places], weights[row, places] = unit.id, unit.weight
+            if unit.embedding is not None:
+                slots.append(Slot(unit.embedding, row, position))
+            position += unit.width
+        ids[row, position] = tokenizer.eos_token_id
+    return Tokens(ids, tuple(slots), None if (weights == 1).all() else weights)
 
 
 def _pieces(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[Name]) -> Iterator[int | _Place]:
@@ -102,7 +117,8 @@ def _pieces(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[Name]) -> Ite
 
 
 def _ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    # Quietly: a long text is no mistake, it becomes several chunks.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids
 
 
@@ -158,19 +174,3 @@ def _pattern(token: str) -> str | None:
         return None
     before, after = f"(?<!{_ALNUM})" if first else "", f"(?!{_ALNUM})" if last else ""
     return before + r"\s+".join(re.escape(word) for word in words) + after
-
-
-def _spell(tokenizer: CLIPTokenizer, pieces: Sequence[int | _Place], names: Sequence[Name]) -> str:
-    """Pieces as text again."""
-    words: list[str] = []
-    run: list[int] = []
-    for piece in [*pieces, None]:
-        if isinstance(piece, int):
-            run.append(piece)
-            continue
-        if run:
-            words.append(str(tokenizer.decode(run)))
-            run = []
-        if piece is not None:
-            words.append(names[piece.embedding].token)
-    return " ".join(words)

@@ -23,6 +23,8 @@ class Conditioning:
     phase_of_step: tuple[int, ...]
     adapters: frozenset[str]
     """Digests of the bound adapters: how the loop counts that strangers share a step."""
+    prompt_weights: tuple[float, ...] = (1.0,)
+    """How strongly each of an image's prompts acts, on top of the guidance."""
 
 
 @dataclass(slots=True)

@@ -277,7 +277,7 @@ class Service:
         for index, seed in enumerate(settings.seeds):
             noise = Noise(seed, height, width)
             sample = torch.zeros(4, height, width, device=device)
-            row = Row(progress, conditioned.conditioning, table, settings.guidance_scale, sample, noise)
+            row = Row(progress, conditioned.conditioning, table, settings.guidance, sample, noise)
             row.rescale = options.guidance_rescale
             beginnings = conditioned.beginnings
             begin(row, beginnings[index % len(beginnings)] if beginnings else None)

@@ -43,6 +43,11 @@ class Settings:
         return self.guidance_scale > 1
 
     @property
+    def guidance(self) -> float:
+        """How strongly prompts act against the negative prompt: 1 is no guidance."""
+        return self.guidance_scale if self.guided else 1.0
+
+    @property
     def seeds(self) -> list[int]:
         """Image i of n uses seed + i."""
         return [self.seed + i for i in range(self.num_images)]

@@ -1,6 +1,7 @@
 """What the rows of a batch carry, stacked into the inputs of one step.
 
-`phases` are those of a batch's images in their order; an image is one model row, or two where it is guided.
+`phases` are those of a batch's images in their order; an image is one model row, or
+several: its negative prompt first, then the prompts that act against it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from scumble_server.rows import Row
 @dataclass(frozen=True, slots=True)
 class NetCall:
     """A ControlNet and the m model rows that ask for it: rows (m,), kv (m, T, K), hint (m, C, h, w), scale (m, n),
-    added (m, E) or None.
+    added (m, E) or None, kv_mask
+    (m, T) bool, True where a key is, or None where all are.
     """
 
     net: Net
@@ -31,6 +33,7 @@ class NetCall:
     hint: Tensor
     scale: Tensor
     added: Tensor | None = None
+    kv_mask: Tensor | None = None
 
 
 def by_set(row: Row) -> tuple[bool, int]:
@@ -233,13 +236,15 @@ def _net_call(asking: Sequence[tuple[int, RowNet]], device: str) -> NetCall:
         scale.append(carried.scale[runs])
         if carried.added is not None:
             added.append(carried.added[runs])
+    texts, mask = _stack_text(kv)
     return NetCall(
         asking[0][1].net,
         torch.cat(rows).to(device),
-        torch.cat(kv).to(device),
+        texts.to(device),
         torch.cat(hint).to(device),
         torch.cat(scale).to(device),
         torch.cat(added).to(device) if added else None,
+        mask.to(device) if mask is not None else None,
     )
 
 
@@ -249,7 +254,9 @@ def with_residuals(inputs: StepInputs, calls: Sequence[NetCall], sample: Tensor,
         return inputs
     total: list[Tensor] | None = None
     for call in calls:
-        residuals = call.net.residuals(sample[call.rows], timestep[call.rows], call.kv, call.hint, call.added)
+        residuals = call.net.residuals(
+            sample[call.rows], timestep[call.rows], call.kv, call.hint, call.added, call.kv_mask
+        )
         if total is None:
             total = [each.new_zeros(len(sample), *each.shape[1:]) for each in residuals]
         for i, residual in enumerate(residuals):

@@ -105,11 +105,8 @@ def generate(
 
 
 def notices(receipt: dict[str, Any]) -> list[str]:
-    """What the picture does not show although it was asked for: words that were cut, adapters that were dropped."""
-    cut = [
-        f"{field} is too long, this end of it was cut: {text}" for field, text in (receipt["truncated"] or {}).items()
-    ]
-    return cut + [f"adapter {dropped['ref']} was dropped: {dropped['reason']}" for dropped in receipt["dropped"]]
+    """What the picture does not show although it was asked for."""
+    return [f"adapter {dropped['ref']} was dropped: {dropped['reason']}" for dropped in receipt["dropped"]]
 
 
 def _request(given: dict[str, Any]) -> Request:

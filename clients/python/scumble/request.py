@@ -116,6 +116,14 @@ class Options(_Strict):
     """From the moment the server has the request; if it is not done then, it fails with DeadlineExceeded."""
     preview_every: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     """Send a small, rough picture every so many steps (streaming only)."""
+    grammar: Literal["plain", "webui"] = "plain"
+    """How prompts are read: as text, or as the webui's language."""
+    clip_skip: Annotated[int, Field(ge=1, le=12)] | None = None
+    """How many of the text encoder's last layers are left out; None means none of them, as in diffusers."""
+    emphasis: Literal["original", "no_norm"] = "original"
+    """What follows when the webui's grammar has weighted words: the mean of each chunk is restored, or not."""
+    lora_tags: bool = False
+    """Whether `<lora:ns/name:0.8>` in a prompt of the webui's grammar adds that adapter."""
     return_maps: bool = False
     """Also return the control maps that `preprocess` made."""
     image: Name | None = None

@@ -41,9 +41,18 @@ class Net(Protocol):
         """Pooled text `(rows, E)` and sizes `(rows, 6)` → what they add to the embedded time; None if it reads none."""
 
     def residuals(
-        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, added: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """sample `(rows, 4, H/8, W/8)` → one for each skip connection, the middle block's last, `(rows, C, h, w)`."""
+        """sample `(rows, 4, H/8, W/8)` → one for each skip connection, the middle block's last, `(rows, C, h, w)`.
+
+        kv_mask `(rows, T)` is True where a key is; None: there are no others.
+        """
 
 
 class Executor(Protocol):

@@ -46,10 +46,16 @@ class TorchNet(_TorchNet):
 
     @torch.inference_mode()
     def residuals(
-        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, added: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         found = self._graph.residuals(
-            sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like), self._moved(added)
+            sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like), self._moved(added), kv_mask
         )
         return tuple(residual.float() for residual in found)
 
@@ -70,10 +76,22 @@ class TorchUnionNet(_TorchNet):
 
     @torch.inference_mode()
     def residuals(
-        self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor, added: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         found = self._graph.residuals_of(
-            self._types, sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like), self._moved(added)
+            self._types,
+            sample.to(self._like),
+            timestep,
+            kv.to(self._like),
+            hint.to(self._like),
+            self._moved(added),
+            kv_mask,
         )
         return tuple(residual.float() for residual in found)
 

@@ -20,7 +20,7 @@ from scumble_registry.compatibility import TextualInversionCompatibility
 from scumble_registry.formats.textual_inversion import KIND, TextualInversionRecord, read_record
 from scumble_server.base import Base
 from scumble_server.bound import Bound
-from scumble_server.prompts import Tokens
+from scumble_server.prompts import Name, Tokens
 from scumble_server.settings import Settings
 
 FIELDS = frozenset({"text_weight", "token"})
@@ -61,6 +61,11 @@ def count(bound: Bound) -> int:
     return _compatibility(bound).vectors
 
 
+def names(adapters: Iterable[Bound]) -> list[Name]:
+    """What stands in a prompt for the embeddings among these, in their order."""
+    return [Name(token_of(each), count(each)) for each in adapters if each.kind == KIND]
+
+
 def vectors(record: TextualInversionRecord, component: str, weight: float) -> Tensor:
     """What stands in the prompt for one of the base's text encoders: (n, C) float32."""
     return torch.from_numpy(record[component].astype(np.float32)) * weight
@@ -72,14 +77,12 @@ def why_unused(bound: Bound, prompts: Iterable[str]) -> str:
     return f"its token {token_of(bound)!r} occurs in no prompt ({fields})"
 
 
-def overrides(prompts: Sequence[Tokens], embeddings: Mapping[int, Tensor]) -> Overrides | None:
-    """What the rows of one request carry into the text encoder; None if they carry nothing.
+def overrides(tokens: Tokens, embeddings: Mapping[int, Tensor]) -> Overrides | None:
+    """What the chunks of a prompt carry into the text encoder, each a row there; None if they carry nothing.
 
-    `prompts[row]` says where embedding i, of which `embeddings[i]` (n, C) are the vectors, stands.
+    `tokens` says where embedding i, of which `embeddings[i]` (n, C) are the vectors, stands.
     """
-    places = [
-        (row, slot.position, embeddings[slot.embedding]) for row, tokens in enumerate(prompts) for slot in tokens.slots
-    ]
+    places = [(slot.chunk, slot.position, embeddings[slot.embedding]) for slot in tokens.slots]
     if not places:
         return None
     return Overrides(
@@ -103,6 +106,7 @@ __all__ = [
     "count",
     "describe",
     "idle",
+    "names",
     "overrides",
     "read_record",
     "token_of",

@@ -21,7 +21,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     def draw(request: Request, _url: str | None, *, quiet: bool) -> Images:
         assert not quiet
         requests.append(request)
-        return Images(np.zeros((1, 8, 8, 3), np.uint8), {"truncated": None, "dropped": []})
+        return Images(np.zeros((1, 8, 8, 3), np.uint8), {"dropped": []})
 
     monkeypatch.setattr(generate, "_draw", draw)
     return requests

@@ -139,6 +139,23 @@ def everything(every: EveryKind, *, without: str | None = None) -> Request:
     )
 
 
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_every_kind_reaches_every_prompt_of_a_picture(shared: Shared, guidance: float) -> None:
+    """Two halves of a prompt, each with all adapters, are the whole."""
+    ways = ways_to_ask(random.Random(3))
+    ways["hyper/predictor"]["text"] = "ink on paper"
+    ways["net/one"]["mode"] = "guess"
+    adapters = [{"ref": name, **way} for name, way in ways.items()]
+    fields = {"seed": 5, "steps": 8, "guidance_scale": guidance, "width": 64, "height": 64}
+    options = {"grammar": "webui"}
+    whole = request_for(shared.every, adapters, prompt="a <bad> apple", options=options, **fields)
+    halves = request_for(
+        shared.every, adapters, prompt="a <bad> apple :0.4 AND a <bad> apple :0.6", options=options, **fields
+    )
+    # A part keeps the space that AND leaves before it, which is none to the tokenizer.
+    assert largest_difference(shared.draw([whole]), shared.draw([halves])) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", sorted(ways_to_ask(random.Random(0))))
 def test_removing_any_adapter_from_everything_changes_the_picture(shared: Shared, name: str) -> None:
     with_it, without = shared.draw([everything(shared.every), everything(shared.every, without=name)])

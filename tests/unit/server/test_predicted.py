@@ -320,7 +320,7 @@ def test_weight_0_is_dropped_and_predicts_nothing(world: World, counted: Counted
         ({"ref": "p/image", "images": ["red", "blue"]}, "from one picture, 2 were named", "adapters.images"),
         ({**RED, "text": "ink"}, "reads a picture, not a text", "adapters.text"),
         ({"ref": "p/text", "image": "red"}, "reads a text, not pictures", "adapters.images"),
-        ({"ref": "p/text", "text": "ink " * 76}, "does not fit; shorten it", "adapters.text"),
+        ({"ref": "p/text", "text": "ink " * 76}, "more than 75 tokens; shorten it", "adapters.text"),
         ({**RED, "mask": "red"}, "means nothing", "adapters.masks"),
     ],
 )

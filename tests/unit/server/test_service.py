@@ -68,14 +68,13 @@ def test_events_come_in_order(running: Running) -> None:
 
 def test_the_receipt_says_what_was_bound(running: Running) -> None:
     adapters = [Adapter(ref="l/a", weight=0.5), Adapter(ref="l/b", weight=0)]
-    done = running.run([request(adapters=adapters, seed=None, prompt="x " * 100)])[0].done
+    done = running.run([request(adapters=adapters, seed=None)])[0].done
     receipt = done.receipt
     with Registry.open(running.home) as registry:
         version = registry.resolve("l/a")
     assert [(each["ref"], each["digest"], each["rank"]) for each in receipt["adapters"]] == [("l/a", version.digest, 4)]
     assert receipt["dropped"] == [{"ref": "l/b", "reason": "weight 0"}]
     assert receipt["request"]["seed"] == receipt["seeds"][0] >= 0
-    assert receipt["truncated"]["prompt"].count("x") == 25
     assert set(receipt["timings_ms"]) == {"queue", "load", "encode", "denoise", "decode", "total"}
 
 
@@ -217,11 +216,12 @@ def test_what_was_encoded_once_is_used_again(running: Running, monkeypatch: pyte
         monkeypatch.setattr(executor, name, noted)
     again = [Adapter(ref="l/a", weight=0.3)]
     first, second = (running.run([request(prompt="seen once", adapters=again)])[0] for _ in range(2))
-    assert calls == ["encode", "project"]
+    once = ["encode", "encode", "project"]  # the negative prompt, the prompt; both at once
+    assert calls == once
     assert torch.equal(first.latents, second.latents)
     running.run([request(prompt="seen once", adapters=[Adapter(ref="l/a", weight=0.3, text_weight=0.2)])])
     running.run([request(prompt="seen once", adapters=[Adapter(ref="l/a", weight=0.4, text_weight=0.3)])])
-    assert calls == ["encode", "project", "encode", "project", "project"], "what was read differs"
+    assert calls == [*once, *once, "project"], "what was read differs"
 
 
 def test_a_broken_row_fails_alone(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

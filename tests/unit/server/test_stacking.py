@@ -69,9 +69,19 @@ class Zoom:
     def __init__(self, strength: float, shapes: list[tuple[int, ...]]) -> None:
         self.strength, self.shapes, self.calls = strength, shapes, []
 
-    def residuals(self, sample: Tensor, timestep: Tensor, kv: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+    def residuals(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        _added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         self.calls.append(len(sample))
-        row = sample.mean((1, 2, 3)) + timestep / 1000 + kv.mean((1, 2)) + hint.mean((1, 2, 3))
+        there = torch.ones(kv.shape[:2]) if kv_mask is None else kv_mask
+        text = (kv.mean(2) * there).sum(1) / there.sum(1)
+        row = sample.mean((1, 2, 3)) + timestep / 1000 + text + hint.mean((1, 2, 3))
         ones = (torch.ones(len(sample), *shape) for shape in self.shapes)
         return tuple(one * self.strength * row[:, None, None, None] for one in ones)
 
@@ -102,10 +112,10 @@ def test_every_mix_is_denoised_as_alone(graph: Graph) -> None:
     one, two = (Zoom(strength, shapes_of_residuals(graph)) for strength in (0.7, -1.1))
     shared = graph.factors(8, full=False)
 
-    def net(net: Any, rows: int, *, skips_negative: bool = False) -> RowNet:
+    def net(net: Any, rows: int, tokens: int = 77, *, skips_negative: bool = False) -> RowNet:
         scale = graph.random(1, 5).expand(rows, -1).clone()
         scale[: rows - 1] *= not skips_negative
-        return RowNet(net, graph.random(rows, 77, 3), graph.random(1, 2, 3, 3), scale)
+        return RowNet(net, graph.random(rows, tokens, 3), graph.random(1, 2, 3, 3), scale)
 
     executor: Any = None
     first, second = (hypernetwork(graph.channels, seed) for seed in (1, 2))
@@ -115,7 +125,7 @@ def test_every_mix_is_denoised_as_alone(graph: Graph) -> None:
         Phase(executor, graph.kv(1), graph.factors(4, full=True), graph.images(1, 3, 16, areas=True)),
         Phase(executor, graph.kv(2), graph.factors(8, full=False), contexts=graph.contexts(first, second)),
         Phase(executor, graph.kv(2), None, graph.images(2, 2, 4), (net(one, 2, skips_negative=True), net(two, 2))),
-        Phase(executor, graph.kv(2), nets=(net(one, 2), net(one, 2)), features=graph.features()),
+        Phase(executor, graph.kv(2, 154), nets=(net(one, 2, 154), net(one, 2, 154)), features=graph.features()),
         Phase(executor, graph.kv(1), features=graph.features(), contexts=graph.contexts(first)),
         Phase(executor, graph.kv(2), contexts=graph.contexts(second, first)),
         Phase(executor, graph.kv(1), contexts=graph.contexts(first)),

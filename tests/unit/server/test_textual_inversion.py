@@ -143,8 +143,8 @@ def test_the_receipt_says_what_stands_for_what(running: Running) -> None:
         Adapter(ref="e/ink", token="<hand>"),
         Adapter(ref="e/bad", weight=0),
         Adapter(ref="e/other", token="<nowhere>"),
-        prompt="a <cat> <hand> " + "x " * 90,
-        negative_prompt="y " * 74 + "<hand> z",
+        prompt="a <cat> <hand>",
+        negative_prompt="y <hand> z",
         steps=2,
     )
     receipt = running.run([asked])[0].done.receipt
@@ -156,8 +156,6 @@ def test_the_receipt_says_what_stands_for_what(running: Running) -> None:
         {"ref": "e/bad", "reason": "weight 0"},
         {"ref": "e/other", "reason": "its token '<nowhere>' occurs in no prompt (prompt or negative prompt)"},
     ]
-    assert receipt["truncated"]["prompt"].count("x") == 20
-    assert receipt["truncated"]["negative_prompt"] == "<hand> z"
     again = Request.parse(receipt["request"])
     assert again.adapters == asked.adapters
 

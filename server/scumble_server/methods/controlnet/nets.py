@@ -18,7 +18,7 @@ from scumble_build.control_models import load_net, load_t2i, load_union
 from scumble_build.controlnet import ControlNet, ControlNetUnion
 from scumble_build.inputs import level_sizes
 from scumble_server.bound import Bound
-from scumble_server.carried import RowNet
+from scumble_server.carried import RowNet, spread
 from scumble_server.context import Context, Text
 from scumble_server.executors.torch_net import TorchNet, TorchUnion, TorchUnionNet
 from scumble_server.methods.controlnet.checks import (
@@ -36,56 +36,54 @@ from scumble_server.preprocess import Pixels, control_map
 class Control:
     """One adapter of a request, whatever its weight in a phase.
 
-    A net with its keys and values `(1|2, T, K)` of the text, its hint `(1, C, H/8, W/8)` and what SDXL's pooled text
-    and sizes add, `(1|2, E)`; or a T2I-Adapter's features, `(1, C, h, w)` for each down block.
+    A net with its hint `(1, C, H/8, W/8)`; or a T2I-Adapter's features, `(1, C, h, w)` for each down block.
     """
 
     bound: Bound
-    rows: int
     net: TorchNet | TorchUnionNet | None = None
-    kv: Tensor | None = None
     hint: Tensor | None = None
-    added: Tensor | None = None
     features: tuple[Tensor, ...] = ()
 
 
-def prepare(context: Context, adapters: Sequence[Bound], text: Text) -> tuple[Control, ...]:
-    """Raises Refused for files that make no net."""
+def prepare(context: Context, adapters: Sequence[Bound]) -> tuple[Control, ...]:
+    """What of them does not depend on the prompts. Raises Refused for files that make no net."""
+    executor = context.executor
+    like = torch.empty(0, dtype=executor.dtype, device=executor.device)
     return tuple(
-        Control(bound, context.rows, features=_features(context, bound, text.states))
+        Control(bound, features=_features(context, bound, like))
         if compatibility(bound).form == "t2i"
-        else _control(context, bound, text)
+        else _control(context, bound, like)
         for bound in adapters
     )
 
 
-def row_nets(controls: Sequence[Control], weights: Sequence[float]) -> tuple[RowNet, ...]:
-    """The nets that act in a phase; `weights` has one for each of `controls`."""
+def row_nets(context: Context, controls: Sequence[Control], weights: Sequence[float], text: Text) -> tuple[RowNet, ...]:
+    """The nets that act in a phase, in which `text` is read; `weights` has one for each of `controls`."""
     found = []
     for control, weight in zip(controls, weights, strict=True):
-        if weight and control.net is not None and control.kv is not None and control.hint is not None:
+        if weight and control.net is not None and control.hint is not None:
             about = compatibility(control.bound)
             scales = picture_scales(control.bound)
             # Of several pictures, each one's strength is in the hint already.
             strength = weight * scales[0] if len(scales) == 1 else 1.0
-            scale = of_residuals(mode(control.bound), strength, len(about.widths), control.rows, pools=about.pools)
-            hint = control.hint
-            found.append(RowNet(control.net, control.kv, hint, scale.to(hint.device), control.added))
+            scale = of_residuals(mode(control.bound), strength, len(about.widths), context.sides, pools=about.pools)
+            hint, (kv, added) = control.hint, _of_text(context, control.bound, control.net, text)
+            found.append(RowNet(control.net, kv, hint, spread(scale, context.rows).to(hint.device), added))
     return tuple(found)
 
 
-def features(controls: Sequence[Control], weights: Sequence[float]) -> tuple[Tensor, ...] | None:
-    """What the T2I-Adapters of a phase add together, `(1|2, C, h, w)` for each down block."""
+def features(context: Context, controls: Sequence[Control], weights: Sequence[float]) -> tuple[Tensor, ...] | None:
+    """What the T2I-Adapters of a phase add together, `(1, C, h, w)` or `(rows, C, h, w)` for each down block."""
     total: list[Tensor] = []
     for control, weight in zip(controls, weights, strict=True):
         if weight and control.features:
-            scale = of_features(mode(control.bound), weight, len(control.features), control.rows)
+            scale = of_features(mode(control.bound), weight, len(control.features), context.sides)
             parts = [
                 feature * scale[:, level, None, None, None].to(feature)
                 for level, feature in enumerate(control.features)
             ]
             total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
-    return tuple(total) or None
+    return tuple(part if len(part) == 1 else spread(part, context.rows) for part in total) or None
 
 
 def maps(context: Context, adapters: Sequence[Bound]) -> tuple[Pixels, ...]:
@@ -95,9 +93,14 @@ def maps(context: Context, adapters: Sequence[Bound]) -> tuple[Pixels, ...]:
     )
 
 
-def _control(context: Context, bound: Bound, text: Text) -> Control:
+def _control(context: Context, bound: Bound, like: Tensor) -> Control:
+    net = _net(context, bound, like)
+    return Control(bound, net, _hint(context, bound, net, like))
+
+
+def _of_text(context: Context, bound: Bound, net: TorchNet | TorchUnionNet, text: Text) -> tuple[Tensor, Tensor | None]:
+    """The net's own keys and values `(rows, T, K)` of the prompts, and what it adds to the time `(rows, E)`."""
     states = text.states
-    net = _net(context, bound, states)
     key = ("net kv", bound.version.digest, context.base.version.digest, text.key)
     nbytes = states.shape[0] * states.shape[1] * net.kv_width * states.element_size()
     kv = context.device.get(key, nbytes, lambda: net.project(states))
@@ -105,7 +108,7 @@ def _control(context: Context, bound: Bound, text: Text) -> Control:
     if text.pooled is not None:
         sizes = torch.tensor([context.settings.sizes], dtype=torch.float32).expand(len(states), -1)
         added = net.condition(text.pooled, sizes)
-    return Control(bound, context.rows, net, kv, _hint(context, bound, net, states), added)
+    return kv, added
 
 
 def _net(context: Context, bound: Bound, like: Tensor) -> TorchNet | TorchUnionNet:

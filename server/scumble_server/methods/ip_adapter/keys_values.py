@@ -16,14 +16,15 @@ from scumble_registry.formats.ip_adapter import read_record
 from scumble_server import image_encoders
 from scumble_server.areas import area
 from scumble_server.bound import Bound
-from scumble_server.carried import RowImages
+from scumble_server.carried import RowImages, spread
 from scumble_server.context import Context
 from scumble_server.methods.ip_adapter.inputs import compatibility_of, faces_of, picture_count, scales_of
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """What the IP-Adapters of one request become: G groups with a softmax each, as `RowImages` has them.
+    """What the IP-Adapters of one request become: G groups with a softmax each, as `RowImages` has them, but kv
+    `(1|2, G, T, K)` for each side of the request.
 
     `adapters[g]` is the place of group g's adapter among the request's IP-Adapters.
     """
@@ -43,21 +44,21 @@ def groups(context: Context, adapters: Sequence[Bound]) -> Groups | None:
     lengths = torch.tensor([looks[index].length for index in places])
     longest = int(lengths.max())
     width = sum(2 * place.width for place in context.executor.kv_slices)
-    nbytes = context.rows * len(places) * longest * width * context.executor.dtype.itemsize
+    nbytes = context.sides * len(places) * longest * width * context.executor.dtype.itemsize
     kv = context.device.get(
-        ("ip_adapter.kv", context.rows, *(look.key for look in looks)),
+        ("ip_adapter.kv", context.sides, *(look.key for look in looks)),
         nbytes,
         lambda: torch.cat([_padded(_keys_and_values(context, look), longest) for look in looks], dim=1),
     )
     return Groups(kv, torch.arange(longest) < lengths[:, None], _areas(context, looks), places)
 
 
-def row_images(made: Groups | None, weights: Sequence[float]) -> RowImages | None:
+def row_images(made: Groups | None, weights: Sequence[float], rows: int) -> RowImages | None:
     """`weights[i]` is IP-Adapter i's in this phase; None where none acts."""
     if made is None or not any(weights):
         return None
     scale = torch.tensor([weights[index] for index in made.adapters])
-    return RowImages(made.kv, made.tokens, scale.expand(made.kv.shape[0], -1), made.areas)
+    return RowImages(spread(made.kv, rows), made.tokens, scale.expand(rows, -1), made.areas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def _keys_and_values(context: Context, look: _Look) -> Tensor:
     tokens = adapter.tokens(
         embedding.flatten(0, 1) if embedding is not None else None, states.flatten(0, 1) if states is not None else None
     )
-    kv: Tensor = adapter(tokens).unflatten(0, (context.rows, -1))
+    kv: Tensor = adapter(tokens).unflatten(0, (context.sides, -1))
     scales = torch.stack([layer_scales(slices, of_picture) for of_picture in scales_of(bound)])
     kv = kv * scales[:, None].to(kv)
     return kv if bound.masks else kv.flatten(1, 2)[:, None]
@@ -116,7 +117,7 @@ def _read(context: Context, look: _Look) -> tuple[Tensor | None, Tensor | None]:
 
     For the negative prompt an embedding is zeros, and the states are those of a picture of zeros.
     """
-    bound, guided = look.bound, context.settings.guided
+    bound, guided = look.bound, context.sides == 2
     compatibility = compatibility_of(bound)
     embedding: Tensor | None = None
     states: Tensor | None = None

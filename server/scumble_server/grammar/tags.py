@@ -1,0 +1,75 @@
+"""`<lora:ns/name:0.8>` in a prompt: an adapter that the prompt brings along. It is taken out of the text."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+from scumble.errors import InvalidRequest
+
+_TAG = re.compile(r"<(lora|lyco|hypernet):([^>]*)>")
+EXAMPLE = "<lora:ns/name:0.8>"
+
+
+class Tag(NamedTuple):
+    """`text` is what was written, `weight` acts on the UNet, `text_weight` on the text encoder."""
+
+    text: str
+    ref: str
+    weight: float
+    text_weight: float
+
+
+def find_tag(prompt: str) -> str | None:
+    """The first tag of the prompt, as it is written."""
+    found = _TAG.search(prompt)
+    return found[0] if found else None
+
+
+def parse_tags(prompt: str) -> tuple[str, list[Tag]]:
+    """The prompt without its tags, and these in their order. Raises InvalidRequest for one that cannot be read.
+
+    >>> parse_tags("a cat <lora:styles/ink@2:0.8:0.5>")[1][0][1:]
+    ('styles/ink@2', 0.5, 0.8)
+    """
+    return _TAG.sub("", prompt), [_tag(*match.group(0, 1, 2)) for match in _TAG.finditer(prompt)]
+
+
+def _tag(text: str, kind: str, body: str) -> Tag:
+    if kind == "hypernet":
+        raise _invalid(text, "only LoRAs are named in a prompt; name a hypernetwork in adapters")
+    ref, strengths = _split(body)
+    if "/" not in ref:
+        raise _invalid(text, f"{ref!r} is no reference; write namespace and name, like {EXAMPLE}")
+    named = {name: value for name, sign, value in (part.partition("=") for part in strengths) if sign}
+    placed = [part for part in strengths if "=" not in part]
+    if unknown := sorted(named.keys() - {"te", "unet"}):
+        raise _invalid(text, f"{unknown[0]!r} is unknown; te and unet can be named")
+    if len(placed) > 2:
+        raise _invalid(text, "two strengths at most: for the text encoder, then for the UNet")
+    te = _number(text, named.get("te", placed[0] if placed else "1"))
+    unet = _number(text, named["unet"]) if "unet" in named else _number(text, placed[1]) if len(placed) > 1 else te
+    return Tag(text, ref, unet, te)
+
+
+def _split(body: str) -> tuple[str, list[str]]:
+    """A digest's own colon belongs to the reference."""
+    ref, *strengths = [part.strip() for part in body.split(":")]
+    if ref.endswith("@sha256") and strengths:
+        ref = f"{ref}:{strengths.pop(0)}"
+    return ref, strengths
+
+
+def _number(text: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise _invalid(text, f"{value!r} is not a finite number; write {EXAMPLE}")
+    return number
+
+
+def _invalid(text: str, what: str) -> InvalidRequest:
+    return InvalidRequest(f"{text}: {what}", field="prompt")
