@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from scumble.errors import InvalidRequest, Refused
 from scumble.request import SDXL_OPTIONS, Adapter, Options, Request
-from scumble_registry import Registry
+from scumble_registry import Registry, Version
 from scumble_registry.manifest import Sampling
 from scumble_server import beginning, sampling
 from scumble_server.base import Base
@@ -98,6 +98,8 @@ class Admitted:
     inputs: Inputs
     originals: tuple[Original, ...] = ()
     """What the images begin with: nothing, one for all, or one for each."""
+    vae: Version | None = None
+    """What decodes, where it is not the base's own."""
     second: Admitted | None = None
     """What is done with the pictures once they are drawn: the same again, larger."""
 
@@ -118,6 +120,7 @@ def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixel
     return replace(
         first,
         originals=() if original is None else (original,),
+        vae=_vae(request.options, base, registry),
         second=_second(first, resolved, max_pixels) if request.options.hires is not None else None,
     )
 
@@ -172,6 +175,19 @@ def _admit(
         tuple(dropped),
         inputs,
     )
+
+
+def _vae(options: Options, base: Base, registry: Registry) -> Version | None:
+    if options.vae is None:
+        return None
+    version = registry.resolve(options.vae)
+    if version.manifest.kind != "vae":
+        raise Refused(
+            f"options.vae: {version.ref} is a {version.manifest.kind}; name a VAE that was published as one",
+            ref=options.vae,
+        )
+    version.manifest.fits(base.version.manifest)
+    return version
 
 
 def _original(options: Options, inputs: Inputs) -> Original | None:

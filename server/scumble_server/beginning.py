@@ -138,7 +138,7 @@ def _encode(context: Context, original: Original, *, masked: bool) -> Spread:
     mask = original.mask if masked else None
     key = (
         "latents",
-        context.weights,
+        context.vae_key,
         original.picture.digest,
         None if mask is None else mask.digest,
         settings.width,
@@ -149,7 +149,7 @@ def _encode(context: Context, original: Original, *, masked: bool) -> Spread:
 
     def encode() -> Spread:
         picture = _pixels(original.picture, settings)
-        return context.executor.encode_picture(picture if mask is None else picture * (_mask(mask, settings) < 0.5))
+        return context.vae.encode(picture if mask is None else picture * (_mask(mask, settings) < 0.5))
 
     return context.device.get(key, nbytes, encode)
 

@@ -302,9 +302,8 @@ class Service:
         progress, conditioned = job.progress, job.conditioned
         assert progress is not None and conditioned is not None and progress.joined_at is not None
         start = monotonic()
-        executor = conditioned.conditioning.phases[-1].executor
         latents = torch.stack([row.sample for row in progress.rows])
-        pixels = executor.decode(latents, tiled=job.admitted.request.options.vae_tiling).numpy()
+        pixels = conditioned.vae.decode(latents, tiled=job.admitted.request.options.vae_tiling).numpy()
         end = monotonic()
         spent = {
             "load": conditioned.load_ms,
@@ -315,7 +314,11 @@ class Service:
         job.spent = {name: value + job.spent.get(name, 0.0) for name, value in spent.items()}
         if job.current.second is not None:
             mask = next((original.mask for original in job.current.originals), None)
-            job.current = replace(job.current.second, originals=tuple(again(each, mask) for each in pixels))
+            job.current = replace(
+                job.current.second,
+                vae=job.current.vae,
+                originals=tuple(again(each, mask) for each in pixels),
+            )
             job.device.release()  # what was made for this size
             return None
         total = (end - job.submitted_at) * 1e3

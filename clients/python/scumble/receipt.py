@@ -67,6 +67,8 @@ def request_from_receipt(receipt: dict[str, Any], found: Mapping[str, bytes] | N
         }
         fields["base"] = _pin(receipt["base"]["ref"], receipt["base"]["digest"])
         fields["adapters"] = _pinned_adapters(receipt)
+        if "vae" in receipt:
+            fields["options"] = fields["options"] | {"vae": _pin(receipt["vae"]["ref"], receipt["vae"]["digest"])}
         if "image" in receipt:
             fields |= {"seed": receipt["seeds"][receipt["image"]], "num_images": 1}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

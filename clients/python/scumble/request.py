@@ -140,6 +140,8 @@ class Options(_Strict):
     """Answer with files of this format, which carry the receipt, instead of pixels."""
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
     """Of WebP and JPEG; None means 90."""
+    vae: str | None = None
+    """Reference of a VAE to encode and decode with, instead of the base's own."""
     vae_tiling: bool = False
     """Decode piece by piece: less memory for large pictures, faint seams at worst."""
     prompt_2: str | None = None
