@@ -151,19 +151,15 @@ def without_tags(request: Request) -> Request:
 
 
 def _check(options: Options) -> None:
-    if options.grammar != "webui":
-        for name in ("lora_tags", "emphasis"):
-            if getattr(options, name) != Options.model_fields[name].default:
-                raise InvalidRequest(
-                    f"options.{name} means nothing in the grammar {options.grammar!r}; leave it out, "
-                    "or set grammar to webui",
-                    field=f"options.{name}",
-                )
-        return
-    for name in ("prompt_2", "negative_prompt_2"):
-        if getattr(options, name) is not None:
+    """Raises InvalidRequest for an option that the grammar has no use for."""
+    of_webui, of_plain = ("lora_tags", "emphasis"), ("prompt_2", "negative_prompt_2")
+    useless = (*(of_webui if options.grammar != "webui" else ()), *(of_plain if options.grammar != "plain" else ()))
+    for name in useless:
+        if getattr(options, name) != Options.model_fields[name].default:
+            other = "webui" if name in of_webui else "plain"
             raise InvalidRequest(
-                f"options.{name} goes with plain prompts alone; leave it out, or set grammar to plain",
+                f"options.{name} means nothing in the grammar {options.grammar!r}; leave it out, "
+                f"or set grammar to {other}",
                 field=f"options.{name}",
             )
 
