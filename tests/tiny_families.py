@@ -37,7 +37,7 @@ def make_tiny_sd2(folder: Path, prediction: Literal["epsilon", "v_prediction"] =
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
     StableDiffusionPipeline(
-        vae=_vae(),
+        vae=make_vae(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -71,7 +71,7 @@ def make_tiny_sdxl(folder: Path, seed: int = 0, *, zero_negative: bool = True) -
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )
     StableDiffusionXLPipeline(
-        vae=_vae(force_upcast=True, scaling_factor=0.13025),
+        vae=make_vae(force_upcast=True, scaling_factor=0.13025),
         text_encoder=CLIPTextModel(_text_config(first, 32)),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(second, 48, hidden_act="gelu", projection_dim=40)),
         tokenizer=first,
@@ -119,7 +119,9 @@ def _unet(**config: Any) -> UNet2DConditionModel:
     return unet
 
 
-def _vae(**config: Any) -> AutoencoderKL:
+def make_vae(seed: int | None = None, **config: Any) -> AutoencoderKL:
+    if seed is not None:
+        torch.manual_seed(seed)
     return AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
         layers_per_block=1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from scumble.errors import InvalidRequest, Refused
 from scumble.request import SDXL_OPTIONS, Adapter, Options, Request
-from scumble_registry import Registry
+from scumble_registry import Registry, Version
 from scumble_registry.manifest import Sampling
 from scumble_server import beginning, sampling
 from scumble_server.base import Base
@@ -96,7 +96,12 @@ class Admitted:
     schedule: Schedule
     dropped: tuple[tuple[Adapter, str], ...]
     inputs: Inputs
-    original: Original | None
+    originals: tuple[Original, ...] = ()
+    """What the images begin with: nothing, one for all, or one for each."""
+    vae: Version | None = None
+    """What decodes, where it is not the base's own."""
+    second: Admitted | None = None
+    """What is done with the pictures once they are drawn: the same again, larger."""
 
 
 def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixels: int) -> Admitted:
@@ -109,11 +114,42 @@ def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixel
     inputs = Inputs.of(request)
     beginning.check(request.options, inpaints=base.inpaints)
     original = _original(request.options, inputs)
-    width, height = _size(request, base, original, max_pixels)
+    resolved = [_resolve(spec, base, registry, inputs) for spec in request.adapters]
+    size = _size(request, base, original, max_pixels)
+    first = _admit(request, base, inputs, resolved, size, beginning.strength_of(request.options))
+    return replace(
+        first,
+        originals=() if original is None else (original,),
+        vae=_vae(request.options, base, registry),
+        second=_second(first, resolved, max_pixels) if request.options.hires is not None else None,
+    )
+
+
+def _second(first: Admitted, resolved: Sequence[Bound], max_pixels: int) -> Admitted:
+    """The same at a larger size, once there is a picture to begin with."""
+    request, settings = first.request, first.settings
+    hires = request.options.hires
+    assert hires is not None
+    size = tuple(max(8, round(side * hires.scale / 8) * 8) for side in (settings.width, settings.height))
+    _check_size(size[0], size[1], max_pixels, "options.hires.scale")
+    asked = {"seed": settings.seed, "steps": hires.steps or settings.steps}
+    return _admit(
+        request.model_copy(update=asked), first.base, first.inputs, resolved, (size[0], size[1]), hires.strength
+    )
+
+
+def _admit(
+    request: Request,
+    base: Base,
+    inputs: Inputs,
+    resolved: Sequence[Bound],
+    size: tuple[int, int],
+    strength: float,
+) -> Admitted:
+    """One pass at `size`, from wherever in its schedule a picture is changed by `strength`."""
     adapters: list[Bound] = []
     dropped: list[tuple[Adapter, str]] = []
-    resolved = [_resolve(spec, base, registry, inputs) for spec in request.adapters]
-    settings = _settle(request, base, sampling.settle(request, resolved, base.defaults), width, height)
+    settings = _settle(request, base, sampling.settle(request, resolved, base.defaults), size, strength)
     for bound in resolved:
         if reason := METHODS[bound.kind].idle(bound, settings.run_steps):
             dropped.append((bound.spec, reason))
@@ -138,8 +174,20 @@ def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixel
         _schedule([bound.spec for bound in adapters], reading),
         tuple(dropped),
         inputs,
-        original,
     )
+
+
+def _vae(options: Options, base: Base, registry: Registry) -> Version | None:
+    if options.vae is None:
+        return None
+    version = registry.resolve(options.vae)
+    if version.manifest.kind != "vae":
+        raise Refused(
+            f"options.vae: {version.ref} is a {version.manifest.kind}; name a VAE that was published as one",
+            ref=options.vae,
+        )
+    version.manifest.fits(base.version.manifest)
+    return version
 
 
 def _original(options: Options, inputs: Inputs) -> Original | None:
@@ -149,8 +197,7 @@ def _original(options: Options, inputs: Inputs) -> Original | None:
     return Original(inputs.picture(options.image, "options.image"), mask)
 
 
-def _first_step(options: Options, steps: int) -> int:
-    strength = beginning.strength_of(options)
+def _first_step(strength: float, steps: int) -> int:
     start = first_step(steps, strength)
     if start == steps:
         raise InvalidRequest(
@@ -214,16 +261,21 @@ def _size(request: Request, base: Base, original: Original | None, max_pixels: i
         width, height = (max(8, side // 8 * 8) for side in original.picture.size)
         default = width, height
     width, height = _given_or(request.width, default[0]), _given_or(request.height, default[1])
-    if width * height > max_pixels:
-        raise InvalidRequest(
-            f"{width}x{height} is {width * height} pixels, this server makes at most {max_pixels}; "
-            "ask for a smaller width or height",
-            field="width",
-        )
+    _check_size(width, height, max_pixels, "width")
     return width, height
 
 
-def _settle(request: Request, base: Base, sampled: Sampling, width: int, height: int) -> Settings:
+def _check_size(width: int, height: int, max_pixels: int, field: str) -> None:
+    if width * height > max_pixels:
+        raise InvalidRequest(
+            f"{width}x{height} is {width * height} pixels, this server makes at most {max_pixels}; "
+            f"ask for a smaller {field}",
+            field=field,
+        )
+
+
+def _settle(request: Request, base: Base, sampled: Sampling, size: tuple[int, int], strength: float) -> Settings:
+    width, height = size
     assert sampled.scheduler is not None and sampled.steps is not None and sampled.guidance_scale is not None
     return Settings(
         prompt=request.prompt,
@@ -231,8 +283,8 @@ def _settle(request: Request, base: Base, sampled: Sampling, width: int, height:
         scheduler=sampled.scheduler,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
         steps=sampled.steps,
-        strength=beginning.strength_of(request.options),
-        first_step=_first_step(request.options, sampled.steps),
+        strength=strength,
+        first_step=_first_step(strength, sampled.steps),
         width=width,
         height=height,
         num_images=request.num_images,

@@ -5,9 +5,12 @@ Whatever is drawn at random is drawn in the order of diffusers' own pipelines, s
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -93,6 +96,12 @@ def prepare(context: Context, original: Original) -> Beginning:
     )
 
 
+def again(pixels: NDArray[np.uint8], mask: Picture | None) -> Original:
+    """What a second pass begins with: pixels `(H, W, 3)` of the first."""
+    digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
+    return Original(Picture("", digest, pixels), mask)
+
+
 def begin(row: Row, beginning: Beginning | None) -> None:
     """Gives a row its first sample, and what it keeps of a picture."""
     noise, table, device = row.noise, row.table, row.sample.device
@@ -129,7 +138,7 @@ def _encode(context: Context, original: Original, *, masked: bool) -> Spread:
     mask = original.mask if masked else None
     key = (
         "latents",
-        context.weights,
+        context.vae_key,
         original.picture.digest,
         None if mask is None else mask.digest,
         settings.width,
@@ -140,7 +149,7 @@ def _encode(context: Context, original: Original, *, masked: bool) -> Spread:
 
     def encode() -> Spread:
         picture = _pixels(original.picture, settings)
-        return context.executor.encode_picture(picture if mask is None else picture * (_mask(mask, settings) < 0.5))
+        return context.vae.encode(picture if mask is None else picture * (_mask(mask, settings) < 0.5))
 
     return context.device.get(key, nbytes, encode)
 

@@ -23,11 +23,12 @@ from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, Text, read_record
 from scumble_server.encoding import Encoder, together
+from scumble_server.executors import Vae
 from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
 from scumble_server.stacking import factors_of
-from scumble_server.variants import merged, on_checkpoint, too_wide
+from scumble_server.variants import merged, on_checkpoint, too_wide, with_vae
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,9 @@ class Conditioned:
     dropped: tuple[tuple[Adapter, str], ...]
     load_ms: float
     encode_ms: float
-    maps: tuple[Pixels, ...] = ()
-    beginning: Beginning | None = None
+    maps: tuple[Pixels, ...]
+    beginnings: tuple[Beginning, ...]
+    vae: Vae
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class Conditioner:
                 executor=executor,
                 weights=base.version.digest,
                 drawn_with=base.version,
+                vae=executor.vae,
+                vae_key=base.version.digest,
                 tokenizers=base.tokenizers,
                 records=records,
                 device=device,
@@ -85,7 +89,8 @@ class Conditioner:
                 weights_key=base.key,
                 rows=admitted.reading.rows,
             )
-            return _condition(on_checkpoint(context, admitted.adapters), admitted)
+            drawn_with = on_checkpoint(context, admitted.adapters)
+            return _condition(with_vae(drawn_with, admitted.vae), admitted)
 
     def prefetch(self, admitted: Admitted) -> None:
         """Bring what a queued request will read into host memory. May be called from any thread."""
@@ -152,7 +157,8 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
         (loaded - start) * 1e3,
         (encoded - loaded) * 1e3,
         controlnet.maps(context, nets) if options.return_maps else (),
-        None if admitted.original is None else beginning.prepare(context, admitted.original),
+        tuple(beginning.prepare(context, original) for original in admitted.originals),
+        context.vae,
     )
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from scumble_registry import Registry, Version
 from scumble_server.base import Base
 from scumble_server.bound import Bound
-from scumble_server.executors import Executor
+from scumble_server.executors import Executor, Vae
 from scumble_server.residency import Lease
 from scumble_server.settings import Settings
 
@@ -47,6 +47,9 @@ class Context:
     executor: Executor
     weights: Hashable
     drawn_with: Version
+    vae: Vae
+    vae_key: Hashable
+    """All that says which one it is."""
     tokenizers: tuple[CLIPTokenizer, ...]
     records: Lease
     device: Lease

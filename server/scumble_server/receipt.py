@@ -44,6 +44,7 @@ def receipt(admitted: Admitted, conditioned: Conditioned, timings_ms: Mapping[st
             "tensors": {name: _described(values) for name, values in admitted.inputs.tensors.items()},
         },
         "base": _named(base.version),
+        **({"vae": _named(admitted.vae)} if admitted.vae is not None else {}),
         "adapters": [
             {
                 **_named(bound.version),

@@ -48,6 +48,10 @@ class Progress:
     finished_at: float = 0.0
     ended: bool = False
     reported: int = 0
+    steps_before: int = 0
+    """Of an earlier pass."""
+    steps_after: int = 0
+    """Of a later one."""
 
     def report(self) -> None:
         """Tell the slowest image's step, if it moved, and a preview, if one is due."""
@@ -56,9 +60,10 @@ class Progress:
         if step > self.reported:
             due = self.preview_every and step // self.preview_every > self.reported // self.preview_every
             self.reported = step
-            self.on_event(Step(step, steps))
+            now, total = self.steps_before + step, self.steps_before + steps + self.steps_after
+            self.on_event(Step(now, total))
             if due and self.preview is not None and step < steps:
-                self.on_event(self.preview(step, steps, torch.stack([row.estimate for row in self.rows])))
+                self.on_event(self.preview(now, total, torch.stack([row.estimate for row in self.rows])))
 
     def fail(self, failed: Failed) -> None:
         if not self.ended:

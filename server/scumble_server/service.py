@@ -14,20 +14,22 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from scumble.errors import Cancelled, DeadlineExceeded, QueueFull, ScumbleError, Unavailable
-from scumble.events import Done, Event, Failed, Queued
-from scumble.request import Request
+from scumble.events import Done, Event, Failed, Pixels, Queued
+from scumble.images import QUALITY, encode
+from scumble.request import Options, Request
 from scumble_registry import Registry
 from scumble_server.admission import Admitted, admit
 from scumble_server.base import Base, load_base
-from scumble_server.beginning import begin
+from scumble_server.beginning import again, begin
 from scumble_server.conditioning import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
 from scumble_server.counters import Counters
@@ -51,8 +53,16 @@ class _Job:
     device: Lease
     weights: Lease
     submitted_at: float = field(default_factory=monotonic)
+    current: Admitted = field(init=False)
+    """The pass that it is in."""
+    arrival: int = 0
     conditioned: Conditioned | None = None
     progress: Progress | None = None
+    spent: dict[str, float] = field(default_factory=dict)
+    """Milliseconds of every pass so far."""
+
+    def __post_init__(self) -> None:
+        self.current = self.admitted
 
     @property
     def deadline(self) -> float | None:
@@ -162,8 +172,12 @@ class Service:
             self._open_requests += 1
             self._counters.add("requests")
             job.on_event(Queued(ahead))
-            self._incoming.put((-request.options.priority, next(self._arrivals), job))
+            job.arrival = next(self._arrivals)
+            self._enqueue(job)
         self._prefetcher.submit(lambda: self._conditioner.prefetch(admitted))
+
+    def _enqueue(self, job: _Job) -> None:
+        self._incoming.put((-job.admitted.request.options.priority, job.arrival, job))
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start. `mixed_steps` are steps in which rows with different adapters shared the batch;
@@ -199,6 +213,9 @@ class Service:
             thread.join()
         self._denoised.put(None)  # last, so that pictures that are done still reach their callers
         self._threads[2].join()
+        while not self._incoming.empty():  # a second pass that nobody begins any more
+            if (job := self._incoming.get()[2]) is not None:
+                job.on_event(Failed(Unavailable("the server is stopping")))
         self._prefetcher.close()
         self._registry.close()
 
@@ -232,7 +249,7 @@ class Service:
                 continue
             try:
                 job.check()
-                job.conditioned = self._conditioner.condition(job.admitted, job.device, job.weights)
+                job.conditioned = self._conditioner.condition(job.current, job.device, job.weights)
                 job.progress = self._rows(job, job.conditioned)
             except Exception as error:
                 job.on_event(Failed(_typed(error)))
@@ -240,7 +257,8 @@ class Service:
             self._loop.add(job.progress)
 
     def _rows(self, job: _Job, conditioned: Conditioned) -> Progress:
-        base, settings, table = job.admitted.base, job.admitted.settings, job.admitted.table
+        current = job.current
+        base, settings, table = current.base, current.settings, current.table
         scale = base.compatibility.vae_scale
         height, width = settings.height // scale, settings.width // scale
         device = conditioned.conditioning.phases[0].executor.device
@@ -253,13 +271,16 @@ class Service:
             deadline=job.deadline,
             preview=base.colours.preview,
             preview_every=options.preview_every or 0,
+            steps_before=0 if current is job.admitted else job.admitted.table.steps,
+            steps_after=current.second.table.steps if current.second is not None else 0,
         )
-        for seed in settings.seeds:
+        for index, seed in enumerate(settings.seeds):
             noise = Noise(seed, height, width)
             sample = torch.zeros(4, height, width, device=device)
             row = Row(progress, conditioned.conditioning, table, settings.guidance, sample, noise)
             row.rescale = options.guidance_rescale
-            begin(row, conditioned.beginning)
+            beginnings = conditioned.beginnings
+            begin(row, beginnings[index % len(beginnings)] if beginnings else None)
             progress.rows.append(row)
         return progress
 
@@ -270,28 +291,50 @@ class Service:
             except Exception as error:
                 job.on_event(Failed(_typed(error)))
                 continue
-            self._counters.add("images", len(done.images))
+            if done is None:
+                self._enqueue(job)
+                continue
+            self._counters.add("images", len(done.encoded) or len(done.images))
             job.on_event(done)
 
-    def _decode(self, job: _Job) -> Done:
+    def _decode(self, job: _Job) -> Done | None:
+        """None if a second pass follows; the job is ready for it then."""
         progress, conditioned = job.progress, job.conditioned
         assert progress is not None and conditioned is not None and progress.joined_at is not None
         start = monotonic()
-        executor = conditioned.conditioning.phases[-1].executor
         latents = torch.stack([row.sample for row in progress.rows])
-        pixels = executor.decode(latents, tiled=job.admitted.request.options.vae_tiling).numpy()
+        pixels = conditioned.vae.decode(latents, tiled=job.admitted.request.options.vae_tiling).numpy()
         end = monotonic()
-        waited = progress.joined_at - job.submitted_at - (conditioned.load_ms + conditioned.encode_ms) / 1e3
-        timings = {
-            "queue": waited * 1e3,
+        spent = {
             "load": conditioned.load_ms,
             "encode": conditioned.encode_ms,
             "denoise": (progress.finished_at - progress.joined_at) * 1e3,
             "decode": (end - start) * 1e3,
-            "total": (end - job.submitted_at) * 1e3,
         }
+        job.spent = {name: value + job.spent.get(name, 0.0) for name, value in spent.items()}
+        if job.current.second is not None:
+            mask = next((original.mask for original in job.current.originals), None)
+            job.current = replace(
+                job.current.second,
+                vae=job.current.vae,
+                originals=tuple(again(each, mask) for each in pixels),
+            )
+            job.device.release()  # what was made for this size
+            return None
+        total = (end - job.submitted_at) * 1e3
+        timings = {"queue": total - sum(job.spent.values()), **job.spent, "total": total}
         maps = np.stack(conditioned.maps) if conditioned.maps else None
-        return Done(pixels, receipt(job.admitted, conditioned, timings), maps)
+        return _done(pixels, receipt(job.admitted, conditioned, timings), maps, job.admitted.request.options)
+
+
+def _done(pixels: Pixels, about: dict[str, Any], maps: Pixels | None, options: Options) -> Done:
+    if options.format is None:
+        return Done(pixels, about, maps)
+    files = tuple(
+        encode(Image.fromarray(picture), options.format, about | {"image": index}, options.quality or QUALITY)
+        for index, picture in enumerate(pixels)
+    )
+    return Done(np.zeros((0, 0, 0, 3), np.uint8), about, maps, files)
 
 
 def _typed(error: Exception) -> ScumbleError:

@@ -15,13 +15,15 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from scumble_build.layout import RANK_BUCKETS
+from scumble_registry import Version
+from scumble_registry.compatibility import VaeCompatibility
 from scumble_registry.formats.dreambooth import read_changed
 from scumble_registry.formats.safetensors_header import Array
 from scumble_server.base import load_tokenizers
 from scumble_server.bound import Bound
 from scumble_server.context import Context
 from scumble_server.dora import change
-from scumble_server.executors import Executor
+from scumble_server.executors import Executor, Vae
 from scumble_server.methods import dreambooth, lora
 
 
@@ -54,12 +56,34 @@ def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
     loaded = context.held_weights.get(key, nbytes, load, of=context.weights_key)
     return replace(
         context,
+        vae=loaded.executor.vae,
+        vae_key=bound.version.digest,
         weights_key=key,
         executor=loaded.executor,
         weights=bound.version.digest,
         drawn_with=bound.version,
         tokenizers=loaded.tokenizers,
     )
+
+
+def with_vae(context: Context, version: Version | None) -> Context:
+    """`context` with the VAE that the request names, if it names one.
+
+    Raises NotFound, IntegrityError, Refused (the budget for weights is too small for it).
+    """
+    if version is None:
+        return context
+    about = version.manifest.compatibility
+    assert isinstance(about, VaeCompatibility)
+
+    def load() -> Vae:
+        return context.executor.load_vae(context.registry.materialise(version))
+
+    key = ("vae", version.digest)
+    vae = context.held_weights.get(
+        key, about.parameters * (4 if about.float32 else context.executor.dtype.itemsize), load
+    )
+    return replace(context, vae=vae, vae_key=version.digest)
 
 
 def too_wide(context: Context, loras: Sequence[Bound]) -> bool:

@@ -107,3 +107,20 @@ def test_bad_pictures_have_their_exit_status(
     done = scumble("generate", "x", *arguments, "-o", tmp_path / "a.png", "--url", server.grpc_url, "--json")
     error = json.loads(done.stdout)["error"]
     assert (done.returncode, says in error["message"] or "needs a picture" in error["message"]) == (status, True), error
+
+
+def test_a_picture_to_begin_with_and_files_of_a_format(
+    server: RunningServer, client: Client, style: Path, tmp_path: Path
+) -> None:
+    begin = {"image": "photo", "strength": 0.5}
+    drawn = client.images.generate(**PLAIN, images={"photo": style}, options={**begin, "format": "webp"})
+    (file,) = drawn.save(tmp_path / "a.webp")
+    assert file.read_bytes() == drawn.encoded[0]
+    with Image.open(file) as picture:
+        assert picture.format == "WEBP"
+    options = ("--init", style, "--option", "strength=0.5", "--guidance", "5", "--seed", "7", "--steps", "4")
+    generate(server, "a red apple", *options, "-o", tmp_path / "b.png")
+    pixels_of = client.images.generate(**PLAIN, images={"photo": style}, options=begin).images[0]
+    assert np.abs(pixels(tmp_path / "b.png").astype(int) - pixels_of).max() <= 1
+    generate(server, "--from-receipt", file, "--image", style, "-o", tmp_path / "c.webp")
+    assert np.abs(pixels(tmp_path / "c.webp").astype(int) - pixels(file)).max() <= 1

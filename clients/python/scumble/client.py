@@ -114,7 +114,7 @@ class ImagesApi:
         """
         for event in self.stream(prompt, timeout=timeout, **fields):
             if isinstance(event, Done):
-                images = Images(event.images, event.receipt, event.maps)
+                images = Images(event.images, event.receipt, event.maps, event.encoded)
         return images
 
     def stream(

@@ -43,11 +43,13 @@ class Done:
     """The pictures and the receipt (DESIGN: what was asked, bound, drawn and timed).
 
     `maps` are the control maps, `(k, H, W, 3)` in the receipt's order, if the request asked for them.
+    Where it asked for a format, `images` is empty and `encoded` holds a file for each, with its receipt inside.
     """
 
     images: Pixels
     receipt: dict[str, Any]
     maps: Pixels | None = None
+    encoded: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

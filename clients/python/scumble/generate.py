@@ -17,7 +17,7 @@ import typer
 from scumble.client import Client
 from scumble.errors import InvalidRequest, NotFound, Unavailable
 from scumble.events import Done
-from scumble.images import Images, check_png_path, encoded, write_whole
+from scumble.images import Images, check_path, encoded, write_whole
 from scumble.progress import ProgressBar
 from scumble.receipt import find_inputs, input_digests, read_receipt, request_from_receipt
 from scumble.request import Adapter, Request, SchedulerName, parse_adapter
@@ -29,7 +29,9 @@ LOCAL_SERVER_GROUP = "scumble.local_server"
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw; may be empty.")] = None,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; several become NAME-0.png …")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Picture to write (.png, .webp, .jpg); several become NAME-0.png …")
+    ],
     base: Annotated[str | None, typer.Option(help="Base, e.g. ns/name@2.")] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="REF[:WEIGHT]; repeatable.")] = None,
     control: Annotated[list[str] | None, typer.Option(help="ControlNet: REF=IMAGE[:WEIGHT]; repeatable.")] = None,
@@ -48,6 +50,13 @@ def generate(
         bool | None, typer.Option("--rescale-betas/--no-rescale-betas", help="Begin without any signal.")
     ] = None,
     eta: Annotated[float | None, typer.Option(help="Noise that ddim and tcd add in each step, 0 to 1.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Picture to begin with (img2img).")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="With --init: what is white here is drawn anew, the rest kept.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of the request's options, e.g. strength=0.5; repeatable.")
+    ] = None,
     num_images: Annotated[int | None, typer.Option("-n", help="Pictures; seeds count up.")] = None,
     receipt: Annotated[Path | None, typer.Option(help="Also write the receipt, as JSON.")] = None,
     from_receipt: Annotated[Path | None, typer.Option(help="Draw again what this PNG or receipt says.")] = None,
@@ -56,7 +65,16 @@ def generate(
 ) -> None:
     """Make pictures; without --url or SCUMBLE_URL a server is started for them and stopped again."""
     images, looking = parse_looking([*(control or ()), *(ip or ())])
-    options = {"timestep_spacing": timestep_spacing, "rescale_betas": rescale_betas, "eta": eta}
+    named = {name: path for name, path in (("init", init), ("mask", mask)) if path is not None}
+    images |= {name: encoded(path) for name, path in named.items()}
+    options = {
+        **parse_options(option or []),
+        "timestep_spacing": timestep_spacing,
+        "rescale_betas": rescale_betas,
+        "eta": eta,
+        "image": "init" if init else None,
+        "mask": "mask" if mask else None,
+    }
     given = {
         "prompt": prompt,
         "base": base,
@@ -73,7 +91,7 @@ def generate(
     }
     given = {name: value for name, value in given.items() if value is not None}
     request = _from_receipt(given, from_receipt, image or []) if from_receipt else _request(given)
-    check_png_path(out)
+    check_path(out)
     if receipt and not receipt.parent.is_dir():
         raise NotFound(f"folder {receipt.parent} does not exist; make it first", path=str(receipt.parent))
 
@@ -125,6 +143,24 @@ def parse_looking(texts: list[str]) -> tuple[dict[str, bytes], list[Adapter]]:
     return images, adapters
 
 
+def parse_options(texts: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` of the command line, VALUE as JSON or as the text that it is.
+
+    >>> parse_options(["strength=0.5", "format=webp"])
+    {'strength': 0.5, 'format': 'webp'}
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InvalidRequest(f"{text!r}: write NAME=VALUE, e.g. strength=0.5", field="options")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
 def _split_weight(text: str) -> tuple[str, float]:
     """A path may hold colons itself: only a number behind the last one is a weight."""
     path, _, weight = text.rpartition(":")
@@ -149,7 +185,7 @@ def _draw(request: Request, url: str | None, *, quiet: bool) -> Images:
         for event in client.images.stream(request):
             bar.show(event)
             if isinstance(event, Done):
-                images = Images(event.images, event.receipt, event.maps)
+                images = Images(event.images, event.receipt, event.maps, event.encoded)
     return images
 
 

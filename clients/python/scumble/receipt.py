@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from scumble.errors import InvalidRequest, NotFound
-from scumble.images import PNG_RECEIPT
+from scumble.images import receipt_text
 from scumble.request import Request
 
 SCHEMA = 1
@@ -24,7 +23,7 @@ MAX_INPUT_BYTES = 256 << 20
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
-    """The receipt in a PNG of ours, in a `--receipt` file, or in what `scumble generate --json` printed.
+    """The receipt in a picture of ours, in a `--receipt` file, or in what `scumble generate --json` printed.
 
     Raises NotFound if there is no file, InvalidRequest if it holds no receipt of a schema we know.
     """
@@ -34,14 +33,14 @@ def read_receipt(path: Path) -> dict[str, Any]:
         raise NotFound(f"receipt {path} does not exist", path=str(path)) from error
     except OSError as error:
         raise InvalidRequest(f"receipt {path} cannot be read: {error.strerror}", field="from_receipt") from error
-    text = _png_text(path) if content.startswith(b"\x89PNG") else content
+    text = receipt_text(path) if content.startswith((b"\x89PNG", b"RIFF", b"\xff\xd8")) else content
     try:
         data = json.loads(text)
         receipt: dict[str, Any] = data.get("receipt", data)
         known = receipt["schema"] == SCHEMA
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InvalidRequest(
-            f"{path} holds no receipt; give a PNG or a receipt file that `scumble generate` wrote",
+            f"{path} holds no receipt; give a picture or a receipt file that `scumble generate` wrote",
             field="from_receipt",
         ) from error
     if not known:
@@ -68,6 +67,8 @@ def request_from_receipt(receipt: dict[str, Any], found: Mapping[str, bytes] | N
         }
         fields["base"] = _pin(receipt["base"]["ref"], receipt["base"]["digest"])
         fields["adapters"] = _pinned_adapters(receipt)
+        if "vae" in receipt:
+            fields["options"] = fields["options"] | {"vae": _pin(receipt["vae"]["ref"], receipt["vae"]["digest"])}
         if "image" in receipt:
             fields |= {"seed": receipt["seeds"][receipt["image"]], "num_images": 1}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -157,11 +158,3 @@ def _digest_of(pinned: str) -> str:
 def _pin(ref: str, digest: str) -> str:
     name = ref.partition("@")[0]
     return f"{name}@sha256:{digest.removeprefix('sha256:')}"
-
-
-def _png_text(path: Path) -> str:
-    try:
-        with Image.open(path) as picture:
-            return str(getattr(picture, "text", {}).get(PNG_RECEIPT, ""))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InvalidRequest(f"{path} is a damaged PNG: {error}", field="from_receipt") from error

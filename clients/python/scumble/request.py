@@ -34,6 +34,7 @@ MAX_ADAPTERS = 32
 MAX_INPUTS = 64
 """Pictures, and tensors, that one request brings."""
 
+Format = Literal["png", "webp", "jpeg"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Pixel = Annotated[int, Field(ge=0, le=16384)]
 Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
@@ -95,6 +96,17 @@ class Adapter(_Strict):
         return not (step / steps < self.start or (step + 1) / steps > self.end)
 
 
+class Hires(_Strict):
+    """A second pass: the finished picture, enlarged, is begun with again (img2img), with the same seed."""
+
+    scale: Annotated[float, Field(gt=1, le=4)] = 2.0
+    """Of each side, rounded to steps of 8."""
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """How much of it changes."""
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    """None means as in the first pass."""
+
+
 class Options(_Strict):
     """What a request may ask for beside the picture. An unknown option is refused, never ignored."""
 
@@ -120,8 +132,16 @@ class Options(_Strict):
     """Draw only what is white in this one of the request's pictures, and keep the rest of `image` (inpainting)."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """How much of `image` changes: the share of the steps that is run. None means 0.8, or 1 with a mask."""
+    hires: Hires | None = None
+    """Draw at the request's size first, where bases compose best, and then larger."""
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Against washed-out pictures at high guidance (Lin et al., 2305.08891, 3.4)."""
+    format: Format | None = None
+    """Answer with files of this format, which carry the receipt, instead of pixels."""
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Of WebP and JPEG; None means 90."""
+    vae: str | None = None
+    """Reference of a VAE to encode and decode with, instead of the base's own."""
     vae_tiling: bool = False
     """Decode piece by piece: less memory for large pictures, faint seams at worst."""
     prompt_2: str | None = None

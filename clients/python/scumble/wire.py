@@ -78,6 +78,7 @@ UNARY_OUTPUTS = (
     TensorSpec("receipt", "BYTES"),  # JSON, with Done
     TensorSpec("error", "BYTES"),  # JSON, ScumbleError.to_dict(); alone
     TensorSpec("maps", "UINT8", (-1, -1, -1, 3)),  # with Done, if options.return_maps
+    TensorSpec("encoded", "BYTES", (-1,)),  # with Done, if options.format: files; images is then empty
 )
 STREAM_OUTPUTS = (
     TensorSpec("event", "BYTES"),  # JSON: {type: queued|step|preview|done|failed, position | step, steps}
@@ -126,9 +127,10 @@ def event_to_tensors(event: Event) -> dict[str, NDArray[Any]]:
             return {"event": _json_tensor({"type": "step", "step": step, "steps": steps})}
         case Preview(step, steps, images):
             return {"event": _json_tensor({"type": "preview", "step": step, "steps": steps}), "images": images}
-        case Done(images, receipt, maps):
+        case Done(images, receipt, maps, encoded):
             done = {"event": _json_tensor({"type": "done"}), "images": images, "receipt": _json_tensor(receipt)}
-            return done if maps is None else done | {"maps": maps}
+            done |= {"maps": maps} if maps is not None else {}
+            return done | {"encoded": np.array([*encoded, b""], np.object_)[:-1]} if encoded else done
         case Failed(error):
             return {"event": _json_tensor({"type": "failed"}), "error": _json_tensor(error.to_dict())}
 
@@ -146,7 +148,8 @@ def tensors_to_event(tensors: Tensors) -> Event:
                 return Preview(int(data["step"]), int(data["steps"]), np.asarray(tensors["images"], np.uint8))
             case "done":
                 maps = np.asarray(tensors["maps"], np.uint8) if "maps" in tensors else None
-                return Done(np.asarray(tensors["images"], np.uint8), _json_value(tensors["receipt"]), maps)
+                files = tuple(bytes(content) for content in tensors.get("encoded", ()))
+                return Done(np.asarray(tensors["images"], np.uint8), _json_value(tensors["receipt"]), maps, files)
             case "failed":
                 return Failed(from_dict(_json_value(tensors["error"])))
             case unknown:

@@ -21,6 +21,7 @@ from scumble_registry.formats import (
     ip_adapter,
     lora,
     textual_inversion,
+    vae,
 )
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest
@@ -40,6 +41,7 @@ FORMATS: tuple[Format, ...] = (
     dreambooth,
     base,
     image_encoder,
+    vae,
     ip_adapter,
     hypernetwork,
     textual_inversion,
@@ -62,6 +64,7 @@ def read(source: Source, base: Manifest | None) -> Draft:
         "it) is a folder with model_index.json, a LoRA is a safetensors file (or a folder with one) of lora_A/lora_B "
         "or lora_down/lora_up, an embedding is one with a single tensor, named by its token or emb_params, "
         "an IP-Adapter is one with image_proj and ip_adapter, an image encoder is a folder with CLIP's vision tower, "
+        "a VAE a folder with an AutoencoderKL, "
         "a ControlNet or T2I-Adapter a folder of config.json and weights, a hypernetwork "
         "is one of <width>.k.linear.<i> and <width>.v.linear.<i>, or one whose header holds scumble.predictor"
     )

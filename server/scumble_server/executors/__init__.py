@@ -28,6 +28,16 @@ class Spread:
     deviation: Tensor
 
 
+class Vae(Protocol):
+    """Pixels and latents. `decode` is called by the thread that decodes, `encode` by the one that conditions."""
+
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU; `tiled`: piece by piece."""
+
+    def encode(self, pixels: Tensor) -> Spread:
+        """pixels `(1, 3, H, W)` in -1…1."""
+
+
 class Net(Protocol):
     """A ControlNet. `residuals` is called by the loop's thread, the others by the one that conditions."""
 
@@ -56,7 +66,7 @@ class Net(Protocol):
 
 
 class Executor(Protocol):
-    """The graphs of one base: its text encoders, the projection of text, the denoiser, the VAE's decoder.
+    """The graphs of one base: its text encoders, the projection of text, the denoiser, and its VAE.
 
     Each graph is called from one thread at a time; different graphs may run at once. Tensors come and go on
     `device`; samples and latents are float32 whatever precision the graphs compute in.
@@ -68,6 +78,9 @@ class Executor(Protocol):
     """Of each text encoder."""
     kv_slices: list[KVSlice]
     """Where each cross-attention stands in keys and values."""
+
+    @property
+    def vae(self) -> Vae: ...
 
     @property
     def device(self) -> str: ...
@@ -103,12 +116,6 @@ class Executor(Protocol):
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
         """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → prediction like sample."""
 
-    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
-        """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU; `tiled`: piece by piece."""
-
-    def encode_picture(self, pixels: Tensor) -> Spread:
-        """pixels `(1, 3, H, W)` in -1…1."""
-
     def weight(self, target: str) -> Tensor:
         """The weight of a layer that takes factors, `(out, in[, k, k])`, to be read only."""
 
@@ -118,6 +125,9 @@ class Executor(Protocol):
         `configs` is a folder with configs of its components, in the diffusers layout; None: this one's own.
         Raises Refused for a tensor that has no place here.
         """
+
+    def load_vae(self, folder: Path) -> Vae:
+        """Another one, in the diffusers layout, on the same device and in the same precision."""
 
     def weights_digest(self) -> str:
         """sha256 over every weight as it is now: proof that nothing was patched."""

@@ -22,7 +22,8 @@ from scumble_build.inputs import StepInputs
 from scumble_build.text import Encoded, Overrides, TextEncoder
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
-from scumble_server.executors import Changed, Spread
+from scumble_server.executors import Changed
+from scumble_server.executors.torch_vae import TorchVae, load_autoencoder, vae_dtype
 from scumble_server.families import Family, TextPart
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -45,11 +46,10 @@ class Models:
             part.encoder: _text_class(part).from_pretrained(folder / part.encoder, dtype=dtype, local_files_only=True)
             for part in family.texts
         }
-        config = AutoencoderKL.load_config(folder / "vae", local_files_only=True)
         return cls(
             UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True),
             texts,
-            AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=_vae_dtype(config, dtype), local_files_only=True),
+            load_autoencoder(folder / "vae", dtype),
         )
 
 
@@ -61,9 +61,10 @@ class TorchExecutor:
         self._family, self._device, self._dtype, self.max_rows = family, device, dtype, max_rows
         unet = self._place(models.unet)
         texts = {name: self._place(text) for name, text in models.texts.items()}
-        self._vae: Any = self._place(models.vae)
+        vae = self._place(models.vae)
+        self.vae = TorchVae(vae)
         # As their files name them: behind this, names gain what adapters need.
-        components = {"unet": unet, **texts, "vae": self._vae}
+        components = {"unet": unet, **texts, "vae": vae}
         self._states = {name: dict(model.state_dict()) for name, model in components.items()}
         self._configs = {name: model.config for name, model in components.items()}
         self._projection = KVProjection(unet)
@@ -162,32 +163,11 @@ class TorchExecutor:
         prediction: Tensor = self._denoiser(sample.to(self._dtype), timestep, inputs)
         return prediction.float()
 
-    @torch.inference_mode()
-    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
-        mean, deviation = self._vae_scale(latents)
-        latents = (latents * deviation + mean).to(self._vae.dtype)
-        decode = self._vae.tiled_decode if tiled else self._vae.decode
-        decoded: Tensor = decode(latents, return_dict=False)[0].float()
-        pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
-        return pixels.round().to(torch.uint8).cpu()
-
-    @torch.inference_mode()
-    def encode_picture(self, pixels: Tensor) -> Spread:
-        found = self._vae.encode(pixels.to(self._device, self._vae.dtype), return_dict=False)[0]
-        mean, deviation = self._vae_scale(pixels.to(self._device))
-        return Spread(((found.mean.float() - mean) / deviation)[0], (found.std.float() / deviation)[0])
-
-    def _vae_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the VAE's own latents, `(1, 1|C, 1, 1)`: the UNet's have mean 0 and deviation 1."""
-        config = self._vae.config
-        mean, deviation = like.new_zeros(1, 1, 1, 1), like.new_ones(1, 1, 1, 1) / config.scaling_factor
-        if config.latents_mean is not None and config.latents_std is not None:
-            mean = like.new_tensor(config.latents_mean).view(1, -1, 1, 1)
-            deviation = deviation * like.new_tensor(config.latents_std).view(1, -1, 1, 1)
-        return mean, deviation
-
     def _cast(self, factors: Factors | None) -> Factors | None:
         return factors.to(self._device, self._dtype) if factors is not None else None
+
+    def load_vae(self, folder: Path) -> TorchVae:
+        return TorchVae(self._place(load_autoencoder(folder, self._dtype)))
 
     def weight(self, target: str) -> Tensor:
         weight: Tensor = self._adapted[target].base.weight
@@ -224,15 +204,10 @@ def _text_class(part: TextPart) -> type[Text]:
     return CLIPTextModelWithProjection if part.projects else CLIPTextModel
 
 
-def _vae_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:
-    """SDXL's VAE overflows half precision, and says so."""
-    return torch.float32 if config.get("force_upcast") and dtype == torch.float16 else dtype
-
-
 def weights_bytes(folder: Path, family: Family, precision: str) -> int:
     """What a folder in the diffusers layout will take once it is loaded, read from its headers."""
     dtype = _DTYPES[precision]
-    of_vae = _vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), dtype)
+    of_vae = vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), dtype)
     components = {"unet": dtype, **{part.encoder: dtype for part in family.texts}, "vae": of_vae}
     return sum(_values(folder / name) * kept.itemsize for name, kept in components.items())
 

@@ -1,4 +1,4 @@
-"""Pictures become PNG files that carry their receipt, whole or not at all."""
+"""Pictures become files that carry their receipt, whole or not at all."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from scumble.errors import InvalidRequest, NotFound
-from scumble.images import Images, write_whole
+from scumble.images import Images, encode, write_whole
 from scumble.receipt import read_receipt
 
 
@@ -31,9 +31,38 @@ def test_several_pictures_are_numbered_and_know_their_place(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.png", "a-1.png", "a-2.png"]
 
 
-def test_only_png_is_written_and_only_where_a_folder_is(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="PNG"):
-        some_images().save(tmp_path / "a.jpg")
+@pytest.mark.parametrize(("ending", "kind"), [(".png", "PNG"), (".webp", "WEBP"), (".jpg", "JPEG"), (".jpeg", "JPEG")])
+def test_the_ending_says_the_format_and_each_holds_the_receipt(tmp_path: Path, ending: str, kind: str) -> None:
+    images = some_images()
+    (path,) = images.save(tmp_path / f"a{ending}")
+    with Image.open(path) as picture:
+        assert picture.format == kind
+        assert np.abs(np.asarray(picture).astype(float) - images.images[0]).mean() <= 64
+    assert read_receipt(path) == images.receipt | {"image": 0}
+
+
+def test_what_the_server_encoded_is_written_as_it_came(tmp_path: Path) -> None:
+    receipt = {"schema": 1, "request": {"options": {"format": "webp"}}}
+    content = encode(some_images().pil()[0], "webp", receipt | {"image": 0}, quality=40)
+    images = Images(np.zeros((0, 0, 0, 3), np.uint8), receipt, None, (content,))
+    assert len(images) == 1
+    assert images.save(tmp_path / "a.webp")[0].read_bytes() == content
+    (other,) = images.save(tmp_path / "a.png")
+    with Image.open(other) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(images.pil()[0]))
+    assert read_receipt(other) == receipt | {"image": 0}
+
+
+def test_a_receipt_that_a_jpeg_cannot_hold_is_refused(tmp_path: Path) -> None:
+    large = Images(some_images().images, {"schema": 1, "prompt": "x" * 70_000})
+    with pytest.raises(InvalidRequest, match="ask for png"):
+        large.save(tmp_path / "a.jpg")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_known_endings_are_written_and_only_where_a_folder_is(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"\.webp"):
+        some_images().save(tmp_path / "a.bmp")
     with pytest.raises(NotFound, match="missing"):
         some_images().save(tmp_path / "missing" / "a.png")
 

@@ -77,8 +77,11 @@ class Running:
     @property
     def executor(self) -> Executor:
         """That of the base."""
+        return self.executor_of(self.service.bases[0].version.name)
+
+    def executor_of(self, base: str) -> Executor:
         with self.service._weights.open() as lease:
-            return self.service.bases[0].executor(lease)
+            return next(each for each in self.service.bases if each.version.name == base).executor(lease)
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         """All at once; results in the order of the requests. Raises the first failure."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from control_nets import load_unet, make_net
 from diffusers import (
+    AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
@@ -21,10 +24,12 @@ from diffusers import (
 )
 from every_kind import coarse_png
 from PIL import Image
-from tiny_families import make_tiny_inpainting, make_tiny_sdxl
+from tiny_families import make_tiny_inpainting, make_tiny_sdxl, make_vae
 
-from scumble.errors import InvalidRequest
-from scumble.request import Request
+from scumble.errors import Incompatible, InvalidRequest, Refused
+from scumble.events import Done, Event, Failed, Step
+from scumble.receipt import read_receipt, request_from_receipt
+from scumble.request import Options, Request
 from scumble_registry import Registry
 
 from .conftest import diffusers_scheduler
@@ -85,7 +90,15 @@ def many(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, start: Calla
         for name, folder in files.items():
             registry.publish(folder, name=name)
         registry.publish(made / "net", name="net/one", base="tiny/base")
-    running = start(home, "tiny/base", {**files, "net/one": made / "net"}, more_bases=("tiny/nine", "tiny/sdxl"))
+        for name, config in {"other": {"scaling_factor": 0.3}, "wide": {"latent_channels": 8}}.items():
+            make_vae(seed=5, **config).save_pretrained(made / name)
+            registry.publish(made / name, name=f"vae/{name}")
+    running = start(
+        home,
+        "tiny/base",
+        {**files, "net/one": made / "net", "vae/other": made / "other"},
+        more_bases=("tiny/nine", "tiny/sdxl"),
+    )
     yield running
     running.service.close()
 
@@ -200,10 +213,97 @@ def test_tiles_show_the_same_picture(many: Running) -> None:
     assert 0 < difference <= 8
 
 
+@pytest.mark.parametrize("base", ["tiny/base", "tiny/sdxl"])
+def test_a_second_pass_begins_with_the_enlarged_picture(many: Running, base: str) -> None:
+    hires = {"scale": 1.5, "strength": 0.5, "steps": 12}
+    asked = request(base, "euler_a", hires=hires).model_copy(update={"num_images": 2})
+    events: list[Event] = []
+    done = threading.Event()
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Done | Failed):
+            done.set()
+
+    many.service.submit(asked, listen)
+    assert done.wait(120)
+    assert isinstance(events[-1], Done), events[-1]
+    ours = events[-1].images
+    assert ours.shape == (2, 96, 96, 3)
+    assert [event for event in events if isinstance(event, Step)] == [Step(step, 16) for step in range(1, 17)]
+    assert events[-1].receipt["request"]["width"] == 64
+    first = many.run([request(base, "euler_a").model_copy(update={"num_images": 2})])[0].done.images
+    kind = StableDiffusionXLImg2ImgPipeline if base == "tiny/sdxl" else StableDiffusionImg2ImgPipeline
+    for index in range(2):
+        enlarged = Image.fromarray(first[index]).resize((96, 96), Image.Resampling.LANCZOS)
+        second = asked.model_copy(update={"steps": 12, "seed": 7 + index, "options": Options()})
+        latents = by_diffusers(many, second, kind, image=enlarged, strength=0.5)
+        theirs = many.executor_of(base).vae.decode(latents).numpy()[0]
+        assert np.abs(ours[index].astype(float) - theirs).max() <= 2
+        assert np.abs(ours[index].astype(float) - np.asarray(enlarged)).mean() >= 1
+
+
+def test_a_second_pass_equals_itself_among_strangers(many: Running) -> None:
+    asked = [
+        request("tiny/base", hires={"scale": 1.5}, image="photo", mask="mask"),
+        request("tiny/base", hires={"scale": 2}, adapters=({"ref": "net/one", "image": "other"},)),
+        request("tiny/base"),
+    ]
+    for one, together in zip(asked, many.run(asked), strict=True):
+        assert np.abs(many.run([one])[0].done.images.astype(int) - together.done.images).max() <= 1
+
+
+@pytest.mark.parametrize("base", ["tiny/base", "tiny/sdxl"])
+def test_another_vae_encodes_and_decodes(many: Running, base: str) -> None:
+    assert many.files["vae/other"].is_dir()
+    options = {"image": "photo", "strength": 0.6}
+    asked = request(base, vae="vae/other", **options)
+    ours = many.run([asked])[0]
+    other = AutoencoderKL.from_pretrained(many.files["vae/other"])
+    latents = by_diffusers(many, asked, parts={"vae": other})
+    assert (ours.latents - latents).abs().max() <= TOLERANCE
+    decoded = other.decode(latents / other.config.scaling_factor, return_dict=False)[0].detach()
+    theirs = ((decoded / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(ours.done.images - theirs).max() <= 2
+    own = many.run([request(base, **options)])[0]
+    assert np.abs(ours.done.images.astype(float) - own.done.images).mean() >= 5
+    assert ours.done.receipt["vae"]["name"] == "vae/other"
+    again = request_from_receipt(ours.done.receipt, {digest_of("photo"): PICTURES["photo"]})
+    assert again.options.vae == f"vae/other@{ours.done.receipt['vae']['digest']}"
+    assert torch.equal(many.run([again])[0].latents, ours.latents)
+
+
+def digest_of(name: str) -> str:
+    return f"sha256:{hashlib.sha256(PICTURES[name]).hexdigest()}"
+
+
+def test_what_is_no_vae_is_refused(many: Running) -> None:
+    with pytest.raises(Refused, match=r"options\.vae: net/one@1 is a controlnet"):
+        many.run([request("tiny/base", vae="net/one")])
+    with pytest.raises(Incompatible, match="latents with channels 8"):
+        many.run([request("tiny/base", vae="vae/wide")])
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
+def test_files_instead_of_pixels_carry_the_receipt(many: Running, tmp_path: Path, kind: str) -> None:
+    pixels = many.run([request("tiny/base")])[0].done
+    found = many.run([request("tiny/base", format=kind, quality=95)])[0].done
+    assert found.images.size == 0
+    (content,) = found.encoded
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(content)
+    assert read_receipt(file) == found.receipt | {"image": 0}
+    with Image.open(file) as picture:
+        difference = np.abs(np.asarray(picture).astype(float) - pixels.images[0]).mean()
+    assert difference <= (0 if kind == "png" else 12)
+
+
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "a mask without a picture": ("tiny/base", {"mask": "mask"}, r"options\.mask"),
     "strength without a picture": ("tiny/base", {"strength": 0.5}, r"options\.strength"),
     "less than a step": ("tiny/base", {"image": "photo", "strength": 0.05}, "less than one step"),
+    "too large a second pass": ("tiny/base", {"hires": {"scale": 4, "strength": 0.01}}, r"less than one step"),
+    "no second pass": ("tiny/base", {"hires": {"scale": 1}}, r"options\.hires\.scale"),
     "beyond one": ("tiny/base", {"image": "photo", "strength": 1.5}, r"options\.strength"),
     "a base that fills without a mask": ("tiny/nine", {"image": "photo"}, r"options\.mask"),
     "a base that fills without a picture": ("tiny/nine", {}, r"options\.image"),

@@ -158,7 +158,7 @@ def test_a_profiles_options_belong_to_its_scheduler(profiled: Running) -> None:
 
 
 def test_an_adapter_that_is_dropped_brings_nothing(profiled: Running) -> None:
-    defaults = profiled.service.base.defaults
+    defaults = profiled.service.bases[0].defaults
     without = Adapter(ref="p/lcm", weight=0)
     asked = Request.parse({**LEFT_OUT, "adapters": [without]})
     expected = {name: getattr(defaults, name) for name in ("scheduler", "steps", "guidance_scale")}

@@ -1,0 +1,55 @@
+"""A VAE: what turns latents into pixels and back, for requests that name another than their base's.
+
+A folder as `AutoencoderKL.save_pretrained` writes it: `config.json` and `diffusion_pytorch_model.safetensors`.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from scumble.errors import InvalidRequest, Refused
+from scumble_registry.compatibility import VaeCompatibility
+from scumble_registry.formats.safetensors_header import read_header
+from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.manifest import Manifest
+
+KIND = "vae"
+FILE_NAME = "diffusion_pytorch_model.safetensors"
+
+
+def recognises(source: Source) -> bool:
+    return "config.json" in source.files and _config(source).get("_class_name") == "AutoencoderKL"
+
+
+def read(source: Source, base: Manifest | None) -> Draft:
+    """Raises InvalidRequest, or Refused where weights and config disagree."""
+    if base is not None:
+        raise InvalidRequest("a VAE stands alone: leave --base out", field="base")
+    check_plain(source)
+    if FILE_NAME not in source.files:
+        raise Refused(f"the VAE lacks {FILE_NAME}; save it with diffusers, in one file")
+    tensors = read_header(source.files[FILE_NAME]).tensors
+    config = _config(source)
+    entrance = tensors.get("decoder.conv_in.weight")
+    channels = entrance.shape[1] if entrance is not None and len(entrance.shape) == 4 else 0
+    if channels != config.get("latent_channels", 4):
+        raise Refused(
+            f"config.json says latent_channels = {config.get('latent_channels', 4)!r}, but the weights have {channels}"
+        )
+    return Draft(
+        source.files,
+        VaeCompatibility(
+            latent_channels=channels,
+            scale=2 ** (len(config.get("block_out_channels") or [0]) - 1),
+            parameters=sum(prod(info.shape) for info in tensors.values()),
+            float32=bool(
+                config.get("force_upcast")
+            ),  # SDXL's say it; where nothing is said, diffusers' pipelines do not
+        ),
+    )
+
+
+def _config(source: Source) -> dict[str, Any]:
+    config = source.json("config.json")
+    return config if isinstance(config, dict) else {}
