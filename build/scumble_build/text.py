@@ -87,12 +87,19 @@ class TextEncoder(nn.Module):
         embeddings.add_module("token_embedding", OverriddenEmbedding(table, self.override_input))
 
     def forward(
-        self, tokens: Tensor, factors: Factors | None = None, overrides: Overrides | None = None, skip: int = 0
+        self,
+        tokens: Tensor,
+        factors: Factors | None = None,
+        overrides: Overrides | None = None,
+        skip: int = 0,
+        mask: Tensor | None = None,
     ) -> Encoded:
-        """tokens `(rows, 77)` int64. `skip` leaves out that many more of the last layers (clip skip)."""
+        """tokens `(rows, 77)` int64. `skip` leaves out that many more of the last layers (clip skip); mask
+        `(rows, 77)` is 0 where a token is not seen.
+        """
         self.source.factors = factors
         self.override_input.overrides = overrides
-        found = self.model(tokens, output_hidden_states=True, return_dict=True)
+        found = self.model(tokens, attention_mask=mask, output_hidden_states=True, return_dict=True)
         pooled: Tensor | None = getattr(found, "text_embeds", None)
         if not skip and not self.penultimate:
             return Encoded(found.last_hidden_state, pooled)

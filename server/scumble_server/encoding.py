@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from scumble_build.text import Encoded
 from scumble_server.bound import Bound
 from scumble_server.carried import RowFactors
+from scumble_server.compel_prompts import CompelPrompt, embed
 from scumble_server.context import Context, Text
 from scumble_server.methods import textual_inversion
 from scumble_server.prompts import Tokens, tokenize
@@ -23,17 +26,17 @@ class Script:
     layers are left out.
     """
 
-    of_encoder: tuple[Tokens, ...] | None
+    of_encoder: tuple[Tokens | CompelPrompt, ...] | None
     clip_skip: int
 
     @property
     def chunks(self) -> int:
-        return max((len(tokens.ids) for tokens in self.of_encoder or ()), default=0)
+        return max((text.chunks for text in self.of_encoder or ()), default=0)
 
     @property
     def found(self) -> frozenset[int]:
         """The embeddings whose name is written in it."""
-        return frozenset[int]().union(*(tokens.found for tokens in self.of_encoder or ()))
+        return frozenset[int]().union(*(text.found for text in self.of_encoder or ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +70,49 @@ class Encoder:
         pooled = next((part.pooled for part in parts if part.pooled is not None), None)
         return Text(tuple(part.key for part in parts), torch.cat([part.states for part in parts], dim=-1), pooled)
 
-    def _padded(self, index: int, tokens: Tokens, clip_skip: int, chunks: int) -> Text:
-        text, missing = self._part(index, tokens, clip_skip), chunks - len(tokens.ids)
+    def _padded(self, index: int, read: Tokens | CompelPrompt, clip_skip: int, chunks: int) -> Text:
+        text, missing = self._part(index, read, clip_skip), chunks - read.chunks
         if not missing:
             return text
         empty = self._part(index, tokenize(self.context.tokenizers[index], ""), clip_skip)
         states = torch.cat([text.states, *[empty.states] * missing], dim=1)
         return Text((text.key, empty.key, missing), states, text.pooled)
 
-    def _part(self, index: int, tokens: Tokens, clip_skip: int) -> Text:
+    def _part(self, index: int, read: Tokens | CompelPrompt, clip_skip: int) -> Text:
         """Of one encoder: `(1, n·77, C)` of n chunks, one behind the other."""
         context = self.context
-        used = {i: self.embeddings[i] for i in sorted(tokens.found)}
+        used = {i: self.embeddings[i] for i in sorted(read.found)}
         key = (
             "text",
             context.weights,
             index,
-            tuple(tokens.ids.flatten().tolist()),
-            tokens.slots,
+            read if isinstance(read, CompelPrompt) else (self.emphasis, *read.key),
             tuple((i, each.version.digest, each.text_weight) for i, each in used.items()),
             self.factors_key if self.factors[index] is not None else None,
             clip_skip,
-            (self.emphasis, tuple(tokens.weights.flatten().tolist())) if tokens.weights is not None else None,
         )
-        nbytes = tokens.ids.numel() * context.base.compatibility.text_widths[index] * 4
-        encoded = context.device.get(key, nbytes, lambda: self._run(index, tokens, used, clip_skip))
+        nbytes = (
+            read.chunks * context.tokenizers[index].model_max_length * context.base.compatibility.text_widths[index]
+        )
+        call = partial(self._call, index, used, clip_skip)
+
+        def encode() -> Encoded:
+            if isinstance(read, CompelPrompt):
+                return _of_compel(read, context.tokenizers[index], call)
+            return _of_chunks(read, call, self.emphasis)
+
+        encoded = context.device.get(key, nbytes * 4, encode)
         return Text(key, encoded.states, encoded.pooled)
 
-    def _run(self, index: int, tokens: Tokens, embeddings: Mapping[int, Bound], clip_skip: int) -> Encoded:
+    def _call(
+        self,
+        index: int,
+        embeddings: Mapping[int, Bound],
+        clip_skip: int,
+        tokens: Tokens,
+        mask: Tensor | None = None,
+    ) -> Encoded:
+        """One run of an encoder, in which each chunk is a row."""
         context, executor = self.context, self.context.executor
         component = context.base.family.texts[index].encoder
         vectors = {
@@ -103,18 +121,26 @@ class Encoder:
             )
             for i, each in embeddings.items()
         }
-        found = executor.encode(
-            index,
-            tokens.ids,
-            factors_of(self.factors[index], len(tokens.ids), executor.device),
-            textual_inversion.overrides(tokens, vectors),
-            clip_skip,
-        )
-        states = found.states
-        if tokens.weights is not None:
-            restore = self.emphasis == "original"
-            states = weighted(states, tokens.weights.to(states.device), restore_mean=restore)
-        return Encoded(states.flatten(0, 1)[None], found.pooled[:1] if found.pooled is not None else None)
+        factors = factors_of(self.factors[index], tokens.chunks, executor.device)
+        overrides = textual_inversion.overrides(tokens, vectors)
+        return executor.encode(index, tokens.ids, factors, overrides, clip_skip, mask)
+
+
+def _of_chunks(tokens: Tokens, call: Callable[[Tokens], Encoded], emphasis: str) -> Encoded:
+    found = call(tokens)
+    states = found.states
+    if tokens.weights is not None:
+        states = weighted(states, tokens.weights.to(states.device), restore_mean=emphasis == "original")
+    return Encoded(states.flatten(0, 1)[None], found.pooled[:1] if found.pooled is not None else None)
+
+
+def _of_compel(
+    prompt: CompelPrompt, tokenizer: CLIPTokenizer, call: Callable[[Tokens, Tensor | None], Encoded]
+) -> Encoded:
+    """What is pooled is the text as it is written, without a grammar: so compel has it."""
+    like = call(tokenize(tokenizer, prompt.words, prompt.names), None)
+    states = embed(prompt, tokenizer, lambda tokens, mask: call(tokens, mask).states)
+    return Encoded(states.to(like.states), like.pooled[:1] if like.pooled is not None else None)
 
 
 @torch.inference_mode()

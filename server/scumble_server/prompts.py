@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,13 +51,23 @@ class Tokens:
     weights: Tensor | None = None
 
     @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Equal for equal tokens."""
+        weights = tuple(self.weights.flatten().tolist()) if self.weights is not None else None
+        return tuple(self.ids.flatten().tolist()), self.slots, weights
+
+    @property
+    def chunks(self) -> int:
+        return len(self.ids)
+
+    @property
     def found(self) -> frozenset[int]:
         """The embeddings whose name is written in the prompt."""
         return frozenset(slot.embedding for slot in self.slots)
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """An embedding in a sequence of pieces; the other pieces are plain token ids."""
 
     embedding: int
@@ -81,8 +91,8 @@ def _units(tokenizer: CLIPTokenizer, span: Span, names: Sequence[Name]) -> Itera
     comma = tokenizer.convert_tokens_to_ids(",</w>")
     # Not EOS, which the pooled output is taken at; whatever stands here, the embedding replaces it.
     filler = tokenizer.bos_token_id
-    for piece in _pieces(tokenizer, span.text, names):
-        if isinstance(piece, _Place):
+    for piece in ids_and_places(tokenizer, span.text, names):
+        if isinstance(piece, Place):
             yield Unit(filler, span.weight, names[piece.embedding].vectors, piece.embedding)
         else:
             yield Unit(piece, span.weight, is_comma=piece == comma)
@@ -105,11 +115,12 @@ def _lay_out(tokenizer: CLIPTokenizer, chunks: Sequence[Sequence[Unit]]) -> Toke
     return Tokens(ids, tuple(slots), None if (weights == 1).all() else weights)
 
 
-def _pieces(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[Name]) -> Iterator[int | _Place]:
+def ids_and_places(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[Name]) -> Iterator[int | Place]:
+    """The text's token ids, and embeddings where their names stand."""
     sequences = {index: _ids(tokenizer, name.token) for index, name in enumerate(names)}
     by_length = sorted(sequences.items(), key=lambda item: -len(item[1]))
     for part in _split_at_signs(prompt, names):
-        if isinstance(part, _Place):
+        if isinstance(part, Place):
             yield part
         else:
             ids = _ids(tokenizer, part)
@@ -132,12 +143,12 @@ def _word_starts(tokenizer: CLIPTokenizer, ids: list[int]) -> set[int]:
 
 def _find_sequences(
     ids: list[int], word_starts: Collection[int], by_length: Sequence[tuple[int, list[int]]]
-) -> Iterator[int | _Place]:
+) -> Iterator[int | Place]:
     position = 0
     while position < len(ids):
         for index, sequence in by_length if position in word_starts else ():
             if sequence and ids[position : position + len(sequence)] == sequence:
-                yield _Place(index)
+                yield Place(index)
                 position += len(sequence)
                 break
         else:
@@ -145,7 +156,7 @@ def _find_sequences(
             position += 1
 
 
-def _split_at_signs(prompt: str, names: Sequence[Name]) -> Iterator[str | _Place]:
+def _split_at_signs(prompt: str, names: Sequence[Name]) -> Iterator[str | Place]:
     """The prompt's text, parted at the names that begin or end with a sign."""
     patterns = {index: pattern for index, name in enumerate(names) if (pattern := _pattern(name.token))}
     if not patterns:
@@ -158,7 +169,7 @@ def _split_at_signs(prompt: str, names: Sequence[Name]) -> Iterator[str | _Place
     for match in re.finditer(groups, prompt, re.IGNORECASE):
         assert match.lastgroup is not None
         yield prompt[end : match.start()]
-        yield _Place(int(match.lastgroup.removeprefix("e")))
+        yield Place(int(match.lastgroup.removeprefix("e")))
         end = match.end()
     yield prompt[end:]
 

@@ -11,6 +11,7 @@ from transformers import CLIPTokenizer
 from scumble.errors import InvalidRequest
 from scumble.request import Adapter, Options, Request
 from scumble_server.chunks import MAX_CHUNKS
+from scumble_server.compel_prompts import CompelPrompt, read_compel
 from scumble_server.encoding import Script
 from scumble_server.grammar.attention import parse_attention
 from scumble_server.grammar.composition import Part, parse_composition
@@ -20,6 +21,8 @@ from scumble_server.prompts import Name, Tokens, tokenize, tokenize_weighted
 from scumble_server.settings import Settings
 
 Field: TypeAlias = Literal["prompt", "negative_prompt"]
+MAX_CHARACTERS = 10_000
+"""Of a prompt, in any grammar."""
 MAX_PARTS = 8
 """Prompts that AND joins."""
 MAX_TEXTS = 64
@@ -71,7 +74,7 @@ class Reading:
         if text.of_encoder is None:
             return Script(None, text.clip_skip)
         read = zip(tokenizers, text.of_encoder, strict=True)
-        script = Script(tuple(self._tokens(*each, names) for each in read), text.clip_skip)
+        script = Script(tuple(self._read(*each, names, text.field) for each in read), text.clip_skip)
         if script.chunks > MAX_CHUNKS:
             room = tokenizers[0].model_max_length - 2
             raise InvalidRequest(
@@ -80,9 +83,11 @@ class Reading:
             )
         return script
 
-    def _tokens(self, tokenizer: CLIPTokenizer, words: str, names: Sequence[Name]) -> Tokens:
+    def _read(self, tokenizer: CLIPTokenizer, words: str, names: Sequence[Name], field: Field) -> Tokens | CompelPrompt:
         if self.options.grammar == "plain":
             return tokenize(tokenizer, words, names)
+        if self.options.grammar == "compel":
+            return read_compel(tokenizer, words, names, field)
         return tokenize_weighted(tokenizer, parse_attention(words), names)
 
 
@@ -93,6 +98,9 @@ def read(settings: Settings, options: Options, encoders: int) -> Reading:
     Several parts, or one with a weight, stand against the negative prompt even where there is no guidance.
     """
     _check(options)
+    for field, text in (("prompt", settings.prompt), ("negative_prompt", settings.negative_prompt or "")):
+        if len(text) > MAX_CHARACTERS:
+            raise InvalidRequest(f"{field} has {len(text)} characters, {MAX_CHARACTERS} are read", field=field)
     parts = parse_composition(settings.prompt) if options.grammar == "webui" else [Part(settings.prompt, 1.0)]
     if len(parts) > MAX_PARTS:
         raise InvalidRequest(f"AND joins {len(parts)} prompts, {MAX_PARTS} at most are drawn", field="prompt")
@@ -143,19 +151,15 @@ def without_tags(request: Request) -> Request:
 
 
 def _check(options: Options) -> None:
-    if options.grammar != "webui":
-        for name in ("lora_tags", "emphasis"):
-            if getattr(options, name) != Options.model_fields[name].default:
-                raise InvalidRequest(
-                    f"options.{name} means nothing in the grammar {options.grammar!r}; leave it out, "
-                    "or set grammar to webui",
-                    field=f"options.{name}",
-                )
-        return
-    for name in ("prompt_2", "negative_prompt_2"):
-        if getattr(options, name) is not None:
+    """Raises InvalidRequest for an option that the grammar has no use for."""
+    of_webui, of_plain = ("lora_tags", "emphasis"), ("prompt_2", "negative_prompt_2")
+    useless = (*(of_webui if options.grammar != "webui" else ()), *(of_plain if options.grammar != "plain" else ()))
+    for name in useless:
+        if getattr(options, name) != Options.model_fields[name].default:
+            other = "webui" if name in of_webui else "plain"
             raise InvalidRequest(
-                f"options.{name} goes with plain prompts alone; leave it out, or set grammar to plain",
+                f"options.{name} means nothing in the grammar {options.grammar!r}; leave it out, "
+                f"or set grammar to {other}",
                 field=f"options.{name}",
             )
 

@@ -116,8 +116,8 @@ class Options(_Strict):
     """From the moment the server has the request; if it is not done then, it fails with DeadlineExceeded."""
     preview_every: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     """Send a small, rough picture every so many steps (streaming only)."""
-    grammar: Literal["plain", "webui"] = "plain"
-    """How prompts are read: as text, or as the webui's language."""
+    grammar: Literal["plain", "webui", "compel"] = "plain"
+    """How prompts are read: as text, or in the language of the webui or of compel."""
     clip_skip: Annotated[int, Field(ge=1, le=12)] | None = None
     """How many of the text encoder's last layers are left out; None means none of them, as in diffusers."""
     emphasis: Literal["original", "no_norm"] = "original"

@@ -94,11 +94,17 @@ class Executor(Protocol):
         """How many rows `denoise` takes at once."""
 
     def encode(
-        self, encoder: int, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None, skip: int = 0
+        self,
+        encoder: int,
+        tokens: Tensor,
+        factors: Factors | None,
+        overrides: Overrides | None = None,
+        skip: int = 0,
+        mask: Tensor | None = None,
     ) -> Encoded:
         """tokens `(rows, 77)` of one of the text encoders; overrides stand for some of them.
 
-        The last `skip` layers that the base would use are left out.
+        The last `skip` layers that the base would use are left out. mask `(rows, 77)` is 0 where a token is not seen.
         """
 
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:

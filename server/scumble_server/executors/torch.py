@@ -134,7 +134,13 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def encode(
-        self, encoder: int, tokens: Tensor, factors: Factors | None, overrides: Overrides | None = None, skip: int = 0
+        self,
+        encoder: int,
+        tokens: Tensor,
+        factors: Factors | None,
+        overrides: Overrides | None = None,
+        skip: int = 0,
+        mask: Tensor | None = None,
     ) -> Encoded:
         if overrides is not None:
             overrides = Overrides(
@@ -142,7 +148,8 @@ class TorchExecutor:
                 overrides.row.to(self._device),
                 overrides.position.to(self._device),
             )
-        encoded: Encoded = self._texts[encoder](tokens.to(self._device), self._cast(factors), overrides, skip)
+        mask = mask.to(self._device) if mask is not None else None
+        encoded: Encoded = self._texts[encoder](tokens.to(self._device), self._cast(factors), overrides, skip, mask)
         return encoded
 
     @torch.inference_mode()
