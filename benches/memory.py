@@ -94,16 +94,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", choices=sorted(FAMILIES), action="append", default=[])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", choices=["step", "decode"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     if arguments.inside:
-        print(json.dumps(measured(FAMILIES[arguments.inside], dtype)))
+        inside = {"step": step, "decode": decode}[arguments.inside]
+        print(json.dumps(inside(FAMILIES[arguments.measure[0]], dtype)))
         return
     found: dict[str, Any] = {name: computed(family) for name, family in FAMILIES.items()}
     for name in arguments.measure:
-        command = [sys.executable, __file__, "--inside", name, "--dtype", arguments.dtype]
-        found[name]["measured"] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        found[name]["measured"] = {}
+        for inside in ("step", "decode"):
+            command = [sys.executable, __file__, "--inside", inside, "--measure", name, "--dtype", arguments.dtype]
+            found[name]["measured"] |= json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     print(json.dumps({"machine": machine(), "bases": found}, indent=2))
 
 
@@ -126,10 +129,19 @@ def computed(family: Family) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def measured(family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """GiB of resident memory, at its highest: before, with the UNet, and in a step of one guided image."""
+def decode(family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    """GiB of resident memory, at its highest, that decoding one picture adds to the VAE."""
+    vae = _filled(AutoencoderKL, FULL_VAE, dtype)
     before = _peak()
-    unet = _filled(UNet2DConditionModel, family, dtype)
+    vae.decode(torch.randn(1, 4, family.latents, family.latents, dtype=dtype))
+    return {"decode_gib": round(_peak() - before, 2)}
+
+
+@torch.inference_mode()
+def step(family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    """GiB of resident memory, at its highest: of the UNet, and added by a step of one guided image."""
+    before = _peak()
+    unet = _filled(UNet2DConditionModel, {**family.unet, "sample_size": family.latents}, dtype)
     with_unet = _peak()
     projection = KVProjection(unet)
     denoiser = Denoiser(unet, projection.slices)
@@ -148,10 +160,10 @@ def measured(family: Family, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _filled(kind: Any, family: Family, dtype: torch.dtype) -> Any:
+def _filled(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
     """With pages that are really there; the numbers do not matter."""
     with torch.device("meta"):
-        model = kind(**family.unet, sample_size=family.latents).to(dtype)
+        model = kind(**config).to(dtype)
     model = model.to_empty(device="cpu").eval().requires_grad_(requires_grad=False)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.fill_(0.01)

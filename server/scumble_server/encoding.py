@@ -19,6 +19,9 @@ from scumble_server.methods import textual_inversion
 from scumble_server.prompts import Tokens, tokenize
 from scumble_server.stacking import factors_of
 
+_ROUNDING = 1e-5
+"""Of the mean size of numbers: a mean below is none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Script:
@@ -145,10 +148,15 @@ def _of_compel(
 
 @torch.inference_mode()
 def weighted(states: Tensor, weights: Tensor, *, restore_mean: bool) -> Tensor:
-    """states `(n, T, C)` times weights `(n, T)`; then, if asked, each chunk's mean is what it was before."""
+    """states `(n, T, C)` times weights `(n, T)`; then, if asked, each chunk's mean is what it was before.
+
+    A mean of nothing but rounding errors cannot be restored, and is left.
+    """
     found = states.float() * weights[..., None]
     if restore_mean:
-        found = found * (states.float().mean((1, 2)) / found.mean((1, 2)))[:, None, None]
+        before, after = states.float().mean((1, 2)), found.mean((1, 2))
+        is_rounding = after.abs() <= _ROUNDING * found.abs().mean((1, 2))
+        found = found * torch.where(is_rounding, 1.0, before / after)[:, None, None]
     return found.to(states.dtype)
 
 

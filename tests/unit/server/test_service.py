@@ -215,12 +215,13 @@ def test_what_was_encoded_once_is_used_again(running: Running, monkeypatch: pyte
 
         monkeypatch.setattr(executor, name, noted)
     again = [Adapter(ref="l/a", weight=0.3)]
-    first, second = (running.run([request(prompt="seen once", adapters=again)])[0] for _ in range(2))
+    words = {"prompt": "seen once", "negative_prompt": "nor by others"}
+    first, second = (running.run([request(**words, adapters=again)])[0] for _ in range(2))
     once = ["encode", "encode", "project"]  # the negative prompt, the prompt; both at once
     assert calls == once
     assert torch.equal(first.latents, second.latents)
-    running.run([request(prompt="seen once", adapters=[Adapter(ref="l/a", weight=0.3, text_weight=0.2)])])
-    running.run([request(prompt="seen once", adapters=[Adapter(ref="l/a", weight=0.4, text_weight=0.3)])])
+    running.run([request(**words, adapters=[Adapter(ref="l/a", weight=0.3, text_weight=0.2)])])
+    running.run([request(**words, adapters=[Adapter(ref="l/a", weight=0.4, text_weight=0.3)])])
     assert calls == [*once, *once, "project"], "what was read differs"
 
 
