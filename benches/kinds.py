@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from measure import against, count_flops, machine
+from memory import FAMILIES
 from torch import Tensor
 
 from scumble_build.adapted import Factors
@@ -28,14 +29,13 @@ from scumble_server.stacking import NetCall, with_residuals
 IMAGES = 8
 RANKS = (16, 64, 128)
 BASE = Path(__file__).parents[1] / "demo" / "base"
-SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-"""stable-diffusion-v1-5's UNet; random weights, because speed does not depend on them."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--wide", action="store_true", help="also at SD 1.5's real width (8 GB, some 20 minutes)")
+    parser.add_argument("--xl", action="store_true", help="also at SDXL's real width (20 GB, an hour)")
     parser.add_argument("--steps-only", action="store_true", help="leave the time to a first step out")
     arguments = parser.parse_args()
     unet = UNet2DConditionModel.from_pretrained(BASE / "unet", local_files_only=True, torch_dtype=torch.float32)
@@ -48,9 +48,14 @@ def main() -> None:
         from first_step import first_steps
 
         result["first_step_demo_base"] = first_steps(BASE, arguments.rounds)
-    if arguments.wide:
-        wide = UNet2DConditionModel(**SD15)
-        result["step_sd15_width"] = Steps(wide, 16, guided=False).measure(arguments.rounds)
+    # Random weights, because speed does not depend on them.
+    for asked, name, family in (
+        (arguments.wide, "step_sd15_width", "sd1.5"),
+        (arguments.xl, "step_sdxl_width", "sdxl"),
+    ):
+        if asked:
+            wide = UNet2DConditionModel(**FAMILIES[family].unet)
+            result[name] = Steps(wide, 16, guided=False).measure(arguments.rounds)
     print(json.dumps(result, indent=2))
 
 
@@ -73,6 +78,12 @@ class Steps:
             self.kv = self.projection(torch.randn(self.rows, 77, context))
             self.net = TorchNet(ControlNet(net), self.kv)
             self.net_kv = self.net.project(torch.randn(self.rows, 77, context))
+            self.of_xl: dict[str, Tensor] = {}
+            self.added: Tensor | None = None
+            if unet.config.addition_embed_type == "text_time":
+                pooled = torch.randn(self.rows, unet.config.projection_class_embeddings_input_dim - 6 * 256)
+                self.of_xl = {"pooled": pooled, "sizes": torch.full((self.rows, 6), 1024.0)}
+                self.added = self.net.condition(**self.of_xl)
         self.hint = torch.randn(self.rows, self.channels[0], size, size)
 
     def measure(self, rounds: int) -> dict[str, dict[str, float]]:
@@ -97,7 +108,7 @@ class Steps:
         }
 
     def cases(self) -> dict[str, Callable[[], object]]:
-        carried: dict[str, StepInputs] = {"bare": StepInputs(self.kv)}
+        carried: dict[str, StepInputs] = {"bare": self._with()}
         for how, images in (("one image", 1), ("all images", IMAGES)):
             for layout in ("small", "full"):
                 for rank in RANKS:
@@ -123,7 +134,7 @@ class Steps:
         return cases
 
     def _with(self, **parts: Any) -> StepInputs:
-        return StepInputs(self.kv, **parts)
+        return StepInputs(self.kv, **self.of_xl, **parts)
 
     def _factors(self, layout: str, rank: int, images: int, *, stretch: bool = False) -> Factors:
         """Every target of the layout, each image with a slot of its own."""
@@ -143,28 +154,29 @@ class Steps:
         return ImageInputs(
             torch.arange(m),
             torch.randn(m, 1, tokens, self.kv.shape[-1]),
-            torch.ones(m, 1, tokens, dtype=torch.bool),
+            None,
             torch.ones(m, 1),
         )
 
     def _features(self) -> tuple[Tensor, ...]:
-        sizes = level_sizes(self.size, self.size, len(self.channels))
-        return tuple(
-            torch.randn(self.rows, channels, *size) for channels, size in zip(self.channels, sizes, strict=True)
-        )
+        sizes, widths = level_sizes(self.size, self.size, len(self.channels)), self.channels
+        if self.of_xl:  # behind the first downsampler, at each further level, in the middle
+            sizes, widths = [sizes[1], *sizes[1:], sizes[-1]], (*widths, widths[-1])
+        return tuple(torch.randn(self.rows, width, *size) for width, size in zip(widths, sizes, strict=True))
 
     def _call(self, images: int) -> NetCall:
         m = images * self.per_image
         rows = torch.arange(m)
-        return NetCall(self.net, rows, self.net_kv[:m], self.hint[:m], torch.ones(m, self.residuals))
+        added = self.added[:m] if self.added is not None else None
+        return NetCall(self.net, rows, self.net_kv[:m], self.hint[:m], torch.ones(m, self.residuals), added)
 
     def _step_with_net(self, call: NetCall) -> Tensor:
-        inputs = with_residuals(StepInputs(self.kv), [call], self.sample, self.timestep)
+        inputs = with_residuals(self._with(), [call], self.sample, self.timestep)
         output: Tensor = self.denoiser(self.sample, self.timestep, inputs)
         return output
 
     def _net_alone(self, call: NetCall) -> object:
-        return call.net.residuals(self.sample[call.rows], self.timestep[call.rows], call.kv, call.hint)
+        return call.net.residuals(self.sample[call.rows], self.timestep[call.rows], call.kv, call.hint, call.added)
 
     @staticmethod
     def _sum_of_parts(ratios: dict[str, float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BoundSet:
-    """The factors of an ordered set of LoRAs: A (Σin, R), B (Σout, R), float32, R a rank bucket.
+    """The factors of an ordered set of LoRAs: A (Σin, R), B (Σout, R), R a rank bucket.
 
     `ranks[i]` columns belong to LoRA i; the columns behind the last are zero. `stretches[i]` is None unless LoRA i
     is a DoRA.

@@ -182,12 +182,14 @@ def _bind(context: Context, graph: str, layout: Layout, loras: Sequence[Bound]) 
     def bind() -> BoundSet | None:
         pieces = [lora.Piece(lora.record_of(context, each), each.blocks) for each in loras]
         bound = lora.bind(layout, pieces, context.executor.weight)
-        device = context.executor.device
-        return None if bound is None else replace(bound, A=bound.A.to(device), B=bound.B.to(device))
+        if bound is None:
+            return None
+        device, dtype = context.executor.device, context.executor.dtype
+        return replace(bound, A=bound.A.to(device, dtype), B=bound.B.to(device, dtype))
 
     of_weights = context.weights if any(map(lora.depends_on_weights, loras)) else None
     key = ("factors", graph, of_weights, *(lora.identity(context, each) for each in loras))
-    return context.device.get(key, lora.bound_bytes(layout, loras), bind)
+    return context.device.get(key, lora.bound_bytes(layout, loras, context.executor.dtype.itemsize), bind)
 
 
 def _phase(

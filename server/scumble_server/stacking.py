@@ -23,8 +23,7 @@ from scumble_server.rows import Row
 @dataclass(frozen=True, slots=True)
 class NetCall:
     """A ControlNet and the m model rows that ask for it: rows (m,), kv (m, T, K), hint (m, C, h, w), scale (m, n),
-    added (m, E) or None, kv_mask
-    (m, T) bool, True where a key is, or None where all are.
+    added (m, E) or None, kv_mask (m, T) bool, True where a key is, or None where all are.
     """
 
     net: Net

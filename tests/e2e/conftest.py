@@ -21,13 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def home(tiny_base: Path, make_lora: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SCUMBLE_HOME whose registry has `tiny/base`, LoRAs `l/a` and `l/b`, an IP-Adapter, a ControlNet."""
+    """A SCUMBLE_HOME: `tiny/base` with LoRAs `l/a`, `l/b`, an IP-Adapter and a ControlNet; `tiny/xl`, an SDXL base."""
     from control_nets import load_unet, make_net
+    from tiny_families import make_tiny_sdxl
     from tiny_ip import make_image_encoder, make_ip_adapter
 
     folder = tmp_path_factory.mktemp("e2e-home")
     with Registry.open(folder, create=True) as registry:
         registry.publish(tiny_base, name="tiny/base")
+        registry.publish(make_tiny_sdxl(tmp_path_factory.mktemp("xl") / "base"), name="tiny/xl")
         for seed, name in enumerate(("l/a", "l/b"), start=1):
             file = make_lora(tiny_base, tmp_path_factory.mktemp("lora"), seed=seed)
             registry.publish(file, name=name, base="tiny/base")

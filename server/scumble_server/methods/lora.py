@@ -90,14 +90,14 @@ def describe(bound: Bound) -> dict[str, Any]:
     return {"rank": max(_compatibility(bound).ranks.values())}
 
 
-def bound_bytes(layout: Layout, adapters: Sequence[Bound]) -> int:
+def bound_bytes(layout: Layout, adapters: Sequence[Bound], itemsize: int) -> int:
     """How large the bound set of these will be in this graph, before any of it is read."""
     needed = columns(layout, adapters)
     if not needed:
         return 0
     extent = layout.extent(name for bound in adapters for name in targets_of(bound))
-    width = rank_bucket(needed) + sum(depends_on_weights(bound) for bound in adapters)
-    return (extent.total_in + extent.total_out) * width * 4
+    stretches = 4 * sum(depends_on_weights(bound) for bound in adapters)
+    return (extent.total_in + extent.total_out) * (rank_bucket(needed) * itemsize + stretches)
 
 
 def columns(layout: Layout, adapters: Sequence[Bound]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from scumble import Client
-from scumble.errors import ScumbleError
+from scumble.errors import Refused, ScumbleError
 
 from .test_supervision import server_processes, wait_until
 
@@ -57,6 +57,23 @@ def served(home: Path) -> Iterator[Served]:
     finally:
         process.kill()
         process.wait()
+
+
+def test_it_serves_several_bases(home: Path) -> None:
+    process = serve(home, *FREE_PORTS, "--exit-with-parent", "--base", "tiny/xl")
+    assert process.stdout
+    try:
+        places = json.loads(process.stdout.readline())
+        with Client(places["grpc"], timeout=120) as client:
+            drawn = {base: client.images.generate("x", base=base, steps=2, seed=1) for base in (None, "tiny/xl")}
+            with pytest.raises(Refused, match=r"serves tiny/base@1, tiny/xl@1, not l/a@1"):
+                client.images.generate("x", base="l/a")
+            assert client.stats()["bases"] == ["tiny/base@1", "tiny/xl@1"]
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert [each.receipt["base"]["name"] for each in drawn.values()] == ["tiny/base", "tiny/xl"]
+    assert [each.images.shape for each in drawn.values()] == [(1, 64, 64, 3)] * 2
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from tiny_families import make_tiny_sd2, make_tiny_sdxl
 
+import scumble_build.denoiser
 from scumble.errors import InvalidRequest, Refused
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
+from scumble_server.executors.torch import TorchExecutor, weights_bytes
+from scumble_server.families import FAMILIES
 from scumble_server.residency import Residency
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from torch import Tensor
 
     from .conftest import Running
 
@@ -114,3 +120,92 @@ def test_bytes_are_told_before_loading(all_three: Running) -> None:
         states = base.load()._states  # type: ignore[attr-defined]
         loaded = sum(tensor.nbytes for state in states.values() for tensor in state.values() if torch.is_tensor(tensor))
         assert base.nbytes == loaded
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("fp16", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_vae_that_overflows_half_precision_stays_in_float32(home: Path, precision: str, kept: torch.dtype) -> None:
+    with Registry.open(home) as registry:
+        folder = registry.materialise(registry.resolve("tiny/sdxl"))
+    executor = TorchExecutor.load(folder, FAMILIES["sdxl"], "cpu", precision)
+    assert executor.vae._model.dtype == kept
+    assert executor._denoiser.unet.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert weights_bytes(folder, FAMILIES["sdxl"], precision) == sum(
+        tensor.nbytes for state in executor._states.values() for tensor in state.values()
+    )
+
+
+@pytest.mark.parametrize(("base", "dtype"), [("tiny/base", torch.bfloat16), ("tiny/sd2", torch.float32)])
+def test_attention_is_in_float32_where_the_model_asks_for_it(
+    home: Path, start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, base: str, dtype: torch.dtype
+) -> None:
+    seen: set[torch.dtype] = set()
+    attend = scumble_build.denoiser.scaled_dot_product_attention
+
+    def watched(query: Tensor, *rest: Any) -> Tensor:
+        seen.add(query.dtype)
+        return attend(query, *rest)
+
+    monkeypatch.setattr(scumble_build.denoiser, "scaled_dot_product_attention", watched)
+    running = start(home, base, {}, precision="bf16")
+    running.run([request(base)])
+    running.service.close()
+    assert seen == {dtype}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_sd2_of_either_prediction_equals_diffusers(
+    prediction: Literal["epsilon", "v_prediction"], tmp_path: Path, start: Callable[..., Running]
+) -> None:
+    folder = make_tiny_sd2(tmp_path / "base", prediction)
+    with Registry.open(tmp_path / "home", create=True) as registry:
+        published = registry.publish(folder, name="tiny/sd2")
+    assert published.manifest.compatibility.prediction_type == prediction  # type: ignore[union-attr]
+    running = start(tmp_path / "home", "tiny/sd2", {})
+    asked = request("tiny/sd2", negative_prompt="blue")
+    ours = running.run([asked])[0].latents
+    running.service.close()
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    theirs = pipeline(
+        asked.prompt,
+        negative_prompt="blue",
+        num_inference_steps=6,
+        guidance_scale=5.0,
+        width=64,
+        height=64,
+        generator=torch.Generator("cpu").manual_seed(7),
+        output_type="latent",
+    ).images
+    assert (ours - theirs).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_absent_and_empty_negative_prompts_are_as_in_diffusers(
+    tmp_path: Path, start: Callable[..., Running], *, zero: bool
+) -> None:
+    folder = make_tiny_sdxl(tmp_path / "base", zero_negative=zero)
+    with Registry.open(tmp_path / "home", create=True) as registry:
+        registry.publish(folder, name="tiny/sdxl")
+    running = start(tmp_path / "home", "tiny/sdxl", {})
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    found = []
+    for negative in (None, ""):
+        options = {"prompt_2": "a boat", "original_size": (100, 90), "crop": (4, 8), "target_size": (80, 72)}
+        asked = request("tiny/sdxl", negative_prompt=negative, options=options, scheduler="euler")
+        found.append(running.run([asked])[0].latents)
+        theirs = pipeline(
+            asked.prompt,
+            prompt_2="a boat",
+            negative_prompt=negative,
+            num_inference_steps=6,
+            guidance_scale=5.0,
+            width=64,
+            height=64,
+            original_size=(90, 100),
+            crops_coords_top_left=(8, 4),
+            target_size=(72, 80),
+            generator=torch.Generator("cpu").manual_seed(7),
+            output_type="latent",
+        ).images
+        assert (found[-1] - theirs).abs().max() <= 1e-3
+    running.service.close()
+    assert (bool((found[0] - found[1]).abs().max() >= 0.01)) == zero

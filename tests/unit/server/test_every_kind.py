@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from every_kind import EveryKind, publish_every_kind, random_request, request_for, ways_to_ask
+from tiny_families import make_tiny_sdxl
 from torch import Tensor
 
 import scumble_server.conditioning
@@ -42,16 +44,28 @@ class Shared:
         return [self.draw([request])[0] for request in requests]
 
 
+@contextmanager
+def serve(base: Path, folders: pytest.TempPathFactory, start: Callable[..., Running]) -> Iterator[Shared]:
+    home = folders.mktemp("every")
+    with Registry.open(home, create=True) as registry:
+        every = publish_every_kind(registry, base, folders.mktemp("kinds"))
+    running = start(home, every.base, every.files, max_batch_images=16)
+    yield Shared(running, every)
+    running.service.close()
+
+
 @pytest.fixture(scope="module")
 def shared(
     tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Running]
 ) -> Iterator[Shared]:
-    home = tmp_path_factory.mktemp("every")
-    with Registry.open(home, create=True) as registry:
-        every = publish_every_kind(registry, tiny_base, tmp_path_factory.mktemp("kinds"))
-    running = start(home, every.base, every.files, max_batch_images=16)
-    yield Shared(running, every)
-    running.service.close()
+    with serve(tiny_base, tmp_path_factory, start) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def shared_xl(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Running]) -> Iterator[Shared]:
+    with serve(make_tiny_sdxl(tmp_path_factory.mktemp("xl") / "base"), tmp_path_factory, start) as shared:
+        yield shared
 
 
 def sixteen(every: EveryKind, seed: int) -> list[Request]:
@@ -65,6 +79,15 @@ def largest_difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> floa
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_sixteen_strangers_are_drawn_as_alone(shared: Shared, seed: int) -> None:
+    check_strangers(shared, seed)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sixteen_strangers_on_sdxl_are_drawn_as_alone(shared_xl: Shared, seed: int) -> None:
+    check_strangers(shared_xl, seed)
+
+
+def check_strangers(shared: Shared, seed: int) -> None:
     requests = sixteen(shared.every, seed)
     before = shared.running.service.stats()["mixed_steps"]
     together = shared.draw(requests)
