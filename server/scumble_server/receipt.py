@@ -56,7 +56,11 @@ def receipt(admitted: Admitted, conditioned: Conditioned, timings_ms: Mapping[st
             }
             for bound in conditioned.adapters
         ],
-        "dropped": [{"ref": spec.ref, "reason": reason} for spec, reason in (*admitted.dropped, *conditioned.dropped)],
+        "dropped": [
+            {"ref": spec.ref, "reason": reason}
+            for spec, reason in (*admitted.dropped, *conditioned.dropped)
+            if not any(spec is bound.spec for bound in conditioned.adapters)  # a second pass may have a use for it
+        ],
         "seeds": settings.seeds,
         "engine": conditioned.conditioning.phases[-1].executor.describe(),
         "timings_ms": {name: round(value, 3) for name, value in timings_ms.items()},

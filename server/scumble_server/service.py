@@ -30,6 +30,7 @@ from scumble_registry import Registry
 from scumble_server.admission import Admitted, admit
 from scumble_server.base import Base, load_base
 from scumble_server.beginning import again, begin
+from scumble_server.bound import Bound
 from scumble_server.conditioning import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
 from scumble_server.counters import Counters
@@ -57,6 +58,8 @@ class _Job:
     """The pass that it is in."""
     arrival: int = 0
     conditioned: Conditioned | None = None
+    bound: tuple[Bound, ...] = ()
+    """The adapters that acted in any pass so far."""
     progress: Progress | None = None
     spent: dict[str, float] = field(default_factory=dict)
     """Milliseconds of every pass so far."""
@@ -312,6 +315,7 @@ class Service:
             "decode": (end - start) * 1e3,
         }
         job.spent = {name: value + job.spent.get(name, 0.0) for name, value in spent.items()}
+        job.bound += tuple(each for each in conditioned.adapters if not any(each is one for one in job.bound))
         if job.current.second is not None:
             mask = next((original.mask for original in job.current.originals), None)
             job.current = replace(
@@ -324,7 +328,12 @@ class Service:
         total = (end - job.submitted_at) * 1e3
         timings = {"queue": total - sum(job.spent.values()), **job.spent, "total": total}
         maps = np.stack(conditioned.maps) if conditioned.maps else None
-        return _done(pixels, receipt(job.admitted, conditioned, timings), maps, job.admitted.request.options)
+        return _done(
+            pixels,
+            receipt(job.admitted, replace(conditioned, adapters=job.bound), timings),
+            maps,
+            job.admitted.request.options,
+        )
 
 
 def _done(pixels: Pixels, about: dict[str, Any], maps: Pixels | None, options: Options) -> Done:

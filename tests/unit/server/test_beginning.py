@@ -243,6 +243,15 @@ def test_a_second_pass_begins_with_the_enlarged_picture(many: Running, base: str
         assert np.abs(ours[index].astype(float) - np.asarray(enlarged)).mean() >= 1
 
 
+def test_the_receipt_names_what_acted_in_either_pass(many: Running) -> None:
+    early = {"ref": "net/one", "image": "other", "end": 0.1}  # in the first of ten steps, in none of six
+    done = many.run([request("tiny/base", hires={"scale": 1.5, "strength": 0.6}, adapters=(early,))])[0].done
+    assert [adapter["ref"] for adapter in done.receipt["adapters"]] == ["net/one"]
+    assert done.receipt["dropped"] == []
+    again = request_from_receipt(done.receipt, {digest_of("other"): PICTURES["other"]})
+    assert np.array_equal(many.run([again])[0].done.images, done.images)
+
+
 def test_a_second_pass_equals_itself_among_strangers(many: Running) -> None:
     asked = [
         request("tiny/base", hires={"scale": 1.5}, image="photo", mask="mask"),
