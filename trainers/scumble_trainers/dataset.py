@@ -1,10 +1,11 @@
-"""A folder of pictures with captions: read, checked and split before any work begins.
+"""Pictures with captions: read, checked and split before any work begins.
 
     DIR/metadata.jsonl      one line per picture: {"file_name": "images/0001.png", "text": "a red apple"}
     DIR/images/0001.png     any name, any depth; PNG, JPEG, WebP or BMP
 
 The same layout that the `datasets` library calls an image folder. A line may also give "texts", other
-captions of the same picture; training takes one of them at random.
+captions of the same picture, of which training takes one at random, and "concept", which pictures of the
+same thing share. A file of such lines may be named instead of the folder: a part of its pictures.
 """
 
 from __future__ import annotations
@@ -37,26 +38,34 @@ class Example:
     path: Path
     texts: tuple[str, ...]
     digest: str
+    size: tuple[int, int]
+    """Width and height as it lies on the disk, upright."""
+    concept: str | None = None
 
 
-def read_folder(folder: Path, *, resolution: int) -> list[Example]:
-    """All examples of `folder`, ordered by name. Every problem found is reported at once.
+def read_examples(data: Path, *, resolution: int) -> list[Example]:
+    """All examples of a folder or of a file of lines, ordered by name. Every problem found is reported at once.
 
     Raises NotFound without the folder or its metadata, InvalidRequest for an empty one, a malformed
     line, a picture that is missing, broken, without caption, named twice or smaller than `resolution`.
     """
-    metadata = folder / METADATA
-    if not folder.is_dir():
-        raise NotFound(f"no data folder {folder}: give --data a folder with pictures and {METADATA}", field="data")
+    metadata = data / METADATA if data.is_dir() else data
     if not metadata.is_file():
-        raise NotFound(f'{folder} has no {METADATA}: write one line {{"file_name", "text"}} a picture', field="data")
+        line = '{"file_name", "text"}'
+        raise NotFound(
+            f"no {metadata}: give --data a folder with pictures and {METADATA}, or such a file; "
+            f"one line {line} a picture",
+            field="data",
+        )
     problems: list[str] = []
-    examples = list(_examples(folder, metadata.read_text("utf-8"), resolution, problems))
-    problems += _uncaptioned(folder, problems_so_far=problems, examples=examples)
+    folder = metadata.parent
+    examples = list(_examples(folder, _lines(metadata), resolution, problems))
+    if data.is_dir() and not problems:  # only worth saying when the lines themselves are sound
+        problems += _uncaptioned(folder, examples)
     if problems:
         listed = "\n  ".join(problems[:REPORTED])
         more = f"\n  and {len(problems) - REPORTED} more" if len(problems) > REPORTED else ""
-        raise InvalidRequest(f"{folder} cannot be trained on:\n  {listed}{more}", field="data", problems=problems)
+        raise InvalidRequest(f"{data} cannot be trained on:\n  {listed}{more}", field="data", problems=problems)
     if not examples:
         raise InvalidRequest(f"{metadata} names no picture", field="data")
     return sorted(examples, key=lambda example: example.name)
@@ -65,6 +74,8 @@ def read_folder(folder: Path, *, resolution: int) -> list[Example]:
 def data_digest(examples: Sequence[Example]) -> str:
     """`sha256:…` over names, captions and picture bytes; independent of where the folder lies."""
     content = [[example.name, *example.texts, example.digest] for example in examples]
+    concepts = [example.concept for example in examples]
+    content += [["concepts", *(str(concept) for concept in concepts)]] if any(concepts) else []
     return "sha256:" + hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -80,13 +91,20 @@ def hold_out(items: Sequence[T], *, fraction: float, seed: int, most: int) -> tu
     )
 
 
-def load_picture(path: Path, resolution: int) -> Image.Image:
-    """RGB `resolution`² picture: upright, on white where transparent, short side fitted, centre cropped."""
+def load_picture(path: Path, size: tuple[int, int]) -> Image.Image:
+    """RGB picture of `size` (width, height): upright, on white where transparent, fitted, centre cropped."""
     with Image.open(path) as opened:
         picture = ImageOps.exif_transpose(opened).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     flat = Image.alpha_composite(white, picture).convert("RGB")
-    return ImageOps.fit(flat, (resolution, resolution), Image.Resampling.LANCZOS)
+    return ImageOps.fit(flat, size, Image.Resampling.LANCZOS)
+
+
+def _lines(metadata: Path) -> str:
+    try:
+        return metadata.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{metadata} is no text in UTF-8, so no file of lines", field="data") from error
 
 
 def _examples(folder: Path, lines: str, resolution: int, problems: list[str]) -> Iterator[Example]:
@@ -119,8 +137,11 @@ def _example(folder: Path, line: str, resolution: int, seen: set[str]) -> Exampl
     if not path.is_file():
         raise ValueError(f"{name} does not exist")
     content = path.read_bytes()
-    _check_picture(path, name, resolution)
-    return Example(name, path, texts, hashlib.sha256(content).hexdigest())
+    size = _check_picture(path, name, resolution)
+    concept = entry.get("concept")
+    if concept is not None and not isinstance(concept, str):
+        raise ValueError(f'"concept" of {name} is no string')
+    return Example(name, path, texts, hashlib.sha256(content).hexdigest(), size, concept)
 
 
 def _captions(name: str, entry: dict[str, object]) -> tuple[str, ...]:
@@ -132,21 +153,21 @@ def _captions(name: str, entry: dict[str, object]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(caption.strip() for caption in (text, *others)))
 
 
-def _check_picture(path: Path, name: str, resolution: int) -> None:
+def _check_picture(path: Path, name: str, resolution: int) -> tuple[int, int]:
+    """Width and height, upright."""
     try:
         with Image.open(path) as picture:
             picture.load()
-            width, height = picture.size
+            width, height = ImageOps.exif_transpose(picture).size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is broken or no picture ({error})") from error
     if min(width, height) < resolution:
         raise ValueError(f"{name} is too small: {width}x{height}, at least {resolution} a side is needed")
+    return width, height
 
 
-def _uncaptioned(folder: Path, *, problems_so_far: Sequence[str], examples: Sequence[Example]) -> list[str]:
-    """Pictures in the folder that no line names; only worth saying when the lines themselves are sound."""
-    if problems_so_far:
-        return []
+def _uncaptioned(folder: Path, examples: Sequence[Example]) -> list[str]:
+    """Pictures in the folder that no line names."""
     named = {example.path for example in examples}
     pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_ENDINGS)
     return [f"{path.relative_to(folder)} has no line in {METADATA}" for path in pictures if path not in named]

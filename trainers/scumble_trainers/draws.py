@@ -8,10 +8,13 @@ whole and then divided.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+CHANCES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class Draw:
     posterior: Tensor  # (B, C, h, w): which sample of the autoencoder's posterior
     captions: Tensor  # (B,) float in [0, 1): which of the picture's captions
     dropped: Tensor  # (B,) bool: train this one without a caption
+    chances: Tensor  # (B, CHANCES) float in [0, 1): for what a method itself decides by lot
 
     def part(self, index: int, parts: int) -> Draw:
         """The `index`-th of `parts` equal shares (every `parts`-th picture, so that timesteps stay spread)."""
@@ -35,6 +39,7 @@ class Draw:
             self.posterior[share],
             self.captions[share],
             self.dropped[share],
+            self.chances[share],
         )
 
 
@@ -49,33 +54,49 @@ def draw_step(
     seed: int,
     step: int,
     *,
-    batch: int,
-    pictures: int,
+    pictures: Tensor,
     latent_shape: tuple[int, int, int],
     train_timesteps: int,
     caption_dropout: float,
+    stream: str = "step",
 ) -> Draw:
-    """The batch of `step`: each epoch shows every picture once, in its own order.
+    """Everything random about the batch of `step`, which shows `pictures (B,)` of one size.
 
-    Timesteps are stratified: one from each of `batch` equal parts of the schedule, which is uniform
+    Timesteps are stratified: one from each of B equal parts of the schedule, which is uniform
     over many steps and gives the gradient less variance.
     """
-    source = generator(seed, "step", step)
+    batch = len(pictures)
+    source = generator(seed, stream, step)
     shape = (batch, *latent_shape)
     parts = (torch.randperm(batch, generator=source) + torch.rand(batch, generator=source)) / batch
     return Draw(
-        pictures=picture_order(seed, step * batch, batch, pictures),
+        pictures=pictures,
         timesteps=(parts * train_timesteps).long().clamp_(max=train_timesteps - 1),
         noise=torch.randn(shape, generator=source),
         posterior=torch.randn(shape, generator=source),
         captions=torch.rand(batch, generator=source),
         dropped=torch.rand(batch, generator=source) < caption_dropout,
+        chances=torch.rand((batch, CHANCES), generator=source),
     )
 
 
-def picture_order(seed: int, first: int, count: int, pictures: int) -> Tensor:
-    """`(count,)` example indices at positions first … first + count - 1 of the endless shuffled sequence."""
+def pictures_of_step(seed: int, step: int, batch: int, groups: Sequence[Tensor], stream: str = "epoch") -> Tensor:
+    """`(batch,)` pictures, all of one of `groups`: a batch holds one size only.
+
+    In a round each group comes as often as it takes to show its pictures once, in mixed order.
+    """
+    turns = torch.cat([torch.full((-(-len(group) // batch),), index) for index, group in enumerate(groups)])
+    turn = step // len(turns)
+    order = turns[torch.randperm(len(turns), generator=generator(seed, stream, "round", turn))]
+    index = int(order[step % len(turns)])
+    before = turn * int((turns == index).sum()) + int((order[: step % len(turns)] == index).sum())
+    group = groups[index]
+    return group[picture_order(seed, before * batch, batch, len(group), f"{stream}/{index}" if index else stream)]
+
+
+def picture_order(seed: int, first: int, count: int, pictures: int, stream: str = "epoch") -> Tensor:
+    """`(count,)` indices at positions first … first + count - 1 of the endless shuffled sequence."""
     epochs = range(first // pictures, (first + count - 1) // pictures + 1)
-    orders = [torch.randperm(pictures, generator=generator(seed, "epoch", epoch)) for epoch in epochs]
+    orders = [torch.randperm(pictures, generator=generator(seed, stream, epoch)) for epoch in epochs]
     start = first - epochs.start * pictures
     return torch.cat(orders)[start : start + count]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scumble_trainers.buckets import Size
 from scumble_trainers.dataset import Example, load_picture
 
 Autoencoder: TypeAlias = Any
@@ -28,24 +29,31 @@ Progress: TypeAlias = Callable[[int, int], None]
 class Latents:
     """The autoencoder's posterior of N pictures, already multiplied by its scaling factor, fp32 on the CPU."""
 
-    mean: Tensor  # (N, C, h, w)
-    std: Tensor  # (N, C, h, w)
+    mean: tuple[Tensor, ...]  # N of (C, h, w)
+    std: tuple[Tensor, ...]  # N of (C, h, w)
 
     def __len__(self) -> int:
         return len(self.mean)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self, picture: int) -> tuple[int, int, int]:
         """(C, h, w) of one picture."""
-        _, channels, height, width = self.mean.shape
+        channels, height, width = self.mean[picture].shape
         return channels, height, width
 
-    def sample(self, indices: Tensor, noise: Tensor) -> Tensor:
-        """`(B, C, h, w)`: one draw from each chosen picture's posterior, by standard normal `noise`."""
-        return self.mean[indices] + self.std[indices] * noise
+    def means(self, pictures: Tensor) -> Tensor:
+        """`(B, C, h, w)` of pictures of one size."""
+        return torch.stack([self.mean[picture] for picture in pictures.tolist()])
 
-    def select(self, indices: Sequence[int]) -> Latents:
-        return Latents(self.mean[list(indices)], self.std[list(indices)])
+    def sample(self, pictures: Tensor, noise: Tensor) -> Tensor:
+        """`(B, C, h, w)`: one draw from each chosen picture's posterior, by standard normal `noise`."""
+        return self.means(pictures) + torch.stack([self.std[picture] for picture in pictures.tolist()]) * noise
+
+    def by_size(self, pictures: Tensor) -> list[Tensor]:
+        """`pictures` in groups of one size each, every group in the given order."""
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for picture in pictures.tolist():
+            groups.setdefault(self.shape(picture), []).append(picture)
+        return [torch.tensor(groups[shape]) for shape in sorted(groups)]
 
 
 def pixels(picture: Image.Image) -> Tensor:
@@ -58,61 +66,77 @@ def pixels(picture: Image.Image) -> Tensor:
 def encode_pictures(
     vae: Autoencoder,
     examples: Sequence[Example],
+    sizes: Sequence[Size],
     *,
-    resolution: int,
     batch: int = 8,
     progress: Progress | None = None,
 ) -> Latents:
-    """Runs the encoder over all examples, in order; reports how many are done."""
-    means: list[Tensor] = []
-    stds: list[Tensor] = []
-    for start in range(0, len(examples), batch):
-        pictures = [load_picture(example.path, resolution) for example in examples[start : start + batch]]
+    """Runs the encoder over all examples, each at its size; reports how many are done."""
+    means: dict[int, Tensor] = {}
+    stds: dict[int, Tensor] = {}
+    for share in _shares(sizes, batch):
+        pictures = [load_picture(examples[index].path, sizes[index]) for index in share]
         stacked = torch.stack([pixels(picture) for picture in pictures])
         posterior = vae.encode(stacked.to(vae.device, vae.dtype)).latent_dist
-        means.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
-        stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
+        means.update(zip(share, _scaled(posterior.mean, vae), strict=True))
+        stds.update(zip(share, _scaled(posterior.std, vae), strict=True))
         if progress is not None:
-            progress(min(start + batch, len(examples)), len(examples))
-    return Latents(torch.cat(means).contiguous(), torch.cat(stds).contiguous())
+            progress(len(means), len(examples))
+    order = range(len(examples))
+    return Latents(tuple(means[index] for index in order), tuple(stds[index] for index in order))
+
+
+def _shares(sizes: Sequence[Size], batch: int) -> Iterator[list[int]]:
+    """Indices of at most `batch` pictures of one size."""
+    for size in sorted(set(sizes)):
+        those = [index for index, own in enumerate(sizes) if own == size]
+        yield from (those[start : start + batch] for start in range(0, len(those), batch))
+
+
+def _scaled(values: Tensor, vae: Autoencoder) -> tuple[Tensor, ...]:
+    scaled = values.float().cpu() * float(vae.config.scaling_factor)
+    return scaled.contiguous().unbind(0)
 
 
 def cached_latents(
     folder: Path,
     vae: Autoencoder,
     examples: Sequence[Example],
+    sizes: Sequence[Size],
     *,
-    resolution: int,
     progress: Progress | None = None,
 ) -> Latents:
     """`encode_pictures`, or what an earlier run kept in `folder` for the same autoencoder and pictures."""
-    key = _cache_key(vae, examples, resolution)
+    key = _cache_key(vae, examples, sizes)
     file = folder / "latents.safetensors"
-    kept = _read_cache(file, key)
+    kept = _read_cache(file, key, len(examples))
     if kept is not None:
         return kept
-    latents = encode_pictures(vae, examples, resolution=resolution, progress=progress)
+    latents = encode_pictures(vae, examples, sizes, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    save_file({"mean": latents.mean, "std": latents.std}, partial, metadata={"key": key})
+    tensors = {f"mean.{index}": value.clone() for index, value in enumerate(latents.mean)}
+    tensors |= {f"std.{index}": value.clone() for index, value in enumerate(latents.std)}
+    save_file(tensors, partial, metadata={"key": key})
     partial.replace(file)
     return latents
 
 
-def _cache_key(vae: Autoencoder, examples: Sequence[Example], resolution: int) -> str:
-    digest = hashlib.sha256(str(resolution).encode())
-    for example in examples:
-        digest.update(example.digest.encode())
+def _cache_key(vae: Autoencoder, examples: Sequence[Example], sizes: Sequence[Size]) -> str:
+    digest = hashlib.sha256()
+    for example, size in zip(examples, sizes, strict=True):
+        digest.update(f"{example.digest} {size}".encode())
     for name, weight in vae.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _read_cache(file: Path, key: str) -> Latents | None:
+def _read_cache(file: Path, key: str, count: int) -> Latents | None:
     if not file.is_file():
         return None
     with safe_open(file, framework="pt") as content:
         if (content.metadata() or {}).get("key") != key:
             return None
-        return Latents(content.get_tensor("mean"), content.get_tensor("std"))
+        mean, std = (tuple(content.get_tensor(f"{name}.{i}") for i in range(count)) for name in ("mean", "std"))
+    return Latents(mean, std)

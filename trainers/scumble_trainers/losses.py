@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -13,12 +14,16 @@ from torch.nn import functional
 
 from scumble.errors import Incompatible
 from scumble_trainers.draws import generator
+from scumble_trainers.latents import Latents
 
 Schedule: TypeAlias = Any
 """A DDPMScheduler: the forward process. diffusers sets its `config` at run time."""
 
-Predict: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(noisy (B, C, h, w), timesteps (B,), text (B, T, D)) -> (B, C, h, w)`: a UNet."""
+Predict: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""`(noisy (B, C, h, w), timesteps (B,)) -> (B, C, h, w)`: a UNet that knows what the pictures are of."""
+
+PredictFor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The same with the pictures' numbers `(B,)` first."""
 
 
 def noise_schedule(config: dict[str, object]) -> Schedule:
@@ -36,12 +41,11 @@ def denoising_loss(
     latents: Tensor,
     noise: Tensor,
     timesteps: Tensor,
-    text: Tensor,
     *,
     min_snr_gamma: float | None = None,
 ) -> Tensor:
     """`(B,)` squared errors of the predicted epsilon or v, min-SNR weighted if a gamma is given."""
-    predicted = predict(schedule.add_noise(latents, noise, timesteps), timesteps, text)
+    predicted = predict(schedule.add_noise(latents, noise, timesteps), timesteps)
     velocity = schedule.config.prediction_type == "v_prediction"
     target = schedule.get_velocity(latents, noise, timesteps) if velocity else noise
     loss = functional.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
@@ -58,31 +62,34 @@ def min_snr_weight(snr: Tensor, gamma: float, *, velocity: bool) -> Tensor:
 @torch.no_grad()
 def validation_loss(
     schedule: Schedule,
-    predict: Predict,
-    latents: Tensor,
-    text: Tensor,
+    predict: PredictFor,
+    latents: Latents,
+    pictures: Tensor,
     *,
+    device: torch.device,
     seed: int,
     levels: int = 4,
     batch: int = 32,
 ) -> float:
-    """Mean loss of `latents (N, C, h, w)` with `text (N, T, D)` at `levels` evenly spaced timesteps.
+    """Mean loss of `pictures (n,)` at `levels` evenly spaced timesteps.
 
-    The noise depends on `seed` alone, so two models, or one at two steps, are compared on equal terms.
+    A picture's noise depends on `seed` and its number alone, so two models, or one at two steps, are compared
+    on equal terms.
     """
-    count, length = len(latents), schedule.config.num_train_timesteps
-    noise = torch.randn((levels * count, *latents.shape[1:]), generator=generator(seed, "validation"))
-    timesteps = ((torch.arange(levels) + 0.5) / levels * length).long().repeat_interleave(count)
-    pictures = torch.arange(count).repeat(levels)
-    losses = [
-        denoising_loss(
-            schedule,
-            predict,
-            latents[pictures[share]],
-            noise[share].to(latents),
-            timesteps[share].to(latents.device),
-            text[pictures[share]],
-        )
-        for share in (slice(start, start + batch) for start in range(0, levels * count, batch))
-    ]
+    length = schedule.config.num_train_timesteps
+    noise = {each: _noise(latents, each, seed, levels) for each in pictures.tolist()}
+    losses = []
+    for group in latents.by_size(pictures):
+        rows = [(level, picture) for level in range(levels) for picture in group.tolist()]
+        for share in (rows[start : start + batch] for start in range(0, len(rows), batch)):
+            chosen = torch.tensor([picture for _, picture in share])
+            timesteps = torch.tensor([int((level + 0.5) / levels * length) for level, _ in share], device=device)
+            drawn = torch.stack([noise[picture][level] for level, picture in share]).to(device)
+            known = partial(predict, chosen)
+            losses.append(denoising_loss(schedule, known, latents.means(chosen).to(device), drawn, timesteps))
     return float(torch.cat(losses).mean())
+
+
+def _noise(latents: Latents, picture: int, seed: int, levels: int) -> Tensor:
+    """`(levels, C, h, w)`."""
+    return torch.randn((levels, *latents.shape(picture)), generator=generator(seed, "validation", picture))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
+from torch import nn
 from transformers.utils.logging import disable_progress_bar as disable_loading_bar
 
 from scumble.errors import Incompatible, NotFound
@@ -19,8 +20,11 @@ from scumble_registry import Registry, Status, Version
 
 INDEX = "model_index.json"
 
+KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+"""SD 1.x and 2.x, and SDXL."""
+
 Pipeline: TypeAlias = Any
-"""A StableDiffusionPipeline. diffusers sets `unet`, `vae`, `text_encoder` … at run time, unseen by type checkers."""
+"""A pipeline of one of KINDS. diffusers sets `unet`, `vae`, `text_encoder` … at run time, unseen by type checkers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class Parent:
 def find_parent(base: str, home: Path) -> Parent:
     """The base named by a folder or a reference; a folder is looked up in the registry too.
 
-    Raises NotFound, or Incompatible where it is no folder of a StableDiffusionPipeline.
+    Raises NotFound, or Incompatible where it is no folder of one of KINDS.
     """
     folder = Path(base).expanduser()
     if not folder.is_dir():
@@ -56,16 +60,20 @@ def load_parent(parent: Parent, *, dtype: torch.dtype = torch.float32) -> Pipeli
     """The base as a diffusers pipeline without safety checker, every weight frozen; the autoencoder stays fp32."""
     disable_progress_bar()
     disable_loading_bar()
-    pipeline: Pipeline = StableDiffusionPipeline.from_pretrained(
-        parent.folder,
-        safety_checker=None,
-        requires_safety_checker=False,
-        dtype={"default": dtype, "vae": torch.float32},
-        local_files_only=True,
+    xl = pipeline_kind(parent.folder) == "StableDiffusionXLPipeline"
+    unchecked = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
+    pipeline: Pipeline = DiffusionPipeline.from_pretrained(
+        parent.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **unchecked
     )
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(requires_grad=False)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(requires_grad=False)
     return pipeline
+
+
+def pipeline_kind(folder: Path) -> str:
+    """Class name of the pipeline in a diffusers folder."""
+    return str(json.loads((folder / INDEX).read_text("utf-8")).get("_class_name"))
 
 
 def native_resolution(parent: Parent) -> int:
@@ -74,6 +82,13 @@ def native_resolution(parent: Parent) -> int:
     vae = json.loads((parent.folder / "vae" / "config.json").read_text("utf-8"))
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     return int(unet["sample_size"]) * int(scale)
+
+
+def side_multiple(parent: Parent) -> int:
+    """Pixels that a picture's sides must be a multiple of: the UNet halves latents between its levels."""
+    unet = json.loads((parent.folder / "unet" / "config.json").read_text("utf-8"))
+    vae = json.loads((parent.folder / "vae" / "config.json").read_text("utf-8"))
+    return int(2 ** (len(vae["block_out_channels"]) + len(unet["block_out_channels"]) - 2))
 
 
 def folder_digest(folder: Path) -> str:
@@ -123,6 +138,11 @@ def _check_kind(folder: Path) -> None:
     index = folder / INDEX
     if not index.is_file():
         raise Incompatible(f"{folder} is no diffusers folder: it has no {INDEX}", field="base")
-    kind = json.loads(index.read_text("utf-8")).get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise Incompatible(f"{folder} is a {kind}; this trainer takes a StableDiffusionPipeline", field="base")
+    kind = pipeline_kind(folder)
+    if kind not in KINDS:
+        raise Incompatible(f"{folder} is a {kind}; trainers take a {' or '.join(KINDS)}", field="base")
+    unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+    if unet["in_channels"] != unet["out_channels"]:
+        raise Incompatible(
+            f"{folder} is an inpainting base; train for the plain base that it is made from", field="base"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from scumble_trainers.base.device import mixed_precision, step_generator
 from scumble_trainers.base.scheduler import new_scheduler
+from scumble_trainers.latents import Latents
 from scumble_trainers.losses import denoising_loss, noise_schedule, validation_loss
 
 CHANNELS = (64, 128, 128)
@@ -53,6 +55,10 @@ class Cache:
     wordings: Tensor
     empty: Tensor
 
+    def as_latents(self) -> Latents:
+        """Without spread: pictures are encoded by their means."""
+        return Latents(self.latents.unbind(0), torch.zeros_like(self.latents).unbind(0))
+
 
 class UnetStage:
     """Learns all pictures of the cache; a tenth of the captions are empty, for guidance."""
@@ -84,29 +90,31 @@ class UnetStage:
         texts = torch.where(dropped, self.cache.empty, self.cache.texts[chosen, variant].float())
         losses = denoising_loss(
             self.schedule,
-            self._trained,
+            partial(self._trained, texts.to(self.device)),
             self.cache.latents[chosen].to(self.device),
             noise.to(self.device),
             timesteps.to(self.device),
-            texts.to(self.device),
             min_snr_gamma=MIN_SNR_GAMMA,
         )
         return losses.mean()
 
     def validate(self) -> dict[str, float]:
         """The loss on fixed noise with a wording of the captions that training never used."""
-        every = slice(None, None, max(1, len(self.cache.latents) // 96))
-        latents, texts = self.cache.latents[every].to(self.device), self.cache.wordings[every].to(self.device)
-        return {"val_loss": validation_loss(self.schedule, self._plain, latents, texts, seed=self.seed)}
+        pictures = torch.arange(0, len(self.cache.latents), max(1, len(self.cache.latents) // 96))
+        loss = validation_loss(
+            self.schedule, self._plain, self.cache.as_latents(), pictures, device=self.device, seed=self.seed
+        )
+        return {"val_loss": loss}
 
     def sample(self, path: Path) -> None:
         self.draw(path)
 
-    def _trained(self, noisy: Tensor, timesteps: Tensor, texts: Tensor) -> Tensor:
+    def _trained(self, texts: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         with mixed_precision(self.device):
             predicted: Tensor = self.module(noisy, timesteps, texts).sample
         return predicted
 
-    def _plain(self, noisy: Tensor, timesteps: Tensor, texts: Tensor) -> Tensor:
+    def _plain(self, pictures: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        texts = self.cache.wordings[pictures].to(self.device)
         predicted: Tensor = self.module(noisy, timesteps, texts).sample
         return predicted

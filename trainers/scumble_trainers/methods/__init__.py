@@ -1,1 +1,38 @@
-"""One module per adapter method: pictures become a record."""
+"""The methods that can be trained: their settings, and where their model is (imported only when it is run)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from scumble_trainers.methods.lora.settings import LoraSettings
+from scumble_trainers.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from scumble_trainers.method import Method
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One method. `name` is its module's and its adapters' kind."""
+
+    name: str
+    model: str
+    """Class in `methods/NAME/model.py`."""
+    settings: type[TrainSettings]
+    help: str
+
+    @property
+    def command(self) -> str:
+        return self.name.replace("_", "-")
+
+    def load(self) -> type[Method[Any]]:
+        """Its class; imports torch and diffusers."""
+        found: type[Method[Any]] = getattr(import_module(f"{__name__}.{self.name}.model"), self.model)
+        return found
+
+
+AGAIN = "Continues from its newest checkpoint when the same command runs again in the same --out."
+
+METHODS = (Entry("lora", "Lora", LoraSettings, f"Train a LoRA on captioned pictures, and publish it.\n\n{AGAIN}"),)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from scumble.errors import Incompatible, InvalidRequest, NotFound
 from scumble_registry import Registry
-from scumble_trainers.methods.lora.command import train_lora
+from scumble_trainers.cli import app
 from scumble_trainers.parent import find_parent
 
 SMALL = ["--steps", "2", "--batch-size", "2", "--rank", "2", "--sample-steps", "1", "--learning-rate", "0.01"]
@@ -27,9 +26,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def command(*arguments: str) -> str:
     """What the command prints; its errors are raised."""
-    app = typer.Typer()
-    app.command()(train_lora)
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False, standalone_mode=False)
+    result = CliRunner().invoke(app, ["lora", *arguments], catch_exceptions=False, standalone_mode=False)
     if result.exception:
         raise result.exception
     return result.stdout

@@ -1,20 +1,18 @@
-"""LoRA factors on a frozen pipeline: put in by PEFT, switched, and saved in the diffusers/PEFT layout."""
+"""LoRA factors on a frozen pipeline: put in by PEFT, and saved in the diffusers/PEFT layout."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from scumble_trainers.methods.lora.settings import LoraSettings, StoredType
-from scumble_trainers.parent import Pipeline
+from scumble_trainers.method import Method, half, in_fp32
+from scumble_trainers.methods.lora.settings import LoraSettings
+from scumble_trainers.parent import Parent, Pipeline
+from scumble_trainers.settings import StoredType
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -22,67 +20,59 @@ TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_FEED_FORWARD = ("fc1", "fc2")
 
 FILE = "pytorch_lora_weights.safetensors"
-_DTYPES: dict[StoredType, torch.dtype] = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-}
 
 
-def add_factors(pipeline: Pipeline, settings: LoraSettings) -> None:
-    """Puts rank-r factors beside the chosen layers: A by Kaiming from the seed, B zero, so nothing changes yet."""
-    torch.manual_seed(settings.seed)
-    feed_forward = settings.feed_forward
-    pipeline.unet.add_adapter(_lora(settings, ATTENTION + (FEED_FORWARD if feed_forward else ())))
-    if settings.text_encoder:
-        text = TEXT_ATTENTION + (TEXT_FEED_FORWARD if feed_forward else ())
-        pipeline.text_encoder.add_adapter(_lora(settings, text))
-    for part in (pipeline.unet, pipeline.text_encoder):
-        _in_fp32(part)
+class Lora(Method[LoraSettings]):
+    """A by Kaiming from the seed, B zero, so that nothing changes at first."""
 
+    name = "lora"
+    adapter = FILE
 
-def _in_fp32(module: nn.Module) -> None:
-    """Factors are trained in fp32 whatever the frozen weights are kept in."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    def __init__(self, pipeline: Pipeline, settings: LoraSettings, parent: Parent) -> None:
+        super().__init__(pipeline, settings, parent)
+        further = FEED_FORWARD if settings.feed_forward else ()
+        pipeline.unet.add_adapter(_lora(settings, ATTENTION + further))
+        if settings.text_encoder:
+            further = TEXT_FEED_FORWARD if settings.feed_forward else ()
+            for encoder in self.text.encoders:
+                cast(Any, encoder).add_adapter(_lora(settings, TEXT_ATTENTION + further))
+        in_fp32([pipeline.unet, self.text])
 
+    @property
+    def trains_text(self) -> bool:
+        return self.settings.text_encoder
 
-def factors(pipeline: Pipeline) -> dict[str, nn.Parameter]:
-    """All trainable parameters by name: `unet.…` first, then `text_encoder.…`."""
-    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    return {
-        f"{part}.{name}": parameter
-        for part, module in parts.items()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
+    def trained(self) -> dict[str, nn.Parameter]:
+        """`unet.…` first, then `text.…`."""
+        parts = {"unet": self.unet, "text": self.text}
+        return {
+            f"{part}.{name}": parameter
+            for part, module in parts.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
 
+    def learning_rate(self, name: str) -> float:
+        if name.startswith("text"):
+            return self.settings.text_learning_rate or self.settings.learning_rate
+        return self.settings.learning_rate
 
-@contextmanager
-def weight_zero(pipeline: Pipeline) -> Iterator[None]:
-    """Within, the pipeline is the base alone."""
-    adapted = [part for part in (pipeline.unet, pipeline.text_encoder) if hasattr(part, "peft_config")]
-    for part in adapted:
-        part.disable_adapters()
-    try:
-        yield
-    finally:
-        for part in adapted:
-            part.enable_adapters()
+    def save(self, folder: Path, dtype: StoredType) -> None:
+        save_factors(self.pipeline, folder, dtype)
 
 
 def save_factors(pipeline: Pipeline, folder: Path, dtype: StoredType) -> Path:
     """Writes `folder/pytorch_lora_weights.safetensors` with alpha in its header, as diffusers saves and loads it."""
-    unet, text_encoder = pipeline.unet, pipeline.text_encoder
-    text = hasattr(text_encoder, "peft_config")
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=_stored(get_peft_model_state_dict(unet), dtype),
-        unet_lora_adapter_metadata=_metadata(unet),
-        text_encoder_lora_layers=_stored(_text_names(text_encoder), dtype) if text else None,
-        text_encoder_lora_adapter_metadata=_metadata(text_encoder) if text else None,
-    )
+    layers: dict[str, Any] = {
+        "unet_lora_layers": half(get_peft_model_state_dict(pipeline.unet), dtype),
+        "unet_lora_adapter_metadata": _metadata(pipeline.unet),
+    }
+    for part in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipeline, part, None)
+        if hasattr(encoder, "peft_config"):
+            layers[f"{part}_lora_layers"] = half(_text_names(encoder), dtype)
+            layers[f"{part}_lora_adapter_metadata"] = _metadata(encoder)
+    pipeline.save_lora_weights(folder, **layers)
     _order_header(folder / FILE)
     return folder / FILE
 
@@ -108,14 +98,10 @@ def _lora(settings: LoraSettings, targets: tuple[str, ...]) -> LoraConfig:
     return LoraConfig(r=settings.rank, lora_alpha=whole, target_modules=list(targets))
 
 
-def _text_names(text_encoder: nn.Module) -> dict[str, Tensor]:
+def _text_names(text_encoder: Any) -> dict[str, Tensor]:
     """Files say `text_model.`; since transformers 5.6 CLIPTextModel itself does not."""
     state = get_peft_model_state_dict(text_encoder)
     return {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in state.items()}
-
-
-def _stored(state: dict[str, Tensor], dtype: StoredType) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", _DTYPES[dtype]).contiguous() for name, value in state.items()}
 
 
 def _metadata(module: Any) -> dict[str, Any]:

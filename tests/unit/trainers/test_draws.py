@@ -6,15 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scumble_trainers.draws import Draw, draw_step, picture_order
+from scumble_trainers.draws import Draw, draw_step, picture_order, pictures_of_step
 
 
 def step(seed: int, number: int, batch: int = 8) -> Draw:
     return draw_step(
         seed,
         number,
-        batch=batch,
-        pictures=5,
+        pictures=torch.arange(batch),
         latent_shape=(4, 2, 2),
         train_timesteps=1000,
         caption_dropout=0.5,
@@ -49,3 +48,19 @@ def test_parts_together_are_the_batch() -> None:
     parts = [whole.part(index, 4) for index in range(4)]
     assert sorted(torch.cat([part.timesteps for part in parts]).tolist()) == sorted(whole.timesteps.tolist())
     assert all(len(part.noise) == len(part.captions) == 2 for part in parts)
+
+
+@given(step=st.integers(0, 30), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4), batch=st.integers(1, 6))
+def test_a_batch_holds_pictures_of_one_size_only(step: int, sizes: list[int], batch: int) -> None:
+    groups = [torch.arange(size) + 100 * index for index, size in enumerate(sizes)]
+    chosen = pictures_of_step(1, step, batch, groups)
+    assert len(chosen) == batch
+    assert len(set((chosen // 100).tolist())) == 1
+
+
+def test_in_a_round_every_picture_of_every_size_is_shown() -> None:
+    groups = [torch.arange(8), torch.arange(100, 104), torch.arange(200, 202)]
+    shown = [pictures_of_step(1, step, 2, groups).tolist() for step in range(14)]
+    for turn in (shown[:7], shown[7:]):
+        assert sorted(picture for batch in turn for picture in batch) == [*range(8), *range(100, 104), 200, 201]
+    assert shown[:7] != shown[7:]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from scumble.errors import InvalidRequest, NotFound
-from scumble_trainers.dataset import data_digest, hold_out, load_picture, read_folder
+from scumble_trainers.dataset import data_digest, hold_out, load_picture, read_examples
 
 
 def metadata(folder: Path, *lines: str) -> None:
@@ -24,21 +24,21 @@ def entry(name: str, **rest: Any) -> str:
 def test_examples_come_ordered_with_all_their_captions(make_data: Any) -> None:
     folder = make_data(3)
     metadata(folder, entry("02.png"), entry("00.png", texts=["a disc", "disc"]), "", entry("01.png"))
-    examples = read_folder(folder, resolution=16)
+    examples = read_examples(folder, resolution=16)
     assert [example.name for example in examples] == ["00.png", "01.png", "02.png"]
     assert examples[0].texts == ("a disc", "disc")
 
 
 @pytest.mark.parametrize("missing", ["folder", "metadata"])
 def test_a_missing_folder_or_metadata_is_not_found(tmp_path: Path, missing: str) -> None:
-    with pytest.raises(NotFound, match="data"):
-        read_folder(tmp_path if missing == "metadata" else tmp_path / "nowhere", resolution=16)
+    with pytest.raises(NotFound, match="give --data a folder"):
+        read_examples(tmp_path if missing == "metadata" else tmp_path / "nowhere", resolution=16)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     metadata(tmp_path)
     with pytest.raises(InvalidRequest, match="names no picture"):
-        read_folder(tmp_path, resolution=16)
+        read_examples(tmp_path, resolution=16)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_bad_line_is_named(make_data: Any, line: str, message: str) -> None:
     Image.new("RGB", (20, 8)).save(folder / "small.png")
     metadata(folder, entry("00.png"), line)
     with pytest.raises(InvalidRequest, match="cannot be trained on") as raised:
-        read_folder(folder, resolution=16)
+        read_examples(folder, resolution=16)
     assert message in raised.value.message
 
 
@@ -73,7 +73,7 @@ def test_every_problem_is_reported_at_once(make_data: Any) -> None:
     folder = make_data(1)
     metadata(folder, *(entry(f"missing-{index}.png") for index in range(12)))
     with pytest.raises(InvalidRequest, match="and 2 more") as raised:
-        read_folder(folder, resolution=16)
+        read_examples(folder, resolution=16)
     assert len(raised.value.fields["problems"]) == 12
 
 
@@ -81,16 +81,26 @@ def test_a_picture_without_a_line_is_reported(make_data: Any) -> None:
     folder = make_data(2)
     metadata(folder, entry("00.png"))
     with pytest.raises(InvalidRequest, match=r"01\.png has no line in metadata\.jsonl"):
-        read_folder(folder, resolution=16)
+        read_examples(folder, resolution=16)
+
+
+def test_a_file_of_lines_is_a_part_of_a_folder(make_data: Any) -> None:
+    folder = make_data(3)
+    part = folder / "part.jsonl"
+    part.write_text(entry("01.png", concept="disc"), "utf-8")
+    (example,) = read_examples(part, resolution=16)
+    assert (example.name, example.concept, example.size) == ("01.png", "disc", (16, 16))
+    with pytest.raises(InvalidRequest, match="no text in UTF-8"):
+        read_examples(folder / "00.png", resolution=16)
 
 
 def test_the_digest_follows_content_and_not_the_place(make_data: Any, tmp_path: Path) -> None:
     folder = make_data(2)
-    before = data_digest(read_folder(folder, resolution=16))
+    before = data_digest(read_examples(folder, resolution=16))
     moved = folder.rename(tmp_path / "elsewhere")
-    assert data_digest(read_folder(moved, resolution=16)) == before
+    assert data_digest(read_examples(moved, resolution=16)) == before
     metadata(moved, entry("00.png"), entry("01.png", text="another"))
-    assert data_digest(read_folder(moved, resolution=16)) != before
+    assert data_digest(read_examples(moved, resolution=16)) != before
 
 
 def test_holding_out_takes_a_share_by_seed_and_leaves_something_to_train_on() -> None:
@@ -108,7 +118,7 @@ def test_transparency_becomes_white_and_the_centre_is_cut_out(tmp_path: Path) ->
     picture = Image.new("RGBA", (64, 32), (0, 0, 0, 0))
     picture.paste((255, 0, 0, 255), (0, 0, 8, 32))
     picture.save(tmp_path / "wide.png")
-    loaded = load_picture(tmp_path / "wide.png", 16)
+    loaded = load_picture(tmp_path / "wide.png", (16, 16))
     assert loaded.size == (16, 16)
     assert loaded.getpixel((8, 8)) == (255, 255, 255)
     assert loaded.getpixel((0, 8)) == (255, 255, 255)

@@ -1,41 +1,45 @@
-"""From a base and a folder of pictures to a finished adapter: everything is checked before any work is done."""
+"""From a base and pictures to a finished adapter: everything is checked before any work is done."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from scumble.errors import InvalidRequest
+from scumble_registry.blobs import explain_os_errors
+from scumble_trainers.buckets import Size, choose_sizes
 from scumble_trainers.captions import read_captions
+from scumble_trainers.card import write_card
 from scumble_trainers.checkpoints import Checkpoint, latest_checkpoint
-from scumble_trainers.dataset import Example, data_digest, hold_out, read_folder
+from scumble_trainers.dataset import Example, data_digest, hold_out, read_examples
 from scumble_trainers.latents import cached_latents
+from scumble_trainers.loop import Run
 from scumble_trainers.losses import noise_schedule
-from scumble_trainers.methods.lora.model import FILE, add_factors, save_factors
-from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.methods.lora.training import LoraRun, Material
-from scumble_trainers.parent import Parent, load_parent, native_resolution
+from scumble_trainers.method import Material, Method
+from scumble_trainers.parent import Parent, load_parent, native_resolution, side_multiple
 from scumble_trainers.progress import Report, silent
 from scumble_trainers.provenance import provenance
 from scumble_trainers.result import CARD, GRID, Result, read_result, write_result
 from scumble_trainers.sampling import Samples
+from scumble_trainers.settings import TrainSettings
 
-TRAINER = "lora"
 SAMPLE_ROWS = 4
 MOST_HELD_OUT = 64
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+M = TypeVar("M", bound=Method[Any])
 
 
 def train(
+    kind: type[M],
     parent: Parent,
     data: Path,
     out: Path,
-    settings: LoraSettings,
+    settings: TrainSettings,
     *,
     fresh: bool = False,
     report: Report = silent,
@@ -43,11 +47,15 @@ def train(
     """Trains into `out`, continuing from its newest checkpoint, and returns what training.json says.
 
     A run that is finished already is returned as it is. Raises InvalidRequest for bad data, or where `out`
-    holds another run (unless `fresh`, which deletes that first).
+    holds another run (unless `fresh`, which deletes that first), Unavailable where nothing can be written.
     """
     resolution = settings.resolution or native_resolution(parent)
-    examples = read_folder(data, resolution=resolution)
+    multiple = side_multiple(parent)
+    if resolution % multiple:
+        raise InvalidRequest(f"--resolution {resolution} is no multiple of this base's {multiple}", field="resolution")
+    examples = read_examples(data, resolution=resolution)
     _check_triggers(settings, examples)
+    kind.check(settings, parent, examples)
     identity: dict[str, Any] = {
         "config": settings.config(),
         "data": data_digest(examples),
@@ -62,29 +70,37 @@ def train(
     checkpoint = latest_checkpoint(out / "checkpoints")
     if checkpoint is not None:
         _check_resumable(checkpoint, settings, identity)
-    (out / CARD).unlink(missing_ok=True)
+    with explain_os_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / CARD).unlink(missing_ok=True)
+        accelerator = _accelerator(out, kind.name, settings)
+        run = _prepare(accelerator, kind, parent, examples, out, settings, identity, report)
+        run.train(checkpoint)
+        return _finish(run, len(examples))
 
-    accelerator = _accelerator(out, settings)
-    run = _prepare(accelerator, parent, examples, out, settings, identity, report)
-    run.train(checkpoint)
+
+def _finish(run: Run, pictures: int) -> Result:
+    """Saves the adapter and, last, training.json."""
+    accelerator, method, settings, out = run.accelerator, run.method, run.settings, run.out
     result = Result(
-        adapter=FILE,
+        adapter=method.adapter,
         license=settings.license,
         description=settings.description,
         trigger_words=settings.trigger_words,
         provenance=provenance(
-            TRAINER,
-            config=identity["config"],
-            data_digest=identity["data"],
-            pictures=len(examples),
+            method.name,
+            config=run.identity["config"],
+            data_digest=run.identity["data"],
+            pictures=pictures,
             seed=settings.seed,
-            parent=parent.digest,
+            parent=method.parent.digest,
             cost=run.cost,
         ).to_dict(),
-        metrics={**run.metrics, "resolution": resolution},
+        metrics={**run.metrics, "resolution": run.identity["resolution"]},
     )
     if accelerator.is_main_process:
-        save_factors(run.pipeline, out, settings.save_dtype)
+        run.save_adapter(out)
+        write_card(out, result, base=method.parent.ref)
         write_result(out, result)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -93,44 +109,77 @@ def train(
 
 def _prepare(
     accelerator: Accelerator,
+    kind: type[M],
     parent: Parent,
-    examples: Sequence[Example],
+    examples: list[Example],
     out: Path,
-    settings: LoraSettings,
+    settings: TrainSettings,
     identity: dict[str, Any],
     report: Report,
-) -> LoraRun:
-    """Loads the base, encodes pictures and captions, and puts the factors in."""
-    pipeline = load_parent(parent, dtype=_DTYPES[settings.mixed_precision]).to(accelerator.device)
-    resolution = identity["resolution"]
+) -> Run:
+    """Loads the base, puts in what is trained, encodes pictures and captions."""
+    with accelerator.main_process_first():
+        further = kind.further_examples(parent, settings, examples, out, report)
+    pipeline = load_parent(parent, dtype=kind.weights_dtype(settings)).to(accelerator.device)
+    torch.manual_seed(settings.seed)
+    method = kind(pipeline, settings, parent)
+    material = _material(accelerator, method, examples, further, out, identity["resolution"], report)
+    method.begin(material, accelerator.device, report)
+    return Run(accelerator, method, out, identity, report)
+
+
+def _material(
+    accelerator: Accelerator,
+    method: Method[Any],
+    examples: list[Example],
+    further: list[Example],
+    out: Path,
+    resolution: int,
+    report: Report,
+) -> Material:
+    settings, pipeline, everything = method.settings, method.pipeline, [*examples, *further]
+    sizes = choose_sizes(everything, resolution, side_multiple(method.parent), bucket=settings.bucket)
     with accelerator.main_process_first():
         latents = cached_latents(
             out / "cache",
             pipeline.vae,
-            examples,
-            resolution=resolution,
+            everything,
+            sizes,
             progress=lambda done, of: report("latents", done, of),
         )
-    captions = read_captions(pipeline.tokenizer, pipeline.text_encoder, examples, cache=not settings.text_encoder)
+    captions = read_captions(method.text, everything, cache=not method.trains_text, device=accelerator.device)
     trained, held = hold_out(range(len(examples)), fraction=settings.validation, seed=settings.seed, most=MOST_HELD_OUT)
-    material = Material(
+    return Material(
+        examples=everything,
         schedule=noise_schedule(dict(pipeline.scheduler.config)),
         latents=latents,
         captions=captions,
+        framing=_framing(everything, sizes),
         trained=torch.tensor(trained),
         held=torch.tensor(held, dtype=torch.int64),
+        further=torch.arange(len(examples), len(everything)),
         samples=_samples(settings, [examples[index] for index in held or trained], resolution),
     )
-    add_factors(pipeline, settings)
-    return LoraRun(accelerator, pipeline, settings, material, out, identity, report)
 
 
-def _samples(settings: LoraSettings, examples: Sequence[Example], resolution: int) -> Samples:
+def _framing(examples: Sequence[Example], sizes: Sequence[Size]) -> torch.Tensor:
+    """SDXL's six numbers of every picture: `load_picture` fits and then crops at the centre."""
+    rows = []
+    for (width, height), example in zip(sizes, examples, strict=True):
+        scale = max(width / example.size[0], height / example.size[1])
+        left, top = (
+            max(0, round(scale * own - used) // 2) for own, used in zip(example.size, (width, height), strict=True)
+        )
+        rows.append((example.size[1], example.size[0], top, left, height, width))
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def _samples(settings: TrainSettings, examples: Sequence[Example], resolution: int) -> Samples:
     prompts = settings.prompts or tuple(example.texts[0] for example in examples[:SAMPLE_ROWS])
     return Samples(prompts, settings.sample_seed, settings.sample_steps, settings.sample_guidance, resolution)
 
 
-def _accelerator(out: Path, settings: LoraSettings) -> Accelerator:
+def _accelerator(out: Path, name: str, settings: TrainSettings) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.accumulate,
@@ -144,11 +193,11 @@ def _accelerator(out: Path, settings: LoraSettings) -> Accelerator:
             f"and {settings.accumulate} accumulation parts: use a multiple of {parts}",
             field="batch_size",
         )
-    accelerator.init_trackers(TRAINER)
+    accelerator.init_trackers(name)
     return accelerator
 
 
-def _check_triggers(settings: LoraSettings, examples: Sequence[Example]) -> None:
+def _check_triggers(settings: TrainSettings, examples: Sequence[Example]) -> None:
     captions = [text.lower() for example in examples for text in example.texts]
     for word in settings.trigger_words:
         if not any(word.lower() in caption for caption in captions):
@@ -157,7 +206,7 @@ def _check_triggers(settings: LoraSettings, examples: Sequence[Example]) -> None
             )
 
 
-def _check_resumable(checkpoint: Checkpoint, settings: LoraSettings, identity: dict[str, Any]) -> None:
+def _check_resumable(checkpoint: Checkpoint, settings: TrainSettings, identity: dict[str, Any]) -> None:
     earlier = checkpoint.state["identity"]
     differences = settings.differences(earlier["config"])
     differences += [name for name in ("data", "base", "resolution") if earlier[name] != identity[name]]
@@ -182,7 +231,11 @@ def _same_run(finished: Result, identity: dict[str, Any], parent: Parent) -> boo
 
 def _clear(out: Path) -> None:
     """Deletes what a run leaves in `out`, and nothing else that lies there. Cached latents stay: they are keyed."""
+    finished = read_result(out)
     for folder in ("checkpoints", "samples", "logs"):
         shutil.rmtree(out / folder, ignore_errors=True)
-    for file in (CARD, GRID, FILE):
+    if finished:
+        adapter = out / finished.adapter
+        shutil.rmtree(adapter, ignore_errors=True) if adapter.is_dir() else adapter.unlink(missing_ok=True)
+    for file in (CARD, GRID):
         (out / file).unlink(missing_ok=True)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from scumble.errors import Incompatible
+from scumble_trainers.latents import Latents
 from scumble_trainers.losses import denoising_loss, min_snr_weight, noise_schedule, validation_loss
 
 LATENTS, NOISE = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
 TIMESTEPS = torch.tensor([10, 500, 990])
-TEXT = torch.zeros(3, 1, 1)
+PICTURES = Latents(LATENTS.unbind(0), torch.zeros_like(LATENTS).unbind(0))
+CPU = torch.device("cpu")
 
 
 def zero(noisy: Tensor, *_: Tensor) -> Tensor:
+    return torch.zeros_like(noisy)
+
+
+def none(_: Tensor, noisy: Tensor, __: Tensor) -> Tensor:
     return torch.zeros_like(noisy)
 
 
@@ -24,14 +32,14 @@ def test_a_perfect_prediction_costs_nothing(kind: str) -> None:
     signal = schedule.alphas_cumprod[TIMESTEPS].sqrt()[:, None, None, None]
     rest = (1 - schedule.alphas_cumprod[TIMESTEPS]).sqrt()[:, None, None, None]
     perfect = NOISE if kind == "epsilon" else signal * NOISE - rest * LATENTS
-    loss = denoising_loss(schedule, lambda *_: perfect, LATENTS, NOISE, TIMESTEPS, TEXT)
+    loss = denoising_loss(schedule, lambda *_: perfect, LATENTS, NOISE, TIMESTEPS)
     torch.testing.assert_close(loss, torch.zeros(3), atol=1e-6, rtol=0)
 
 
 def test_min_snr_caps_what_easy_timesteps_weigh() -> None:
     schedule = noise_schedule({"prediction_type": "epsilon"})
-    plain = denoising_loss(schedule, zero, LATENTS, NOISE, TIMESTEPS, TEXT)
-    weighted = denoising_loss(schedule, zero, LATENTS, NOISE, TIMESTEPS, TEXT, min_snr_gamma=5)
+    plain = denoising_loss(schedule, zero, LATENTS, NOISE, TIMESTEPS)
+    weighted = denoising_loss(schedule, zero, LATENTS, NOISE, TIMESTEPS, min_snr_gamma=5)
     signal = schedule.alphas_cumprod[TIMESTEPS]
     snr = signal / (1 - signal)
     torch.testing.assert_close(weighted / plain, torch.minimum(snr, torch.tensor(5.0)) / snr)
@@ -40,9 +48,24 @@ def test_min_snr_caps_what_easy_timesteps_weigh() -> None:
 
 def test_validation_is_deterministic_and_needs_no_gradient() -> None:
     schedule = noise_schedule({})
-    losses = [validation_loss(schedule, zero, LATENTS, TEXT, seed=1, batch=size) for size in (1, 2, 16)]
-    assert losses == pytest.approx([losses[0]] * 3)
-    assert validation_loss(schedule, zero, LATENTS, TEXT, seed=2) != losses[0]
+    every = torch.arange(3)
+
+    def loss(pictures: Tensor = every, **options: Any) -> float:
+        return validation_loss(schedule, none, PICTURES, pictures, device=CPU, **({"seed": 1} | options))
+
+    assert [loss(batch=size) for size in (1, 2, 16)] == pytest.approx([loss()] * 3)
+    assert loss(seed=2) != loss()
+    assert sum(loss(every[i : i + 1]) for i in range(3)) / 3 == pytest.approx(loss())
+
+
+def test_pictures_of_several_sizes_are_measured_together() -> None:
+    schedule = noise_schedule({})
+    mixed = Latents((LATENTS[0], torch.zeros(4, 2, 4)), (LATENTS[0], torch.zeros(4, 2, 4)))
+    both, square, wide = (
+        validation_loss(schedule, none, mixed, torch.tensor(pictures), device=CPU, seed=1)
+        for pictures in ([0, 1], [0], [1])
+    )
+    assert both == pytest.approx((square + wide) / 2)
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:

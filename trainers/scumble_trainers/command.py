@@ -1,0 +1,103 @@
+"""`scumble train METHOD`: options in, an adapter in the registry out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from scumble.errors import InvalidRequest
+from scumble_trainers.methods import Entry
+from scumble_trainers.options import Common, command_of
+from scumble_trainers.settings import TrainSettings, parse_settings, read_config
+
+if TYPE_CHECKING:
+    from scumble_trainers.result import Result
+
+
+def method_command(entry: Entry) -> Callable[..., None]:
+    """The subcommand of one method, for typer."""
+    return command_of(entry.settings, partial(_run, entry), entry.help)
+
+
+def _run(entry: Entry, common: Common, given: dict[str, Any]) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of picture libraries that nothing here uses
+    settings = _settings(entry, common["config"], given)
+    _check_names(common)
+    told = train_and_publish(entry, common, settings)
+    if told is not None:
+        typer.echo(json.dumps(told, ensure_ascii=False) if common["as_json"] else _in_words(told))
+
+
+def _settings(entry: Entry, config: Path | None, given: dict[str, Any]) -> TrainSettings:
+    """Options of the command line before those of --config before the defaults."""
+    from_file = {} if config is None else read_config(config, entry.settings)
+    return parse_settings(entry.settings, from_file | given)
+
+
+def _check_names(common: Common) -> None:
+    from scumble_registry.references import parse_alias, parse_name
+
+    publish, alias = common["publish"], common["alias"]
+    if publish is None and common["out"] is None:
+        raise InvalidRequest("say where the result goes: --publish ns/name, --out FOLDER or both", field="out")
+    if publish is None and (alias or common["staged"]):
+        raise InvalidRequest("--alias and --staged need --publish ns/name", field="publish")
+    if publish is not None:
+        parse_name(publish)
+    if alias is not None:
+        parse_alias(alias)
+
+
+def train_and_publish(entry: Entry, common: Common, settings: TrainSettings) -> dict[str, Any] | None:
+    """Trains, measures, publishes; returns what `--json` prints, or None in all processes but the first."""
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    from scumble_registry import Registry, default_home
+    from scumble_trainers.parent import find_parent
+    from scumble_trainers.progress import shown
+    from scumble_trainers.result import publish_result
+    from scumble_trainers.run import train
+
+    home, publish = default_home(), common["publish"]
+    parent = find_parent(common["base"], home)
+    out = common["out"] or default_out(home, entry.name, publish)
+    with shown(wanted=not common["as_json"]) as report:
+        result = train(entry.load(), parent, common["data"], out, settings, fresh=common["fresh"], report=report)
+    if not PartialState().is_main_process:
+        return None
+    told = _told(out, result)
+    if publish is None:
+        return told
+    with Registry.open(home, create=True) as registry:
+        version = publish_result(
+            registry, out, publish, base=parent.ref, alias=common["alias"], staged=common["staged"]
+        )
+    return {**told, "ref": version.ref, "digest": version.digest}
+
+
+def default_out(home: Path, method: str, name: str) -> Path:
+    """Where a run that is published as `ns/name` keeps its checkpoints."""
+    return home / "train" / method / name
+
+
+def _told(out: Path, result: Result) -> dict[str, Any]:
+    return {"out": str(out), **asdict(result), "adapter": str(out / result.adapter)}
+
+
+def _in_words(told: dict[str, Any]) -> str:
+    """The result as a person reads it."""
+    before, after = told["metrics"]["before"], told["metrics"]["after"]
+    lines = [f"{name.replace('_', ' ')}: {before[name]:.4f} → {after[name]:.4f}" for name in after]
+    lines += [f"{name.replace('_', ' ')}: {value}" for name, value in told["metrics"].get("effect", {}).items()]
+    cost = told["provenance"]
+    lines.append(f"{cost['time']:.0f} s, {cost['peak_memory'] / 2**20:.0f} MiB, on {cost['device']}")
+    lines.append(f"published as {told['ref']} ({told['digest']})" if "ref" in told else f"saved as {told['adapter']}")
+    lines.append(f"sample grid: {told['out']}/sample_grid.png")
+    return "\n".join(lines)
