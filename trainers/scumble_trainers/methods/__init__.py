@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from scumble_trainers.methods.ip_adapter.settings import IpAdapterSettings
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.settings import TrainSettings
 
@@ -35,4 +36,12 @@ class Entry:
 
 AGAIN = "Continues from its newest checkpoint when the same command runs again in the same --out."
 
-METHODS = (Entry("lora", "Lora", LoraSettings, f"Train a LoRA on captioned pictures, and publish it.\n\n{AGAIN}"),)
+METHODS = (
+    Entry("lora", "Lora", LoraSettings, f"Train a LoRA on captioned pictures, and publish it.\n\n{AGAIN}"),
+    Entry(
+        "ip_adapter",
+        "IpAdapter",
+        IpAdapterSettings,
+        f"Train an IP-Adapter (pictures as prompts) on captioned pictures, and publish it.\n\n{AGAIN}",
+    ),
+)
