@@ -4,9 +4,9 @@
     DIR/images/0001.png     any name, any depth; PNG, JPEG, WebP or BMP
 
 The same layout that the `datasets` library calls an image folder. A line may also give "texts", other
-captions of the same picture, of which training takes one at random, and "concept", which pictures of the
-same thing share, and "conditioning_image", the file of its control picture. A file of such lines may be named
-instead of the folder: a part of its pictures.
+captions of the same picture, of which training takes one at random, "concept" and "style", which pictures of
+the same thing, or by the same hand, share, and "conditioning_image", the file of its control picture. A file of
+such lines may be named instead of the folder: a part of its pictures.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Example:
     concept: str | None = None
     control: Path | None = None
     """Its ready-made control picture, for a ControlNet."""
+    style: str | None = None
 
 
 def read_examples(data: Path, *, resolution: int) -> list[Example]:
@@ -77,8 +78,9 @@ def read_examples(data: Path, *, resolution: int) -> list[Example]:
 def data_digest(examples: Sequence[Example]) -> str:
     """`sha256:…` over names, captions and picture bytes; independent of where the folder lies."""
     content = [[example.name, *example.texts, example.digest] for example in examples]
-    concepts = [example.concept for example in examples]
-    content += [["concepts", *(str(concept) for concept in concepts)]] if any(concepts) else []
+    for key in ("concept", "style"):
+        shared = [getattr(example, key) for example in examples]
+        content += [[f"{key}s", *(str(value) for value in shared)]] if any(shared) else []
     return "sha256:" + hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -141,14 +143,12 @@ def _example(folder: Path, line: str, resolution: int, seen: set[str]) -> Exampl
         raise ValueError(f"{name} does not exist")
     content = path.read_bytes()
     size = _check_picture(path, name, resolution)
-    concept = entry.get("concept")
-    if concept is not None and not isinstance(concept, str):
-        raise ValueError(f'"concept" of {name} is no string')
+    concept, style = (_shared(name, entry, key) for key in ("concept", "style"))
     digest = hashlib.sha256(content)
     control = _control(folder, entry.get("conditioning_image"), seen)
     if control is not None:
         digest.update(control.read_bytes())
-    return Example(name, path, texts, digest.hexdigest(), size, concept, control)
+    return Example(name, path, texts, digest.hexdigest(), size, concept, control, style)
 
 
 def _control(folder: Path, name: object, seen: set[str]) -> Path | None:
@@ -162,6 +162,13 @@ def _control(folder: Path, name: object, seen: set[str]) -> Path | None:
     _check_picture(folder / name, name, 1)
     seen.add(name)
     return folder / name
+
+
+def _shared(name: str, entry: dict[str, object], key: str) -> str | None:
+    value = entry.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f'"{key}" of {name} is no string')
+    return value
 
 
 def _captions(name: str, entry: dict[str, object]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scumble_trainers.captions import Captions, Text, TextEncoders
-from scumble_trainers.dataset import Example
+from scumble_trainers.dataset import Example, hold_out
 from scumble_trainers.draws import Draw
 from scumble_trainers.latents import Latents
 from scumble_trainers.losses import Schedule, denoising_loss
@@ -26,6 +26,7 @@ from scumble_trainers.sampling import Samples, draw_samples
 from scumble_trainers.settings import Settings, StoredType
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
+MOST_HELD_OUT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,22 @@ class Method(nn.Module, ABC, Generic[Settings]):
     @classmethod
     def check(cls, settings: Settings, parent: Parent, examples: Sequence[Example]) -> None:
         """Raises InvalidRequest or Incompatible for what this method cannot be trained on, before any work."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> type[Method[Any]]:
+        """What these settings ask for: a method may have more than one thing that it trains."""
+        return cls
+
+    @classmethod
+    def rewrite(cls, settings: Settings, examples: Sequence[Example]) -> list[Example]:
+        """The examples as this method reads them, such as with other captions. Their order stays."""
+        return list(examples)
+
+    @classmethod
+    def hold_out(cls, settings: Settings, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
+        """Which examples are (trained on, held out), in order: by default pictures by lot."""
+        places = range(len(examples))
+        return hold_out(places, fraction=settings.validation, seed=settings.seed, most=MOST_HELD_OUT)
 
     @classmethod
     def further_examples(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -17,7 +17,7 @@ from scumble_trainers.buckets import Size, choose_sizes
 from scumble_trainers.captions import read_captions
 from scumble_trainers.card import write_card
 from scumble_trainers.checkpoints import Checkpoint, latest_checkpoint
-from scumble_trainers.dataset import Example, data_digest, hold_out, read_examples
+from scumble_trainers.dataset import Example, data_digest, read_examples
 from scumble_trainers.latents import cached_latents
 from scumble_trainers.loop import Run
 from scumble_trainers.losses import noise_schedule
@@ -30,13 +30,10 @@ from scumble_trainers.sampling import Samples
 from scumble_trainers.settings import TrainSettings
 
 SAMPLE_ROWS = 4
-MOST_HELD_OUT = 64
-
-M = TypeVar("M", bound=Method[Any])
 
 
 def train(
-    kind: type[M],
+    kind: type[Method[Any]],
     parent: Parent,
     data: Path,
     out: Path,
@@ -50,16 +47,18 @@ def train(
     A run that is finished already is returned as it is. Raises InvalidRequest for bad data, or where `out`
     holds another run (unless `fresh`, which deletes that first), Unavailable where nothing can be written.
     """
+    kind = kind.of(settings)
     resolution = settings.resolution or native_resolution(parent)
     multiple = side_multiple(parent)
     if resolution % multiple:
         raise InvalidRequest(f"--resolution {resolution} is no multiple of this base's {multiple}", field="resolution")
-    examples = read_examples(data, resolution=resolution)
+    read = read_examples(data, resolution=resolution)
+    examples = kind.rewrite(settings, read)
     _check_triggers(settings, examples)
     kind.check(settings, parent, examples)
     identity: dict[str, Any] = {
         "config": settings.config(),
-        "data": data_digest(examples),
+        "data": data_digest(read),
         "base": parent.content,
         "resolution": resolution,
     }
@@ -111,7 +110,7 @@ def _finish(run: Run, pictures: int) -> Result:
 
 def _prepare(
     accelerator: Accelerator,
-    kind: type[M],
+    kind: type[Method[Any]],
     parent: Parent,
     examples: list[Example],
     out: Path,
@@ -151,7 +150,7 @@ def _material(
             progress=lambda done, of: report("latents", done, of),
         )
     captions = read_captions(method.text, everything, cache=not method.trains_text, device=accelerator.device)
-    trained, held = hold_out(range(len(examples)), fraction=settings.validation, seed=settings.seed, most=MOST_HELD_OUT)
+    trained, held = method.hold_out(settings, examples)
     return Material(
         examples=everything,
         schedule=noise_schedule(dict(pipeline.scheduler.config)),
