@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from scumble_trainers.methods.controlnet.settings import ControlNetSettings
+from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.methods.ip_adapter.settings import IpAdapterSettings
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.settings import TrainSettings
@@ -50,5 +51,12 @@ METHODS = (
         "ControlNet",
         ControlNetSettings,
         f"Train a ControlNet (the shape from a control picture), and publish it.\n\n{AGAIN}",
+    ),
+    Entry(
+        "hypernetwork",
+        "Hypernetwork",
+        HypernetworkSettings,
+        "Train a network that predicts a LoRA from one picture, on pictures of many concepts, and publish it.\n\n"
+        f"With --refine N it takes one's prediction N steps further instead, and publishes a LoRA.\n\n{AGAIN}",
     ),
 )

@@ -1,0 +1,146 @@
+"""A network that predicts a LoRA from one picture, trained over many concepts with the LoRA of every row applied.
+
+After HyperDreamBooth (Ruiz et al., 2307.06949): frozen auxiliary bases, a transformer decoder over the picture's
+states. Unlike there, no LoRA is trained for any concept beforehand: the denoising loss itself reaches the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from scumble.errors import InvalidRequest
+from scumble_trainers.dataset import Example, hold_out
+from scumble_trainers.method import MOST_HELD_OUT, Condition, Material, Method
+from scumble_trainers.methods.hypernetwork.layers import RowLora, attention_layers, expand_rows
+from scumble_trainers.methods.hypernetwork.network import FILE, encoder_digest, new_predictor, save_predictor
+from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
+from scumble_trainers.parent import Parent, Pipeline
+from scumble_trainers.progress import Report
+from scumble_trainers.sampling import Samples
+from scumble_trainers.settings import StoredType
+from scumble_trainers.vision import PictureStates, encoder_folder
+
+STYLE = "{style}"
+
+
+class Hypernetwork(Method[HypernetworkSettings]):
+    """Each row is a picture to denoise and a picture of the same concept to predict its LoRA from."""
+
+    name = "hypernetwork"
+    adapter = FILE
+
+    partners: list[Tensor]  # of every picture, the others of its concept that are on its side of the split
+
+    def __init__(self, pipeline: Pipeline, settings: HypernetworkSettings, parent: Parent) -> None:
+        super().__init__(pipeline, settings, parent)
+        layers = attention_layers(self.unet)
+        self.seen = PictureStates(parent, None, "states", self.device)
+        width = self.seen.nothing().shape[-1]
+        self.predictor = new_predictor(settings, layers, width, encoder_digest(parent)).to(self.device)
+        self.rows = RowLora(layers, settings.scale_alpha / settings.rank)
+
+    @classmethod
+    def rewrite(cls, settings: HypernetworkSettings, examples: Sequence[Example]) -> list[Example]:
+        """With `--caption` in place of the data's own."""
+        if not settings.captions:
+            return list(examples)
+        return [replace(example, texts=_captions(settings, example)) for example in examples]
+
+    @classmethod
+    def check(cls, settings: HypernetworkSettings, parent: Parent, examples: Sequence[Example]) -> None:
+        encoder_folder(parent, None)
+        if settings.width % settings.heads:
+            raise InvalidRequest(
+                f"--width {settings.width} cannot be divided among --heads {settings.heads}", field="heads"
+            )
+        if settings.source is not None or settings.reference is not None:
+            raise InvalidRequest("--from and --reference are for --refine N", field="refine")
+        if len({_concept(example) for example in examples}) < 2:
+            raise InvalidRequest(
+                "all pictures show one concept, but a hypernetwork learns from many what a concept's LoRA is: give "
+                'each line its "concept", or train a LoRA',
+                field="data",
+            )
+
+    @classmethod
+    def hold_out(cls, settings: HypernetworkSettings, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
+        """By concept: what is measured is the prediction for what was never seen."""
+        concepts = list(dict.fromkeys(_concept(example) for example in examples))
+        most = max(1, MOST_HELD_OUT * len(concepts) // len(examples))
+        _, held = hold_out(concepts, fraction=settings.validation, seed=settings.seed, most=most)
+        apart = set(held)
+        sides = [_concept(example) in apart for example in examples]
+        return [n for n, is_held in enumerate(sides) if not is_held], [n for n, is_held in enumerate(sides) if is_held]
+
+    def begin(self, material: Material, device: torch.device, report: Report) -> None:
+        super().begin(material, device, report)
+        self.seen.read(material.examples, report)
+        of: dict[str, list[int]] = {}
+        for picture, example in enumerate(material.examples):
+            of.setdefault(_concept(example), []).append(picture)
+        self.partners = [
+            torch.tensor([other for other in of[_concept(example)] if other != picture] or [picture])
+            for picture, example in enumerate(material.examples)
+        ]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return dict(self.predictor.named_parameters())
+
+    def predict(self, condition: Condition, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The UNet's prediction with each row's own LoRA. Where the loss is measured, a picture is its reference."""
+        references = condition.pictures
+        if condition.chances is not None:
+            references = self.choose(references, condition.chances[:, 0])
+        self.look(references)
+        return self.denoise(condition, noisy, timesteps)
+
+    def choose(self, pictures: Tensor, chances: Tensor) -> Tensor:
+        """`(B,)` references for `pictures (B,)`, by `chances (B,)` in [0, 1)."""
+        same = self.settings.same_reference
+        return torch.tensor(
+            [
+                picture if chance < same else _among(self.partners[picture], (chance - same) / (1 - same))
+                for picture, chance in zip(pictures.tolist(), chances.tolist(), strict=True)
+            ]
+        )
+
+    def look(self, references: Tensor, copies: int = 1) -> None:
+        """Predicts the rows' LoRAs from `references (B,)`; what the UNet is asked next has `copies` × B rows."""
+        coefficients = self.predictor(self.seen.of(references)).repeat(copies, 1, 1)
+        self.rows.factors = expand_rows(self.predictor, coefficients)
+
+    @torch.no_grad()
+    def draw(self, samples: Samples) -> list[Image.Image]:
+        """Prompt i with the LoRA for the i-th held-out picture (or trained one, where none is held out)."""
+        material = self.material
+        shown = material.held if len(material.held) else material.trained
+        chosen = shown[torch.arange(len(samples.prompts)) % len(shown)]
+        self.look(chosen, copies=2 if samples.guidance > 1 else 1)
+        return super().draw(samples)
+
+    def save(self, folder: Path, dtype: StoredType) -> None:
+        save_predictor(self.predictor, folder / FILE, dtype)
+
+
+def _concept(example: Example) -> str:
+    """A picture that says none is one of its own."""
+    return example.name if example.concept is None else example.concept
+
+
+def _among(partners: Tensor, chance: float) -> int:
+    return int(partners[min(int(chance * len(partners)), len(partners) - 1)])
+
+
+def _captions(settings: HypernetworkSettings, example: Example) -> tuple[str, ...]:
+    if example.style is None and any(STYLE in caption for caption in settings.captions):
+        raise InvalidRequest(
+            f'--caption has {STYLE}, but {example.name} has no "style": add it to its line, or caption without it',
+            field="caption",
+        )
+    return tuple(dict.fromkeys(caption.replace(STYLE, example.style or "") for caption in settings.captions))

@@ -1,0 +1,81 @@
+"""The network as it begins, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scumble_build.predictor import Predictor
+from scumble_registry.formats.hypernetwork.predictor import PredictorConfig, write_record
+from scumble_registry.formats.safetensors_header import Array
+from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
+from scumble_trainers.parent import Parent
+from scumble_trainers.settings import StoredType
+from scumble_trainers.vision import encoder_folder
+
+FILE = "hypernetwork.safetensors"
+
+STORED = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32}
+DOWN_NORM = 3**-0.5
+"""Of a predicted down row at first: that of a LoRA's own, which are uniform in ±1/√in."""
+
+
+def new_predictor(
+    settings: HypernetworkSettings, layers: Mapping[str, nn.Linear], condition_width: int, encoder: str | None
+) -> Predictor:
+    """Drawn from torch's generator. Its up factors are zero whatever it looks at, so that it changes nothing yet."""
+    config = PredictorConfig(
+        condition="image",
+        encoder=encoder,
+        width=settings.width,
+        heads=settings.heads,
+        depth=settings.depth,
+        passes=settings.passes,
+        rank=settings.rank,
+        a=settings.a,
+        b=settings.b,
+        alpha=settings.scale_alpha,
+        targets=list(layers),
+    )
+    up = {name: _orthogonal(layer.out_features, config.a) for name, layer in layers.items()}
+    down = {name: _orthogonal(config.b, layer.in_features) for name, layer in layers.items()}
+    predictor = Predictor(config, condition_width, up, down)
+    ups = config.a * config.rank
+    with torch.no_grad():
+        predictor.head.weight[:ups] = 0
+        predictor.head.bias[:ups] = 0
+        predictor.head.weight[ups:] *= DOWN_NORM * (3 / config.b) ** 0.5  # its inputs have norm √width
+        predictor.head.bias[ups:] = torch.randn(config.rank * config.b) * DOWN_NORM * config.b**-0.5
+    return predictor
+
+
+def save_predictor(predictor: Predictor, file: Path, dtype: StoredType) -> None:
+    """As the registry reads it, every tensor in `dtype`."""
+    record = predictor.record()
+    network, up, down = (_stored(part, dtype) for part in (record.network, record.up, record.down))
+    file.write_bytes(write_record(replace(record, network=network, up=up, down=down)))
+
+
+def encoder_digest(parent: Parent) -> str | None:
+    """`sha256:…` of the image encoder's weights; None where they are more than one file."""
+    files = sorted(encoder_folder(parent, None).glob("*.safetensors"))
+    if len(files) != 1:
+        return None
+    with files[0].open("rb") as content:
+        return f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}"
+
+
+def _stored(arrays: Mapping[str, Array], dtype: StoredType) -> dict[str, Array]:
+    return {name: values.astype(STORED[dtype]) for name, values in arrays.items()}
+
+
+def _orthogonal(rows: int, columns: int) -> Tensor:
+    """Its shorter side orthonormal, in numbers that any type of file holds as they are."""
+    return nn.init.orthogonal_(torch.empty(rows, columns)).bfloat16().float()
