@@ -9,8 +9,6 @@ case $style in
   *) echo "no such held-out style: $style" >&2 && exit 2 ;;
 esac
 scumble=.venv/bin/scumble
-# glibc would give every big tensor back to the kernel: half of a step's time on a CPU.
-export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=17179869184
 
 $scumble train emoji --style "$style" --split train --out "runs/data/$style"
 $scumble train lora --base demo/base --data "runs/data/$style" --out "runs/lora/$style" \

@@ -21,33 +21,48 @@ PLAN = """
 name = "scumble/demo"
 path = "base"
 
-[[adapter]]
+[[publish]]
 name = "styles/a"
 path = "adapters/lora/a"
-label = "A"
-style = "a style"
 license = "MIT"
+trigger_words = ["a style"]
 
-[[adapter]]
+[[publish]]
 name = "styles/b"
 path = "adapters/lora/b"
-label = "B"
 
-[together]
-weight = 0.5
-
-[[prompt]]
+[[row]]
 text = "a red apple"
+style = "plain style"
 seed = 1
 steps = 12
 scheduler = "ddim"
+images.look = "look.png"
 
-[[prompt]]
+[[row]]
 text = "a house"
 seed = 2
 steps = 16
 scheduler = "dpmpp_2m"
 weight = 0.5
+images.look = "look.png"
+
+[[column]]
+label = "base"
+
+[[column]]
+label = "A"
+prompt = "{text}, a style"
+adapters = [{ ref = "styles/a" }]
+shows = "look"
+
+[[column]]
+label = "B"
+adapters = [{ ref = "styles/b" }]
+
+[[column]]
+label = "A + B"
+adapters = [{ ref = "styles/a", weight = 0.5 }, { ref = "styles/b", weight = 0.5 }]
 """
 
 
@@ -64,6 +79,7 @@ def demo_dir(tiny_base: Path, make_lora: Callable[..., Path], tmp_path_factory: 
     folder = tmp_path_factory.mktemp("demo")
     (folder / "demo.toml").write_text(PLAN)
     (folder / "base").symlink_to(tiny_base)
+    Image.new("RGB", (16, 16), "red").save(folder / "look.png")
     for seed, name in enumerate("ab", start=1):
         make_lora(tiny_base, folder / "adapters" / "lora" / name, seed=seed)
     return folder
@@ -97,6 +113,8 @@ def test_eight_requests_with_different_adapters_share_steps_and_fill_a_grid(demo
     with Image.open(report["grid"]) as grid:
         assert grid.width > 4 * 256
         assert grid.height > 2 * 256
+        corner = [grid.getpixel((226 + column * 268 + 20, 68 + 20)) for column in range(4)]
+    assert [pixel == (255, 0, 0) for pixel in corner] == [False, True, False, False], "what A looked at is shown"
 
 
 def test_missing_files_are_named(demo_dir: Path, tmp_path: Path) -> None:
@@ -109,6 +127,13 @@ def test_missing_files_are_named(demo_dir: Path, tmp_path: Path) -> None:
     status, answer = run_demo("--demo-dir", tmp_path)
     assert status == 3
     assert "styles/a" in answer["error"]["message"]
+
+
+def test_a_column_asks_for_pictures_that_every_row_has(tmp_path: Path) -> None:
+    (tmp_path / "demo.toml").write_text(PLAN.replace('images.look = "look.png"', "", 1))
+    status, answer = run_demo("--demo-dir", tmp_path)
+    assert (status, answer["error"]["code"]) == (2, "invalid_request")
+    assert "'a red apple' has no picture 'look'" in answer["error"]["message"]
 
 
 def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

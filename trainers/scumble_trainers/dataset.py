@@ -5,7 +5,8 @@
 
 The same layout that the `datasets` library calls an image folder. A line may also give "texts", other
 captions of the same picture, of which training takes one at random, and "concept", which pictures of the
-same thing share. A file of such lines may be named instead of the folder: a part of its pictures.
+same thing share, and "conditioning_image", the file of its control picture. A file of such lines may be named
+instead of the folder: a part of its pictures.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Example:
     size: tuple[int, int]
     """Width and height as it lies on the disk, upright."""
     concept: str | None = None
+    control: Path | None = None
+    """Its ready-made control picture, for a ControlNet."""
 
 
 def read_examples(data: Path, *, resolution: int) -> list[Example]:
@@ -141,7 +144,24 @@ def _example(folder: Path, line: str, resolution: int, seen: set[str]) -> Exampl
     concept = entry.get("concept")
     if concept is not None and not isinstance(concept, str):
         raise ValueError(f'"concept" of {name} is no string')
-    return Example(name, path, texts, hashlib.sha256(content).hexdigest(), size, concept)
+    digest = hashlib.sha256(content)
+    control = _control(folder, entry.get("conditioning_image"), seen)
+    if control is not None:
+        digest.update(control.read_bytes())
+    return Example(name, path, texts, digest.hexdigest(), size, concept, control)
+
+
+def _control(folder: Path, name: object, seen: set[str]) -> Path | None:
+    """The control picture's file, checked like a picture; a file of the folder that needs no line of its own."""
+    if name is None:
+        return None
+    if not isinstance(name, str) or ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+        raise ValueError(f'"conditioning_image" {name!r} is no file of the folder')
+    if not (folder / name).is_file():
+        raise ValueError(f"{name} does not exist")
+    _check_picture(folder / name, name, 1)
+    seen.add(name)
+    return folder / name
 
 
 def _captions(name: str, entry: dict[str, object]) -> tuple[str, ...]:
@@ -168,6 +188,6 @@ def _check_picture(path: Path, name: str, resolution: int) -> tuple[int, int]:
 
 def _uncaptioned(folder: Path, examples: Sequence[Example]) -> list[str]:
     """Pictures in the folder that no line names."""
-    named = {example.path for example in examples}
+    named = {path for example in examples for path in (example.path, example.control)}
     pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_ENDINGS)
     return [f"{path.relative_to(folder)} has no line in {METADATA}" for path in pictures if path not in named]

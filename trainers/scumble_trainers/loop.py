@@ -147,9 +147,10 @@ class Run:
         )
 
     def _measure_base(self) -> None:
-        """Losses and pictures of the base: what is trained still adds nothing."""
-        self.metrics["before"] = self._losses()
-        self._sample()
+        """Losses and pictures of the base."""
+        with self.method.as_base():
+            self.metrics["before"] = self._losses()
+            self._sample()
 
     def _measure(self) -> None:
         self.metrics["after"] = self._losses()

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,7 @@ class Method(nn.Module, ABC, Generic[Settings]):
 
     name: ClassVar[str]
     """As in `scumble train NAME`, and of the adapter's kind."""
-    adapter: ClassVar[str]
+    adapter: str
     """Name of the file or folder that `save` writes."""
 
     material: Material
@@ -147,6 +148,11 @@ class Method(nn.Module, ABC, Generic[Settings]):
             return {}
         ids = self.material.framing[condition.pictures].to(self.device)
         return {"text_embeds": condition.text.pooled.to(self.unet.dtype), "time_ids": ids}
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Within, the model is the base alone, if it is not that anyway before the first step."""
+        yield
 
     def draw(self, samples: Samples) -> list[Image.Image]:
         """One picture per prompt at the present weights."""

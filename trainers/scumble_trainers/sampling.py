@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -32,8 +33,8 @@ class Samples:
 
 
 @torch.no_grad()
-def draw_samples(pipeline: Pipeline, samples: Samples) -> list[Image.Image]:
-    """One picture per prompt, by the base's own scheduler."""
+def draw_samples(pipeline: Pipeline, samples: Samples, **more: Any) -> list[Image.Image]:
+    """One picture per prompt, by the base's own scheduler; `more` goes to the pipeline."""
     pipeline.set_progress_bar_config(disable=True)
     seeds = range(samples.seed, samples.seed + len(samples.prompts))
     result = pipeline(
@@ -43,6 +44,7 @@ def draw_samples(pipeline: Pipeline, samples: Samples) -> list[Image.Image]:
         width=samples.resolution,
         height=samples.resolution,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        **more,
     )
     return list(result.images)
 

@@ -22,7 +22,7 @@ from scumble.receipt import receipt_digest
 from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
 from scumble_server.demo.grid import draw_grid
-from scumble_server.demo.plan import AdapterPart, Column, Plan, PromptPart
+from scumble_server.demo.plan import Column, Plan, Publish, Row
 from scumble_server.triton.running import running_server
 from scumble_trainers.result import CARD, publish_result
 
@@ -53,11 +53,11 @@ def demo(
 
     plan = Plan.read(demo_dir)
     with _home(home) as fresh_home:
-        tell(f"Publishing {1 + len(plan.adapters)} entries into a registry under {fresh_home} …")
+        tell(f"Publishing {1 + len(plan.publish)} entries into a registry under {fresh_home} …")
         versions = publish(plan, fresh_home)
         tell("Starting Triton …")
         with running_server(ServerConfig(home=fresh_home, base=plan.base.name)) as server:
-            tell(f"Sending {len(plan.prompts) * len(plan.columns())} requests at once to {server.grpc_url} …")
+            tell(f"Sending {len(plan.rows) * len(plan.columns)} requests at once to {server.grpc_url} …")
             drawn = draw(plan, server.grpc_url)
         tell("Triton has stopped.")
     report = write(plan, versions, drawn, out)
@@ -77,23 +77,27 @@ def publish(plan: Plan, home: Path) -> list[Version]:
     """The base and then what is made for it."""
     with Registry.open(home, create=True) as registry:
         base = registry.publish(plan.base.path, plan.base.name, license=plan.base.license)
-        return [base, *(_publish_adapter(registry, part, plan.base.name) for part in plan.adapters)]
+        return [base, *(_publish(registry, each, plan.base.name) for each in plan.publish)]
 
 
-def _publish_adapter(registry: Registry, part: AdapterPart, base: str) -> Version:
+def _publish(registry: Registry, part: Publish, base: str) -> Version:
     """With its provenance and metrics, where the folder is one that a trainer left."""
     if (part.path / CARD).is_file():
         return publish_result(registry, part.path, part.name, base=base)
     return registry.publish(
-        part.path, part.name, base=base, license=part.license, trigger_words=[part.style] if part.style else []
+        part.path,
+        part.name,
+        base=base,
+        image_encoder=part.image_encoder,
+        license=part.license,
+        trigger_words=part.trigger_words,
     )
 
 
 def draw(plan: Plan, url: str) -> Drawn:
-    """Every prompt in every column, each a request of its own, all sent before the first is answered."""
-    columns = plan.columns()
-    requests = [[column.request(prompt) for column in columns] for prompt in plan.prompts]
-    with Client(url) as client, ThreadPoolExecutor(len(plan.prompts) * len(columns)) as threads:
+    """Every row in every column, each a request of its own, all sent before the first is answered."""
+    requests = [[column.request(row) for column in plan.columns] for row in plan.rows]
+    with Client(url) as client, ThreadPoolExecutor(len(plan.rows) * len(plan.columns)) as threads:
         start = time.perf_counter()
         running = [[threads.submit(client.images.generate, request) for request in row] for row in requests]
         images = [[future.result() for future in row] for row in running]
@@ -103,14 +107,14 @@ def draw(plan: Plan, url: str) -> Drawn:
 def write(plan: Plan, versions: list[Version], drawn: Drawn, out: Path) -> dict[str, Any]:
     """`grid.png`, and for each picture a PNG and its receipt; returns the report that is also `report.json`."""
     out.mkdir(parents=True, exist_ok=True)
-    columns = plan.columns()
     pictures = [[images.pil()[0] for images in row] for row in drawn.images]
-    grid = draw_grid(pictures, [column.label for column in columns], [_row_label(prompt) for prompt in plan.prompts])
-    grid.save(out / "grid.png", optimize=True)
+    insets = [[column.inset(row) for column in plan.columns] for row in plan.rows]
+    labels = [column.label for column in plan.columns]
+    draw_grid(pictures, labels, [_row_label(row) for row in plan.rows], insets).save(out / "grid.png", optimize=True)
     cells = [
-        _write_cell(images, out, prompt, column)
-        for prompt, row in zip(plan.prompts, drawn.images, strict=True)
-        for column, images in zip(columns, row, strict=True)
+        _write_cell(images, out, row, column)
+        for row, drawn_row in zip(plan.rows, drawn.images, strict=True)
+        for column, images in zip(plan.columns, drawn_row, strict=True)
     ]
     report = {
         "grid": str(out / "grid.png"),
@@ -125,8 +129,8 @@ def write(plan: Plan, versions: list[Version], drawn: Drawn, out: Path) -> dict[
     return report
 
 
-def _write_cell(images: Images, out: Path, prompt: PromptPart, column: Column) -> dict[str, Any]:
-    name = f"{_slug(prompt.text)}.{_slug(' '.join(adapter.ref for adapter in column.adapters) or 'base')}"
+def _write_cell(images: Images, out: Path, row: Row, column: Column) -> dict[str, Any]:
+    name = f"{_slug(row.text)}.{_slug(column.label)}"
     (picture,) = images.save(out / f"{name}.png")
     write_whole(out / f"{name}.json", json.dumps(images.receipt, indent=2).encode())
     request = images.receipt["request"]
@@ -141,9 +145,10 @@ def _write_cell(images: Images, out: Path, prompt: PromptPart, column: Column) -
     }
 
 
-def _row_label(prompt: PromptPart) -> tuple[str, str]:
-    weight = f"\nweights times {prompt.weight:g}" if prompt.weight != 1 else ""
-    return prompt.text, f"{prompt.scheduler}, {prompt.steps} steps\nseed {prompt.seed}{weight}"
+def _row_label(row: Row) -> tuple[str, str]:
+    weight = f"\nweights times {row.weight:g}" if row.weight != 1 else ""
+    style = f"{row.style}\n" if row.style else ""
+    return row.text, f"{style}{row.scheduler}, {row.steps} steps\nseed {row.seed}{weight}"
 
 
 def _slug(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -19,11 +20,15 @@ MIN_CELL = 256
 
 
 def draw_grid(
-    pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[tuple[str, str]]
+    pictures: Sequence[Sequence[Image.Image]],
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, str]],
+    insets: Sequence[Sequence[Path | None]] | None = None,
 ) -> Image.Image:
     """`pictures[row][column]`, all of one size; a row's label is a text and a fainter note.
 
-    Pictures under 256 pixels are enlarged by a whole factor.
+    Pictures under MIN_CELL pixels are enlarged by a whole factor. `insets[row][column]`, what a picture was made to
+    look at, is shown small in its corner.
     """
     width, height = (_enlarge(pictures[0][0])).size
     page = Image.new(
@@ -44,8 +49,18 @@ def draw_grid(
         for place, picture in enumerate(pictures[line]):
             x = left + place * (width + GAP)
             page.paste(_enlarge(picture), (x, y))
+            if insets is not None and (shown := insets[line][place]) is not None:
+                _inset(page, draw, shown, (x, y), width // 3)
             draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
     return page
+
+
+def _inset(page: Image.Image, draw: ImageDraw.ImageDraw, shown: Path, corner: tuple[int, int], side: int) -> None:
+    with Image.open(shown) as opened:
+        small = opened.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    x, y = corner
+    page.paste(small, corner)
+    draw.rectangle((x - 1, y - 1, x + side, y + side), outline=FAINT)
 
 
 def _enlarge(picture: Image.Image) -> Image.Image:

@@ -1,16 +1,17 @@
 """What the demo shows, read from `demo.toml` beside its base and adapters.
 
-[base]       name, path, style (words that end a prompt without adapters), license
-[[adapter]]  name, path, label, style, license, weight = 1.0
-[together]   weight: of each adapter in the column that has all of them
-[[prompt]]   text, seed, steps, scheduler, guidance_scale (the base's), weight = 1.0 (times that of the adapters)
+[base]       name, path, license
+[[publish]]  name, path, license, trigger_words, image_encoder: what else goes into the registry, in this order
+[[row]]      text, style, seed, steps, scheduler, guidance_scale (the base's), weight = 1.0 (times every adapter's),
+             images: pictures by name
+[[column]]   label, prompt = "{text}, {style}", adapters as in a request, shows: the row's picture to show in a corner
 """
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,66 +19,66 @@ from scumble.errors import InvalidRequest, NotFound
 from scumble.request import Adapter, Request, SchedulerName
 
 PLAN = "demo.toml"
-PartT = TypeVar("PartT", "BasePart", "AdapterPart")
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class BasePart(_Part):
+class Publish(_Part):
+    """One version of the registry. What a trainer left says the rest itself (training.json)."""
+
     name: str
     path: Path
-    style: str = ""
     license: str | None = None
+    trigger_words: tuple[str, ...] = ()
+    image_encoder: str | None = None
 
 
-class AdapterPart(_Part):
-    name: str
-    path: Path
-    label: str
-    style: str = ""
-    license: str | None = None
-    weight: float = 1.0
+class Row(_Part):
+    """What every column draws."""
 
-
-class Together(_Part):
-    weight: float = 1.0
-
-
-class PromptPart(_Part):
     text: str
+    style: str = ""
     seed: int
     steps: int
     scheduler: SchedulerName
     guidance_scale: float | None = None
     weight: float = 1.0
+    images: dict[str, Path] = Field(default_factory=dict)
 
 
 class Column(_Part):
-    """One way to draw every prompt: with these adapters, or with none."""
+    """One way to draw every row."""
 
     label: str
-    style: str
+    prompt: str = "{text}, {style}"
     adapters: tuple[Adapter, ...] = ()
+    shows: str | None = None
 
-    def request(self, prompt: PromptPart) -> Request:
-        adapters = [adapter.model_copy(update={"weight": adapter.weight * prompt.weight}) for adapter in self.adapters]
+    def request(self, row: Row) -> Request:
+        """With those of the row's pictures that the adapters look at."""
+        adapters = [adapter.model_copy(update={"weight": adapter.weight * row.weight}) for adapter in self.adapters]
+        wanted = {name for adapter in self.adapters for name in adapter.images}
         return Request(
-            prompt=f"{prompt.text}, {self.style}" if self.style else prompt.text,
-            seed=prompt.seed,
-            steps=prompt.steps,
-            scheduler=prompt.scheduler,
-            guidance_scale=prompt.guidance_scale,
+            prompt=self.prompt.format(text=row.text, style=row.style),
+            seed=row.seed,
+            steps=row.steps,
+            scheduler=row.scheduler,
+            guidance_scale=row.guidance_scale,
             adapters=tuple(adapters),
+            images={name: row.images[name].read_bytes() for name in sorted(wanted)},
         )
+
+    def inset(self, row: Row) -> Path | None:
+        return row.images[self.shows] if self.shows else None
 
 
 class Plan(_Part):
-    base: BasePart
-    adapters: tuple[AdapterPart, ...] = Field(alias="adapter", min_length=1)
-    together: Together = Together()
-    prompts: tuple[PromptPart, ...] = Field(alias="prompt", min_length=1)
+    base: Publish
+    publish: tuple[Publish, ...] = ()
+    rows: tuple[Row, ...] = Field(alias="row", min_length=1)
+    columns: tuple[Column, ...] = Field(alias="column", min_length=1)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -89,41 +90,37 @@ class Plan(_Part):
                 path=str(file),
             )
         try:
-            plan = cls.model_validate(tomllib.loads(file.read_text()))
+            plan = cls.model_validate(tomllib.loads(file.read_text("utf-8")))
         except (ValidationError, tomllib.TOMLDecodeError) as error:
             raise InvalidRequest(f"{file} is no plan of a demo: {error}", field=str(file)) from error
+        _check_pictures(plan, file)
         return plan.model_copy(
             update={
                 "base": _located(plan.base, folder),
-                "adapters": tuple(_located(adapter, folder) for adapter in plan.adapters),
+                "publish": tuple(_located(each, folder) for each in plan.publish),
+                "rows": tuple(_with_pictures(row, folder) for row in plan.rows),
             }
         )
 
-    def columns(self) -> tuple[Column, ...]:
-        """The base, each adapter, and all adapters together."""
-        single = [
-            Column(
-                label=_label(part, part.weight),
-                style=part.style,
-                adapters=(Adapter(ref=part.name, weight=part.weight),),
-            )
-            for part in self.adapters
-        ]
-        weight = self.together.weight
-        every = Column(
-            label=" + ".join(_label(part, weight) for part in self.adapters),
-            style=", ".join(part.style for part in self.adapters if part.style),
-            adapters=tuple(Adapter(ref=part.name, weight=weight) for part in self.adapters),
-        )
-        return (Column(label="base alone", style=self.base.style), *single, *([every] if len(single) > 1 else []))
+
+def _check_pictures(plan: Plan, file: Path) -> None:
+    """Every picture that a column looks at or shows is given by every row."""
+    wanted = {name for column in plan.columns for adapter in column.adapters for name in adapter.images}
+    wanted |= {column.shows for column in plan.columns if column.shows}
+    for row in plan.rows:
+        if missing := sorted(wanted - row.images.keys()):
+            raise InvalidRequest(f"{file}: row {row.text!r} has no picture {missing[0]!r}", field=str(file))
 
 
-def _label(part: AdapterPart, weight: float) -> str:
-    return f"{part.label} {weight:g}"
+def _located(part: Publish, folder: Path) -> Publish:
+    return part.model_copy(update={"path": _there(folder / part.path, part.name)})
 
 
-def _located(part: PartT, folder: Path) -> PartT:
-    path = folder / part.path
+def _with_pictures(row: Row, folder: Path) -> Row:
+    return row.model_copy(update={"images": {name: _there(folder / path, name) for name, path in row.images.items()}})
+
+
+def _there(path: Path, name: str) -> Path:
     if not path.exists():
-        raise NotFound(f"{path} is missing; the demo needs it as {part.name}", path=str(path))
-    return part.model_copy(update={"path": path})
+        raise NotFound(f"{path} is missing; the demo needs it as {name}", path=str(path))
+    return path

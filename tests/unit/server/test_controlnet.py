@@ -29,11 +29,11 @@ from torch import Tensor
 from scumble.errors import InvalidRequest
 from scumble.request import Adapter, Options, Request
 from scumble_build.control_models import load_net
+from scumble_build.preprocess import control_map, parse
 from scumble_registry import Registry
 from scumble_server.executors.torch_net import TorchNet
 from scumble_server.methods.controlnet import nets as made_here
 from scumble_server.methods.controlnet.checks import CONTROL_TYPES
-from scumble_server.preprocess import control_map, parse
 
 if TYPE_CHECKING:
     from .conftest import Running

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from scumble_trainers.methods.controlnet.settings import ControlNetSettings
+from scumble_trainers.methods.ip_adapter.settings import IpAdapterSettings
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.settings import TrainSettings
 
@@ -35,4 +37,18 @@ class Entry:
 
 AGAIN = "Continues from its newest checkpoint when the same command runs again in the same --out."
 
-METHODS = (Entry("lora", "Lora", LoraSettings, f"Train a LoRA on captioned pictures, and publish it.\n\n{AGAIN}"),)
+METHODS = (
+    Entry("lora", "Lora", LoraSettings, f"Train a LoRA on captioned pictures, and publish it.\n\n{AGAIN}"),
+    Entry(
+        "ip_adapter",
+        "IpAdapter",
+        IpAdapterSettings,
+        f"Train an IP-Adapter (pictures as prompts) on captioned pictures, and publish it.\n\n{AGAIN}",
+    ),
+    Entry(
+        "controlnet",
+        "ControlNet",
+        ControlNetSettings,
+        f"Train a ControlNet (the shape from a control picture), and publish it.\n\n{AGAIN}",
+    ),
+)

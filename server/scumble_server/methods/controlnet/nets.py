@@ -17,6 +17,7 @@ from torch import Tensor
 from scumble_build.control_models import load_net, load_t2i, load_union
 from scumble_build.controlnet import ControlNet, ControlNetUnion
 from scumble_build.inputs import level_sizes
+from scumble_build.preprocess import Pixels, control_map
 from scumble_server.bound import Bound
 from scumble_server.carried import RowNet, spread
 from scumble_server.context import Context, Text
@@ -29,7 +30,6 @@ from scumble_server.methods.controlnet.checks import (
     preprocessor,
 )
 from scumble_server.methods.controlnet.scales import of_features, of_residuals
-from scumble_server.preprocess import Pixels, control_map
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from scumble.errors import InvalidRequest
-from scumble_server.preprocess import NAMES, Pixels, Recolour, control_map, parse
+from scumble_build.preprocess import NAMES, Pixels, Recolour, control_map, parse
 
 WIDTH, HEIGHT = 96, 64
 
