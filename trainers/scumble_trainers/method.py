@@ -167,6 +167,10 @@ class Method(nn.Module, ABC, Generic[Settings]):
         device: torch.device = self.unet.device
         return device
 
+    def lay_out(self) -> None:
+        """Weights in memory channels last: convolutions of small nets on CPUs are a quarter faster."""
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def enable_gradient_checkpointing(self) -> None:
         """Less memory for activations, more time."""
         self.unet.enable_gradient_checkpointing()

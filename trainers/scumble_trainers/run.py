@@ -128,7 +128,7 @@ def _prepare(
     method = kind(pipeline, settings, parent)
     material = _material(accelerator, method, examples, further, out, identity["resolution"], report)
     method.begin(material, accelerator.device, report)
-    method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions of small nets on CPUs are a quarter faster
+    method.lay_out()
     return Run(accelerator, method, out, identity, report)
 
 

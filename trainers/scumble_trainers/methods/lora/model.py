@@ -59,6 +59,12 @@ class Lora(Method[LoraSettings]):
         own = self.settings.text_learning_rate if name.startswith("text") else None
         return (own or self.settings.learning_rate) * (self.settings.plus_ratio if ".lora_B." in name else 1)
 
+    def lay_out(self) -> None:
+        super().lay_out()
+        if self.settings.dora:  # PEFT multiplies a convolution's factors as matrices, without a copy
+            for parameter in self.trained().values():
+                parameter.data = parameter.data.contiguous()
+
     def save(self, folder: Path, dtype: StoredType) -> None:
         save_factors(self.pipeline, folder, dtype, self.settings.layout)
 
