@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image, ImageDraw
 from tiny_families import make_tiny_sd2, make_tiny_sdxl
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from scumble_trainers.loop import Run
+from scumble_trainers.run import train
 
 RESOLUTION = 16
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
@@ -25,6 +29,30 @@ def fresh_accelerator() -> Iterator[None]:
     """accelerate keeps its precision for the life of the process; a test is a process of its own to it."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Prepared(BaseException):
+    """Stops a run before its first step."""
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """As `train`, up to where the first step would be."""
+
+    def make(*arguments: Any) -> Run:
+        found: list[Run] = []
+
+        def stop(run: Run, *_: object) -> None:
+            found.append(run)
+            raise Prepared
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "train", stop)
+            with pytest.raises(Prepared):
+                train(*arguments)
+        return found[0]
+
+    return make
 
 
 @pytest.fixture(scope="session")
