@@ -94,6 +94,11 @@ class Method(nn.Module, ABC, Generic[Settings]):
         """Whether embeddings of captions change with the steps."""
         return False
 
+    @property
+    def trigger_words(self) -> tuple[str, ...]:
+        """What a prompt must say."""
+        return self.settings.trigger_words
+
     def begin(self, material: Material, device: torch.device, report: Report) -> None:
         """Once before the first step; a method may make what it needs of every picture."""
         self.material = material

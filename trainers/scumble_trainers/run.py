@@ -89,7 +89,7 @@ def _finish(run: Run, pictures: int) -> Result:
         adapter=method.adapter,
         license=settings.license,
         description=settings.description,
-        trigger_words=settings.trigger_words,
+        trigger_words=method.trigger_words,
         provenance=provenance(
             method.name,
             config=run.identity["config"],
