@@ -42,13 +42,15 @@ class TextEncoders(nn.Module):
         super().__init__()
         second = getattr(pipeline, "text_encoder_2", None)
         self.encoders = nn.ModuleList([pipeline.text_encoder, *([second] if second is not None else [])])
+        self.expand = pipeline.maybe_convert_prompt  # words of several vectors, if there are any
         self.tokenizers: list[CLIPTokenizer] = [pipeline.tokenizer]
         if second is not None:
             self.tokenizers.append(pipeline.tokenizer_2)
 
     def tokenise(self, texts: Sequence[str]) -> Tensor:
         """`(N, encoders, T)` int64."""
-        return torch.stack([tokenise(tokenizer, texts) for tokenizer in self.tokenizers], dim=1)
+        expanded = [[self.expand(text, tokenizer) for text in texts] for tokenizer in self.tokenizers]
+        return torch.stack([tokenise(t, own) for t, own in zip(self.tokenizers, expanded, strict=True)], dim=1)
 
     def forward(self, tokens: Tensor) -> Text:
         """`(N, encoders, T)` token ids on the encoders' device."""

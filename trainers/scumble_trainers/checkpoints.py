@@ -43,19 +43,24 @@ def write_checkpoint(
 ) -> Checkpoint:
     """Writes a checkpoint under a temporary name, renames it, then deletes all but the newest `keep`.
 
-    `extras` may add files of its own; a crash at any moment leaves the older checkpoints as they were.
+    `extras` may add files of its own; a crash at any moment leaves the older checkpoints as they were, and an error
+    nothing else.
     """
     final = folder / f"step-{step:06d}"
     partial = folder / f".partial-{step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {name: parameter.detach().float().cpu().contiguous() for name, parameter in parameters.items()}
-    save_file(tensors, partial / "trained.safetensors")
-    torch.save(dict(optimizer), partial / "optimizer.pt")
-    if extras is not None:
-        extras(partial)
-    (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=2), "utf-8")
-    _sync(partial)
+    try:
+        tensors = {name: parameter.detach().float().cpu().contiguous() for name, parameter in parameters.items()}
+        save_file(tensors, partial / "trained.safetensors")
+        torch.save(dict(optimizer), partial / "optimizer.pt")
+        if extras is not None:
+            extras(partial)
+        (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=2), "utf-8")
+        _sync(partial)
+    except Exception:  # a full disk, as a rule: what was begun would only keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _sync(folder)

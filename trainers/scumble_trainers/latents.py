@@ -117,7 +117,11 @@ def cached_latents(
     partial = file.with_suffix(".partial")
     tensors = {f"mean.{index}": value.clone() for index, value in enumerate(latents.mean)}
     tensors |= {f"std.{index}": value.clone() for index, value in enumerate(latents.std)}
-    save_file(tensors, partial, metadata={"key": key})
+    try:
+        save_file(tensors, partial, metadata={"key": key})
+    except Exception:  # a full disk, as a rule: what was begun would only keep it full
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(file)
     return latents
 

@@ -111,6 +111,11 @@ class Method(nn.Module, ABC, Generic[Settings]):
         """Whether embeddings of captions change with the steps."""
         return False
 
+    @property
+    def trigger_words(self) -> tuple[str, ...]:
+        """What a prompt must say."""
+        return self.settings.trigger_words
+
     def begin(self, material: Material, device: torch.device, report: Report) -> None:
         """Once before the first step; a method may make what it needs of every picture."""
         self.material = material
@@ -183,6 +188,10 @@ class Method(nn.Module, ABC, Generic[Settings]):
     def device(self) -> torch.device:
         device: torch.device = self.unet.device
         return device
+
+    def lay_out(self) -> None:
+        """Weights in memory channels last: convolutions of small nets on CPUs are a quarter faster."""
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def enable_gradient_checkpointing(self) -> None:
         """Less memory for activations, more time."""

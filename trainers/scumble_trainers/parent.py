@@ -84,6 +84,12 @@ def native_resolution(parent: Parent) -> int:
     return int(unet["sample_size"]) * int(scale)
 
 
+def schedule_config(parent: Parent) -> dict[str, object]:
+    """Its scheduler's configuration."""
+    config: dict[str, object] = json.loads((parent.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    return config
+
+
 def side_multiple(parent: Parent) -> int:
     """Pixels that a picture's sides must be a multiple of: the UNet halves latents between its levels."""
     unet = json.loads((parent.folder / "unet" / "config.json").read_text("utf-8"))

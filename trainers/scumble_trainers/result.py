@@ -8,12 +8,15 @@ OUT/sample_grid.png
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from scumble_registry import Registry, Version
+from scumble_registry.formats import dreambooth
 
 CARD = "training.json"
 GRID = "sample_grid.png"
@@ -61,16 +64,29 @@ def publish_result(
     if result is None:
         raise FileNotFoundError(out / CARD)
     grid = out / GRID
-    return registry.publish(
-        out / result.adapter,
-        name=name,
-        base=base,
-        alias=alias,
-        license=result.license,
-        staged=staged,
-        trigger_words=result.trigger_words,
-        provenance=dict(result.provenance),
-        metrics=dict(result.metrics),
-        sample_grid=grid if grid.is_file() else None,
-        description=result.description,
-    )
+    with _whole(registry, out / result.adapter, base) as adapter:
+        return registry.publish(
+            adapter,
+            name=name,
+            base=base,
+            alias=alias,
+            license=result.license,
+            staged=staged,
+            trigger_words=result.trigger_words,
+            provenance=dict(result.provenance),
+            metrics=dict(result.metrics),
+            sample_grid=grid if grid.is_file() else None,
+            description=result.description,
+        )
+
+
+@contextmanager
+def _whole(registry: Registry, adapter: Path, base: str | None) -> Iterator[Path]:
+    """`adapter`, or the folder that it is the difference of (`--save-delta`)."""
+    if base is None or not dreambooth.is_difference(adapter):
+        yield adapter
+        return
+    with tempfile.TemporaryDirectory(prefix="scumble-whole-") as place:
+        whole = Path(place) / adapter.name
+        dreambooth.restore(adapter, registry.materialise(registry.resolve(base)), whole)
+        yield whole

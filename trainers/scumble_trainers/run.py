@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from scumble.errors import InvalidRequest
-from scumble_registry.blobs import explain_os_errors
 from scumble_trainers.allocator import keep_freed_memory
 from scumble_trainers.buckets import Size, choose_sizes
 from scumble_trainers.captions import read_captions
@@ -22,12 +21,13 @@ from scumble_trainers.latents import cached_latents
 from scumble_trainers.loop import Run
 from scumble_trainers.losses import noise_schedule
 from scumble_trainers.method import Material, Method
-from scumble_trainers.parent import Parent, load_parent, native_resolution, side_multiple
+from scumble_trainers.parent import Parent, load_parent, native_resolution, schedule_config, side_multiple
 from scumble_trainers.progress import Report, silent
 from scumble_trainers.provenance import provenance
 from scumble_trainers.result import CARD, GRID, Result, read_result, write_result
 from scumble_trainers.sampling import Samples
 from scumble_trainers.settings import TrainSettings
+from scumble_trainers.writing import explain_write_errors
 
 SAMPLE_ROWS = 4
 
@@ -48,6 +48,7 @@ def train(
     holds another run (unless `fresh`, which deletes that first), Unavailable where nothing can be written.
     """
     kind = kind.of(settings)
+    noise_schedule(schedule_config(parent))  # raises for a base whose prediction nobody here knows
     resolution = settings.resolution or native_resolution(parent)
     multiple = side_multiple(parent)
     if resolution % multiple:
@@ -71,7 +72,7 @@ def train(
     if checkpoint is not None:
         _check_resumable(checkpoint, settings, identity)
     keep_freed_memory()
-    with explain_os_errors(out):
+    with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / CARD).unlink(missing_ok=True)
         accelerator = _accelerator(out, kind.name, settings)
@@ -87,7 +88,7 @@ def _finish(run: Run, pictures: int) -> Result:
         adapter=method.adapter,
         license=settings.license,
         description=settings.description,
-        trigger_words=settings.trigger_words,
+        trigger_words=method.trigger_words,
         provenance=provenance(
             method.name,
             config=run.identity["config"],
@@ -126,7 +127,7 @@ def _prepare(
     method = kind(pipeline, settings, parent)
     material = _material(accelerator, method, examples, further, out, identity["resolution"], report)
     method.begin(material, accelerator.device, report)
-    method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions of small nets on CPUs are a quarter faster
+    method.lay_out()
     return Run(accelerator, method, out, identity, report)
 
 

@@ -162,6 +162,10 @@ class Scorer:
         concept = torch.cat([self.net.concept(part).cpu() for part in parts])
         return Scores(concept, torch.cat([self.net.style(part).cpu() for part in parts]))
 
+    def palettes(self, pictures: NDArray[np.uint8] | Sequence[Image.Image]) -> Tensor:
+        """`(n, bins)`: how often each colour occurs, as the styles are told by."""
+        return palette(torch.stack([_pixels(picture) for picture in pictures]))
+
 
 def _pixels(picture: NDArray[np.uint8] | Image.Image) -> Tensor:
     """`(3, SIZE, SIZE)` in -1…1."""

@@ -29,6 +29,7 @@ UNRELATED = frozenset(
         "description",
         "accumulate",
         "gradient_checkpointing",
+        "layout",
     }
 )
 """What may differ when a run is resumed: it does not change what the earlier steps did."""
@@ -94,12 +95,15 @@ class TrainSettings(BaseModel):
         return self.model_dump(mode="json")
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
-        """What keeps this run from continuing one with the settings `earlier`, as "name: then → now"."""
-        now = self.config()
+        """What keeps this run from continuing one with the settings `earlier`, as "name: then → now".
+
+        An option that there was not yet then was as its default is now.
+        """
+        then = {**type(self).model_construct().config(), **earlier}
         return [
-            f"{name}: {earlier.get(name)} → {value}"
-            for name, value in now.items()
-            if name not in UNRELATED and earlier.get(name) != value
+            f"{name}: {then[name]} → {value}"
+            for name, value in self.config().items()
+            if name not in UNRELATED and then[name] != value
         ]
 
 

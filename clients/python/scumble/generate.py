@@ -7,23 +7,20 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import entry_points
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
 from scumble.client import Client
-from scumble.errors import InvalidRequest, NotFound, Unavailable
+from scumble.errors import InvalidRequest, NotFound
 from scumble.events import Done
 from scumble.images import Images, check_path, encoded, write_whole
+from scumble.local import local_server
 from scumble.progress import ProgressBar
 from scumble.receipt import find_inputs, input_digests, read_receipt, request_from_receipt
 from scumble.request import Adapter, Request, SchedulerName, parse_adapter
-
-LOCAL_SERVER_GROUP = "scumble.local_server"
-"""Entry point: a function (base or None) → context manager that starts a server and gives its gRPC address."""
 
 
 def generate(
@@ -195,18 +192,7 @@ def _server(url: str | None, base: str | None, bar: ProgressBar) -> Iterator[str
     if url is not None:
         yield url
         return
-    entries = list(entry_points(group=LOCAL_SERVER_GROUP))
-    if not entries:
-        raise Unavailable("no server is named and none is installed: give --url, or pip install 'scumble[server]'")
-    try:
-        local_server = entries[0].load()
-    except ModuleNotFoundError as error:
-        raise Unavailable(
-            f"no server is named, and to start one {error.name} is missing: give --url, "
-            "or pip install 'scumble[server]'"
-        ) from error
-    with ExitStack() as stack:
-        bar.say("starting a server")
-        address = stack.enter_context(local_server(base))
+    bar.say("starting a server")
+    with local_server(base) as address:
         bar.say("sent")
         yield address

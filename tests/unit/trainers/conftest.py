@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
+from tiny_families import make_tiny_sd2, make_tiny_sdxl
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from scumble_trainers.loop import Run
+from scumble_trainers.run import train
 
 RESOLUTION = 16
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
 
-MakeData = Callable[[int], Path]
+MakeData = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +29,30 @@ def fresh_accelerator() -> Iterator[None]:
     """accelerate keeps its precision for the life of the process; a test is a process of its own to it."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Prepared(BaseException):
+    """Stops a run before its first step."""
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """As `train`, up to where the first step would be."""
+
+    def make(*arguments: Any) -> Run:
+        found: list[Run] = []
+
+        def stop(run: Run, *_: object) -> None:
+            found.append(run)
+            raise Prepared
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "train", stop)
+            with pytest.raises(Prepared):
+                train(*arguments)
+        return found[0]
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -87,17 +116,30 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=24)
 
 
+@pytest.fixture(scope="session", params=["sd2", "sdxl"])
+def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64x64 pictures, 8x8x4 latents: SD 2.x with v-prediction, and SDXL."""
+    make = {"sd2": make_tiny_sd2, "sdxl": make_tiny_sdxl}[request.param]
+    return make(tmp_path_factory.mktemp(request.param) / "base")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "base")
+
+
 @pytest.fixture
 def make_data(tmp_path: Path) -> MakeData:
-    """Writes a folder with `count` pictures of coloured discs and their captions."""
+    """Writes a folder with `count` pictures of coloured discs, of each of `sizes` in turn, and their captions."""
 
-    def make(count: int) -> Path:
+    def make(count: int, *sizes: tuple[int, int]) -> Path:
         folder = tmp_path / "data"
         folder.mkdir()
         lines = []
         for index in range(count):
             colour = COLOURS[index % len(COLOURS)]
-            picture = Image.new("RGB", (RESOLUTION, RESOLUTION), "white")
+            size = sizes[index % len(sizes)] if sizes else (RESOLUTION, RESOLUTION)
+            picture = Image.new("RGB", size, "white")
             ImageDraw.Draw(picture).ellipse((2, 2, 8 + index % 6, 12), fill=colour)
             picture.save(folder / f"{index:02}.png")
             lines.append(json.dumps({"file_name": f"{index:02}.png", "text": f"{colour} disc {index}, flat style"}))

@@ -10,7 +10,7 @@ import typer
 
 from scumble.errors import InvalidRequest
 from scumble_trainers.emoji.concepts import style
-from scumble_trainers.emoji.folders import Split, gallery, one_style, write_folder
+from scumble_trainers.emoji.folders import Split, find_concept, gallery, one_concept, one_style, write_folder
 from scumble_trainers.emoji.home import data_home
 from scumble_trainers.emoji.packages import fetch_packages
 from scumble_trainers.emoji.render import SIZE
@@ -22,16 +22,21 @@ def prepare_style(
     whole: Annotated[
         bool, typer.Option("--gallery", help="About 1,400 emoji in the base's three styles, instead of one style.")
     ] = False,
+    concept: Annotated[str | None, typer.Option("--concept", help="A handful of pictures of this one thing.")] = None,
+    token: Annotated[str, typer.Option("--token", help="What --concept is called in its captions.")] = "<thing>",  # noqa: S107
     split: Annotated[str, typer.Option("--split", help="train, held-out or all: which concepts.")] = "train",
     size: Annotated[int, typer.Option("--size", help="Pixels of a side.")] = SIZE,
     data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where npm packages are kept.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write emoji with captions, as data for a trainer: one drawing style, or many concepts (--gallery)."""
+    """Write emoji with captions, as data for a trainer: a drawing style, many things (--gallery) or one (--concept)."""
     if split not in get_args(Split):
         raise InvalidRequest(f"--split is {split!r}; it is train, held-out or all", field="split")
     chosen, part = style(style_name), cast("Split", split)
     modules = fetch_packages(data_dir or data_home() / "npm")
-    entries = gallery(modules, part, size=size) if whole else one_style(modules, chosen, part, size)
+    if concept is not None:
+        entries = one_concept(modules, find_concept(concept), token, part, size)
+    else:
+        entries = gallery(modules, part, size=size) if whole else one_style(modules, chosen, part, size)
     count = write_folder(entries, out)
     print(json.dumps({"out": str(out), "pictures": count}) if as_json else f"{count} pictures in {out}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scumble_trainers.emoji.concepts import EXTRA_STYLES, STYLES, concepts
+from scumble_trainers.emoji.concepts import EXTRA_STYLES, STYLES, Concept, concepts
 from scumble_trainers.emoji.icons import IconSet, read_icon_set
 from scumble_trainers.emoji.render import render
 
@@ -23,16 +24,24 @@ class Extras:
 
 def render_extras(modules: Path) -> Extras:
     """These packages have no table of code points; their icons are found by the names the other sets use."""
-    named = [read_icon_set(modules / style.package) for style in STYLES]
-    pictures, rows = [], []
-    for style in EXTRA_STYLES:
-        icons = read_icon_set(modules / style.package)
-        for row, concept in enumerate(concepts()):
-            svg = _first_svg(icons, [icon_set.codes.get(concept.code) for icon_set in named])
-            if svg is not None:
-                pictures.append(render(svg))
-                rows.append(row)
-    return Extras(np.stack(pictures), np.array(rows))
+    drawn = [extra_pictures(modules, concept) for concept in concepts()]
+    rows = [row for row, pictures in enumerate(drawn) for _ in pictures]
+    return Extras(np.stack([picture for pictures in drawn for picture in pictures]), np.array(rows))
+
+
+def extra_pictures(modules: Path, concept: Concept) -> list[NDArray[np.uint8]]:
+    """One concept as those hands drew it that have it."""
+    named = [_icons(modules / style.package) for style in STYLES]
+    svgs = [
+        _first_svg(_icons(modules / style.package), [icons.codes.get(concept.code) for icons in named])
+        for style in EXTRA_STYLES
+    ]
+    return [render(svg) for svg in svgs if svg is not None]
+
+
+@cache
+def _icons(package: Path) -> IconSet:
+    return read_icon_set(package)
 
 
 def _first_svg(icons: IconSet, names: list[str | None]) -> str | None:

@@ -10,15 +10,20 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
+from scumble.errors import NotFound
 from scumble_trainers.emoji.captions import captions, plain_caption
-from scumble_trainers.emoji.concepts import BASE_STYLES, Concept, Style, concepts
+from scumble_trainers.emoji.concepts import BASE_STYLES, HELD_OUT_STYLES, STYLES, Concept, Style, concepts
 from scumble_trainers.emoji.gallery import english_names, shared_codes
 from scumble_trainers.emoji.icons import read_icon_set
 from scumble_trainers.emoji.render import SIZE, render
 
 Split = Literal["train", "held-out", "all"]
+
+_CALLED = ("{token}, {style}", "a drawing of {token}, {style}", "a picture of {token} in {style}", "{style} {token}")
+_VARIATIONS = ((False, 1.0, 0.0, 0.0), (True, 1.0, 0.0, 0.0), (False, 0.85, 0.05, 0.04), (True, 0.85, -0.05, -0.03))
+"""Mirrored, size, shift to the right and down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +86,36 @@ def _wanted(held_out: bool, split: Split) -> bool:
 
 def _slug(name: str) -> str:
     return name.replace(" ", "-")
+
+
+def one_concept(modules: Path, concept: Concept, token: str, split: Split, size: int = SIZE) -> Iterator[Entry]:
+    """A handful of pictures of one thing, called `token`: "train" as the base's hands drew it, each a few times a
+    little differently; "held-out" as the other hands did.
+    """
+    styles = {"train": BASE_STYLES, "held-out": HELD_OUT_STYLES, "all": STYLES}[split]
+    for style in styles:
+        drawn = Image.fromarray(render(read_icon_set(modules / style.package).svg_of_code(concept.code), size))
+        texts = tuple(template.format(token=token, style=style.phrase) for template in _CALLED)
+        variations = _VARIATIONS if split == "train" else _VARIATIONS[:1]
+        for number, (mirrored, share, right, down) in enumerate(variations):
+            picture = np.asarray(_placed(drawn, mirrored, share, right, down))
+            yield Entry(f"{style.name}-{number}.png", picture, texts, concept.name, style.name)
+
+
+def find_concept(name: str) -> Concept:
+    """By its name; NotFound lists those that the base never saw."""
+    found = [concept for concept in concepts() if concept.name == name]
+    if not found:
+        unseen = ", ".join(concept.name for concept in concepts() if concept.held_out)
+        raise NotFound(f"no concept {name!r}; those that the base never saw are {unseen}", name=name)
+    return found[0]
+
+
+def _placed(drawn: Image.Image, mirrored: bool, share: float, right: float, down: float) -> Image.Image:
+    """On white, `share` as large, moved by parts of its side."""
+    side = drawn.width
+    small = (ImageOps.mirror(drawn) if mirrored else drawn).resize([round(side * share)] * 2, Image.Resampling.LANCZOS)
+    place = Image.new("RGB", drawn.size, "white")
+    left, top = ((side - small.width) / 2 + side * shift for shift in (right, down))
+    place.paste(small, (round(left), round(top)))
+    return place

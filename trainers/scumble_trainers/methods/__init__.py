@@ -7,9 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from scumble_trainers.methods.controlnet.settings import ControlNetSettings
+from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.methods.ip_adapter.settings import IpAdapterSettings
 from scumble_trainers.methods.lora.settings import LoraSettings
+from scumble_trainers.methods.textual_inversion.settings import TextualInversionSettings
 from scumble_trainers.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -51,6 +53,18 @@ METHODS = (
         "ControlNet",
         ControlNetSettings,
         f"Train a ControlNet (the shape from a control picture), and publish it.\n\n{AGAIN}",
+    ),
+    Entry(
+        "textual_inversion",
+        "TextualInversion",
+        TextualInversionSettings,
+        f"Teach the base a new word from a few pictures, and publish it.\n\n{AGAIN}",
+    ),
+    Entry(
+        "dreambooth",
+        "Dreambooth",
+        DreamboothSettings,
+        f"Fine-tune the whole base on a few pictures of one thing, and publish the difference.\n\n{AGAIN}",
     ),
     Entry(
         "hypernetwork",

@@ -68,6 +68,36 @@ def write_folder(stored: Path, base_folder: Path, target: Path) -> None:
             shutil.copyfile(file, target / name)
 
 
+def keep_differences(folder: Path, base_folder: Path) -> None:
+    """Makes `folder` what is left of it without the base: files that differ, weights as deltas. `restore` undoes it."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder)
+        if not _is_same(file, base_folder / name):
+            if file.suffix != ".safetensors":
+                continue
+            write_delta(file, _tensors(base_folder / name.parent), file.with_name(file.name + SUFFIX))
+        file.unlink()
+    for empty in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        if not any(empty.iterdir()):
+            empty.rmdir()
+
+
+def is_difference(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.rglob(f"*{SUFFIX}"))
+
+
+def restore(difference: Path, base_folder: Path, target: Path) -> None:
+    """The folder that `keep_differences` had. Raises IntegrityError where this is not the base that it was made for."""
+    own = {file.relative_to(difference) for file in difference.rglob("*") if file.is_file()}
+    replaced = {name.with_suffix("") if name.suffix == SUFFIX else name for name in own}
+    for file in sorted(path for path in base_folder.rglob("*") if path.is_file()):
+        name = file.relative_to(base_folder)
+        if name not in replaced:
+            (target / name.parent).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
+    write_folder(difference, base_folder, target)
+
+
 def is_folder(stored: Path, folder: Path) -> bool:
     """Is `folder` what was published, to the byte?"""
     files = [path for path in stored.rglob("*") if path.is_file()]
@@ -122,4 +152,15 @@ def _is_same(file: Path, other: Path) -> bool:
     return same_size and file.read_bytes() == other.read_bytes()
 
 
-__all__ = ["KIND", "is_folder", "plain", "read", "read_changed", "recognises", "write_folder"]
+__all__ = [
+    "KIND",
+    "is_difference",
+    "is_folder",
+    "keep_differences",
+    "plain",
+    "read",
+    "read_changed",
+    "recognises",
+    "restore",
+    "write_folder",
+]

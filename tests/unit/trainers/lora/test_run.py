@@ -144,10 +144,10 @@ def test_a_finished_run_can_be_trained_further(parent: Parent, make_data: Any, t
     assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "once" / FILE).read_bytes()
 
 
-def test_diffusers_loads_the_file_with_its_alpha(
+def test_diffusers_loads_the_file_with_its_scale(
     parent: Parent, base_folder: Path, make_data: Any, tmp_path: Path
 ) -> None:
-    """ΔW in diffusers is alpha / rank · B·A of the file, for the text encoder as well."""
+    """B holds the scale, so ΔW is B·A of the file with or without its header, for the text encoder as well."""
     out = tmp_path / "out"
     train(Lora, parent, make_data(4), out, settings(alpha=10, text_encoder=True, feed_forward=True))
     bare = draw(pipeline(base_folder))
@@ -157,7 +157,7 @@ def test_diffusers_loads_the_file_with_its_alpha(
     with safe_open(out / FILE, framework="pt") as content:
         config = json.loads(content.metadata()["lora_adapter_metadata"])
         stored = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, it is no mapping
-    assert config["unet.lora_alpha"] == config["text_encoder.lora_alpha"] == 10
+    assert config["unet.lora_alpha"] == config["text_encoder.lora_alpha"] == 4
     assert all(name.startswith(("unet.", "text_encoder.text_model.encoder.")) for name in stored)
     parts = {"unet.": adapted.unet, "text_encoder.text_model.": adapted.text_encoder}
     checked = 0
@@ -166,7 +166,7 @@ def test_diffusers_loads_the_file_with_its_alpha(
             down = stored.get(f"{prefix}{name}.lora_A.weight")
             if down is None:
                 continue
-            expected = 10 / 4 * stored[f"{prefix}{name}.lora_B.weight"] @ down
+            expected = stored[f"{prefix}{name}.lora_B.weight"] @ down
             assert expected.abs().max() > 0
             torch.testing.assert_close(layer.get_delta_weight("default_0"), expected)
             checked += 2

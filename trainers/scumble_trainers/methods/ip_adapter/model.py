@@ -50,9 +50,11 @@ class IpAdapter(Method[IpAdapterSettings]):
         self.nothing = self.seen.nothing()
         self.tokens = BASE_TOKENS if settings.variant == "base" else settings.tokens
         self.projection = self._projection().to(self.device)
+        self.layers: dict[int, Any] = (
+            self._add_layers()
+        )  # first: the resampler's attentions count as the UNet's, once in
         self.unet.encoder_hid_proj = MultiIPAdapterImageProjection([self.projection])
         self.unet.config.encoder_hid_dim_type = "ip_image_proj"
-        self.layers: dict[int, Any] = self._add_layers()
 
     @classmethod
     def check(cls, settings: IpAdapterSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003

@@ -1,25 +1,24 @@
-"""LoRA factors on a frozen pipeline: put in by PEFT, and saved in the diffusers/PEFT layout."""
+"""LoRA factors on a frozen pipeline, put in by PEFT."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor, nn
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
-from scumble_trainers.method import Method, half, in_fp32
+from scumble_registry.formats.base import canonical_name, examine
+from scumble_registry.formats.source import Source
+from scumble_trainers.dataset import Example
+from scumble_trainers.method import Method, in_fp32
+from scumble_trainers.methods.lora.files import ADAPTER, COMPONENTS, FILE, save_factors
+from scumble_trainers.methods.lora.layers import Size, choose_layers, endings, unused_layer
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-TEXT_FEED_FORWARD = ("fc1", "fc2")
-
-FILE = "pytorch_lora_weights.safetensors"
 
 
 class Lora(Method[LoraSettings]):
@@ -30,13 +29,16 @@ class Lora(Method[LoraSettings]):
 
     def __init__(self, pipeline: Pipeline, settings: LoraSettings, parent: Parent) -> None:
         super().__init__(pipeline, settings, parent)
-        further = FEED_FORWARD if settings.feed_forward else ()
-        pipeline.unet.add_adapter(_lora(settings, ATTENTION + further))
-        if settings.text_encoder:
-            further = TEXT_FEED_FORWARD if settings.feed_forward else ()
-            for encoder in self.text.encoders:
-                cast(Any, encoder).add_adapter(_lora(settings, TEXT_ATTENTION + further))
+        _add_factors(pipeline, settings)
         in_fp32([pipeline.unet, self.text])
+        if settings.dora:
+            _measure_lengths([pipeline.unet, self.text])
+
+    @classmethod
+    def check(cls, settings: LoraSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+        if settings.rank_pattern or settings.alpha_pattern or settings.convolution_rank:
+            base, _ = examine(Source.scan(parent.folder))
+            choose_layers(settings, base.targets)
 
     @property
     def trains_text(self) -> bool:
@@ -53,58 +55,63 @@ class Lora(Method[LoraSettings]):
         }
 
     def learning_rate(self, name: str) -> float:
-        if name.startswith("text"):
-            return self.settings.text_learning_rate or self.settings.learning_rate
-        return self.settings.learning_rate
+        """LoRA+ (2402.12354): B learns faster than A, by a ratio."""
+        own = self.settings.text_learning_rate if name.startswith("text") else None
+        return (own or self.settings.learning_rate) * (self.settings.plus_ratio if ".lora_B." in name else 1)
+
+    def lay_out(self) -> None:
+        super().lay_out()
+        if self.settings.dora:  # PEFT multiplies a convolution's factors as matrices, without a copy
+            for parameter in self.trained().values():
+                parameter.data = parameter.data.contiguous()
 
     def save(self, folder: Path, dtype: StoredType) -> None:
-        save_factors(self.pipeline, folder, dtype)
+        save_factors(self.pipeline, folder, dtype, self.settings.layout)
 
 
-def save_factors(pipeline: Pipeline, folder: Path, dtype: StoredType) -> Path:
-    """Writes `folder/pytorch_lora_weights.safetensors` with alpha in its header, as diffusers saves and loads it."""
-    layers: dict[str, Any] = {
-        "unet_lora_layers": half(get_peft_model_state_dict(pipeline.unet), dtype),
-        "unet_lora_adapter_metadata": _metadata(pipeline.unet),
-    }
-    for part in ("text_encoder", "text_encoder_2"):
-        encoder = getattr(pipeline, part, None)
-        if hasattr(encoder, "peft_config"):
-            layers[f"{part}_lora_layers"] = half(_text_names(encoder), dtype)
-            layers[f"{part}_lora_adapter_metadata"] = _metadata(encoder)
-    pipeline.save_lora_weights(folder, **layers)
-    _order_header(folder / FILE)
-    return folder / FILE
+def _add_factors(pipeline: Pipeline, settings: LoraSettings) -> None:
+    parts = {name: part for name in COMPONENTS if (part := getattr(pipeline, name, None)) is not None}
+    names = {canonical_name(f"{part}.{name}"): name for part in parts for name, _ in parts[part].named_modules()}
+    layers = choose_layers(settings, names)
+    unused = unused_layer(names)
+    for part, module in parts.items():
+        own = {names[layer]: size for layer, size in layers.items() if layer.startswith(f"{part}.")}
+        if own:
+            skipped = [name for layer, name in names.items() if unused and part == "text_encoder" and unused in layer]
+            module.add_adapter(_config(settings, endings(settings, part), own, skipped))
 
 
-def _order_header(file: Path) -> None:
-    """The same tensors and metadata, the header's keys in order: safetensors writes them in a random one.
+def _measure_lengths(modules: Sequence[nn.Module]) -> None:
+    """Again in fp32: PEFT measured in the frozen weights' type, whose rounding is larger than a step.
 
-    Layout: 8 bytes little-endian length, the JSON header padded with spaces, the tensors' bytes.
+    At every step it measures convolutions in their own type, so that those are kept in fp32.
     """
-    content = file.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    ordered = file.with_suffix(".partial")
-    ordered.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
-    ordered.replace(file)
+    for layer in (layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)):
+        base = layer.get_base_layer()
+        if isinstance(base, nn.Conv2d):
+            base.float()
+        magnitude = cast(Any, layer.lora_magnitude_vector)[ADAPTER]
+        up, down = (cast(Any, factors)[ADAPTER].weight for factors in (layer.lora_B, layer.lora_A))
+        magnitude.update_layer(base_layer=base, lora_A=down, lora_B=up, scaling=layer.scaling[ADAPTER])
 
 
-def _lora(settings: LoraSettings, targets: tuple[str, ...]) -> LoraConfig:
-    alpha = settings.scale_alpha
-    # PEFT types alpha as an integer; it only divides by the rank, and takes fractions as well.
-    whole = int(alpha) if alpha == int(alpha) else cast(int, alpha)
-    return LoraConfig(r=settings.rank, lora_alpha=whole, target_modules=list(targets))
+def _config(
+    settings: LoraSettings, targets: Sequence[str], layers: Mapping[str, Size], skipped: Sequence[str]
+) -> LoraConfig:
+    """PEFT's, of one part; `layers` and `skipped` by the part's own names."""
+    alpha = settings.alpha or float(settings.rank)
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=_whole(alpha),
+        target_modules=list(targets),
+        exclude_modules=list(skipped) or None,
+        rank_pattern={name: size.rank for name, size in layers.items() if size.rank != settings.rank},
+        alpha_pattern={name: _whole(size.alpha) for name, size in layers.items() if size.alpha != alpha},
+        use_rslora=settings.rank_stabilised,
+        use_dora=settings.dora,
+    )
 
 
-def _text_names(text_encoder: Any) -> dict[str, Tensor]:
-    """Files say `text_model.`; since transformers 5.6 CLIPTextModel itself does not."""
-    state = get_peft_model_state_dict(text_encoder)
-    return {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in state.items()}
-
-
-def _metadata(module: Any) -> dict[str, Any]:
-    """PEFT's configuration with its sets in order, so that the same run writes the same bytes."""
-    config: dict[str, Any] = module.peft_config["default"].to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+def _whole(alpha: float) -> int:
+    """PEFT types alpha as an integer; it only divides by the rank, and takes fractions as well."""
+    return int(alpha) if alpha == int(alpha) else cast(int, cast(Any, alpha))

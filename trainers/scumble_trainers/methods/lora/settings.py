@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from scumble_trainers.settings import MODEL, TRAIN, TrainSettings, option
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from scumble_trainers.settings import MODEL, SAVE, TRAIN, TrainSettings, option
+
+Layout = Literal["diffusers", "kohya"]
+Rank = Annotated[int, Field(ge=1, le=256)]
+Alpha = Annotated[float, Field(gt=0, le=1e5)]
 
 
 class LoraSettings(TrainSettings):
-    """Factors beside which layers, of which size."""
+    """Factors beside which layers, of which size. Patterns are PEFT's: see `layers.py`."""
 
-    rank: int = option(8, panel=MODEL, help="Rank of every factor.", ge=1, le=256)
-    alpha: float | None = option(
-        None, panel=MODEL, help="The update is multiplied by alpha / rank; by default alpha = rank.", gt=0
+    rank: Rank = option(8, panel=MODEL, help="Rank of every factor.")
+    alpha: Alpha | None = option(
+        None, panel=MODEL, help="The update is multiplied by alpha / rank; by default alpha = rank."
+    )
+    rank_pattern: dict[str, Rank] = option(
+        {}, panel=MODEL, help="Rank of the layers whose name matches: 'attn2.*=4'; repeat, the first match holds."
+    )
+    alpha_pattern: dict[str, Alpha] = option(
+        {}, panel=MODEL, help="Alpha of the layers whose name matches; repeat, the first match holds."
     )
     feed_forward: bool = option(default=False, panel=MODEL, help="Feed-forward layers as well as attention.")
-    text_encoder: bool = option(default=False, panel=MODEL, help="The text encoder as well.")
+    convolution: bool = option(default=False, panel=MODEL, help="Convolutions as well (LoCon).")
+    convolution_rank: Rank | None = option(
+        None, panel=MODEL, help="Rank of the convolutions' factors; by default that of the others."
+    )
+    rank_stabilised: bool = option(
+        default=False, panel=MODEL, help="Multiply by alpha / sqrt(rank), so that high ranks learn as fast (rs-LoRA)."
+    )
+    dora: bool = option(default=False, panel=MODEL, help="Learn the length of each row of the weights too (DoRA).")
+    text_encoder: bool = option(default=False, panel=MODEL, help="The text encoder as well; of SDXL both.")
     text_learning_rate: float | None = option(
         None, panel=TRAIN, help="Of the text encoder's factors; by default the UNet's.", gt=0, le=10
     )
-
-    @property
-    def scale_alpha(self) -> float:
-        return float(self.rank) if self.alpha is None else self.alpha
+    plus_ratio: float = option(
+        1.0, panel=TRAIN, help="Learning rate of B in learning rates of A (LoRA+); 16 is usual.", ge=1, le=1000
+    )
+    layout: Layout = option("diffusers", panel=SAVE, help="Names in the file: diffusers/PEFT's or kohya's.")

@@ -1,0 +1,46 @@
+"""Does a style LoRA draw in its style, and still what it is asked for?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scumble.errors import InvalidRequest
+from scumble_trainers.effects.measures import concept_rate, style_rate
+from scumble_trainers.effects.trial import ADAPTER, Metrics, Trial, rounded, show, some_concepts
+from scumble_trainers.emoji.captions import canonical_caption
+from scumble_trainers.emoji.concepts import Style, style
+from scumble_trainers.parent import Parent
+from scumble_trainers.result import Result
+from scumble_trainers.scorer import Scorer
+from scumble_trainers.serving import served
+
+_END = " style"
+
+
+def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
+    """Prompts name known concepts in the trained style, whose held-out hand the base never saw."""
+    wanted = some_concepts()
+    trained = _style(result)
+    trial = Trial(parent, tuple(canonical_caption(concept, trained) for concept in wanted))
+    with served(parent, {ADAPTER: out}) as server:
+        without, adapted = trial.plain(server), trial.adapted(server)
+    show(out, {"without": without, "with": adapted}, trial.prompts)
+    return rounded(
+        {
+            "pictures": len(wanted),
+            "style_first": style_rate(scorer, adapted, trained.name),
+            "style_first_without": style_rate(scorer, without, trained.name),
+            "concept_first": concept_rate(scorer, adapted, wanted),
+            "concept_first_without": concept_rate(scorer, without, wanted),
+        }
+    )
+
+
+def _style(result: Result) -> Style:
+    for word in result.trigger_words:
+        if word.endswith(_END):
+            return style(word.removesuffix(_END))
+    raise InvalidRequest(
+        'the measure is for styles of the bundled data: train with --trigger "NAME style", e.g. "ink style"',
+        field="trigger",
+    )

@@ -1,0 +1,58 @@
+"""What the base itself draws of the class: the prior that fine-tuning must keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from scumble.request import Request
+from scumble_trainers.dataset import METADATA, Example, read_examples
+from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
+from scumble_trainers.parent import Parent, native_resolution
+from scumble_trainers.progress import Report
+from scumble_trainers.serving import served
+
+
+def class_examples(parent: Parent, settings: DreamboothSettings, folder: Path, report: Report) -> list[Example]:
+    """The class's pictures in `folder`, drawn now if they are not there; the lines are written last."""
+    if not (folder / METADATA).is_file() or not _are_of(folder, parent, settings):
+        _draw(parent, settings, folder, report)
+    return read_examples(folder, resolution=1)
+
+
+def _draw(parent: Parent, settings: DreamboothSettings, folder: Path, report: Report) -> None:
+    side = settings.resolution or native_resolution(parent)
+    prompts = [settings.class_prompts[i % len(settings.class_prompts)] for i in range(settings.class_pictures)]
+    requests = [
+        Request(prompt=prompt, seed=settings.seed + index, width=side, height=side)
+        for index, prompt in enumerate(prompts)
+    ]
+    report("class pictures", 0, len(requests))
+    with served(parent, url=settings.server) as server:
+        pictures = server.draw(requests)
+    report("class pictures", len(requests), len(requests))
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        picture.save(folder / f"{index:05}.png")
+        lines.append(json.dumps({"file_name": f"{index:05}.png", "text": prompt}))
+    (folder / "made.json").write_text(json.dumps(_made(parent, settings)), "utf-8")
+    (folder / METADATA).write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _are_of(folder: Path, parent: Parent, settings: DreamboothSettings) -> bool:
+    try:
+        return bool(json.loads((folder / "made.json").read_text("utf-8")) == _made(parent, settings))
+    except (OSError, ValueError):
+        return False
+
+
+def _made(parent: Parent, settings: DreamboothSettings) -> dict[str, object]:
+    """What the pictures depend on."""
+    return {
+        "base": parent.content,
+        "prompts": list(settings.class_prompts),
+        "pictures": settings.class_pictures,
+        "seed": settings.seed,
+        "resolution": settings.resolution,
+    }

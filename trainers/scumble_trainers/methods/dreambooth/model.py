@@ -1,0 +1,133 @@
+"""Every weight of the UNet (and of the text encoder, if asked for) is trained; the class is held where it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from scumble.errors import InvalidRequest
+from scumble_registry.formats.dreambooth import keep_differences, plain
+from scumble_trainers.dataset import Example
+from scumble_trainers.draws import Draw
+from scumble_trainers.losses import denoising_loss
+from scumble_trainers.method import Condition, Method
+from scumble_trainers.methods.dreambooth.class_pictures import class_examples
+from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
+from scumble_trainers.parent import Parent, Pipeline
+from scumble_trainers.progress import Report
+from scumble_trainers.settings import StoredType
+
+FOLDER = "model"
+
+
+class Dreambooth(Method[DreamboothSettings]):
+    """Saved as the base's folder with other weights, which the registry keeps as a difference."""
+
+    name = "dreambooth"
+    adapter = FOLDER
+
+    def __init__(self, pipeline: Pipeline, settings: DreamboothSettings, parent: Parent) -> None:
+        super().__init__(pipeline, settings, parent)
+        self.parts: dict[str, Any] = {"unet": pipeline.unet}
+        if settings.text_encoder:
+            names = ("text_encoder", "text_encoder_2")[: len(self.text.encoders)]
+            self.parts |= {name: getattr(pipeline, name) for name in names}
+        for part in self.parts.values():
+            part.requires_grad_(requires_grad=True)
+
+    @classmethod
+    def weights_dtype(cls, settings: DreamboothSettings) -> torch.dtype:  # noqa: ARG003
+        """Small steps are lost in 16 bits."""
+        return torch.float32
+
+    @classmethod
+    def check(cls, settings: DreamboothSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+        if settings.class_prompts and settings.bucket:
+            raise InvalidRequest(
+                "--bucket goes with no --class-prompt: the class's pictures are square, and a batch has one size",
+                field="bucket",
+            )
+
+    @classmethod
+    def further_examples(
+        cls,
+        parent: Parent,
+        settings: DreamboothSettings,
+        examples: Sequence[Example],  # noqa: ARG003
+        out: Path,
+        report: Report,
+    ) -> list[Example]:
+        return class_examples(parent, settings, out / "class", report) if settings.class_prompts else []
+
+    @property
+    def trains_text(self) -> bool:
+        return self.settings.text_encoder
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{part}.{name}": parameter
+            for part, module in self.parts.items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def learning_rate(self, name: str) -> float:
+        if name.startswith("text_encoder"):
+            return self.settings.text_learning_rate or self.settings.learning_rate
+        return self.settings.learning_rate
+
+    def forward(self, draw: Draw) -> Tensor:
+        loss = super().forward(draw)
+        if not len(self.material.further):
+            return loss
+        return loss + self.settings.prior_weight * self._prior(draw)
+
+    def _prior(self, draw: Draw) -> Tensor:
+        """Mean loss on as many of the class's pictures, chosen by lot.
+
+        They are taken at their posterior's mean, so its normal draws are free to be their noise.
+        """
+        material = self.material
+        chosen = material.further[(draw.chances[:, 0] * len(material.further)).long()]
+        text = material.captions.embed(self.text, material.captions.of(chosen), self.device)
+        losses = denoising_loss(
+            material.schedule,
+            partial(self.predict, Condition(chosen, text, draw.chances)),
+            material.latents.means(chosen).to(self.device),
+            draw.posterior.to(self.device),
+            draw.timesteps.to(self.device),
+            min_snr_gamma=self.settings.min_snr_gamma,
+        )
+        return losses.mean()
+
+    def save(self, folder: Path, dtype: StoredType) -> None:  # noqa: ARG002
+        """In the base's own types, whatever `dtype`: its difference to the base is what is kept of it."""
+        target = folder / FOLDER
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(self.parent.folder, target)
+        for part, module in self.parts.items():
+            trained = {plain(name): value.detach().cpu() for name, value in module.state_dict().items()}
+            for file in sorted((target / part).glob("*.safetensors")):
+                _replace(file, trained)
+        if self.settings.save_delta:
+            keep_differences(target, self.parent.folder)
+
+
+def _replace(file: Path, trained: dict[str, Tensor]) -> None:
+    """The same file with other values."""
+    with safe_open(file, framework="pt") as content:
+        metadata = content.metadata()
+        stored = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, it is no mapping
+    replaced = {
+        name: trained[plain(name)].to(value.dtype).contiguous() if plain(name) in trained else value
+        for name, value in stored.items()
+    }
+    file.chmod(0o644)  # the registry's copies are read-only
+    save_file(replaced, file, metadata=metadata)

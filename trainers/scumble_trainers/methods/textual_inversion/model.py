@@ -1,0 +1,111 @@
+"""New rows of the token embeddings, beside a table that is never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from scumble.errors import InvalidRequest
+from scumble_trainers.dataset import Example
+from scumble_trainers.method import Method, half
+from scumble_trainers.methods.textual_inversion.settings import TextualInversionSettings
+from scumble_trainers.parent import Parent, Pipeline
+from scumble_trainers.settings import StoredType
+
+FILE = "learned_embeds.safetensors"
+SPREAD = 0.01  # of the vectors about their beginning, in deviations of the table: equal ones would stay equal
+SDXL_KEYS = ("clip_l", "clip_g")
+
+
+class TextualInversion(Method[TextualInversionSettings]):
+    """One group of vectors for each text encoder."""
+
+    name = "textual_inversion"
+
+    def __init__(self, pipeline: Pipeline, settings: TextualInversionSettings, parent: Parent) -> None:
+        super().__init__(pipeline, settings, parent)
+        # Files for SDXL hold no name: theirs is the file's, as webui and kohya have it.
+        self.adapter = FILE if len(self.text.encoders) == 1 else f"{settings.token.strip('<>')}.safetensors"
+        words = token_names(settings.token, settings.vectors)
+        self.vectors = nn.ParameterList()
+        for encoder, tokenizer in zip(self.text.encoders, self.text.tokenizers, strict=True):
+            table = cast(Any, encoder).get_input_embeddings()
+            begin = _beginning(tokenizer, table.weight, settings)
+            added = tokenizer.add_tokens(words)
+            if added != len(words):
+                raise InvalidRequest(f"the tokenizer knows {settings.token!r} already: choose another", field="token")
+            self.vectors.append(nn.Parameter(begin.float().to(self.device)))
+            cast(Any, encoder).set_input_embeddings(_Table(table, self.vectors[-1]))
+
+    @classmethod
+    def check(cls, settings: TextualInversionSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+        token = settings.token
+        if token.split() != [token]:
+            raise InvalidRequest(f"--token {token!r} is no single word", field="token")
+        without = [example.name for example in examples if not any(token in text for text in example.texts)]
+        if without:
+            raise InvalidRequest(
+                f"{len(without)} pictures, such as {without[0]}, have no caption with {token}: it would learn nothing",
+                field="token",
+            )
+
+    @property
+    def trains_text(self) -> bool:
+        return True
+
+    @property
+    def trigger_words(self) -> tuple[str, ...]:
+        return (self.settings.token, *self.settings.trigger_words)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {f"vectors.{index}": vectors for index, vectors in enumerate(self.vectors)}
+
+    def save(self, folder: Path, dtype: StoredType) -> None:
+        one = len(self.vectors) == 1
+        names = (self.settings.token,) if one else SDXL_KEYS
+        save_file(half(dict(zip(names, self.vectors, strict=True)), dtype), folder / self.adapter)
+
+
+class _Table(nn.Module):
+    """The encoder's table with rows after its last. Gradients reach those alone."""
+
+    def __init__(self, table: nn.Embedding, further: nn.Parameter) -> None:
+        super().__init__()
+        self.table, self.further = table, further
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the table, whose device and type others ask for."""
+        return self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(…) -> (…, D)`."""
+        last = self.table.num_embeddings
+        new = tokens >= last
+        known = self.table(tokens.masked_fill(new, 0))
+        own = self.further[(tokens - last).clamp(min=0)]
+        return torch.where(new[..., None], own.to(known.dtype), known)
+
+
+def token_names(token: str, vectors: int) -> list[str]:
+    """As diffusers counts a word of several vectors: `<bell>`, `<bell>_1`, …"""
+    return [token, *(f"{token}_{index}" for index in range(1, vectors))]
+
+
+def _beginning(tokenizer: Any, table: Tensor, settings: TextualInversionSettings) -> Tensor:
+    """`(vectors, D)`: the words' own rows, repeated; the table's mean where no words are given."""
+    ids = tokenizer(settings.initial_words, add_special_tokens=False).input_ids if settings.initial_words else []
+    if len(ids) > settings.vectors:
+        raise InvalidRequest(
+            f"--initial-words {settings.initial_words!r} are {len(ids)} tokens, more than --vectors "
+            f"{settings.vectors}: take more vectors or fewer words",
+            field="initial_words",
+        )
+    rows = table[[ids[index % len(ids)] for index in range(settings.vectors)]] if ids else table.mean(dim=0)[None]
+    noise = torch.randn(settings.vectors, table.shape[1])
+    return rows.float().cpu() + SPREAD * float(table.float().std()) * noise
