@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scumble.errors import Incompatible
@@ -71,7 +72,10 @@ class PictureStates:
         return (torch.zeros_like(blank.embedding) if self._reads == "embedding" else blank.states).clone()
 
     def _encode(self, examples: Sequence[Example]) -> Tensor:
-        pictures = [np.asarray(load_picture(example.path, example.size)) for example in examples]
+        return self.look([np.asarray(load_picture(example.path, example.size)) for example in examples])
+
+    def look(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """`(B, …)` of pictures (H, W, 3) that are no examples."""
         encoded = self._encoder.encode(pictures)
         # Made in inference mode: a clone may take part in what gradients are made of.
         return (encoded.embedding if self._reads == "embedding" else encoded.states).clone()

@@ -7,8 +7,8 @@ states. Unlike there, no LoRA is trained for any concept beforehand: the denoisi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from scumble.errors import InvalidRequest
 from scumble_trainers.dataset import Example, hold_out
 from scumble_trainers.method import MOST_HELD_OUT, Condition, Material, Method
+from scumble_trainers.methods.hypernetwork.captions import with_captions
 from scumble_trainers.methods.hypernetwork.layers import RowLora, attention_layers, expand_rows
 from scumble_trainers.methods.hypernetwork.network import FILE, encoder_digest, new_predictor, save_predictor
+from scumble_trainers.methods.hypernetwork.refine import Refinement
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.progress import Report
 from scumble_trainers.sampling import Samples
 from scumble_trainers.settings import StoredType
 from scumble_trainers.vision import PictureStates, encoder_folder
-
-STYLE = "{style}"
 
 
 class Hypernetwork(Method[HypernetworkSettings]):
@@ -46,11 +46,12 @@ class Hypernetwork(Method[HypernetworkSettings]):
         self.rows = RowLora(layers, settings.scale_alpha / settings.rank)
 
     @classmethod
+    def of(cls, settings: HypernetworkSettings) -> type[Method[Any]]:
+        return cls if settings.refine is None else Refinement
+
+    @classmethod
     def rewrite(cls, settings: HypernetworkSettings, examples: Sequence[Example]) -> list[Example]:
-        """With `--caption` in place of the data's own."""
-        if not settings.captions:
-            return list(examples)
-        return [replace(example, texts=_captions(settings, example)) for example in examples]
+        return with_captions(settings, examples)
 
     @classmethod
     def check(cls, settings: HypernetworkSettings, parent: Parent, examples: Sequence[Example]) -> None:
@@ -135,12 +136,3 @@ def _concept(example: Example) -> str:
 
 def _among(partners: Tensor, chance: float) -> int:
     return int(partners[min(int(chance * len(partners)), len(partners) - 1)])
-
-
-def _captions(settings: HypernetworkSettings, example: Example) -> tuple[str, ...]:
-    if example.style is None and any(STYLE in caption for caption in settings.captions):
-        raise InvalidRequest(
-            f'--caption has {STYLE}, but {example.name} has no "style": add it to its line, or caption without it',
-            field="caption",
-        )
-    return tuple(dict.fromkeys(caption.replace(STYLE, example.style or "") for caption in settings.captions))

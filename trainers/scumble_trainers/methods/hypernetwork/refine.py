@@ -1,0 +1,127 @@
+"""A predicted LoRA, trained a few steps further on pictures of what it was predicted for.
+
+HyperDreamBooth (2307.06949) calls it rank-relaxed fast fine-tuning: further ranks begin beside the predicted ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+from scumble.errors import Incompatible, InvalidRequest
+from scumble_build.predictor import Factors, Predictor
+from scumble_registry import Registry, default_home
+from scumble_registry.formats import hypernetwork
+from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
+from scumble_registry.formats.source import Source
+from scumble_trainers.dataset import Example, load_picture
+from scumble_trainers.method import Material, Method, in_fp32
+from scumble_trainers.methods.hypernetwork.captions import with_captions
+from scumble_trainers.methods.hypernetwork.layers import PREFIX
+from scumble_trainers.methods.hypernetwork.network import encoder_digest
+from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
+from scumble_trainers.methods.lora.files import ADAPTER, FILE, save_factors
+from scumble_trainers.parent import Parent, Pipeline
+from scumble_trainers.progress import Report
+from scumble_trainers.settings import StoredType
+from scumble_trainers.vision import PictureStates, encoder_folder
+
+
+class Refinement(Method[HypernetworkSettings]):
+    """The predicted factors at scale 1, in the first of `rank` ranks; the others as a new LoRA's."""
+
+    name = "hypernetwork"
+    adapter = FILE
+
+    def __init__(self, pipeline: Pipeline, settings: HypernetworkSettings, parent: Parent) -> None:
+        super().__init__(pipeline, settings, parent)
+        self.record = _find_record(settings)
+        rank = max(settings.rank, self.record.config.rank)
+        names = [target.removeprefix(PREFIX) for target in self.record.config.targets]
+        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
+        in_fp32([self.unet])
+
+    @classmethod
+    def rewrite(cls, settings: HypernetworkSettings, examples: Sequence[Example]) -> list[Example]:
+        return with_captions(settings, examples)
+
+    @classmethod
+    def check(cls, settings: HypernetworkSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+        encoder_folder(parent, None)
+        config = _find_record(settings).config
+        if config.condition != "image":
+            raise InvalidRequest(f"--from {settings.source} predicts from text, not from a picture", field="from")
+        if config.encoder not in (None, encoder_digest(parent)):
+            raise Incompatible(
+                f"--from {settings.source} was trained with another image encoder than {parent.folder} has: "
+                "name the base that it was trained for",
+                field="from",
+            )
+        if not all(target.startswith(PREFIX) for target in config.targets):
+            raise InvalidRequest(f"--from {settings.source} predicts for more than the UNet", field="from")
+        if settings.reference is not None:
+            _open(settings.reference)
+
+    def begin(self, material: Material, device: torch.device, report: Report) -> None:
+        super().begin(material, device, report)
+        first = material.examples[0]
+        reference = _open(self.settings.reference) if self.settings.reference else load_picture(first.path, first.size)
+        predictor = Predictor.of(self.record).to(device)
+        seen = PictureStates(self.parent, None, "states", device)
+        self._fill(predictor.predict(seen.look([np.asarray(reference)])))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: value for name, value in self.unet.named_parameters() if value.requires_grad}
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
+
+    def save(self, folder: Path, dtype: StoredType) -> None:
+        save_factors(self.pipeline, folder, dtype)
+
+    @torch.no_grad()
+    def _fill(self, factors: Factors) -> None:
+        for target, (down, up, alpha) in factors.items():
+            layer: Any = self.unet.get_submodule(target.removeprefix(PREFIX))
+            rank = len(down)
+            layer.lora_A[ADAPTER].weight[:rank] = down
+            layer.lora_B[ADAPTER].weight[:, :rank] = up * (alpha / rank)
+
+
+def _find_record(settings: HypernetworkSettings) -> PredictorRecord:
+    """Of `--from`: a file, or a version in the registry."""
+    if settings.source is None:
+        raise InvalidRequest("--refine needs the hypernetwork: --from FILE or --from ns/name@7", field="from")
+    place = Path(settings.source)
+    if not place.exists():
+        with Registry.open(default_home()) as registry:
+            place = registry.materialise(registry.resolve(settings.source))
+    source = Source.scan(place)
+    record = hypernetwork.read(source, None).record if hypernetwork.recognises(source) else None
+    if not isinstance(record, PredictorRecord):
+        raise InvalidRequest(f"--from {settings.source} is no hypernetwork that predicts a LoRA", field="from")
+    return record
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as opened:
+            size = opened.size
+        return load_picture(file, size)
+    except (OSError, UnidentifiedImageError) as error:
+        raise InvalidRequest(
+            f"--reference {file} is no picture that can be read: {error}", field="reference"
+        ) from error
