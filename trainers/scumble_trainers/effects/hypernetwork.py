@@ -40,7 +40,7 @@ from scumble_trainers.vision import PictureStates
 
 CONCEPTS = 8
 PER_CONCEPT = 4
-LORA = {"steps": 200, "batch_size": 8, "learning_rate": 2e-3, "rank": 4, "validation": 0.0, "min_snr_gamma": 5.0}
+LORA = LoraSettings(steps=200, batch_size=8, learning_rate=2e-3, rank=4, validation=0, min_snr_gamma=5)
 """Of the LoRAs that it is compared with, each of the one picture that the network sees."""
 RUNS = 5  # of a prediction, of which the median counts
 
@@ -125,7 +125,7 @@ def _train(parent: Parent, subject: Subject, folder: Path) -> float:
     folder.mkdir()
     subject.picture.save(folder / "picture.png")
     (folder / METADATA).write_text(json.dumps({"file_name": "picture.png", "text": _prompt(subject.style)}), "utf-8")
-    result = train(Lora, parent, folder / METADATA, folder / "run", LoraSettings(**LORA))
+    result = train(Lora, parent, folder / METADATA, folder / "run", LORA)
     return float(result.provenance["time"])
 
 
