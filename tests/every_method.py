@@ -18,7 +18,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2},
     "ip_adapter": {},
     "controlnet": {},
-    "textual_inversion": {"token": TOKEN, "vectors": 2},
+    "textual_inversion": {"token": TOKEN, "vectors": 2, "learning_rate": 0.1},
     "dreambooth": {"learning_rate": 1e-2},
     "hypernetwork": {"width": 16, "heads": 2, "depth": 1, "rank": 2, "a": 4, "b": 4},
 }

@@ -48,7 +48,7 @@ def test_it_is_trained_for_every_family_and_published_as_what_it_is(
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_on_what_it_sees_falls(parent: Parent, things: Path, tmp_path: Path, method: str) -> None:
     run = run_method(method, parent, things, tmp_path / "out", steps=40, checkpoint_every=40, caption_dropout=0.0)
-    assert run.metrics["after"]["training_loss"] < 0.98 * run.metrics["before"]["training_loss"]
+    assert run.metrics["after"]["training_loss"] < 0.99 * run.metrics["before"]["training_loss"]
 
 
 class Killed(BaseException):

@@ -19,7 +19,7 @@ from torch import nn
 from scumble.errors import Incompatible, InvalidRequest
 from scumble_build.predictor import Factors, Predictor
 from scumble_registry import Registry, default_home
-from scumble_registry.formats import hypernetwork
+from scumble_registry.formats.hypernetwork import read_record, recognises
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_registry.formats.source import Source
 from scumble_trainers.dataset import Example, load_picture
@@ -110,7 +110,7 @@ def _find_record(settings: HypernetworkSettings) -> PredictorRecord:
         with Registry.open(default_home()) as registry:
             place = registry.materialise(registry.resolve(settings.source))
     source = Source.scan(place)
-    record = hypernetwork.read(source, None).record if hypernetwork.recognises(source) else None
+    record = read_record(*source.weights().values() or (place,)) if recognises(source) else None
     if not isinstance(record, PredictorRecord):
         raise InvalidRequest(f"--from {settings.source} is no hypernetwork that predicts a LoRA", field="from")
     return record

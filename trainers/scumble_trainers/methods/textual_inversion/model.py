@@ -40,7 +40,9 @@ class TextualInversion(Method[TextualInversionSettings]):
             if added != len(words):
                 raise InvalidRequest(f"the tokenizer knows {settings.token!r} already: choose another", field="token")
             self.vectors.append(nn.Parameter(begin.float().to(self.device)))
-            cast(Any, encoder).set_input_embeddings(_Table(table, self.vectors[-1]))
+            cast(Any, encoder).set_input_embeddings(
+                _Table(table, self.vectors[-1], tokenizer.convert_tokens_to_ids(words))
+            )
 
     @classmethod
     def check(cls, settings: TextualInversionSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
@@ -72,11 +74,14 @@ class TextualInversion(Method[TextualInversionSettings]):
 
 
 class _Table(nn.Module):
-    """The encoder's table with rows after its last. Gradients reach those alone."""
+    """The encoder's table with rows for tokens that the tokenizer got last. Gradients reach those alone.
 
-    def __init__(self, table: nn.Embedding, further: nn.Parameter) -> None:
+    Tables may have more rows than the tokenizer has words, so the new tokens' numbers may be rows already.
+    """
+
+    def __init__(self, table: nn.Embedding, further: nn.Parameter, numbers: Sequence[int]) -> None:
         super().__init__()
-        self.table, self.further = table, further
+        self.table, self.further, self.first = table, further, numbers[0]
 
     @property
     def weight(self) -> Tensor:
@@ -85,10 +90,9 @@ class _Table(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(…) -> (…, D)`."""
-        last = self.table.num_embeddings
-        new = tokens >= last
+        new = tokens >= self.first
         known = self.table(tokens.masked_fill(new, 0))
-        own = self.further[(tokens - last).clamp(min=0)]
+        own = self.further[(tokens - self.first).clamp(min=0)]
         return torch.where(new[..., None], own.to(known.dtype), known)
 
 
