@@ -1,0 +1,247 @@
+"""What training takes at the real sizes of SD 1.5, 2.1 and XL, computed: nothing is allocated.
+
+Weights are counted. Activations are what autograd keeps in one forward pass, counted on the meta device, where tensors
+have shapes and no numbers: once for each storage, parameters not among them, attention as a fused kernel keeps it. With
+gradient checkpointing a block keeps its inputs, and the largest block is made once more. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from measure import machine
+from memory import FAMILIES, FULL_VAE, Family
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn import functional
+
+LORA = ["to_q", "to_k", "to_v", "to_out.0"]
+RANK = 16
+WORK, MASTER = torch.bfloat16, 16
+"""Frozen weights and arithmetic; bytes of a trained number: itself in fp32, its gradient, and Adam's two."""
+CUDA = 1.0  # GiB of context and kernels
+GIB = 2**30
+
+
+class FusedAttention(torch.autograd.Function):
+    """Keeps what FlashAttention keeps: its inputs, its output and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ARG004
+        raise NotImplementedError
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    original = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: FusedAttention.apply(q, k, v)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+class Kept:
+    """Bytes of the storages that autograd keeps within `counting`."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._ours = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
+        self._seen: dict[int, Tensor] = {}
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()._cdata
+            if storage not in self._ours:
+                self._seen.setdefault(storage, tensor)  # kept alive, so that no other storage gets its number
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._seen.values())
+
+
+def activations(modules: list[nn.Module], blocks: list[nn.Module], forward: Callable[[], Any]) -> dict[str, float]:
+    """GiB kept by `forward`, whole and with `blocks` checkpointed."""
+    whole, inside, ends, stack = Kept(modules), [], [0], []
+
+    def enter(_block: nn.Module, arguments: Any, named: Any) -> None:
+        tensors = [value for value in [*arguments, *named.values()] if isinstance(value, Tensor)]
+        ends[0] += sum(value.numel() * value.element_size() for value in tensors)
+        own = Kept(modules)
+        context = own.counting()
+        context.__enter__()
+        stack.append((own, context))
+
+    def leave(*_: Any) -> None:
+        own, context = stack.pop()
+        context.__exit__(None, None, None)
+        inside.append(own.bytes)
+
+    with whole.counting():
+        forward()
+    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    outside = Kept(modules)
+    with outside.counting():
+        forward()
+    for hook in hooks:
+        hook.remove()
+    return {"whole": whole.bytes / GIB, "checkpointed": (outside.bytes + ends[0] + max(inside)) / GIB}
+
+
+def unet_blocks(unet: Any) -> list[nn.Module]:
+    """What `enable_gradient_checkpointing` makes again: every residual and every transformer block's layers."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+
+    return [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
+
+
+def inputs(family: Family, batch: int) -> dict[str, Any]:
+    width = family.unet["cross_attention_dim"]
+    given: dict[str, Any] = {
+        "sample": torch.empty(batch, 4, family.latents, family.latents, dtype=WORK, device="meta"),
+        "timestep": torch.empty(batch, device="meta"),
+        "encoder_hidden_states": torch.empty(batch, 77, width, dtype=WORK, device="meta"),
+    }
+    if "addition_embed_type" in family.unet:
+        pooled = torch.empty(batch, 1280, dtype=WORK, device="meta")
+        given["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(batch, 6, device="meta")}
+    return given
+
+
+def unet_of(family: Family, dtype: torch.dtype = WORK) -> Any:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=family.latents, **family.unet).to(dtype)
+    return unet.requires_grad_(False)
+
+
+def lora(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+    unet = unet_of(family)
+    with torch.device("meta"):
+        unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA))
+    return trained(unet), activations([unet], unet_blocks(unet), lambda: unet(**inputs(family, batch)))
+
+
+def dreambooth(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+    unet = unet_of(family).requires_grad_(True)
+    return trained(unet), activations([unet], unet_blocks(unet), lambda: unet(**inputs(family, batch)))
+
+
+def textual_inversion(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+    """Gradients go back through the whole UNet to the text."""
+    unet, given = unet_of(family), inputs(family, batch)
+    given["encoder_hidden_states"].requires_grad_()
+    vectors = sum(config["hidden_size"] for _, config in family.texts)
+    return vectors, activations([unet], unet_blocks(unet), lambda: unet(**given))
+
+
+def ip_adapter(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+    """4 tokens, ViT-H's embedding (1024 wide)."""
+    unet, context = unet_of(family), family.unet["cross_attention_dim"]
+    processors = dict(unet.attn_processors)
+    count = 1024 * 4 * context
+    for name in processors:
+        if name.endswith("attn2.processor"):
+            hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
+            with torch.device("meta"):
+                processors[name] = IPAdapterAttnProcessor2_0(hidden, context, num_tokens=[4], scale=1.0).to(WORK)
+            count += trained(processors[name])
+    unet.set_attn_processor(processors)
+    given = inputs(family, batch)
+    tokens = torch.empty(batch, 1, 4, context, dtype=WORK, device="meta")
+    given["encoder_hidden_states"] = (given["encoder_hidden_states"], [tokens])
+    return count, activations([unet], unet_blocks(unet), lambda: unet(**given))
+
+
+def hypernetwork(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+    """Its own few states are left out; each layer's factors of every row are not."""
+    _, kept = lora(family, batch)
+    layers = sum(name.endswith(tuple(LORA)) for name, _ in unet_of(family).named_modules())
+    width, depth, coefficients = 128, 3, 64
+    return depth * 16 * width**2 + (1024 + layers + 2 * coefficients) * width, kept
+
+
+def controlnet(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+    """The net is gone back through, and of the UNet its decoder, whose inputs come from it."""
+    unet = unet_of(family)
+    with torch.device("meta"):
+        net: Any = ControlNetModel.from_unet(unet, load_weights_from_unet=False).to(WORK)
+    net.requires_grad_(True)
+    side = 8 * family.latents
+    picture = torch.empty(batch, 3, side, side, dtype=WORK, device="meta")
+
+    def forward() -> None:
+        given = inputs(family, batch)
+        down, middle = net(**given, controlnet_cond=picture, return_dict=False)
+        unet(**given, down_block_additional_residuals=down, mid_block_additional_residual=middle)
+
+    return trained(net), activations([unet, net], unet_blocks(unet) + unet_blocks(net), forward)
+
+
+METHODS: dict[str, Callable[[Family, int], tuple[int, dict[str, float]]]] = {
+    "lora": lora,
+    "textual_inversion": textual_inversion,
+    "dreambooth": dreambooth,
+    "hypernetwork": hypernetwork,
+    "ip_adapter": ip_adapter,
+    "controlnet": controlnet,
+}
+
+
+def trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def frozen(family: Family, method: str) -> float:
+    """GiB: text encoders and UNet in 16 bits (DreamBooth's UNet is what is trained), the autoencoder in fp32."""
+    with torch.device("meta"):
+        parts = [AutoencoderKL(**FULL_VAE)]
+        texts = [kind(kind.config_class(**config)) for kind, config in family.texts]
+    size = sum(4 * p.numel() for part in parts for p in part.parameters())
+    size += sum(2 * p.numel() for part in texts for p in part.parameters())
+    if method != "dreambooth":
+        size += sum(2 * p.numel() for p in unet_of(family).parameters())
+    return size / GIB
+
+
+def estimate(name: str, method: str) -> dict[str, float]:
+    family = FAMILIES[name]
+    with fused_attention():
+        count, one = METHODS[method](family, 1)
+        _, two = METHODS[method](family, 2)
+    weights, states = frozen(family, method), MASTER * count / GIB
+    casts = 2 * count / GIB  # autocast keeps 16-bit copies of trained weights
+    fixed = CUDA + weights + states + casts
+    told = {"trained_millions": count / 1e6, "frozen": weights, "trained": states + casts}
+    for kind in ("whole", "checkpointed"):
+        more = two[kind] - one[kind]
+        told |= {f"{kind}_first": fixed + one[kind], f"{kind}_each": more}
+        for card in (24, 80):
+            told[f"{kind}_batch_in_{card}"] = max(0, int((card / 1.073741824 - fixed - one[kind]) / more + 1))
+    return {key: round(value, 2) for key, value in told.items()}
+
+
+def main() -> None:
+    found = {name: {method: estimate(name, method) for method in METHODS} for name in FAMILIES}
+    print(json.dumps({"machine": machine(), "gib": found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
