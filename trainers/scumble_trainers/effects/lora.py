@@ -6,7 +6,7 @@ from pathlib import Path
 
 from scumble.errors import InvalidRequest
 from scumble_trainers.effects.measures import concept_rate, style_rate
-from scumble_trainers.effects.trial import ADAPTER, Metrics, Trial, rounded, show, some_concepts
+from scumble_trainers.effects.trial import ADAPTER, Metrics, Trial, known_prompts, rounded, show, some_concepts
 from scumble_trainers.emoji.captions import canonical_caption
 from scumble_trainers.emoji.concepts import Style, style
 from scumble_trainers.parent import Parent
@@ -18,12 +18,16 @@ _END = " style"
 
 
 def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
-    """Prompts name known concepts in the trained style, whose held-out hand the base never saw."""
+    """Prompts name known concepts in the trained style, whose held-out hand the base never saw.
+
+    How well the base draws what it is asked for is measured in the styles that it knows.
+    """
     wanted = some_concepts()
     trained = _style(result)
     trial = Trial(parent, tuple(canonical_caption(concept, trained) for concept in wanted))
     with served(parent, {ADAPTER: out}) as server:
         without, adapted = trial.plain(server), trial.adapted(server)
+        known = Trial(parent, known_prompts(wanted)).plain(server)
     show(out, {"without": without, "with": adapted}, trial.prompts)
     return rounded(
         {
@@ -31,7 +35,7 @@ def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scor
             "style_first": style_rate(scorer, adapted, trained.name),
             "style_first_without": style_rate(scorer, without, trained.name),
             "concept_first": concept_rate(scorer, adapted, wanted),
-            "concept_first_without": concept_rate(scorer, without, wanted),
+            "concept_first_of_base": concept_rate(scorer, known, wanted),
         }
     )
 

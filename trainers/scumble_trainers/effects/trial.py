@@ -20,8 +20,9 @@ ADAPTER = "trained/adapter"
 GRID = "effect_grid.png"
 COUNT = 32
 SHOWN = 6
-STEPS = 20
-GUIDANCE = 4.0
+STEPS = 25
+GUIDANCE = 3.0
+"""As the base itself is measured (`scumble train base --evaluate`)."""
 
 Metrics = dict[str, float]
 
