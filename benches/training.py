@@ -19,6 +19,7 @@ from measure import machine
 from memory import FAMILIES, FULL_VAE, Family
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 LORA = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -39,7 +40,7 @@ class FusedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ARG004
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise NotImplementedError
 
 
@@ -53,17 +54,22 @@ def fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = original
 
 
+def number(tensor: Tensor) -> int:
+    """Of its storage; on the meta device all addresses are 0."""
+    return StorageWeakRef(tensor.untyped_storage()).cdata
+
+
 class Kept:
     """Bytes of the storages that autograd keeps within `counting`."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        self._ours = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
+        self._ours = {number(p) for module in modules for p in module.parameters()}
         self._seen: dict[int, Tensor] = {}
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()._cdata
+            storage = number(tensor)
             if storage not in self._ours:
                 self._seen.setdefault(storage, tensor)  # kept alive, so that no other storage gets its number
             return tensor
@@ -161,8 +167,9 @@ def ip_adapter(family: Family, batch: int) -> tuple[int, dict[str, float]]:
         if name.endswith("attn2.processor"):
             hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
             with torch.device("meta"):
-                processors[name] = IPAdapterAttnProcessor2_0(hidden, context, num_tokens=[4], scale=1.0).to(WORK)
-            count += trained(processors[name])
+                added = IPAdapterAttnProcessor2_0(hidden, context, num_tokens=[4], scale=1.0).to(WORK)
+            processors[name] = added
+            count += trained(added)
     unet.set_attn_processor(processors)
     given = inputs(family, batch)
     tokens = torch.empty(batch, 1, 4, context, dtype=WORK, device="meta")
