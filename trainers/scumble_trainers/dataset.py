@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from scumble_trainers.draws import generator
 
 METADATA = "metadata.jsonl"
 PICTURE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+TEXT, STYLE = "{text}", "{style}"  # in a template of captions
 REPORTED = 10  # problems that a message lists before it only counts
 
 T = TypeVar("T")
@@ -94,6 +95,27 @@ def hold_out(items: Sequence[T], *, fraction: float, seed: int, most: int) -> tu
         [item for index, item in enumerate(items) if index not in held],
         [item for index, item in enumerate(items) if index in held],
     )
+
+
+def with_captions(examples: Sequence[Example], templates: Sequence[str]) -> list[Example]:
+    """The examples with `templates` in place of their own captions, if any are given: `{text}` and `{style}` in one
+    are the example's. Raises InvalidRequest for a style that an example does not say.
+    """
+    return [replace(example, texts=_filled(example, templates)) if templates else example for example in examples]
+
+
+def _filled(example: Example, templates: Sequence[str]) -> tuple[str, ...]:
+    if example.style is None and any(STYLE in template for template in templates):
+        raise InvalidRequest(
+            f'--caption has {STYLE}, but {example.name} has no "style": add it to its line, or caption without it',
+            field="caption",
+        )
+    texts = [
+        template.replace(STYLE, example.style or "").replace(TEXT, text)
+        for template in templates
+        for text in (example.texts if TEXT in template else ("",))
+    ]
+    return tuple(dict.fromkeys(texts))
 
 
 def load_picture(path: Path, size: tuple[int, int]) -> Image.Image:

@@ -89,11 +89,6 @@ class Method(nn.Module, ABC, Generic[Settings]):
         return cls
 
     @classmethod
-    def rewrite(cls, settings: Settings, examples: Sequence[Example]) -> list[Example]:
-        """The examples as this method reads them, such as with other captions. Their order stays."""
-        return list(examples)
-
-    @classmethod
     def hold_out(cls, settings: Settings, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
         """Which examples are (trained on, held out), in order: by default pictures by lot."""
         places = range(len(examples))

@@ -16,7 +16,7 @@ from scumble_trainers.buckets import Size, choose_sizes
 from scumble_trainers.captions import read_captions
 from scumble_trainers.card import write_card
 from scumble_trainers.checkpoints import Checkpoint, latest_checkpoint
-from scumble_trainers.dataset import Example, data_digest, read_examples
+from scumble_trainers.dataset import Example, data_digest, read_examples, with_captions
 from scumble_trainers.latents import cached_latents
 from scumble_trainers.loop import Run
 from scumble_trainers.losses import noise_schedule
@@ -54,7 +54,7 @@ def train(
     if resolution % multiple:
         raise InvalidRequest(f"--resolution {resolution} is no multiple of this base's {multiple}", field="resolution")
     read = read_examples(data, resolution=resolution)
-    examples = kind.rewrite(settings, read)
+    examples = with_captions(read, settings.captions)
     _check_triggers(settings, examples)
     kind.check(settings, parent, examples)
     identity: dict[str, Any] = {

@@ -76,6 +76,13 @@ class TrainSettings(BaseModel):
         multiple_of=8,
     )
     bucket: bool = option(default=False, panel=DATA, help="Keep pictures' shapes, in sizes of one area; else crop.")
+    captions: tuple[str, ...] = option(
+        (),
+        panel=DATA,
+        name="caption",
+        help="In place of the data's own captions, one of them at random; repeat. {text} is a line's own, "
+        "{style} its style.",
+    )
     validation: float = option(0.1, panel=DATA, help="Share of the pictures held out, at most 64.", ge=0, lt=1)
 
     prompts: tuple[str, ...] = option(

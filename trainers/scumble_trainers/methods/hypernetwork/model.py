@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from scumble.errors import InvalidRequest
 from scumble_trainers.dataset import Example, hold_out
 from scumble_trainers.method import MOST_HELD_OUT, Condition, Material, Method
-from scumble_trainers.methods.hypernetwork.captions import with_captions
 from scumble_trainers.methods.hypernetwork.layers import RowLora, attention_layers, expand_rows
 from scumble_trainers.methods.hypernetwork.network import FILE, encoder_digest, new_predictor, save_predictor
 from scumble_trainers.methods.hypernetwork.refine import Refinement
@@ -48,10 +47,6 @@ class Hypernetwork(Method[HypernetworkSettings]):
     @classmethod
     def of(cls, settings: HypernetworkSettings) -> type[Method[Any]]:
         return cls if settings.refine is None else Refinement
-
-    @classmethod
-    def rewrite(cls, settings: HypernetworkSettings, examples: Sequence[Example]) -> list[Example]:
-        return with_captions(settings, examples)
 
     @classmethod
     def check(cls, settings: HypernetworkSettings, parent: Parent, examples: Sequence[Example]) -> None:

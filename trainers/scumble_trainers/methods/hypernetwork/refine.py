@@ -24,7 +24,6 @@ from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_registry.formats.source import Source
 from scumble_trainers.dataset import Example, load_picture
 from scumble_trainers.method import Material, Method, in_fp32
-from scumble_trainers.methods.hypernetwork.captions import with_captions
 from scumble_trainers.methods.hypernetwork.layers import PREFIX
 from scumble_trainers.methods.hypernetwork.network import encoder_digest
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
@@ -48,10 +47,6 @@ class Refinement(Method[HypernetworkSettings]):
         names = [target.removeprefix(PREFIX) for target in self.record.config.targets]
         self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
         in_fp32([self.unet])
-
-    @classmethod
-    def rewrite(cls, settings: HypernetworkSettings, examples: Sequence[Example]) -> list[Example]:
-        return with_captions(settings, examples)
 
     @classmethod
     def check(cls, settings: HypernetworkSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003

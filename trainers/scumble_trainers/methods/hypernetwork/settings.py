@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from scumble_trainers.settings import DATA, MODEL, TRAIN, TrainSettings, option
+from scumble_trainers.settings import MODEL, TRAIN, TrainSettings, option
 
 REFINE = "Refinement"
 
@@ -33,13 +33,6 @@ class HypernetworkSettings(TrainSettings):
         help="Share of rows that are shown the picture itself, the others another one of its concept.",
         ge=0,
         le=1,
-    )
-    captions: tuple[str, ...] = option(
-        (),
-        panel=DATA,
-        name="caption",
-        help="In place of the data's own captions, so that these do not name the concept; repeat. "
-        "{style} is the picture's.",
     )
 
     refine: int | None = option(
