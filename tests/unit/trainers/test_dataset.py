@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from scumble.errors import InvalidRequest, NotFound
-from scumble_trainers.dataset import data_digest, hold_out, load_picture, read_examples
+from scumble_trainers.dataset import data_digest, hold_out, load_picture, read_examples, with_captions
 
 
 def metadata(folder: Path, *lines: str) -> None:
@@ -122,3 +122,17 @@ def test_transparency_becomes_white_and_the_centre_is_cut_out(tmp_path: Path) ->
     assert loaded.size == (16, 16)
     assert loaded.getpixel((8, 8)) == (255, 255, 255)
     assert loaded.getpixel((0, 8)) == (255, 255, 255)
+
+
+def test_captions_in_place_of_the_datas_own(make_data: Any) -> None:
+    folder = make_data(1)
+    metadata(folder, entry("00.png", texts=["a disc", "disc"], style="flat"))
+    examples = read_examples(folder, resolution=16)
+    assert with_captions(examples, ()) == examples
+    (filled,) = with_captions(examples, ("a thing, {style} style", "{text} on white", "a thing, {style} style"))
+    assert filled.texts == ("a thing, flat style", "a disc on white", "disc on white")
+
+
+def test_a_caption_cannot_say_a_style_that_nothing_tells(make_data: Any) -> None:
+    with pytest.raises(InvalidRequest, match='has no "style"'):
+        with_captions(read_examples(make_data(1), resolution=16), ("a {style} thing",))
