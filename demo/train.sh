@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scumble=.venv/bin/scumble
-all=(lora/openmoji lora/ink textual-inversion/hen dreambooth/hen hypernetwork/emoji ip-adapter/emoji controlnet/canny)
+all=(lora/openmoji lora/ink textual-inversion/tomato dreambooth/tomato hypernetwork/emoji ip-adapter/emoji controlnet/canny)
 
 # What a fine-tuned base must still know.
 class=()
@@ -40,18 +40,18 @@ one() {
   case $1 in
     lora/openmoji) style openmoji CC-BY-SA-4.0 ;;
     lora/ink) style ink MIT ;;
-    textual-inversion/hen)
-      data hen --concept "chicken head" --token "<hen>"
-      train textual-inversion hen hen learned_embeds.safetensors \
-        --token "<hen>" --initial-words "bird" --vectors 4 --steps 500 --batch-size 12 --validation 0 \
-        --checkpoint-every 250 --license Apache-2.0 --description "A hen's head as a word"
+    textual-inversion/tomato)
+      data tomato --concept tomato --token "<tom>"
+      train textual-inversion tomato tomato learned_embeds.safetensors \
+        --token "<tom>" --initial-words "red apple" --vectors 2 --steps 400 --batch-size 12 --learning-rate 2e-3 \
+        --validation 0 --checkpoint-every 200 --license Apache-2.0 --description "A tomato as a word"
       ;;
-    dreambooth/hen)
-      data hen --concept "chicken head" --token "<hen>"
-      train dreambooth hen hen model \
+    dreambooth/tomato)
+      data tomato --concept tomato --token "<tom>"
+      train dreambooth tomato tomato model \
         --steps 400 --batch-size 12 --learning-rate 2e-4 --warmup 20 --validation 0 --checkpoint-every 200 \
         --class-pictures 96 "${class[@]}" \
-        --save-delta --trigger "<hen>" --license Apache-2.0 --description "A hen's head, the whole UNet fine-tuned"
+        --save-delta --trigger "<tom>" --license Apache-2.0 --description "A tomato, the whole UNet fine-tuned"
       ;;
     hypernetwork/emoji)
       data gallery --gallery
