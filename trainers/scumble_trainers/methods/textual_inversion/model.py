@@ -41,7 +41,7 @@ class TextualInversion(Method[TextualInversionSettings]):
                 raise InvalidRequest(f"the tokenizer knows {settings.token!r} already: choose another", field="token")
             self.vectors.append(nn.Parameter(begin.float().to(self.device)))
             cast(Any, encoder).set_input_embeddings(
-                _Table(table, self.vectors[-1], tokenizer.convert_tokens_to_ids(words))
+                _Table(table, self.vectors[-1], [cast(int, tokenizer.convert_tokens_to_ids(word)) for word in words])
             )
 
     @classmethod
