@@ -11,18 +11,10 @@ import re
 from collections.abc import Callable, Iterable
 
 from scumble.errors import Refused
+from scumble_registry.formats.ldm import MIDDLE, RESNET
 
 PREFIX = "control_model."
 _DOWNSAMPLER = re.compile(r"input_blocks\.(\d+)\.0\.op\.")
-_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-_MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 _FIXED = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -81,9 +73,9 @@ def _module(name: str, places: dict[int, Place]) -> str | None:
     block, index, inner = (*name.split(".", 2), "", "")[:3]
     if block == "zero_convs" and inner == "0":
         return f"controlnet_down_blocks.{index}"
-    if block == "middle_block" and index in _MIDDLE:
-        part = inner if index == "1" else _RESNET.get(inner)
-        return f"mid_block.{_MIDDLE[index]}.{part}" if part else None
+    if block == "middle_block" and index in MIDDLE:
+        part = inner if index == "1" else RESNET.get(inner)
+        return f"mid_block.{MIDDLE[index]}.{part}" if part else None
     if block == "input_blocks" and index.isdecimal() and int(index) in places:
         return _input_block(places[int(index)], inner)
     return None
@@ -94,6 +86,6 @@ def _input_block(place: Place, inner: str) -> str | None:
     part, _, rest = inner.partition(".")
     if inner == "0.op":
         return f"down_blocks.{level}.downsamplers.0.conv"
-    if part == "0" and rest in _RESNET:
-        return f"down_blocks.{level}.resnets.{within}.{_RESNET[rest]}"
+    if part == "0" and rest in RESNET:
+        return f"down_blocks.{level}.resnets.{within}.{RESNET[rest]}"
     return f"down_blocks.{level}.attentions.{within}.{rest}" if part == "1" and rest else None
