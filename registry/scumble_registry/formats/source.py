@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
+
 from scumble.errors import NotFound, Refused
 from scumble_registry.compatibility import Compatibility
-from scumble_registry.manifest import Defaults
+from scumble_registry.manifest import Defaults, Sampling
 
 _MAX_FILES = 2000
 _MAX_JSON = 64 << 20  # tokenizers
@@ -37,6 +39,10 @@ class Source:
     """Where the files of the base are that it is published for, filled when asked for; None without a base."""
     work: Path | None = None
     """A folder for what a format makes of the files; gone when the version is published."""
+    allow_leftover: bool = False
+    """The publisher lets keys that nobody understands be left out; the manifest then names them."""
+    max_bytes: int | None = None
+    """How large the weights may be; None: what is sound for their kind."""
 
     @classmethod
     def scan(cls, path: Path, words: tuple[str, ...] = ()) -> Source:
@@ -88,7 +94,15 @@ class Draft:
     compatibility: Compatibility
     record: bytes | None = None
     defaults: Defaults | None = None
+    sampling: Sampling | None = None
+    """How the files say that they were made to be sampled; the publisher's word goes before it."""
     trigger_words: tuple[str, ...] = ()
+    dialect: str = ""
+    """Whose layout it is, in a word or two (`kohya`, `PEFT folder`): for people."""
+    details: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What `inspect` says beyond the compatibility: ranks, alphas and serving class by module, training metadata."""
+    leftover: tuple[str, ...] = ()
+    """Keys that were left out because `Source.allow_leftover` said so, sorted."""
 
 
 def check_plain(source: Source) -> None:
