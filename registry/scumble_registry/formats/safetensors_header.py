@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,17 @@ def read_tensors(path: Path, header: Header) -> dict[str, Array]:
 
 def write(tensors: dict[str, Array], metadata: dict[str, str]) -> bytes:
     """A safetensors file with one possible form: wider dtypes first (so all data is aligned), then by name."""
+    return b"".join(_pieces(tensors, metadata))
+
+
+def write_file(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
+    """The same into a new file, tensor by tensor: no more than one is in memory."""
+    with path.open("xb") as file:
+        for piece in _pieces(tensors, metadata):
+            file.write(piece)
+
+
+def _pieces(tensors: dict[str, Array], metadata: dict[str, str]) -> Iterator[bytes]:
     names = {dtype: name for name, dtype in DTYPES.items()}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -117,8 +129,9 @@ def write(tensors: dict[str, Array], metadata: dict[str, str]) -> bytes:
         begin = end
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    data = [np.ascontiguousarray(tensors[name]).tobytes() for name in order]
-    return b"".join([struct.pack("<Q", len(text)), text, *data])
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        yield np.ascontiguousarray(tensors[name]).tobytes()
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from scumble.errors import IntegrityError, Refused
+from scumble_registry.formats.checkpoint.text import plain
 from scumble_registry.formats.safetensors_header import DTYPES, Array, header_of, read_header, read_tensors, write
 
 SUFFIX = ".delta"
@@ -73,11 +74,6 @@ def is_expanded(path: Path, target: Path) -> bool:
             return hashlib.file_digest(file, "sha256").hexdigest() == _open(path)[1]
     except FileNotFoundError:
         return False
-
-
-def plain(name: str) -> str:
-    """transformers ≥ 5.6 leaves out what others begin a text encoder's names with."""
-    return name.removeprefix("text_model.")
 
 
 def _tensors(path: Path, base: Mapping[str, Array]) -> Iterator[tuple[str, Array, bool]]:

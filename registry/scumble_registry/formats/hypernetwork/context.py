@@ -40,7 +40,7 @@ from scumble_registry.formats.hypernetwork.context_record import (
     read,
     write,
 )
-from scumble_registry.formats.lora.leftover import refuse_leftover
+from scumble_registry.formats.leftover import refuse_leftover
 from scumble_registry.formats.safetensors_header import Array, Header
 
 _KEY = re.compile(r"([1-9]\d{0,4})\.([kv])\.linear\.(0|[1-9]\d{0,2})\.(weight|bias)")

@@ -40,7 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import Family, LoraCompatibility, Shape, WeightPredictor
-from scumble_registry.formats.lora.leftover import refuse_leftover
+from scumble_registry.formats.leftover import refuse_leftover
 from scumble_registry.formats.safetensors_header import Array, Header, write
 
 CONFIG = "scumble.predictor"
