@@ -75,6 +75,11 @@ def is_expanded(path: Path, target: Path) -> bool:
         return False
 
 
+def published_sha256(path: Path) -> str:
+    """Hexadecimal, of the file that `expand` would write. Raises IntegrityError if this is no delta."""
+    return _open(path)[1]
+
+
 def plain(name: str) -> str:
     """transformers ≥ 5.6 leaves out what others begin a text encoder's names with."""
     return name.removeprefix("text_model.")
