@@ -106,7 +106,7 @@ def store(
     details: Details,
     blobs: BlobStore,
     encoder: Manifest | None = None,
-    allowed: Allowed = Allowed(),  # noqa: B008 - frozen
+    allowed: Allowed = Allowed(),
 ) -> Stored:
     """Check the files, derive what is derived, put every blob.
 
@@ -151,7 +151,9 @@ def _manifest(draft: Draft, files: dict[str, Blob], record: Blob | None, metadat
 def _check_size(source: Source) -> None:
     size = sum(file.stat().st_size for file in source.files.values())
     if source.max_bytes is not None and size > source.max_bytes:
-        raise Refused(f"{source.path} has {size:,} bytes, more than --max-size allows ({source.max_bytes:,})", bytes=size)
+        raise Refused(
+            f"{source.path} has {size:,} bytes, more than --max-size allows ({source.max_bytes:,})", bytes=size
+        )
 
 
 def _check_sampling(details: Details, draft: Draft) -> None:

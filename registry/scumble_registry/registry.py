@@ -18,12 +18,11 @@ from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Match, Status, Version
 from scumble_registry.database import Database
 from scumble_registry.formats import dreambooth
+from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
 from scumble_registry.manifest import Sampling
 from scumble_registry.paths import Layout
-from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
 from scumble_registry.publishing import Allowed, Details, For
 from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
-
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +168,7 @@ class Registry:
         """Hash what was published before hashes were kept, and say how many versions that were."""
         with self._database.reading() as connection:
             older = catalogue.not_hashed(connection)
+        done = 0
         for version in older:
             try:
                 found = self._hashes_of_stored(version)
@@ -177,7 +177,8 @@ class Registry:
                 continue
             with self._database.writing() as connection:
                 catalogue.add_hashes(connection, version, found)
-        return len(older)
+            done += 1
+        return done
 
     def names(self) -> tuple[str, ...]:
         with self._database.reading() as connection:
