@@ -14,6 +14,7 @@ from tiny_variant import make_checkpoint
 
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
+from scumble_registry.formats.source import Hints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ def running(
     with Registry.open(home, create=True) as registry:
         for family in FAMILIES:
             registry.publish(folders[family], name=f"base/{family}")
-            registry.publish(files[family], name=f"single/{family}", like=folders[family])
+            registry.publish(files[family], name=f"single/{family}", hints=Hints(registry.folder_of(folders[family])))
             registry.publish(files[family], name=f"dream/{family}", base=f"base/{family}")
     bases = [f"{kind}/{family}" for kind in ("base", "single") for family in FAMILIES]
     started = start(home, bases[0], files, more_bases=bases[1:])

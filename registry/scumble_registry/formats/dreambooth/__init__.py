@@ -16,7 +16,14 @@ from scumble.errors import Incompatible, Refused
 from scumble_registry.compatibility import BaseCompatibility, DreamboothCompatibility, check_targets
 from scumble_registry.formats import base as base_format
 from scumble_registry.formats.checkpoint.text import plain
-from scumble_registry.formats.dreambooth.delta import SUFFIX, expand, is_expanded, read_delta, write_delta
+from scumble_registry.formats.dreambooth.delta import (
+    SUFFIX,
+    expand,
+    is_expanded,
+    published_sha256,
+    read_delta,
+    write_delta,
+)
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest
@@ -115,6 +122,11 @@ def is_folder(stored: Path, folder: Path) -> bool:
     )
 
 
+def published_digests(stored: Path) -> list[str]:
+    """sha256 of the weights files that are kept as deltas, as they were published. Raises IntegrityError."""
+    return [published_sha256(delta) for delta in sorted(stored.rglob(f"*{SUFFIX}"))]
+
+
 def read_changed(stored: Path, base_folder: Path) -> dict[str, dict[str, Array]]:
     """By component (`unet`, `text_encoder`, `vae` …): the tensors that differ from the base's, by plain name.
 
@@ -164,6 +176,7 @@ __all__ = [
     "is_folder",
     "keep_differences",
     "plain",
+    "published_digests",
     "read",
     "read_changed",
     "recognises",

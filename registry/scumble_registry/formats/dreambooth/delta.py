@@ -76,6 +76,11 @@ def is_expanded(path: Path, target: Path) -> bool:
         return False
 
 
+def published_sha256(path: Path) -> str:
+    """Hexadecimal, of the file that `expand` would write. Raises IntegrityError if this is no delta."""
+    return _open(path)[1]
+
+
 def _tensors(path: Path, base: Mapping[str, Array]) -> Iterator[tuple[str, Array, bool]]:
     """Name, values and whether they differ from the base's, in the order of the published file."""
     parts, _ = _open(path)

@@ -13,6 +13,7 @@ from scumble_registry import Registry
 from scumble_registry.compatibility import BaseCompatibility, DreamboothCompatibility
 from scumble_registry.formats.checkpoint import configs
 from scumble_registry.formats.checkpoint.vocabulary import write_tokenizer
+from scumble_registry.formats.source import Hints
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -120,7 +121,10 @@ def found(registry: Registry, path: Path, **how: Any) -> BaseCompatibility:
 
 def test_a_single_file_is_the_base_that_its_folder_is(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
     file = write(tiny_base, tmp_path / "one.safetensors")
-    assert found(registry, file, like=tiny_base) == registry.publish(tiny_base, "n/other").manifest.compatibility
+    assert (
+        found(registry, file, hints=Hints(lambda: tiny_base))
+        == registry.publish(tiny_base, "n/other").manifest.compatibility
+    )
     registry.pull("n/base", tmp_path / "pulled")
     again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pulled", local_files_only=True)
     assert again.unet.config.attention_head_dim == 4
@@ -133,7 +137,7 @@ def test_what_a_file_lacks_is_taken_from_the_folder_it_is_like(
     with pytest.raises(Refused, match=r"no text_encoder and no vae.*--like"):
         registry.publish(add(write(tiny_base, tmp_path / "other.safetensors", parts="u"), real_width()), "n/alone")
     registry.publish(tiny_base, "n/whole")
-    found(registry, file, like="n/whole")
+    found(registry, file, hints=Hints(registry.folder_of("n/whole")))
     files = registry.find("n/base").manifest.files
     whole = registry.find("n/whole").manifest.files
     assert files["vae/diffusion_pytorch_model.safetensors"] == whole["vae/diffusion_pytorch_model.safetensors"]
@@ -165,7 +169,7 @@ def test_averaged_weights_are_taken_only_when_asked_for(registry: Registry, tiny
 
     file = write(tiny_base, tmp_path / "one.safetensors", ema=True)
     for name, how in {"plain": {}, "ema": {"ema": True}}.items():
-        registry.publish(file, f"n/{name}", like=tiny_base, **how)
+        registry.publish(file, f"n/{name}", hints=Hints(lambda: tiny_base, **how))
         registry.pull(f"n/{name}", tmp_path / name)
     unet = "unet/diffusion_pytorch_model.safetensors"
     plain, averaged = load_file(tmp_path / "plain" / unet), load_file(tmp_path / "ema" / unet)
@@ -173,7 +177,9 @@ def test_averaged_weights_are_taken_only_when_asked_for(registry: Registry, tiny
     stored = load_file(file)
     assert torch.equal(averaged["conv_in.weight"], stored["model_ema.diffusion_modelinput_blocks00weight"])
     with pytest.raises(Refused, match="no averaged weights"):
-        registry.publish(write(tiny_base, tmp_path / "two.safetensors"), "n/two", like=tiny_base, ema=True)
+        registry.publish(
+            write(tiny_base, tmp_path / "two.safetensors"), "n/two", hints=Hints(lambda: tiny_base, ema=True)
+        )
 
 
 def test_what_sd2_predicts_must_be_said(registry: Registry, tiny_sd2: Path, tmp_path: Path) -> None:
@@ -182,17 +188,17 @@ def test_what_sd2_predicts_must_be_said(registry: Registry, tiny_sd2: Path, tmp_
     file = write(tiny_sd2, tmp_path / "one.safetensors")
     with pytest.raises(Refused, match="--prediction-type"):
         registry.publish(file, "n/base")
-    assert found(registry, file, like=tiny_sd2).prediction_type == "v_prediction"
-    assert found(registry, file, like=tiny_sd2, prediction_type="epsilon").prediction_type == "epsilon"
+    assert found(registry, file, hints=Hints(lambda: tiny_sd2)).prediction_type == "v_prediction"
+    assert found(registry, file, hints=Hints(lambda: tiny_sd2, "epsilon")).prediction_type == "epsilon"
     said = add(file, {}, {"modelspec.prediction_type": "v"})
-    assert found(registry, said, like=tiny_sd2).prediction_type == "v_prediction"
+    assert found(registry, said, hints=Hints(lambda: tiny_sd2)).prediction_type == "v_prediction"
     with pytest.raises(InvalidRequest, match="leave --prediction-type out"):
-        registry.publish(said, "n/base", like=tiny_sd2, prediction_type="epsilon")
+        registry.publish(said, "n/base", hints=Hints(lambda: tiny_sd2, "epsilon"))
 
 
 def test_the_mark_of_velocity_is_read(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
     file = add(write(tiny_base, tmp_path / "one.safetensors"), {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
-    assert found(registry, file, like=tiny_base).prediction_type == "v_prediction"
+    assert found(registry, file, hints=Hints(lambda: tiny_base)).prediction_type == "v_prediction"
     registry.pull("n/base", tmp_path / "pulled")
     schedule = json.loads((tmp_path / "pulled/scheduler/scheduler_config.json").read_text())
     assert schedule["rescale_betas_zero_snr"] is True
@@ -201,14 +207,16 @@ def test_the_mark_of_velocity_is_read(registry: Registry, tiny_base: Path, tmp_p
 def test_keys_that_nobody_understands_are_refused_by_name(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
     file = add(write(tiny_base, tmp_path / "one.safetensors"), {"model.diffusion_model.new.weight": torch.zeros(2)})
     with pytest.raises(Refused, match=r"model\.diffusion_model\.new\.weight"):
-        registry.publish(file, "n/base", like=tiny_base)
+        registry.publish(file, "n/base", hints=Hints(lambda: tiny_base))
 
 
 def test_nan_is_refused(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
     bad = torch.full((4, 3), float("nan"))
     name = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
     with pytest.raises(Refused, match="NaN"):
-        registry.publish(add(write(tiny_base, tmp_path / "a.safetensors"), {name: bad}), "n/base", like=tiny_base)
+        registry.publish(
+            add(write(tiny_base, tmp_path / "a.safetensors"), {name: bad}), "n/base", hints=Hints(lambda: tiny_base)
+        )
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
