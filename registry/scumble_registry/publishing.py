@@ -58,9 +58,9 @@ def store(
     """
     base = published_for.manifest if published_for is not None else None
     with explain_os_errors(path, "read"), tempfile.TemporaryDirectory() as work:
-        source = Source.scan(path, tuple(details.trigger_words))
+        source = replace(Source.scan(path, tuple(details.trigger_words)), work=Path(work))
         if published_for is not None:
-            source = replace(source, base_folder=published_for.folder, work=Path(work))
+            source = replace(source, base_folder=published_for.folder)
         before = source.stamps()
         draft = formats.read(source, base)
         metadata = _metadata(details, draft)
