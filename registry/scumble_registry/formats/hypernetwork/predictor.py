@@ -123,6 +123,11 @@ def recognises(header: Header) -> bool:
     return CONFIG in header.metadata
 
 
+def strangers(_: Header) -> set[str]:
+    """None that may be left out: this layout is ours alone, and `parse` refuses what it does not know."""
+    return set()
+
+
 def parse(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[bytes, WeightPredictor, Family | None]:
     """The record and what is derived. Raises Refused, naming the tensor or the field that is wrong."""
     record = make_record(tensors, _config(metadata[CONFIG]))
