@@ -198,7 +198,9 @@ def test_find_tells_versions_by_hash(scumble: Scumble, lora: Path) -> None:
     assert scumble("find", "short")[0] == 2
 
 
-@pytest.mark.parametrize(("size", "status"), [("10", 4), ("0.1KB", 4), ("1MiB", 0), ("many", 2), ("-1", 2), ("5 ib", 2)])
+@pytest.mark.parametrize(
+    ("size", "status"), [("10", 4), ("0.1KB", 4), ("1MiB", 0), ("many", 2), ("-1", 2), ("5 ib", 2)]
+)
 def test_max_size_is_read_as_people_write_it(scumble: Scumble, lora: Path, size: str, status: int) -> None:
     assert scumble("publish", lora, "--name", "styles/ink", f"--max-size={size}")[0] == status
     assert scumble("inspect", lora, f"--max-size={size}")[0] == status
