@@ -22,7 +22,7 @@ from scumble_registry import formats
 from scumble_registry.blobs import Blob, copy_and_hash
 from scumble_registry.catalogue import Match
 from scumble_registry.compatibility import Compatibility, check_fit
-from scumble_registry.formats.source import Draft, Source
+from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import AUTO_V2, AUTO_V3, FileHash, HashKind, hashes_of
 from scumble_registry.manifest import Manifest, Sampling
 from scumble_registry.publishing import Allowed, For, examined
@@ -83,6 +83,7 @@ def inspect(
     base: str | None = None,
     trigger_words: Iterable[str] = (),
     max_bytes: int | None = None,
+    hints: Hints | None = None,
 ) -> Inspection:
     """`base` is a reference, or a folder (`./base`, `/models/base`) with a base that is published nowhere.
 
@@ -90,7 +91,7 @@ def inspect(
     """
     published_for = _find_base(base, registry) if base is not None else None
     words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
-    allowed = Allowed(leftover=True, max_bytes=max_bytes)
+    allowed = Allowed(leftover=True, max_bytes=max_bytes, hints=hints or Hints())
     with (
         registry.scratch() if registry is not None else _temporary() as work,
         examined(Path(path), published_for, words, allowed, work) as found,

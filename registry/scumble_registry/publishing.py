@@ -21,7 +21,7 @@ from scumble_registry.compatibility import (
     IpAdapterCompatibility,
     check_fit,
 )
-from scumble_registry.formats.source import Draft, Source
+from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import FileHash, hashes_of, weights_of
 from scumble_registry.manifest import Manifest, Sampling, canonical_json
 
@@ -52,12 +52,13 @@ class For:
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What a publisher lets through that is refused otherwise."""
+    """What a publisher lets through that is refused otherwise, and says of files that do not say it."""
 
     leftover: bool = False
     """Keys that nobody understands are left out and named."""
     max_bytes: int | None = None
     """How large the files may be; None: what is sound for their kind."""
+    hints: Hints = field(default_factory=Hints)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ def examined(
             base_folder=published_for.folder if published_for is not None else None,
             allow_leftover=allowed.leftover,
             max_bytes=allowed.max_bytes,
+            hints=allowed.hints,
         )
         _check_size(source)
         before = source.stamps()

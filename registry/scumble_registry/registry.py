@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Match, Status, Version
 from scumble_registry.database import Database
 from scumble_registry.formats import dreambooth
+from scumble_registry.formats.source import Hints
 from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
 from scumble_registry.manifest import Sampling
 from scumble_registry.paths import Layout
@@ -83,12 +84,14 @@ class Registry:
         description: str = "",
         allow_leftover: bool = False,
         max_bytes: int | None = None,
+        hints: Hints | None = None,
     ) -> Version:
         """Publish a file or folder as the next version of `name`, or find it if this very content is there.
 
         `image_encoder` names the one that an IP-Adapter reads pictures with, unless it brings its own; `sampling` says
         what an adapter was made to be sampled with. `allow_leftover` leaves keys out that nobody understands, and names
-        them in the manifest; `max_bytes` bounds the files instead of what is sound for their kind.
+        them in the manifest; `max_bytes` bounds the files instead of what is sound for their kind; `hints` is what
+        files may not say themselves (its `like` is made by `folder_of`).
 
         Atomic: whatever happens, the version is there whole or not at all. Raises InvalidRequest, NotFound,
         Refused, Incompatible (with `base` or `image_encoder`), Unavailable.
@@ -101,7 +104,7 @@ class Registry:
         details = Details(license, description, words, provenance or {}, metrics or {}, sample_grid, profile)
         published_for = self.published_for(base) if base is not None else None
         encoder = self.resolve(image_encoder).manifest if image_encoder is not None else None
-        allowed = Allowed(allow_leftover, max_bytes)
+        allowed = Allowed(allow_leftover, max_bytes, hints or Hints())
         with self.scratch() as work:
             stored = publishing.store(Path(path), published_for, details, self._blobs, work, encoder, allowed)
         with self._database.writing() as connection:
@@ -120,6 +123,23 @@ class Registry:
             work = tempfile.TemporaryDirectory(prefix="work-", dir=self._scratch)
         with work as folder:
             yield Path(folder)
+
+    def folder_of(self, like: str | Path | None) -> Callable[[], Path] | None:
+        """For `Hints.like`: a folder in the diffusers layout, or a base by its reference.
+
+        Raises NotFound, Refused for what is neither.
+        """
+        if like is None:
+            return None
+        folder = Path(like).expanduser()
+        if (folder / "model_index.json").is_file():
+            return lambda: folder
+        if folder.exists():
+            raise Refused(f"{like} holds no model_index.json; --like names a folder in the diffusers layout, or a base")
+        version = self.resolve(str(like))
+        if version.manifest.kind != "base":
+            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; --like names a folder or a base")
+        return lambda: self.materialise(version)
 
     def published_for(self, base: str) -> For:
         """What publishing for `base` needs of it. Raises NotFound, and Refused for what is no base."""

@@ -10,16 +10,20 @@ import typer
 from scumble_registry.cli.options import (
     Alias,
     AllowLeftover,
+    Averaged,
     Base,
     Description,
     Home,
     ImageEncoder,
     Json,
     Licence,
+    Like,
     MaxSize,
     Name,
+    Prediction,
     SampleGrid,
     SamplingText,
+    Shortcut,
     Staged,
     Trigger,
     open_registry,
@@ -28,6 +32,7 @@ from scumble_registry.cli.options import (
 )
 from scumble_registry.cli.printing import say
 from scumble_registry.cli.publish import derived
+from scumble_registry.formats.source import Hints
 
 app = typer.Typer()
 
@@ -53,6 +58,10 @@ def import_(
     sampling: SamplingText = None,
     allow_leftover: AllowLeftover = False,
     max_size: MaxSize = None,
+    like: Like = None,
+    prediction: Prediction = None,
+    averaged: Averaged = False,
+    shortcut: Shortcut = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
@@ -81,5 +90,6 @@ def import_(
             sample_grid=sample_grid,
             sampling=read_sampling(sampling),
             allow_leftover=allow_leftover,
+            hints=Hints(registry.folder_of(like), prediction, averaged, shortcut),
         )
     say(version, as_json, f"{version.ref} ({version.status}) {version.digest}\n{derived(version)}")

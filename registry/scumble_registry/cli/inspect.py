@@ -12,8 +12,22 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from scumble_registry.cli.options import AllowLeftover, Home, Json, MaxSize, Trigger, read_size, registry_if_there
+from scumble_registry.cli.options import (
+    AllowLeftover,
+    Averaged,
+    Home,
+    Json,
+    Like,
+    MaxSize,
+    Prediction,
+    Shortcut,
+    Trigger,
+    folder_of,
+    read_size,
+    registry_if_there,
+)
 from scumble_registry.cli.printing import listed, plain, print_json, print_rows
+from scumble_registry.formats.source import Hints
 from scumble_registry.inspection import Inspection, hashes_to_dict
 from scumble_registry.inspection import inspect as look_at
 
@@ -33,13 +47,24 @@ def inspect(
     trigger: Trigger = None,
     allow_leftover: AllowLeftover = False,
     max_size: MaxSize = None,
+    like: Like = None,
+    prediction: Prediction = None,
+    averaged: Averaged = False,
+    shortcut: Shortcut = None,
     every: Annotated[bool, typer.Option("--all", help="Every module, not only the first.")] = False,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Say what a file is, without publishing it. Exits with 4 where publishing it so would be refused."""
     with registry_if_there(home) or nullcontext() as registry:
-        found = look_at(path, registry, base=base, trigger_words=trigger or (), max_bytes=read_size(max_size))
+        found = look_at(
+            path,
+            registry,
+            base=base,
+            trigger_words=trigger or (),
+            max_bytes=read_size(max_size),
+            hints=Hints(folder_of(like, registry), prediction, averaged, shortcut),
+        )
     if as_json:
         print_json(found.to_dict())
     else:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from scumble.errors import InvalidRequest, NotFound
+from scumble.errors import InvalidRequest, NotFound, Refused
+from scumble_registry.compatibility import PredictionType
 from scumble_registry.paths import Layout, default_home
 from scumble_registry.registry import Registry
 
@@ -42,6 +44,18 @@ MaxSize = Annotated[
     str | None,
     typer.Option(help="The most that the files may take, e.g. 500MB or 6GiB. [default: what is sound for their kind]"),
 ]
+Like = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder in the diffusers layout, or a base, that has what a single file lacks.", metavar="DIR-OR-REF"
+    ),
+]
+Prediction = Annotated[
+    PredictionType | None,
+    typer.Option("--prediction-type", help="What a checkpoint predicts, where its file does not say it."),
+]
+Averaged = Annotated[bool, typer.Option("--ema", help="Of a checkpoint's weights, the averaged ones.")]
+Shortcut = Annotated[bool | None, typer.Option(help="Is a FaceID-Plus a PlusV2? [default: by the file's name]")]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.ASCII | re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -56,6 +70,18 @@ def registry_if_there(home: Path | None) -> Registry | None:
     if home is None and not Layout(default_home()).database.is_file():
         return None
     return open_registry(home)
+
+
+def folder_of(like: str | None, registry: Registry | None) -> Callable[[], Path] | None:
+    """Raises NotFound, Refused for what is neither a base nor a folder of one."""
+    if like is None:
+        return None
+    if registry is None:
+        folder = Path(like).expanduser()
+        if not (folder / "model_index.json").is_file():
+            raise Refused(f"there is no registry here that could have the base {like}; name a folder, or --home DIR")
+        return lambda: folder
+    return registry.folder_of(like)
 
 
 def read_sampling(text: str | None) -> Any:

@@ -12,17 +12,21 @@ from scumble_registry.catalogue import Version
 from scumble_registry.cli.options import (
     Alias,
     AllowLeftover,
+    Averaged,
     Base,
     Description,
     Home,
     ImageEncoder,
     Json,
     Licence,
+    Like,
     MaxSize,
     Name,
+    Prediction,
     Ref,
     SampleGrid,
     SamplingText,
+    Shortcut,
     Staged,
     Trigger,
     open_registry,
@@ -31,6 +35,7 @@ from scumble_registry.cli.options import (
 )
 from scumble_registry.cli.printing import listed, plain, say
 from scumble_registry.extract import extract
+from scumble_registry.formats.source import Hints
 
 app = typer.Typer()
 
@@ -53,6 +58,10 @@ def publish(
     sampling: SamplingText = None,
     allow_leftover: AllowLeftover = False,
     max_size: MaxSize = None,
+    like: Like = None,
+    prediction: Prediction = None,
+    averaged: Averaged = False,
+    shortcut: Shortcut = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
@@ -72,6 +81,7 @@ def publish(
             sampling=read_sampling(sampling),
             allow_leftover=allow_leftover,
             max_bytes=read_size(max_size),
+            hints=Hints(registry.folder_of(like), prediction, averaged, shortcut),
         )
     say(version, as_json, f"{version.ref} ({version.status}) {version.digest}\n{derived(version)}")
 

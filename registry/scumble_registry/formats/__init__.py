@@ -23,6 +23,7 @@ from scumble_registry.formats import (
     textual_inversion,
     vae,
 )
+from scumble_registry.formats.incoming import with_safetensors
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest
 
@@ -54,7 +55,8 @@ of it too."""
 
 
 def read(source: Source, base: Manifest | None) -> Draft:
-    """The draft of the one format that recognises `source`."""
+    """The draft of the one format that recognises `source`, whose pickles become safetensors first (`incoming.py`)."""
+    source = with_safetensors(source)
     for form in FORMATS:
         if form.recognises(source):
             return form.read(source, base)

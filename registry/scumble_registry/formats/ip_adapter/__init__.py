@@ -29,7 +29,7 @@ from scumble_registry.formats.floats import read_floats
 from scumble_registry.formats.ip_adapter.attentions import attentions
 from scumble_registry.formats.ip_adapter.projection import Projection, inspect
 from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record, write_record
-from scumble_registry.formats.lora.leftover import refuse_leftover
+from scumble_registry.formats.leftover import refuse_leftover
 from scumble_registry.formats.lora.record import LoraRecord, make_module
 from scumble_registry.formats.safetensors_header import Array, Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import IpAdapterKind, Shape
-from scumble_registry.formats.lora.leftover import refuse_leftover
+from scumble_registry.formats.leftover import refuse_leftover
 
 _HEAD = 64  # channels of one head of a resampler: fixed in all of them
 

@@ -1,21 +1,7 @@
-"""What a parser does not understand is refused by name: a key dropped in silence is a wrong picture."""
+"""What a LoRA's parsers do not understand: see `formats/leftover.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from scumble_registry.formats.leftover import refuse_leftover
 
-from scumble.errors import Refused
-
-_SHOWN = 8
-
-
-def refuse_leftover(keys: Collection[str], hint: str) -> None:
-    if not keys:
-        return
-    names = sorted(keys)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    raise Refused(
-        f"{len(names)} keys are not understood: {', '.join(names[:_SHOWN])}{more}. "
-        f"They are of a kind that cannot be served yet, {hint}; nothing was published",
-        keys=names,
-    )
+__all__ = ["refuse_leftover"]
