@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from scumble.errors import Refused
+from scumble_registry.formats.source import Source
 
 _SHOWN = 8
 
@@ -20,3 +21,10 @@ def refuse_leftover(keys: Collection[str], hint: str, of: str | None = None) -> 
         f"{len(names)} keys are not understood: {', '.join(names[:_SHOWN])}{more}. {kind}; nothing was published",
         keys=names,
     )
+
+
+def leave_out(source: Source, keys: Collection[str], hint: str) -> tuple[str, ...]:
+    """The keys, sorted, where the publisher lets them be left out. Raises Refused where not."""
+    if not source.allow_leftover:
+        refuse_leftover(keys, hint)
+    return tuple(sorted(keys))
