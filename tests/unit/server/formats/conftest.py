@@ -85,20 +85,18 @@ def bench(
 ) -> Iterator[Bench]:
     home, files = tmp_path_factory.mktemp("formats"), tmp_path_factory.mktemp("files")
     folders = {"sd1": tiny_base, "sd2": make_tiny_sd2(files / "sd2"), "sdxl": make_tiny_sdxl(files / "sdxl")}
+    folders["inpainting"] = make_tiny_inpainting(tiny_base, files / "inpainting")
     with Registry.open(home, create=True) as registry:
         for name, folder in folders.items():
             registry.publish(folder, name=f"base/{name}")
-    running = start(home, "base/sd1", {}, more_bases=("base/sd2", "base/sdxl"))
+    running = start(home, "base/sd1", {}, more_bases=("base/sd2", "base/sdxl", "base/inpainting"))
     yield Bench(running, folders, diffusers_alone)
     running.service.close()
 
 
-@pytest.fixture(scope="package")
-def inpainting(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_inpainting(bench.folders["sd1"], tmp_path_factory.mktemp("inpainting") / "base")
-    with Registry.open(bench.running.home) as registry:
-        registry.publish(folder, name="base/inpainting")
-    return folder
+@pytest.fixture
+def inpainting(bench: Bench) -> Path:
+    return bench.folders["inpainting"]
 
 
 @pytest.fixture(autouse=True)
