@@ -70,7 +70,7 @@ def store(
         if encoder is not None:
             _check_encoder(draft, encoder)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
-        files = {name: _put_file(file, blobs) for name, file in draft.files.items()}
+        files = {name: put_file(file, blobs) for name, file in draft.files.items()}
         record = blobs.put(io.BytesIO(draft.record)) if draft.record is not None else None
         if source.stamps() != before:
             raise Refused(f"{path} changed while it was being published; publish it again when it is finished")
@@ -134,7 +134,7 @@ def _metadata(details: Details, draft: Draft) -> dict[str, Any]:
     }
 
 
-def _put_file(file: Path, blobs: BlobStore) -> Blob:
+def put_file(file: Path, blobs: BlobStore) -> Blob:
     with file.open("rb") as source:
         return blobs.put(source)
 
