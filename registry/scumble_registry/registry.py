@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Status, Version
 from scumble_registry.database import Database
 from scumble_registry.formats import dreambooth
-from scumble_registry.manifest import Sampling
+from scumble_registry.manifest import Sampling, canonical_json
 from scumble_registry.paths import Layout
 from scumble_registry.publishing import Details, For
 from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
@@ -236,10 +237,9 @@ class Registry:
 
         Atomic, as `publish` is.
         """
+        plain_key, about = (json.loads(canonical_json(dict(each))) for each in (key, provenance or {}))
         stored = {name: publishing.put_file(path, self._blobs) for name, path in files.items()}
-        manifest = ArtifactManifest.model_validate(
-            {"kind": kind, "of": of.digest, "key": dict(key), "files": stored, "provenance": dict(provenance or {})}
-        )
+        manifest = ArtifactManifest(kind=kind, of=of.digest, key=plain_key, files=stored, provenance=about)
         with self._database.writing() as connection:
             return artifacts.put(connection, manifest)
 

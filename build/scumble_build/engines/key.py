@@ -4,7 +4,7 @@ are two engines; an engine is loaded only where every part of its key is what th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -31,7 +31,7 @@ class EngineKey:
     sm: int
     precision: str
     layout: str
-    profiles: Mapping[str, Any]
+    profiles: Sequence[Mapping[str, Any]]
     flags: Mapping[str, Any]
 
     @property
