@@ -95,7 +95,6 @@ def _peft(record: LoraRecord, folder: Path, metadata: dict[str, str]) -> None:
         config = {
             **_config(modules),
             "peft_type": "LORA",
-            "target_modules": sorted(modules),
             "use_dora": any(module.magnitude is not None for module in modules.values()),
             "use_rslora": False,
             "bias": "none",
@@ -122,12 +121,13 @@ def _by_component(record: LoraRecord, layout: str) -> dict[str, dict[str, LoraMo
 
 
 def _config(modules: Mapping[str, LoraModule]) -> dict[str, Any]:
-    """LoraConfig's numbers: the most frequent ones, and patterns for all others."""
+    """LoraConfig's modules and numbers: the most frequent ones, and patterns for all others."""
     ranks = {name: module.rank for name, module in modules.items()}
     alphas = {name: module.alpha for name, module in modules.items()}
     (rank, _), *_ = Counter(ranks.values()).most_common(1)
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
     return {
+        "target_modules": sorted(modules),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
