@@ -81,6 +81,9 @@ def projection(kind: str, context: int, tokens: int) -> Tensors:
             **linear("proj.2", context, STATES),
             **norm("proj.3", context),
         }
+    if kind == "instantid":
+        inner = 64
+        return {"latents": torch.randn(1, tokens, inner), **resampler("", inner, 512, context)}
     if kind == "plus":
         inner = 2 * context
         return {"latents": torch.randn(1, tokens, inner), **resampler("", inner, STATES, context)}

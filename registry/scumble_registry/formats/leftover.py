@@ -10,14 +10,15 @@ from scumble_registry.formats.source import Source
 _SHOWN = 8
 
 
-def refuse_leftover(keys: Collection[str], hint: str) -> None:
+def refuse_leftover(keys: Collection[str], hint: str, of: str | None = None) -> None:
+    """`of`: what they are known to be (`VeRA`), where that is known."""
     if not keys:
         return
     names = sorted(keys)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    kind = f"They are {of}" if of else f"They are of a kind that cannot be served yet, {hint}"
     raise Refused(
-        f"{len(names)} keys are not understood: {', '.join(names[:_SHOWN])}{more}. "
-        f"They are of a kind that cannot be served yet, {hint}; nothing was published",
+        f"{len(names)} keys are not understood: {', '.join(names[:_SHOWN])}{more}. {kind}; nothing was published",
         keys=names,
     )
 

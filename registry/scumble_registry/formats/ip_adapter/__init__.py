@@ -33,7 +33,7 @@ from scumble_registry.formats.ip_adapter.attentions import attentions
 from scumble_registry.formats.ip_adapter.projection import Projection, inspect
 from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record, write_record
 from scumble_registry.formats.leftover import leave_out, refuse_leftover
-from scumble_registry.formats.lora.record import LoraRecord, make_module
+from scumble_registry.formats.lora.record import LoraModule, make_module
 from scumble_registry.formats.safetensors_header import Array, Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
@@ -153,7 +153,7 @@ def _parse(projection: dict[str, Array], attention: dict[str, Array], base: Base
         else:
             factors.setdefault(f"{names[index]}.{_LAYERS[match[2]]}", {})[match[3]] = array
     refuse_leftover(leftover, hint="or name no attention")
-    lora: LoraRecord = {}
+    lora: dict[str, LoraModule] = {}
     for target, pair in sorted(factors.items()):
         if len(pair) != 2:
             raise Refused(f"{target}: its LoRA has only one of down and up; the file is not whole", target=target)
