@@ -173,7 +173,7 @@ class HypernetworkCompatibility(BaseModel):
         self.network.fits(base)
 
 
-IpAdapterKind = Literal["base", "full", "plus", "faceid", "faceid_plus"]
+IpAdapterKind = Literal["base", "full", "plus", "faceid", "faceid_plus", "face_resampler"]
 """How a picture becomes tokens: see `formats/ip_adapter/projection.py`."""
 
 
