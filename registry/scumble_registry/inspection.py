@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,10 @@ def inspect(
     published_for = _find_base(base, registry) if base is not None else None
     words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
     allowed = Allowed(leftover=True, max_bytes=max_bytes, hints=hints or Hints())
-    with examined(Path(path), published_for, words, allowed) as found:
+    with (
+        registry.scratch() if registry is not None else _temporary() as work,
+        examined(Path(path), published_for, words, allowed, work) as found,
+    ):
         draft = found.draft
         files = {name: _hash(file) for name, file in found.source.files.items()}
         known = {file: files[name] for name, file in found.source.files.items()}
@@ -112,6 +117,12 @@ def inspect(
             misfit=_misfit(draft, published_for.manifest) if published_for is not None else None,
             known=registry.matches(hashes) if registry is not None else (),
         )
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def hashes_to_dict(hashes: Iterable[FileHash]) -> dict[str, Any]:

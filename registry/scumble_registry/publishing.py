@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,9 @@ from scumble_registry.hashes import FileHash, hashes_of, weights_of
 from scumble_registry.manifest import Manifest, Sampling, canonical_json
 
 _MAX_WORDS, _MAX_WORD, _MAX_TEXT = 100, 200, 20_000
+_OWN = ("diffusers", "h94", "scumble")
+"""Layouts of those who made the kinds, which our trainers write too: a manifest says no dialect for them, as none did
+before there were others, so that what was published then is the same version when it is published again."""
 _PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
 
@@ -79,16 +81,18 @@ class Stored:
 
 
 @contextmanager
-def examined(path: Path, published_for: For | None, words: Iterable[str], allowed: Allowed) -> Iterator[Examined]:
-    """Read the files as publishing does. What a format made of them lives until the end of the `with`.
+def examined(
+    path: Path, published_for: For | None, words: Iterable[str], allowed: Allowed, work: Path
+) -> Iterator[Examined]:
+    """Read the files as publishing does; `work` is an empty folder for what a format makes of them.
 
     Raises NotFound, Refused, Incompatible, InvalidRequest, Unavailable.
     """
     base = published_for.manifest if published_for is not None else None
-    with explain_os_errors(path, "read"), tempfile.TemporaryDirectory() as work:
+    with explain_os_errors(path, "read"):
         source = replace(
             Source.scan(path, tuple(words)),
-            work=Path(work),
+            work=work,
             base_folder=published_for.folder if published_for is not None else None,
             allow_leftover=allowed.leftover,
             max_bytes=allowed.max_bytes,
@@ -107,15 +111,16 @@ def store(
     published_for: For | None,
     details: Details,
     blobs: BlobStore,
+    work: Path,
     encoder: Manifest | None = None,
     allowed: Allowed = Allowed(),
 ) -> Stored:
-    """Check the files, derive what is derived, put every blob.
+    """Check the files, derive what is derived, put every blob. `work` is an empty folder.
 
     Raises NotFound, Refused, Incompatible, InvalidRequest before anything is stored, Unavailable at any time.
     """
     base = published_for.manifest if published_for is not None else None
-    with examined(path, published_for, details.trigger_words, allowed) as found:
+    with examined(path, published_for, details.trigger_words, allowed, work) as found:
         draft = found.draft
         metadata = _metadata(details, draft)
         _check_sampling(details, draft)
@@ -133,7 +138,7 @@ def store(
         "image_encoder": encoder.digest if encoder else None,
         "sample_grid": grid,
         "sampling": details.sampling or draft.sampling,
-        "dialect": draft.dialect or None,
+        "dialect": None if draft.dialect.startswith(_OWN) else draft.dialect or None,
         "training": training_metadata.kept(found.training),
         "leftover": draft.leftover,
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,10 +43,11 @@ class Registry:
     it.
     """
 
-    def __init__(self, database: Database, blobs: BlobStore, cache: Cache) -> None:
+    def __init__(self, database: Database, blobs: BlobStore, cache: Cache, scratch: Path) -> None:
         self._database = database
         self._blobs = blobs
         self._cache = cache
+        self._scratch = scratch
 
     @classmethod
     def open(cls, home: Path, *, create: bool = False) -> Self:
@@ -62,7 +64,7 @@ class Registry:
                 layout.root.mkdir(parents=True, exist_ok=True)
                 sync_folder(layout.home)
         blobs = FileStore(layout.root)
-        return cls(Database(layout), blobs, Cache(layout.cache, blobs))
+        return cls(Database(layout), blobs, Cache(layout.cache, blobs), layout.scratch)
 
     def publish(
         self,
@@ -103,7 +105,8 @@ class Registry:
         published_for = self.published_for(base) if base is not None else None
         encoder = self.resolve(image_encoder).manifest if image_encoder is not None else None
         allowed = Allowed(allow_leftover, max_bytes, hints or Hints())
-        stored = publishing.store(Path(path), published_for, details, self._blobs, encoder, allowed)
+        with self.scratch() as work:
+            stored = publishing.store(Path(path), published_for, details, self._blobs, work, encoder, allowed)
         with self._database.writing() as connection:
             status = Status.STAGED if staged else Status.APPROVED
             version = catalogue.add(connection, name, stored.manifest, status)
@@ -111,6 +114,15 @@ class Registry:
             if alias is not None:
                 catalogue.set_alias(connection, alias, version)
         return version
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A new folder on the registry's own disk, which may be large; gone afterwards. Raises Unavailable."""
+        with explain_os_errors(self._scratch):
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            work = tempfile.TemporaryDirectory(prefix="work-", dir=self._scratch)
+        with work as folder:
+            yield Path(folder)
 
     def folder_of(self, like: str | Path | None) -> Callable[[], Path] | None:
         """For `Hints.like`: a folder in the diffusers layout, or a base by its reference.

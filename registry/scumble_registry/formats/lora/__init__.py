@@ -17,8 +17,8 @@ from pydantic import JsonValue
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, LoraCompatibility, norm_shapes
 from scumble_registry.formats.floats import read_floats
+from scumble_registry.formats.leftover import refuse_leftover
 from scumble_registry.formats.lora import about
-from scumble_registry.formats.lora.leftover import refuse_leftover
 from scumble_registry.formats.lora.names import without_adapter_names
 from scumble_registry.formats.lora.parse import Parsed, parse
 from scumble_registry.formats.lora.peft import Scaling, parse_config, parse_metadata
