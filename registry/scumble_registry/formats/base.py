@@ -73,8 +73,8 @@ class _Folder:
     headers: dict[str, Header]
 
     def compatibility(self) -> BaseCompatibility:
-        unet, vae = self.config("unet"), self.config("vae")
         self._check_index()
+        unet, vae = self.config("unet"), self.config("vae")
         self._check_shards()
         self._check_class("unet", "UNet2DConditionModel")
         self._check_class("vae", "AutoencoderKL")
@@ -132,6 +132,10 @@ class _Folder:
 
     def _check_index(self) -> None:
         index = _object(self.source.json("model_index.json"), "model_index.json")
+        if "transformer" in index or "prior" in index:
+            raise Refused(
+                f"this is a {index.get('_class_name')}: only Stable Diffusion 1.x, 2.x and XL are served here"
+            )
         for name, value in index.items():
             if isinstance(value, list) and (len(value) != 2 or value[0] not in _LIBRARIES):
                 raise Refused(f"model_index.json loads {name} from {value}; only diffusers and transformers may be")

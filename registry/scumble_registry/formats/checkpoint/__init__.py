@@ -26,6 +26,7 @@ from scumble_registry.formats.checkpoint.vocabulary import write_tokenizer
 from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors, write_file
 from scumble_registry.formats.source import Source, Unpacked
+from scumble_registry.formats.strangers import refuse_strangers
 
 _FILES = {"unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
 _TEXT_FILE = "model.safetensors"
@@ -46,16 +47,17 @@ def recognises(source: Source) -> bool:
     """One weights file, alone or beside texts, with a UNet by its original name."""
     if "model_index.json" in source.files or "config.json" in source.files:
         return False
-    files = _weights(source)
+    files = list(source.weights().values())
     return len(files) == 1 and is_whole(read_header(files[0]).tensors)
 
 
 def unpack(source: Source) -> Unpacked:
     """Raises Refused, naming what is missing, left over or unknown, and InvalidRequest where a hint contradicts it."""
-    (file,) = _weights(source)
-    if file.stat().st_size > (source.max_bytes or _MAX_BYTES):
-        raise Refused(f"{file.name} is larger than {source.max_bytes or _MAX_BYTES} bytes, too large for a checkpoint")
+    (file,) = source.weights().values()
+    if file.stat().st_size > source.limit(_MAX_BYTES):
+        raise Refused(f"{file.name} is larger than {source.limit(_MAX_BYTES)} bytes, too large for a checkpoint")
     header = read_header(file)
+    refuse_strangers(header.tensors, file.name)
     folder = source.hints.like or source.base_folder
     like = folder() if folder else None
     parts = take_apart(read_tensors(file, header), _family_of(like) if like else None, ema=source.hints.ema)
@@ -91,10 +93,6 @@ def _family_of(like: Path) -> Family:
         return "sdxl"
     config = json.loads((like / "text_encoder/config.json").read_text(encoding="utf-8"))
     return "sd2" if config.get("hidden_size") == _OPENCLIP_WIDTH else "sd1"
-
-
-def _weights(source: Source) -> list[Path]:
-    return list(source.weights().values()) or ([source.path] if source.path.is_file() else [])
 
 
 def _component(name: str) -> str:

@@ -25,6 +25,7 @@ from scumble_registry.formats.checkpoint.text import Convert, clip, open_clip, o
 from scumble_registry.formats.safetensors_header import Array
 
 UNET, VAE, EMA, LIGHTNING = "model.diffusion_model.", "first_stage_model.", "model_ema.", "state_dict."
+_CONTROL = "control_model."
 _TEXTS: tuple[tuple[str, str, Family, Convert], ...] = (
     ("cond_stage_model.transformer.", "text_encoder", "sd1", clip),
     ("cond_stage_model.model.", "text_encoder", "sd2", open_clip_penultimate),
@@ -59,8 +60,9 @@ class Parts:
 
 
 def is_whole(names: Iterable[str]) -> bool:
-    """Is it a checkpoint in the original layout?"""
-    return any(name.removeprefix(LIGHTNING).startswith(UNET) for name in names)
+    """Is it a checkpoint in the original layout, and no ControlNet with the one that it was trained on?"""
+    plain = [name.removeprefix(LIGHTNING) for name in names]
+    return any(name.startswith(UNET) for name in plain) and not any(name.startswith(_CONTROL) for name in plain)
 
 
 def take_apart(tensors: Mapping[str, Array], like: Family | None = None, *, ema: bool) -> Parts:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from scumble.errors import Refused
 from scumble_registry.formats import ldm
 
 PREFIX = "control_model."
+MARKS = ("lora_controlnet", "difference")
+"""Tensors that say what a file is: a control-LoRA, or differences to the base's weights."""
 _FIXED = {
     "middle_block_out.0": "controlnet_mid_block",
     # Convolutions of the picture's embedding stand at even places, activations between them.
@@ -23,7 +24,7 @@ _OF_DECODER = ("up_blocks.", "conv_norm_out", "conv_out")
 
 
 def strip(name: str) -> str:
-    return name.removeprefix(PREFIX)
+    return name.removeprefix("state_dict.").removeprefix(PREFIX)
 
 
 def is_ldm(names: Iterable[str]) -> bool:
@@ -31,18 +32,18 @@ def is_ldm(names: Iterable[str]) -> bool:
     return any(strip(name).startswith("zero_convs.") for name in names)
 
 
-def converter(names: Iterable[str]) -> Callable[[str], str]:
-    """What renames one tensor of this file, e.g. `input_blocks.1.0.in_layers.2.weight` or `….up`.
+def converter(names: Iterable[str]) -> Callable[[str], str | None]:
+    """What renames one tensor of this file, e.g. `input_blocks.1.0.in_layers.2.weight` or `….up`; None: no net's.
 
-    The last word of a name stays: `weight`, `bias`, or a factor's. Raises Refused for a name that is no net's.
+    The last word of a name stays: `weight`, `bias`, or a factor's.
     """
     of_encoder = ldm.converter(strip(name) for name in names)
 
-    def convert(name: str) -> str:
+    def convert(name: str) -> str | None:
         module, _, role = strip(name).rpartition(".")
         found = _FIXED.get(module) or _residual(module) or of_encoder(module)
         if found is None or found.startswith(_OF_DECODER):
-            raise Refused(f"tensor {name} belongs to no ControlNet; is it another kind of file?", tensor=name)
+            return None
         return f"{found}.{role}"
 
     return convert
