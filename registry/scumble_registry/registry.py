@@ -38,6 +38,25 @@ class Verified:
     bytes: int
 
 
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder that becomes `target` (new or empty) at the end, unless something is raised. Raises Refused if
+    something is there, Unavailable.
+    """
+    target = Path(target).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
+    with explain_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            yield work
+            work.chmod(0o755)
+            work.replace(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
 class Registry:
     """Any thread may use it, and any number of processes may have the same one open. `close` (or `with`) ends
     it.
@@ -286,22 +305,17 @@ class Registry:
         """Write the files of `ref` into `target` (new or empty), all or none. Raises Refused if something is
         there.
         """
-        version, target = self.resolve(ref), Path(target).absolute()
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
-        with explain_os_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            try:
-                if version.manifest.kind == dreambooth.KIND:
-                    dreambooth.write_folder(self.stored(version), self.stored(self.base_of(version)), work)
-                else:
-                    self._cache.copy(version.manifest, work)
-                work.chmod(0o755)
-                work.replace(target)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        version = self.resolve(ref)
+        with new_folder(target) as work:
+            self.copy(version, work)
         return version
+
+    def copy(self, version: Version, folder: Path) -> None:
+        """The files as they were published, as the caller's own, into an empty folder. Raises IntegrityError."""
+        if version.manifest.kind == dreambooth.KIND:
+            dreambooth.write_folder(self.stored(version), self.stored(self.base_of(version)), folder)
+        else:
+            self._cache.copy(version.manifest, folder)
 
     def verify(self, ref: str | None = None) -> Verified:
         """Hash every blob of one version, or of all. Raises IntegrityError that lists all that is damaged."""
