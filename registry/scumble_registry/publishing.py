@@ -129,7 +129,7 @@ def store(
         if encoder is not None:
             _check_encoder(draft, encoder)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
-        files = {name: _put_file(file, blobs) for name, file in draft.files.items()}
+        files = {name: put_file(file, blobs) for name, file in draft.files.items()}
         record = blobs.put(io.BytesIO(draft.record)) if draft.record is not None else None
         known = {file: files[name] for name, file in draft.files.items()}
         hashes = hashes_of(found.source.files, known, record)
@@ -204,7 +204,7 @@ def _metadata(details: Details, draft: Draft) -> dict[str, Any]:
     }
 
 
-def _put_file(file: Path, blobs: BlobStore) -> Blob:
+def put_file(file: Path, blobs: BlobStore) -> Blob:
     with file.open("rb") as source:
         return blobs.put(source)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -13,7 +14,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused
-from scumble_registry import catalogue, publishing
+from scumble_registry import artifacts, catalogue, publishing
+from scumble_registry.artifacts import Artifact, ArtifactManifest
 from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors, sync_folder
 from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Match, Status, Version
@@ -21,7 +23,7 @@ from scumble_registry.database import Database
 from scumble_registry.formats import dreambooth
 from scumble_registry.formats.source import Hints
 from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
-from scumble_registry.manifest import Sampling
+from scumble_registry.manifest import Sampling, canonical_json
 from scumble_registry.paths import Layout
 from scumble_registry.publishing import Allowed, Details, For
 from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
@@ -317,13 +319,46 @@ class Registry:
         else:
             self._cache.copy(version.manifest, folder)
 
+    def publish_artifact(
+        self,
+        of: Version,
+        kind: str,
+        key: Mapping[str, Any],
+        files: Mapping[str, Path],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Store what was made of a version; what has the same key goes. Raises InvalidRequest, Unavailable.
+
+        Atomic, as `publish` is.
+        """
+        plain_key, about = (json.loads(canonical_json(dict(each))) for each in (key, provenance or {}))
+        stored = {name: publishing.put_file(path, self._blobs) for name, path in files.items()}
+        manifest = ArtifactManifest(kind=kind, of=of.digest, key=plain_key, files=stored, provenance=about)
+        with self._database.writing() as connection:
+            return artifacts.put(connection, manifest)
+
+    def artifacts(self, kind: str | None = None, of: Version | None = None) -> tuple[Artifact, ...]:
+        """Newest first; of one kind or version, if they are given. Raises IntegrityError."""
+        with self._database.reading() as connection:
+            return artifacts.listed(connection, kind, of.digest if of is not None else None)
+
+    def artifact_folder(self, artifact: Artifact) -> Path:
+        """A folder with its files, read-only, hashed at every call. Raises IntegrityError, NotFound, Unavailable."""
+        return self._cache.folder(artifact.manifest, artifact.digest)
+
     def verify(self, ref: str | None = None) -> Verified:
-        """Hash every blob of one version, or of all. Raises IntegrityError that lists all that is damaged."""
+        """Hash every blob of one version, or of all and of all artifacts.
+
+        Raises IntegrityError that lists all that is damaged.
+        """
         chosen = [self.find(ref)] if ref else [v for name in self.names() for v in self.versions(name)]
         uses: dict[Blob, str] = {}
         for version in chosen:
             for word, blob in version.manifest.blobs.items():
                 uses.setdefault(blob, f"{word} of {version.ref}")
+        for artifact in () if ref else self.artifacts():
+            for word, blob in artifact.manifest.files.items():
+                uses.setdefault(blob, f"{word} of {artifact.manifest.kind} {artifact.digest[:19]}…")
         damaged = [problem for blob, use in uses.items() if (problem := self._damage(blob, use))]
         if damaged:
             text = damaged[0] if len(damaged) == 1 else f"{len(damaged)} blobs are damaged: {'; '.join(damaged)}"

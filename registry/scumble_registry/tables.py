@@ -71,3 +71,15 @@ HASHES = Table(
     CheckConstraint("kind IN ('file', 'tensors', 'record')", name="kind"),
     Index("ix_hashes_hex", "hex"),
 )
+
+ARTIFACTS = Table(
+    "artifacts",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("kind", String(32), nullable=False),
+    Column("of", String(71), nullable=False),  # digest of the version that it was made of
+    Column("key", String(71), nullable=False, unique=True),
+    Column("digest", String(71), nullable=False),
+    Column("manifest", Text, nullable=False),  # canonical JSON; the digest is its sha256
+    Column("created", DateTime, nullable=False),  # UTC
+)
