@@ -8,16 +8,21 @@ Whole models are stored as they were published, which is diffusers' layout.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scumble.errors import InvalidRequest
+from scumble.errors import InvalidRequest, Refused
 from scumble_registry.catalogue import Version
-from scumble_registry.compatibility import BaseCompatibility
-from scumble_registry.formats import lora
+from scumble_registry.compatibility import BaseCompatibility, IpAdapterCompatibility, TextualInversionCompatibility
+from scumble_registry.formats import ip_adapter, lora, textual_inversion
+from scumble_registry.formats.controlnet import export as controlnet_export
+from scumble_registry.formats.hypernetwork import export as hypernetwork_export
+from scumble_registry.formats.ip_adapter import export as ip_adapter_export
 from scumble_registry.formats.lora import export as lora_export
 from scumble_registry.formats.safetensors_header import read_header
+from scumble_registry.formats.textual_inversion import export as textual_inversion_export
 from scumble_registry.registry import Registry, new_folder
 
 
@@ -27,8 +32,16 @@ class Entry:
 
     registry: Registry
     version: Version
-    base: BaseCompatibility | None
-    """The base that it is written for, where one is named or was published for."""
+    base_version: Version | None
+    """The base that it is written for, where one is named or it was published for one."""
+
+    @property
+    def base(self) -> BaseCompatibility | None:
+        if self.base_version is None:
+            return None
+        found = self.base_version.manifest.compatibility
+        assert isinstance(found, BaseCompatibility)
+        return found
 
 
 Writer = Callable[[Entry, str, Path], None]
@@ -54,15 +67,13 @@ def export(registry: Registry, ref: str, layout: str, out: Path, *, base: str | 
     return version
 
 
-def _base(registry: Registry, version: Version, base: str | None) -> BaseCompatibility | None:
+def _base(registry: Registry, version: Version, base: str | None) -> Version | None:
     if base is not None:
-        found = registry.published_for(base).manifest.compatibility
-    elif version.manifest.base is not None:
-        found = registry.base_of(version).manifest.compatibility
-    else:
-        return None
-    assert isinstance(found, BaseCompatibility)
-    return found
+        found = registry.resolve(base)
+        if found.manifest.kind != "base":
+            raise Refused(f"{found.ref} is a {found.manifest.kind}, not a base; name a base")
+        return found
+    return registry.base_of(version) if version.manifest.base is not None else None
 
 
 def _lora(entry: Entry, layout: str, folder: Path) -> None:
@@ -89,12 +100,48 @@ def _as_published(entry: Entry, _layout: str, folder: Path) -> None:
     entry.registry.copy(entry.version, folder)
 
 
+def _textual_inversion(entry: Entry, layout: str, folder: Path) -> None:
+    adapter = entry.version.manifest.compatibility
+    assert isinstance(adapter, TextualInversionCompatibility)
+    record = textual_inversion.read_record(entry.registry.record_path(entry.version))
+    textual_inversion_export.export(record, adapter.token, layout, folder, _header_metadata(entry))
+
+
+def _ip_adapter(entry: Entry, _layout: str, folder: Path) -> None:
+    adapter = entry.version.manifest.compatibility
+    assert isinstance(adapter, IpAdapterCompatibility)
+    if entry.base is None:
+        raise InvalidRequest("the base tells how attentions are counted: name it with --base", field="base")
+    record = ip_adapter.read_record(entry.registry.record_path(entry.version))
+    ip_adapter_export.export(record, adapter, entry.base, folder)
+    encoder = entry.registry.stored(entry.version) / ip_adapter.ENCODER
+    if encoder.is_dir():
+        shutil.copytree(encoder, folder / ip_adapter.ENCODER, copy_function=shutil.copyfile)
+
+
+def _hypernetwork(entry: Entry, _layout: str, folder: Path) -> None:
+    stored = entry.registry.stored(entry.version)
+    (file,) = (stored / name for name in entry.version.manifest.files if name.endswith(".safetensors"))
+    hypernetwork_export.export(file, folder)
+
+
+def _controlnet(entry: Entry, layout: str, folder: Path) -> None:
+    unet = None
+    if entry.base_version is not None:
+        unet = json.loads((entry.registry.stored(entry.base_version) / "unet/config.json").read_bytes())
+    controlnet_export.export(entry.registry.stored(entry.version), unet, layout, folder)
+
+
 _WHOLE: tuple[tuple[str, ...], Writer] = (("diffusers",), _as_published)
 WRITERS: dict[str, tuple[tuple[str, ...], Writer]] = {
     "base": _WHOLE,
+    "controlnet": (controlnet_export.LAYOUTS, _controlnet),
     "dreambooth": _WHOLE,
+    "hypernetwork": (hypernetwork_export.LAYOUTS, _hypernetwork),
     "image_encoder": _WHOLE,
+    "ip_adapter": (ip_adapter_export.LAYOUTS, _ip_adapter),
     "lora": (lora_export.LAYOUTS, _lora),
+    "textual_inversion": (textual_inversion_export.LAYOUTS, _textual_inversion),
     "vae": _WHOLE,
 }
 """Kind → its layouts, and what writes them."""

@@ -1,8 +1,8 @@
 """Who may hold paths into the cache: a lock that every open registry shares, in every process.
 
-Files of the cache are found by path again and again by whoever asked for them (a server reads a base's weights anew when
-they were pushed out of memory), so nothing there may go while anybody has the registry open. The system releases the
-lock of a process that dies.
+Files of the cache are found by path again and again by whoever asked for them (a server reads a base's weights anew
+when they were pushed out of memory), so nothing there may go while anybody has the registry open. The system releases
+the lock of a process that dies.
 """
 
 from __future__ import annotations
