@@ -71,6 +71,7 @@ def seeds(target: str) -> Path:
 
 
 def main() -> None:
+    """libFuzzer ends the process, so the folder of its inputs stays; what it stopped at is in the working folder."""
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         sys.exit(__doc__)
     name = sys.argv.pop(1)

@@ -16,6 +16,7 @@ import os
 import pickletools
 import random
 import resource
+import shutil
 import struct
 import sys
 import tempfile
@@ -286,6 +287,7 @@ def main() -> None:
     except BaseException:
         print(f"the file is {folder / 'fuzzed'}", file=sys.stderr)
         raise
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,19 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from scumble.errors import IntegrityError
 from scumble_registry.blobs import Blob, BlobStore, check, explain_os_errors
-from scumble_registry.manifest import Manifest
 
 log = logging.getLogger(__name__)
+
+
+class Files(Protocol):
+    """A manifest, as far as the cache reads one: path (with '/') → blob."""
+
+    @property
+    def files(self) -> dict[str, Blob]: ...
 
 
 class Cache:
@@ -25,7 +32,7 @@ class Cache:
         self._root = root
         self._blobs = blobs
 
-    def folder(self, manifest: Manifest, digest: str) -> Path:
+    def folder(self, manifest: Files, digest: str) -> Path:
         """All files of a version, read-only, hashed at every call: ask when memory is filled from them, not oftener.
 
         A damaged copy is replaced. Raises IntegrityError, Unavailable.
@@ -69,7 +76,7 @@ class Cache:
                 self._place_checked(blob, path, what)
         return path
 
-    def copy(self, manifest: Manifest, target: Path) -> None:
+    def copy(self, manifest: Files, target: Path) -> None:
         """The files as the caller's own, writable copies in the new folder `target`. Raises IntegrityError."""
         for name, blob in manifest.files.items():
             path = target / name
@@ -79,7 +86,7 @@ class Cache:
             with path.open("rb") as written:
                 check(written, blob, name)
 
-    def _fill(self, manifest: Manifest, final: Path) -> None:
+    def _fill(self, manifest: Files, final: Path) -> None:
         with explain_os_errors(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=".filling-", dir=self._root))
@@ -117,14 +124,14 @@ def _is_intact(path: Path, blob: Blob) -> bool:
     return True
 
 
-def _is_whole(folder: Path, manifest: Manifest) -> bool:
+def _is_whole(folder: Path, manifest: Files) -> bool:
     try:
         return all((folder / name).stat().st_size == blob.size for name, blob in manifest.files.items())
     except OSError:
         return False
 
 
-def _swap(work: Path, final: Path, manifest: Manifest) -> None:
+def _swap(work: Path, final: Path, manifest: Files) -> None:
     """`work` becomes `final`. Somebody else may have been quicker; a folder that is not whole is replaced."""
     for _ in range(3):
         try:

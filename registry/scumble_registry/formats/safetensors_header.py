@@ -110,6 +110,16 @@ def write(tensors: dict[str, Array], metadata: dict[str, str]) -> bytes:
     return b"".join([header, *(np.ascontiguousarray(tensors[name]).tobytes() for name in order)])
 
 
+def write_file(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
+    """The same into a new file, tensor by tensor: no more than one is in memory."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order, header = layout({name: (names[array.dtype], array.shape) for name, array in tensors.items()}, metadata)
+    with path.open("xb") as file:
+        file.write(header)
+        for name in order:
+            file.write(np.ascontiguousarray(tensors[name]).tobytes())
+
+
 def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[list[str], bytes]:
     """Of dtype and shape by name: the order in the file (wider dtypes first, so all data is aligned, then by name) and
     all bytes before the data.

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from scumble.errors import NotFound, Refused
-from scumble_registry.compatibility import Compatibility
+from scumble_registry.compatibility import Compatibility, PredictionType
 from scumble_registry.formats.pickled.tree import Plain
 from scumble_registry.manifest import Defaults, Sampling
 
@@ -26,6 +26,20 @@ WEIGHTS = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".onnx",
 """Endings of weights that are not safetensors by name."""
 Stamp = tuple[int, int, int]
 """Inode, size and time of change: differs when a file was written to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a publisher says of files that do not say it themselves."""
+
+    like: Callable[[], Path] | None = None
+    """Where a folder in the diffusers layout is from which a single file takes configs, tokenizers, and what it
+    lacks."""
+    prediction_type: PredictionType | None = None
+    ema: bool = False
+    """Of a checkpoint that holds averaged weights too, these are meant."""
+    shortcut: bool | None = None
+    """An IP-Adapter FaceID-Plus is (not) of the second version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +57,7 @@ class Source:
     """The publisher lets keys that nobody understands be left out; the manifest then names them."""
     max_bytes: int | None = None
     """How large the weights may be; None: what is sound for their kind."""
+    hints: Hints = field(default_factory=Hints)
     plain: Mapping[str, Plain] = field(default_factory=dict)
     """Of each file here that was a pickle (see `incoming.py`): what it held, with a Leaf where each tensor was."""
 
@@ -109,6 +124,16 @@ class Draft:
     """What `inspect` says beyond the compatibility: ranks, alphas and serving class by module, training metadata."""
     leftover: tuple[str, ...] = ()
     """Keys that were left out because `Source.allow_leftover` said so, sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A base or checkpoint as a folder in the diffusers layout, and what is told of the files that it was."""
+
+    source: Source
+    details: Mapping[str, JsonValue] = field(default_factory=dict)
+    leftover: tuple[str, ...] = ()
+    dialect: str = "diffusers folder"
 
 
 def check_plain(source: Source) -> None:

@@ -1,0 +1,214 @@
+"""What an exported graph promises: the JSON file beside each ONNX file, and the contract of whatever runs it.
+
+    unet.small.onnx           the graph, without weights
+    unet.small.json           this manifest
+    unet.safetensors          the weights, which every graph of the component reads as external data
+
+It promises:
+
+* The graph has exactly these inputs and outputs, in this order, with these names, dtypes and dims. Every input must be
+  fed. A dim is a number, or the name of an axis; the same name is the same size wherever it stands.
+* An axis may have any size from `min` to `max` that is a multiple of `multiple`; `opt` is the usual one, for which an
+  engine is tuned. An axis with `of` follows another one: ⌈of / 2^halvings⌉, as a UNet's levels do; `positions` is
+  Σ ⌈height / 2^l⌉ ⌈width / 2^l⌉ over the levels l. What is fed must say so; `shapes` computes it. So an optimization
+  profile is the shapes at `min`, `opt` and `max`.
+* The graph is strongly typed: an operator computes in the dtype of its inputs, casts stand in the graph, and
+  `kept_in_fp32` says what is computed in float32 whatever `precision` is.
+* `factors` is the layout of the graph's A and B: target t reads the rows `in_offset … in_offset + fan_in` of A's middle
+  dim and `out_offset … out_offset + fan_out` of B's. A slot of zeros, or a scale of zeros, adds nothing.
+* `includes` says what a denoiser's graph takes beside text; a graph serves all batches that need no more than that.
+* `onnx.sha256` and `weights.sha256` are those of the files. `parameters` maps each initializer to the tensor of the
+  component in the diffusers layout that it holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from scumble.errors import InvalidRequest, Refused
+from scumble_build.layout import Layout
+
+SUFFIX = ".json"
+
+Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
+DType: TypeAlias = Literal["float32", "float16", "bfloat16", "int64", "bool"]
+Include: TypeAlias = Literal["factors", "full", "stretch_out", "stretch_in", "images", "residuals", "features"]
+"""factors: LoRAs over the small layout; full: over the full one; the others as in `scumble_build.inputs`."""
+Part: TypeAlias = Literal[
+    "text_encoder",
+    "text_encoder_2",
+    "kv_projection",
+    "denoiser",
+    "vae_encoder",
+    "vae_decoder",
+    "image_encoder",
+    "controlnet",
+    "controlnet_kv",
+    "controlnet_hint",
+    "controlnet_condition",
+]
+
+FLOAT: Mapping[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Axis(_Model):
+    """A dynamic size. `of` names the axis that it follows, with how many halvings, each rounded up."""
+
+    min: int = Field(ge=0)
+    opt: int
+    max: int
+    multiple: int = 1
+    of: str | None = None
+    halvings: int = 0
+    about: str = ""
+
+
+class Port(_Model):
+    """An input or an output."""
+
+    name: str
+    dtype: DType
+    dims: tuple[int | str, ...]
+    about: str
+
+
+class FactorTarget(_Model):
+    """A layer that takes factors, by its canonical name."""
+
+    name: str
+    fan_in: int
+    fan_out: int
+    in_offset: int
+    out_offset: int
+
+
+class FactorLayout(_Model):
+    """Where each layer's factors stand; A has `total_in` rows and B `total_out`."""
+
+    targets: tuple[FactorTarget, ...]
+    total_in: int
+    total_out: int
+
+    @classmethod
+    def of(cls, layout: Layout, *, full: bool) -> Self:
+        """The small layout is the full one's beginning."""
+        extent = layout.full if full else layout.small
+        targets = [each for each in layout.targets.values() if each.in_end <= extent.total_in]
+        return cls(
+            targets=tuple(
+                FactorTarget(
+                    name=each.name,
+                    fan_in=each.fan_in,
+                    fan_out=each.fan_out,
+                    in_offset=each.in_offset,
+                    out_offset=each.out_offset,
+                )
+                for each in targets
+            ),
+            total_in=extent.total_in,
+            total_out=extent.total_out,
+        )
+
+
+class KVPlace(_Model):
+    """A cross-attention's keys at `offset … offset + width` of K, its values right behind."""
+
+    name: str
+    offset: int
+    width: int
+
+
+class File(_Model):
+    """Beside the manifest."""
+
+    name: str
+    sha256: str
+    size: int
+
+
+class GraphManifest(_Model):
+    """One exported graph."""
+
+    version: Literal[1] = 1
+    part: Part
+    graph: str
+    """Unique among a base's graphs and the stem of its files: the part, or `unet.bare`, `unet.small` and so on."""
+    includes: tuple[Include, ...] = ()
+    family: Literal["sd1", "sd2", "sdxl"]
+    base: str
+    """Digest of the version that the weights are of (`sha256:…`), or of the files where it is of no registry."""
+    precision: Precision
+    kept_in_fp32: tuple[str, ...]
+    opset: int
+    exporter: Literal["torch.export", "torchscript"]
+    made_with: dict[str, str]
+    """Versions of what exported it."""
+    code: str
+    """sha256 of the modules that the graph was traced from."""
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    axes: dict[str, Axis]
+    levels: int = 0
+    """Of the UNet, for `positions`."""
+    factors: FactorLayout | None = None
+    kv: tuple[KVPlace, ...] = ()
+    parameters: dict[str, str]
+    """Initializer → `component.tensor`, as its file in the diffusers layout names it."""
+    onnx: File
+    weights: File
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Raises Refused for what is no manifest of this version."""
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise Refused(
+                f"{file.name} is no manifest of an exported graph: {error}; export it again with `scumble build export`"
+            ) from error
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+
+    def shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Of each input at these sizes of the axes; those that follow others are computed, the rest default to `opt`.
+
+        Raises InvalidRequest for a size outside its axis, naming both.
+        """
+        known = self.sizes(sizes)
+        return {
+            port.name: tuple(known[dim] if isinstance(dim, str) else dim for dim in port.dims) for port in self.inputs
+        }
+
+    def sizes(self, given: Mapping[str, int]) -> dict[str, int]:
+        """Of every axis. Raises InvalidRequest."""
+        known = {name: given.get(name, axis.opt) for name, axis in self.axes.items() if axis.of is None}
+        for name, axis in self.axes.items():
+            if axis.of is not None:
+                known[name] = -(-known[axis.of] // 2**axis.halvings)
+        if "positions" in self.axes:
+            places = (-(-known["height"] // 2**level) * -(-known["width"] // 2**level) for level in range(self.levels))
+            known["positions"] = sum(places)
+        for name, size in known.items():
+            axis = self.axes[name]
+            if not axis.min <= size <= axis.max or size % axis.multiple:
+                raise InvalidRequest(
+                    f"{self.graph} takes {axis.min} to {axis.max} {name} in steps of {axis.multiple}, not {size}",
+                    field=name,
+                )
+        return known
+
+    def profile(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """Of each input, its least, usual and largest shape."""
+        ends = ({name: getattr(axis, end) for name, axis in self.axes.items()} for end in ("min", "opt", "max"))
+        least, usual, most = (self.shapes({n: s for n, s in each.items() if self.axes[n].of is None}) for each in ends)
+        return {port.name: (least[port.name], usual[port.name], most[port.name]) for port in self.inputs}
