@@ -57,7 +57,10 @@ class Buffers:
         self._filled.pop(name, None)
         with faults(f"{nbytes} bytes for {name}"):
             self.allocations += 1
-            self._held[name] = torch.empty(-(-nbytes // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8, device=self._device)
+            size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+            memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=self._device)
+        start = -memory.data_ptr() % ALIGNMENT
+        self._held[name] = memory[start : start + size]
         return True
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
