@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SCUMBLE_HOME ?= $(HOME)/.scumble
 
-.PHONY: setup bundled demo test check format lint types layers bench serve lock clean
+.PHONY: setup bundled demo test check format lint types layers formats-table bench serve lock clean
 
 setup: $(READY)
 
@@ -37,6 +37,13 @@ types:
 
 layers:
 	$(BIN)/lint-imports
+
+# Compares every format with its oracle, and writes what was found into docs/formats.md.
+formats-table: setup
+	rm -f .formats-notes.jsonl
+	SCUMBLE_FORMATS_NOTES=$(CURDIR)/.formats-notes.jsonl $(BIN)/pytest -q -m oracle
+	$(BIN)/python tests/formats_table.py .formats-notes.jsonl docs/formats.md
+	rm .formats-notes.jsonl
 
 # All adapters of the demo, remade from the base and the picture packages (npm) and measured; hours on 2 cores.
 bundled: setup

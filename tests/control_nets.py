@@ -148,3 +148,25 @@ def write_control_lora(net: ControlNetModel, path: Path, rank: int = 3) -> Path:
             tensors[f"{stem}.down"] = torch.randn(rank, *value.shape[1:]) * 0.1
     save_file(tensors, path)
     return path
+
+
+def to_t2i(name: str, resnets: int, kind: str) -> str:
+    """diffusers' name of a T2I-Adapter's tensor → the original's, written down apart from the importer."""
+    parts = name.removeprefix("adapter.").split(".")
+    if parts[0] != "body":
+        return ".".join(parts)
+    level = int(parts[1])
+    if kind == "light_adapter":
+        inside = ["body", *parts[3:]] if parts[2] == "resnets" else parts[2:]
+        return ".".join(["body", str(level), *inside])
+    place, inside = (
+        (level * resnets + int(parts[3]), parts[4:]) if parts[2] == "resnets" else (level * resnets, parts[2:])
+    )
+    return ".".join(["body", str(place), *inside])
+
+
+def write_t2i(adapter: T2IAdapter, path: Path) -> Path:
+    """The original layout, as torch.save writes it."""
+    resnets, kind = adapter.config.num_res_blocks, adapter.config.adapter_type
+    torch.save({to_t2i(name, resnets, kind): value for name, value in adapter.state_dict().items()}, path)
+    return path

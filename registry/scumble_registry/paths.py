@@ -5,7 +5,7 @@ SCUMBLE_HOME/
 │   ├── registry.db            SQLite: names, versions, aliases, status
 │   ├── registry.lock          held while the schema is created or migrated
 │   ├── blobs/sha256/ab/ab12…  content-addressed files, read-only
-│   └── tmp/                   what a put has not finished writing
+│   └── tmp/                   what is not finished: blobs, conversions, what is being fetched
 └── cache/                     may be deleted at any time
     ├── 3f9c…/                 a version's files as published, named by the version's digest
     └── blobs/ab12….safetensors
@@ -38,6 +38,10 @@ class Layout:
     @property
     def lock(self) -> Path:
         return self.root / "registry.lock"
+
+    @property
+    def scratch(self) -> Path:
+        return self.root / "tmp"
 
     @property
     def cache(self) -> Path:

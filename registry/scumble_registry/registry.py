@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +18,17 @@ from scumble_registry import artifacts, catalogue, publishing
 from scumble_registry.artifacts import Artifact, ArtifactManifest
 from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors, sync_folder
 from scumble_registry.cache import Cache
-from scumble_registry.catalogue import Status, Version
+from scumble_registry.catalogue import Match, Status, Version
 from scumble_registry.database import Database
 from scumble_registry.formats import dreambooth
+from scumble_registry.formats.source import Hints
+from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
 from scumble_registry.manifest import Sampling, canonical_json
 from scumble_registry.paths import Layout
-from scumble_registry.publishing import Details, For
+from scumble_registry.publishing import Allowed, Details, For
 from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +45,11 @@ class Registry:
     it.
     """
 
-    def __init__(self, database: Database, blobs: BlobStore, cache: Cache) -> None:
+    def __init__(self, database: Database, blobs: BlobStore, cache: Cache, scratch: Path) -> None:
         self._database = database
         self._blobs = blobs
         self._cache = cache
+        self._scratch = scratch
 
     @classmethod
     def open(cls, home: Path, *, create: bool = False) -> Self:
@@ -59,7 +66,7 @@ class Registry:
                 layout.root.mkdir(parents=True, exist_ok=True)
                 sync_folder(layout.home)
         blobs = FileStore(layout.root)
-        return cls(Database(layout), blobs, Cache(layout.cache, blobs))
+        return cls(Database(layout), blobs, Cache(layout.cache, blobs), layout.scratch)
 
     def publish(
         self,
@@ -77,11 +84,16 @@ class Registry:
         sample_grid: Path | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,
         description: str = "",
+        allow_leftover: bool = False,
+        max_bytes: int | None = None,
+        hints: Hints | None = None,
     ) -> Version:
         """Publish a file or folder as the next version of `name`, or find it if this very content is there.
 
         `image_encoder` names the one that an IP-Adapter reads pictures with, unless it brings its own; `sampling` says
-        what an adapter was made to be sampled with.
+        what an adapter was made to be sampled with. `allow_leftover` leaves keys out that nobody understands, and names
+        them in the manifest; `max_bytes` bounds the files instead of what is sound for their kind; `hints` is what
+        files may not say themselves (its `like` is made by `folder_of`).
 
         Atomic: whatever happens, the version is there whole or not at all. Raises InvalidRequest, NotFound,
         Refused, Incompatible (with `base` or `image_encoder`), Unavailable.
@@ -92,20 +104,51 @@ class Registry:
         words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
         profile = Sampling.parse(sampling) if sampling is not None else None
         details = Details(license, description, words, provenance or {}, metrics or {}, sample_grid, profile)
-        base_version = self.resolve(base) if base is not None else None
-        if base_version is not None and base_version.manifest.kind != "base":
-            raise Refused(f"{base_version.ref} is a {base_version.manifest.kind}, not a base; name a base")
+        published_for = self.published_for(base) if base is not None else None
         encoder = self.resolve(image_encoder).manifest if image_encoder is not None else None
-        published_for = None
-        if base_version is not None:
-            published_for = For(base_version.manifest, lambda: self.materialise(base_version))
-        manifest = publishing.store(Path(path), published_for, details, self._blobs, encoder)
+        allowed = Allowed(allow_leftover, max_bytes, hints or Hints())
+        with self.scratch() as work:
+            stored = publishing.store(Path(path), published_for, details, self._blobs, work, encoder, allowed)
         with self._database.writing() as connection:
             status = Status.STAGED if staged else Status.APPROVED
-            version = catalogue.add(connection, name, manifest, status)
+            version = catalogue.add(connection, name, stored.manifest, status)
+            catalogue.add_hashes(connection, version, stored.hashes)
             if alias is not None:
                 catalogue.set_alias(connection, alias, version)
         return version
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A new folder on the registry's own disk, which may be large; gone afterwards. Raises Unavailable."""
+        with explain_os_errors(self._scratch):
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            work = tempfile.TemporaryDirectory(prefix="work-", dir=self._scratch)
+        with work as folder:
+            yield Path(folder)
+
+    def folder_of(self, like: str | Path | None) -> Callable[[], Path] | None:
+        """For `Hints.like`: a folder in the diffusers layout, or a base by its reference.
+
+        Raises NotFound, Refused for what is neither.
+        """
+        if like is None:
+            return None
+        folder = Path(like).expanduser()
+        if (folder / "model_index.json").is_file():
+            return lambda: folder
+        if folder.exists():
+            raise Refused(f"{like} holds no model_index.json; --like names a folder in the diffusers layout, or a base")
+        version = self.resolve(str(like))
+        if version.manifest.kind != "base":
+            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; --like names a folder or a base")
+        return lambda: self.materialise(version)
+
+    def published_for(self, base: str) -> For:
+        """What publishing for `base` needs of it. Raises NotFound, and Refused for what is no base."""
+        version = self.resolve(base)
+        if version.manifest.kind != "base":
+            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base")
+        return For(version.manifest, lambda: self.materialise(version))
 
     def find(self, ref: str) -> Version:
         """The version that `ref` names, whatever its status. Raises InvalidRequest, NotFound."""
@@ -133,6 +176,43 @@ class Registry:
         if not usable:
             raise NotFound(f"nothing with digest {digest} is published here; publish it again", digest=digest)
         return usable[0]
+
+    def find_hash(self, prefix: str) -> tuple[Match, ...]:
+        """All versions known by a hash that begins with these 8 to 64 digits (see `hashes.py`), whatever their status.
+
+        Versions older than these hashes are hashed when nothing else is found. Raises InvalidRequest, NotFound.
+        """
+        digits = parse_prefix(prefix)
+        if found := self._matches(digits) or (self.hash_older() and self._matches(digits)):
+            return found
+        raise NotFound(f"no version here is known by the hash {digits}", hash=digits)
+
+    def hashes(self, version: Version) -> tuple[FileHash, ...]:
+        """All that a version is known by, sorted."""
+        with self._database.reading() as connection:
+            return catalogue.hashes(connection, version)
+
+    def matches(self, hashes: Iterable[FileHash]) -> tuple[Match, ...]:
+        """The versions that hold these very files, tensors or record."""
+        with self._database.reading() as connection:
+            found = [catalogue.find_hash(connection, each.hex, [each.kind]) for each in sorted(hashes)]
+        return tuple(match for matches in found for match in matches if match.kind is not None)
+
+    def hash_older(self) -> int:
+        """Hash what was published before hashes were kept, and say how many versions that were."""
+        with self._database.reading() as connection:
+            older = catalogue.not_hashed(connection)
+        done = 0
+        for version in older:
+            try:
+                found = self._hashes_of_stored(version)
+            except (IntegrityError, NotFound) as error:  # `verify` lists such; the others can still be found
+                log.warning("%s cannot be hashed: %s", version.ref, error)
+                continue
+            with self._database.writing() as connection:
+                catalogue.add_hashes(connection, version, found)
+            done += 1
+        return done
 
     def names(self) -> tuple[str, ...]:
         with self._database.reading() as connection:
@@ -281,6 +361,18 @@ class Registry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _matches(self, digits: str) -> tuple[Match, ...]:
+        with self._database.reading() as connection:
+            return catalogue.find_hash(connection, digits)
+
+    def _hashes_of_stored(self, version: Version) -> list[FileHash]:
+        """What the files tell that the manifest does not: the data's hash, and what a checkpoint's files once were."""
+        folder = self.stored(version)
+        files = {name: folder / name for name in version.manifest.files}
+        if version.manifest.kind == dreambooth.KIND:
+            return [FileHash(HashKind.FILE, each) for each in dreambooth.published_digests(folder)]
+        return tensor_hashes(file for file in files.values() if file.suffix == ".safetensors")
 
     def _damage(self, blob: Blob, use: str) -> str | None:
         try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble.errors import Refused, Unavailable
-from scumble_build.adapted import Adapted, Factors
+from scumble_build.adapted import Factors
 from scumble_build.denoiser import Denoiser, KVProjection
 from scumble_build.inputs import StepInputs
 from scumble_build.text import Encoded, Overrides, TextEncoder
@@ -94,9 +94,10 @@ class TorchExecutor:
         self.text_layouts = tuple(text.layout for text in self._texts)
         self._stepping = stepping
         self._captured = Captured(stepping, _computing(self._denoiser)) if stepping is not None else None
-        graphs = (self._denoiser, self._projection, *self._texts)
-        self._adapted = {
-            layer.target.name: layer for graph in graphs for layer in graph.modules() if isinstance(layer, Adapted)
+        self._parameters = {
+            (component, plain(name)): tensor
+            for component, state in self._states.items()
+            for name, tensor in state.items()
         }
 
     @classmethod
@@ -196,8 +197,14 @@ class TorchExecutor:
         return TorchVae(self._place(load_autoencoder(folder, self._dtype)))
 
     def weight(self, target: str) -> Tensor:
-        weight: Tensor = self._adapted[target].base.weight
-        return weight
+        return self.parameter(f"{target}.weight")
+
+    def parameter(self, name: str) -> Tensor:
+        component, _, rest = name.partition(".")
+        found: Tensor | None = self._parameters.get((component, plain(rest)))
+        if found is None:
+            raise Refused(f"the base has no {name}, which an adapter changes; use the base that it was trained on")
+        return found
 
     def weights_digest(self) -> str:
         digest = hashlib.sha256()
