@@ -4,54 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble.errors import Refused, Unavailable
 from scumble_build.adapted import Factors
 from scumble_build.denoiser import Denoiser, KVProjection
+from scumble_build.families import Family
 from scumble_build.inputs import StepInputs
+from scumble_build.models import Models, Text, load_autoencoder, text_class, vae_dtype
 from scumble_build.text import Encoded, Overrides, TextEncoder
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.executors import Changed
 from scumble_server.executors.device import Captured, Stepping, faults
-from scumble_server.executors.torch_vae import TorchVae, load_autoencoder, vae_dtype
-from scumble_server.families import Family, TextPart
+from scumble_server.executors.torch_vae import TorchVae
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-Text: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Models:
-    """The networks of one base, before adapters' inputs are taken out of them; `texts` by their folders' names."""
-
-    unet: UNet2DConditionModel
-    texts: Mapping[str, Text]
-    vae: AutoencoderKL
-
-    @classmethod
-    def load(cls, folder: Path, family: Family, dtype: torch.dtype) -> Models:
-        """A folder in the diffusers layout."""
-        texts = {
-            part.encoder: _text_class(part).from_pretrained(folder / part.encoder, dtype=dtype, local_files_only=True)
-            for part in family.texts
-        }
-        return cls(
-            UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True),
-            texts,
-            load_autoencoder(folder / "vae", dtype),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +105,7 @@ class TorchExecutor:
                 old = states[component][names[plain(name)]]
                 states[component][names[plain(name)]] = values.to(old.device, old.dtype)
         texts = {
-            part.encoder: _build_text(_text_class(part), self._configs[part.encoder], states[part.encoder])
+            part.encoder: _build_text(text_class(part), self._configs[part.encoder], states[part.encoder])
             for part in self._family.texts
         }
         models = Models(
@@ -239,10 +216,6 @@ def _build_text(kind: type[Text], config: Any, state: dict[str, Tensor]) -> Text
     model = kind(config)
     model.load_state_dict(state, assign=True)
     return model
-
-
-def _text_class(part: TextPart) -> type[Text]:
-    return CLIPTextModelWithProjection if part.projects else CLIPTextModel
 
 
 def weights_bytes(folder: Path, family: Family, precision: str) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,14 +43,3 @@ class TorchVae:
             mean = like.new_tensor(config.latents_mean).view(1, -1, 1, 1)
             deviation = deviation * like.new_tensor(config.latents_std).view(1, -1, 1, 1)
         return mean, deviation
-
-
-def load_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
-    """A folder in the diffusers layout."""
-    config = AutoencoderKL.load_config(folder, local_files_only=True)
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=vae_dtype(config, dtype), local_files_only=True)
-
-
-def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """SDXL's VAE overflows half precision, and says so."""
-    return torch.float32 if config.get("force_upcast") and dtype == torch.float16 else dtype
