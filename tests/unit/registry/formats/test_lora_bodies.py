@@ -108,6 +108,17 @@ def test_norms_and_biases_are_merged(published: Any, registry: Registry) -> None
         ({**loha(2), f"{KOHYA_TO_Q}.alpha": np.float32(1e6)}, "within"),
         ({**loha(2), f"{KOHYA_TO_Q}.alpha": draw(2)}, "one number"),
         ({**loha(2), f"{KOHYA_TO_Q}.dora_scale": draw(5, 1)}, "magnitudes of shape"),
+        (
+            {f"{KOHYA_TO_Q}.lokr_w1": draw(1, 1), f"{KOHYA_TO_Q}.lokr_w2_a": np.zeros((200_000, 1), np.float16)}
+            | {f"{KOHYA_TO_Q}.lokr_w2_b": np.zeros((1, 200_000), np.float16)},
+            "more than its weight can be",
+        ),
+        (
+            {f"{CONV}.lora_down.weight": np.zeros((1, 100_000), np.float16), f"{CONV}.lora_up.weight": draw(4, 1)}
+            | {f"{CONV}.lora_mid.weight": np.zeros((1, 1, 500, 500), np.float16)},
+            "more than its weight can be",
+        ),
+        ({f"{KOHYA_TO_Q}.oft_blocks": np.zeros((1, 2000, 2000), np.float16)}, "more than its weight can be"),
         ({f"{KOHYA_TO_Q}.lokr_w1": draw(2), f"{KOHYA_TO_Q}.lokr_w2": draw(2, 2)}, "is no matrix"),
         ({f"{KOHYA_TO_Q}.lokr_w1": draw(2, 2), f"{KOHYA_TO_Q}.alpha": draw()}, "lacks lokr_w2_a"),
         (
