@@ -269,10 +269,10 @@ def _glora(parts: Parts) -> Module:
 
 
 def _oft(parts: Parts) -> Module:
-    blocks = parts.need("oft_blocks")
+    blocks = _blocks(parts, "oft_blocks")
     alpha = parts.number("alpha") or 0.0
-    out = int(np.prod(blocks.shape[-3:-1])) if blocks.ndim in {3, 4} else 0
-    turned = cayley(blocks, alpha * out if alpha > 0 or parts.clamped else None) if out else blocks
+    limit = alpha * blocks.shape[-3] * blocks.shape[-2]
+    turned = cayley(blocks, limit if alpha > 0 or parts.clamped else None)
     # OFT multiplies from the other side than a butterfly's stages do, and shuffles nothing.
     if blocks.ndim == 4 and len(blocks) == 1 and blocks.shape[-1] % 2 == 0:
         turned = unshuffled(turned)
@@ -281,9 +281,16 @@ def _oft(parts: Parts) -> Module:
 
 def _oft_diag(parts: Parts) -> Module:
     """Old LyCORIS: the rotation itself."""
-    blocks = parts.need("oft_diag")
+    blocks = algebra.wide(_blocks(parts, "oft_diag"))
     parts.take("alpha")
-    return _rotation(parts, algebra.wide(blocks).swapaxes(1, 2)[None] if blocks.ndim == 3 else blocks, axis=0)
+    return _rotation(parts, blocks.swapaxes(1, 2)[None] if blocks.ndim == 3 else blocks, axis=0)
+
+
+def _blocks(parts: Parts, name: str) -> Array:
+    blocks = parts.need(name)
+    if blocks.ndim not in {3, 4} or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
+        raise Refused(f"{parts.target}: blocks of shape {blocks.shape} are no square ones", target=parts.target)
+    return blocks
 
 
 def _peft_oft(parts: Parts) -> Module:
