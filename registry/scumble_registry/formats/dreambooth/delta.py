@@ -21,7 +21,7 @@ import numpy as np
 
 from scumble.errors import IntegrityError, Refused
 from scumble_registry.formats.checkpoint.text import plain
-from scumble_registry.formats.safetensors_header import DTYPES, Array, header_of, read_header, read_tensors, write
+from scumble_registry.formats.safetensors_header import DTYPES, Array, header_of, read_header, read_tensors, write_file
 
 SUFFIX = ".delta"
 _FORMAT = "scumble.delta.1"
@@ -44,7 +44,7 @@ def write_delta(published: Path, base: Mapping[str, Array], target: Path) -> int
         else:
             continue
         changed += values.size
-    target.write_bytes(write(parts, {"format": _FORMAT, "sha256": digest}))
+    write_file(target, parts, {"format": _FORMAT, "sha256": digest})
     return changed
 
 
