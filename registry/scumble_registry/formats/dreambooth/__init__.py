@@ -29,6 +29,7 @@ from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest
 
 KIND = "dreambooth"
+_CHUNK = 1 << 20
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -167,7 +168,13 @@ def _is_same(file: Path, other: Path) -> bool:
         same_size = file.stat().st_size == other.stat().st_size
     except FileNotFoundError:
         return False
-    return same_size and file.read_bytes() == other.read_bytes()
+    if not same_size:
+        return False
+    with file.open("rb") as one, other.open("rb") as another:
+        while chunk := one.read(_CHUNK):
+            if chunk != another.read(_CHUNK):
+                return False
+    return True
 
 
 __all__ = [
