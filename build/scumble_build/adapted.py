@@ -15,6 +15,7 @@ and its factors come stretched already. Several add up, each against the base, s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,17 @@ from torch.nn.functional import pad
 from scumble_build.layout import Layout, Shape, Target
 
 Layer = nn.Linear | nn.Conv2d
+
+
+class Carried(Protocol):
+    """Factors in one of the forms that a graph may be given them in."""
+
+    @property
+    def A(self) -> Tensor:  # noqa: N802 - the name of the literature
+        """`(slots, Σin, R)`"""
+
+    def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
+        """y = base(x) with what the factors make of x; y may be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +67,24 @@ class Factors:
             stretch_in=None if self.stretch_in is None else self.stretch_in.to(device, dtype),
         )
 
+    def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
+        """In place."""
+        if self.stretch_out is not None or self.stretch_in is not None:
+            _stretch(x, y, base, target, self)
+        if isinstance(base, nn.Conv2d):
+            _add_convolution(x, y, base, target, self)
+        elif x.ndim == 2:
+            _add_linear(x[:, None], y[:, None], target, self)
+        else:
+            _add_linear(x, y, target, self)
+        return y
+
 
 @dataclass(slots=True)
 class FactorInput:
     """The one place from which all layers of a graph read this call's factors. Owned by one thread at a time."""
 
-    factors: Factors | None = None
+    factors: Carried | None = None
 
 
 class Adapted(nn.Module):
@@ -78,33 +102,25 @@ class Adapted(nn.Module):
         factors = self.source.factors
         if factors is None or self.target.in_end > factors.A.shape[1]:
             return y
-        if factors.stretch_out is not None or factors.stretch_in is not None:
-            _stretch(x, y, self.base, self.target, factors)
-        if isinstance(self.base, nn.Conv2d):
-            _add_convolution(x, y, self.base, self.target, factors)
-        elif x.ndim == 2:
-            _add_linear(x[:, None], y[:, None], self.target, factors)
-        else:
-            _add_linear(x, y, self.target, factors)
-        return y
+        return factors.add_to(y, x, self.base, self.target)
 
 
 def _stretch(x: Tensor, y: Tensor, base: Layer, target: Target, factors: Factors) -> None:
     """What DoRA adds to y = Wx + bias, in place. Channels come second in a convolution, last in a linear layer."""
     rows = factors.slot.shape[0]
-    convolution = isinstance(base, nn.Conv2d)
-
-    def by_channel(values: Tensor, like: Tensor) -> Tensor:
-        rest = like.ndim - 2
-        return values[:, :, *[None] * rest] if convolution else values[:, *[None] * rest, :]
-
-    bias = 0 if base.bias is None else by_channel(base.bias[None], y)
+    bias = 0 if base.bias is None else by_channel(base.bias[None], y, base)
     if factors.stretch_out is not None:
-        values = by_channel(factors.stretch_out[:, target.out_offset : target.out_end], y)
+        values = by_channel(factors.stretch_out[:, target.out_offset : target.out_end], y, base)
         y[:rows].mul_(1 + values).sub_(values * bias)
     if factors.stretch_in is not None:
         values = factors.stretch_in[:, target.in_offset : target.in_offset + base.weight.shape[1]]
-        y[:rows] += base(x[:rows] * by_channel(values, x)) - bias
+        y[:rows] += base(x[:rows] * by_channel(values, x, base)) - bias
+
+
+def by_channel(values: Tensor, like: Tensor, base: Layer) -> Tensor:
+    """values `(rows, channels)`, with a dim of 1 for each other dim of `like`, which `base` reads or makes."""
+    rest = [None] * (like.ndim - 2)
+    return values[:, :, *rest] if isinstance(base, nn.Conv2d) else values[:, *rest, :]
 
 
 def _add_linear(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:

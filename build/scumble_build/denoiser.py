@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from scumble_build.adapted import Factors, Layer, adapt, find_layers
+from scumble_build.adapted import Carried, Layer, adapt, find_layers
 from scumble_build.inputs import ImageInputs, StepInputs, level_sizes
 
 PREFIX = "unet."
@@ -82,7 +82,7 @@ class CrossAttention:
         m, groups = images.kv.shape[:2]
         # Copies only where they are needed: often every row has a picture, and one group of them.
         asking = query if m == query.shape[0] else query.index_select(0, images.rows)
-        asking = asking.repeat_interleave(groups, 0) if groups > 1 else asking
+        asking = asking[:, None].expand(-1, groups, -1, -1, -1).flatten(0, 1)
         key, value = self._keys_and_values(images.kv.flatten(0, 1), query.shape[1])
         mask = images.tokens.flatten(0, 1)[:, None, None] if images.tokens is not None else None
         mixed = _attend(attn, asking, key, value, mask)
@@ -160,7 +160,7 @@ class KVProjection(nn.Module):
         self.shared = shared
         self.layout, self.source = adapt(shared, find_layers(shared, PREFIX), PREFIX)
 
-    def forward(self, states: Tensor, factors: Factors | None = None, of_values: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, factors: Carried | None = None, of_values: Tensor | None = None) -> Tensor:
         """states `(rows, T, C)` → `(rows, T, Σ 2·width)`. Values are read from `of_values`, if it is given."""
         self.source.factors = factors
         reads = {"to_k": states, "to_v": states if of_values is None else of_values}

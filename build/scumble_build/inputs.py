@@ -95,4 +95,6 @@ def level_sizes(height: int, width: int, levels: int) -> list[tuple[int, int]]:
 
     A downsampler (3x3, stride 2, padding 1) rounds up.
     """
-    return [(-(-height // 2**level), -(-width // 2**level)) for level in range(levels)]
+    steps = [2**level for level in range(levels)]
+    # Not -(-height // step): a traced graph rounds negative quotients towards zero.
+    return [((height + step - 1) // step, (width + step - 1) // step) for step in steps]

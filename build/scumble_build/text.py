@@ -5,11 +5,19 @@ layers).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble_build.adapted import Factors, adapt, find_layers
+
+
+class Replaces(Protocol):
+    """Overrides in one of the forms that a graph may be given them in."""
+
+    def within(self, embeddings: Tensor) -> Tensor:
+        """`(rows, T, C)` with what overrides them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,9 @@ class Overrides:
     vectors: Tensor
     row: Tensor
     position: Tensor
+
+    def within(self, embeddings: Tensor) -> Tensor:
+        return embeddings.index_put((self.row, self.position), self.vectors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +47,7 @@ class Encoded:
 class OverrideInput:
     """Where the token embedding reads this call's overrides. Owned by one thread at a time."""
 
-    overrides: Overrides | None = None
+    overrides: Replaces | None = None
 
 
 class OverriddenEmbedding(nn.Module):
@@ -54,9 +65,7 @@ class OverriddenEmbedding(nn.Module):
         """tokens `(rows, T)` int64 → `(rows, T, C)`."""
         embeddings: Tensor = self.base(tokens)
         overrides = self.source.overrides
-        if overrides is None:
-            return embeddings
-        return embeddings.index_put((overrides.row, overrides.position), overrides.vectors)
+        return embeddings if overrides is None else overrides.within(embeddings)
 
 
 class TextEncoder(nn.Module):
@@ -78,6 +87,7 @@ class TextEncoder(nn.Module):
         encoder, embeddings = tower.get_submodule("encoder"), tower.get_submodule("embeddings")
         prefix = f"{component}.text_model.encoder."
         self.model = model
+        self.tower = tower
         self.penultimate = penultimate
         self.norm = tower.get_submodule("final_layer_norm")
         self.layout, self.source = adapt(encoder, find_layers(encoder, prefix), prefix)

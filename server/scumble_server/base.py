@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from scumble.errors import Refused
 from scumble_build.blocks import UNetBlocks, blocks_of
+from scumble_build.families import FAMILIES, Family
 from scumble_build.layout import Layout
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import BaseCompatibility, ImageEncoderCompatibility
@@ -23,7 +24,6 @@ from scumble_registry.manifest import Defaults
 from scumble_server.config import ServerConfig
 from scumble_server.executors import Executor
 from scumble_server.executors.torch import TorchExecutor, weights_bytes
-from scumble_server.families import FAMILIES, Family
 from scumble_server.preview import LatentColours, fit
 from scumble_server.residency import Lease, Residency
 

@@ -24,6 +24,7 @@ from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, Text, read_record
 from scumble_server.encoding import Encoder, together
 from scumble_server.executors import Vae
+from scumble_server.executors.device import uploads
 from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
@@ -186,8 +187,8 @@ def _bind(
         bound = lora.bind(layout, pieces, context.executor.weight, without)
         if bound is None:
             return None
-        device, dtype = context.executor.device, context.executor.dtype
-        return replace(bound, A=bound.A.to(device, dtype), B=bound.B.to(device, dtype))
+        A, B = uploads(context.executor.device).send(bound.A, bound.B, dtype=context.executor.dtype)
+        return replace(bound, A=A, B=B)
 
     of_weights = context.weights if any(map(lora.depends_on_weights, loras)) else None
     key = ("factors", graph, of_weights, without, *(lora.identity(context, each) for each in loras))

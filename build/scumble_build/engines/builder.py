@@ -63,7 +63,7 @@ def build(
     plan: Path,
     *,
     flavour: Flavour,
-    sm: int,
+    sm: Sequence[int],
     profiles: Sequence[Profile],
     options: Options | None = None,
     tell: Tell = lambda _phase, _done: None,
@@ -153,34 +153,39 @@ def _same(shape: tuple[int, ...], port: Port, *, exact: bool) -> bool:
     return len(shape) == len(declared) and all(-1 in {here, there} or here == there for here, there in pairs)
 
 
-def _configure(trt: TensorRT, builder: Builder, flavour: Flavour, sm: int, options: Options) -> BuilderConfig:
+def _configure(trt: TensorRT, builder: Builder, flavour: Flavour, sm: Sequence[int], options: Options) -> BuilderConfig:
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     if flavour.is_rtx:
-        capability = getattr(trt.ComputeCapability, f"SM{sm}", None)
-        if capability is None:
-            known = sorted(name for name in dir(trt.ComputeCapability) if _names_one(name))
-            raise Refused(
-                f"TensorRT for RTX {trt.__version__} builds for {', '.join(known)}, not for SM{sm}; "
-                "there, build with --flavour tensorrt on the GPU itself",
-                sm=sm,
-            )
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(capability, 0)
+        config.num_compute_capabilities = len(sm)
+        for index, number in enumerate(sm):
+            config.set_compute_capability(_capability(trt, number), index)
         return config
     here = current_sm()
-    if here != sm:
+    if (here,) != tuple(sm):
         raise Refused(
             f"TensorRT builds for the GPU that it runs on, which is {'none' if here is None else f'SM{here}'} here, "
-            f"not SM{sm}; build there, or with --flavour tensorrt_rtx",
-            sm=sm,
+            f"not SM{', SM'.join(map(str, sm))}; build there, or with --flavour tensorrt_rtx",
+            sm=list(sm),
         )
     if options.timing_cache is not None:
         content = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
         config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False)
     return config
+
+
+def _capability(trt: TensorRT, sm: int) -> Any:
+    found = getattr(trt.ComputeCapability, f"SM{sm}", None)
+    if found is None:
+        known = sorted(name for name in dir(trt.ComputeCapability) if _names_one(name))
+        raise Refused(
+            f"TensorRT for RTX {trt.__version__} builds for {', '.join(known)}, not for SM{sm}; "
+            "there, build with --flavour tensorrt on the GPU itself",
+            sm=sm,
+        )
+    return found
 
 
 def _names_one(name: str) -> bool:

@@ -18,9 +18,10 @@ SM = (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
 
 @dataclass(frozen=True, slots=True)
 class EngineKey:
-    """`graph` is the digest of the exported graph with its weights, `layout` that of where factors stand in it;
-    `profiles` and `flags` are as they were given to the builder. `driver` is not part: engines are bound to TensorRT's
-    version and the GPU's capability, and what a driver lacks shows when one is loaded.
+    """`sm` are the compute capabilities that the plan is for. `graph` is the digest of the exported graph with its
+    weights, `layout` that of where factors stand in it; `profiles` and `flags` are as they were given to the builder.
+    The driver is not part: engines are bound to TensorRT's version and the GPU's capability, and what a driver lacks
+    shows when one is loaded.
     """
 
     part: str
@@ -28,7 +29,7 @@ class EngineKey:
     base: str
     flavour: Flavour
     version: str
-    sm: int
+    sm: tuple[int, ...]
     precision: str
     layout: str
     profiles: Sequence[Mapping[str, Any]]
@@ -39,13 +40,13 @@ class EngineKey:
         return digest_of(canonical_json(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "flavour": self.flavour.value}
+        return {**asdict(self), "flavour": self.flavour.value, "sm": list(self.sm)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Raises Refused for a key of a newer or older scumble."""
         try:
-            return cls(**{**data, "flavour": Flavour(data["flavour"])})
+            return cls(**{**data, "flavour": Flavour(data["flavour"]), "sm": tuple(data["sm"])})
         except (KeyError, TypeError, ValueError) as error:
             raise Refused(f"this engine's key is not one that this scumble writes ({error}); build it again") from error
 
@@ -65,12 +66,14 @@ def misfits(key: EngineKey, machine: Machine, base: str, precision: str, graph: 
         "base": (key.base, base),
         "flavour": (key.flavour, machine.flavour),
         f"{machine.flavour} version": (key.version, machine.version),
-        "compute capability": (key.sm, machine.sm),
         "precision": (key.precision, precision),
     }
     if graph is not None:
         wanted["graph"] = (key.graph, graph)
-    return [f"its {what} is {has}, not {needs}" for what, (has, needs) in wanted.items() if has != needs]
+    wrong = [f"its {what} is {has}, not {needs}" for what, (has, needs) in wanted.items() if has != needs]
+    if machine.sm not in key.sm:
+        wrong.append(f"it is for SM{', SM'.join(map(str, key.sm))}, not for SM{machine.sm}")
+    return wrong
 
 
 def check_sm(sm: int) -> int:

@@ -15,6 +15,7 @@ GROUP = "scumble.commands"
 INTERRUPTED = 130
 
 HELP = {
+    "build": "Export a base's graphs for other runtimes.",
     "demo": "Make pictures with different adapters in one batch, from nothing.",
     "generate": "Make pictures.",
     "registry": "Publish, find and check adapters and bases.",

@@ -4,60 +4,55 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble.errors import Refused, Unavailable
 from scumble_build.adapted import Factors
 from scumble_build.denoiser import Denoiser, KVProjection
+from scumble_build.families import Family
 from scumble_build.inputs import StepInputs
+from scumble_build.models import Models, Text, load_autoencoder, text_class, vae_dtype
 from scumble_build.text import Encoded, Overrides, TextEncoder
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.executors import Changed
-from scumble_server.executors.torch_vae import TorchVae, load_autoencoder, vae_dtype
-from scumble_server.families import Family, TextPart
+from scumble_server.executors.device import Captured, Stepping, faults
+from scumble_server.executors.torch_vae import TorchVae
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-Text: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
-class Models:
-    """The networks of one base, before adapters' inputs are taken out of them; `texts` by their folders' names."""
+class _Step:
+    """All that one call of the denoiser reads."""
 
-    unet: UNet2DConditionModel
-    texts: Mapping[str, Text]
-    vae: AutoencoderKL
-
-    @classmethod
-    def load(cls, folder: Path, family: Family, dtype: torch.dtype) -> Models:
-        """A folder in the diffusers layout."""
-        texts = {
-            part.encoder: _text_class(part).from_pretrained(folder / part.encoder, dtype=dtype, local_files_only=True)
-            for part in family.texts
-        }
-        return cls(
-            UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True),
-            texts,
-            load_autoencoder(folder / "vae", dtype),
-        )
+    sample: Tensor
+    timestep: Tensor
+    inputs: StepInputs
 
 
 class TorchExecutor:
-    """Owns one set of weights, which it only ever reads."""
+    """Owns one set of weights, which it only ever reads. On CUDA its steps are captured as graphs."""
 
-    def __init__(self, models: Models, family: Family, device: torch.device, dtype: torch.dtype, max_rows: int) -> None:
-        """`models` are in `dtype` already."""
+    def __init__(
+        self,
+        models: Models,
+        family: Family,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_rows: int,
+        stepping: Stepping | None = None,
+    ) -> None:
+        """`models` are in `dtype` already; with `stepping`, steps run in its buffers and graphs."""
         self._family, self._device, self._dtype, self.max_rows = family, device, dtype, max_rows
         unet = self._place(models.unet)
         texts = {name: self._place(text) for name, text in models.texts.items()}
@@ -74,6 +69,8 @@ class TorchExecutor:
         self.kv_layout = self._projection.layout
         self.kv_slices = self._projection.slices
         self.text_layouts = tuple(text.layout for text in self._texts)
+        self._stepping = stepping
+        self._captured = Captured(stepping, _computing(self._denoiser)) if stepping is not None else None
         self._parameters = {
             (component, plain(name)): tensor
             for component, state in self._states.items()
@@ -87,8 +84,10 @@ class TorchExecutor:
         """A folder in the diffusers layout. Raises Unavailable if the device is not there."""
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
-        dtype = _DTYPES[precision]
-        return cls(Models.load(folder, family, dtype), family, torch.device(device), dtype, max_rows)
+        dtype, place = _DTYPES[precision], torch.device(device)
+        stepping = Stepping.on(place) if device == "cuda" else None
+        with faults(f"the weights of {folder.name}"):
+            return cls(Models.load(folder, family, dtype), family, place, dtype, max_rows, stepping)
 
     def variant(self, changed: Changed, configs: Path | None = None) -> Self:
         states = {component: dict(state) for component, state in self._states.items()}
@@ -106,7 +105,7 @@ class TorchExecutor:
                 old = states[component][names[plain(name)]]
                 states[component][names[plain(name)]] = values.to(old.device, old.dtype)
         texts = {
-            part.encoder: _build_text(_text_class(part), self._configs[part.encoder], states[part.encoder])
+            part.encoder: _build_text(text_class(part), self._configs[part.encoder], states[part.encoder])
             for part in self._family.texts
         }
         models = Models(
@@ -114,7 +113,8 @@ class TorchExecutor:
             texts,
             _build(AutoencoderKL, self._config("vae", configs), states["vae"]),
         )
-        return type(self)(models, self._family, self._device, self._dtype, self.max_rows)
+        with faults("a variant's weights"):
+            return type(self)(models, self._family, self._device, self._dtype, self.max_rows, self._stepping)
 
     def _config(self, component: str, configs: Path | None) -> Any:
         """A checkpoint's own: scaling and the like may differ, though its shapes do not."""
@@ -150,19 +150,22 @@ class TorchExecutor:
                 overrides.position.to(self._device),
             )
         mask = mask.to(self._device) if mask is not None else None
-        encoded: Encoded = self._texts[encoder](tokens.to(self._device), self._cast(factors), overrides, skip, mask)
+        with faults("a text"):
+            encoded: Encoded = self._texts[encoder](tokens.to(self._device), self._cast(factors), overrides, skip, mask)
         return encoded
 
     @torch.inference_mode()
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
-        kv: Tensor = self._projection(states, self._cast(factors), of_values)
+        with faults("a text's keys and values"):
+            kv: Tensor = self._projection(states, self._cast(factors), of_values)
         return kv
 
     @torch.inference_mode()
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
-        inputs = inputs.to(self._device, self._dtype)
-        prediction: Tensor = self._denoiser(sample.to(self._dtype), timestep, inputs)
-        return prediction.float()
+        with faults(f"a step of {len(sample)} rows"):
+            step = _Step(sample.to(self._dtype), timestep, inputs.to(self._device, self._dtype))
+            prediction = self._captured(step) if self._captured is not None else _computing(self._denoiser)(step)
+            return prediction.float()
 
     def _cast(self, factors: Factors | None) -> Factors | None:
         return factors.to(self._device, self._dtype) if factors is not None else None
@@ -192,6 +195,14 @@ class TorchExecutor:
         return {"executor": "torch", "device": self.device, "precision": precision}
 
 
+def _computing(denoiser: Denoiser) -> Callable[[_Step], Tensor]:
+    def compute(step: _Step) -> Tensor:
+        prediction: Tensor = denoiser(step.sample, step.timestep, step.inputs)
+        return prediction
+
+    return compute
+
+
 def _build(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
     """A diffusers model around weights that are there already: nothing is drawn or copied."""
     with torch.device("meta"):
@@ -205,10 +216,6 @@ def _build_text(kind: type[Text], config: Any, state: dict[str, Tensor]) -> Text
     model = kind(config)
     model.load_state_dict(state, assign=True)
     return model
-
-
-def _text_class(part: TextPart) -> type[Text]:
-    return CLIPTextModelWithProjection if part.projects else CLIPTextModel
 
 
 def weights_bytes(folder: Path, family: Family, precision: str) -> int:

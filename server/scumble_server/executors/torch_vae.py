@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from scumble_server.executors import Spread
+from scumble_server.executors.device import faults
 
 
 class TorchVae:
@@ -24,13 +23,15 @@ class TorchVae:
         mean, deviation = self._scale(latents)
         latents = (latents * deviation + mean).to(self._model.dtype)
         decode = self._model.tiled_decode if tiled else self._model.decode
-        decoded: Tensor = decode(latents, return_dict=False)[0].float()
+        with faults(f"decoding {len(latents)} pictures"):
+            decoded: Tensor = decode(latents, return_dict=False)[0].float()
         pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return pixels.round().to(torch.uint8).cpu()
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Spread:
-        found = self._model.encode(pixels.to(self._model.device, self._model.dtype), return_dict=False)[0]
+        with faults("encoding a picture"):
+            found = self._model.encode(pixels.to(self._model.device, self._model.dtype), return_dict=False)[0]
         mean, deviation = self._scale(found.mean.float())
         return Spread(((found.mean.float() - mean) / deviation)[0], (found.std.float() / deviation)[0])
 
@@ -42,14 +43,3 @@ class TorchVae:
             mean = like.new_tensor(config.latents_mean).view(1, -1, 1, 1)
             deviation = deviation * like.new_tensor(config.latents_std).view(1, -1, 1, 1)
         return mean, deviation
-
-
-def load_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
-    """A folder in the diffusers layout."""
-    config = AutoencoderKL.load_config(folder, local_files_only=True)
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=vae_dtype(config, dtype), local_files_only=True)
-
-
-def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """SDXL's VAE overflows half precision, and says so."""
-    return torch.float32 if config.get("force_upcast") and dtype == torch.float16 else dtype

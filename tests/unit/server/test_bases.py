@@ -12,9 +12,9 @@ from tiny_families import make_tiny_sd2, make_tiny_sdxl
 import scumble_build.denoiser
 from scumble.errors import InvalidRequest, Refused
 from scumble.request import Adapter, Request
+from scumble_build.families import FAMILIES
 from scumble_registry import Registry
 from scumble_server.executors.torch import TorchExecutor, weights_bytes
-from scumble_server.families import FAMILIES
 from scumble_server.residency import Residency
 
 if TYPE_CHECKING:

@@ -19,15 +19,17 @@ needs_rtx = pytest.mark.skipif(
 )
 
 
-def rtx(folder: Path, sm: int = 89, profiles: tuple[Profile, ...] = (WHOLE,), **changed: object) -> Report:
+def rtx(
+    folder: Path, sm: tuple[int, ...] = (89,), profiles: tuple[Profile, ...] = (WHOLE,), **changed: object
+) -> Report:
     onnx, manifest = make_graph(folder, **changed)
     plan = folder / "engine.plan"
     return build(onnx, GraphManifest.read(manifest), plan, flavour=Flavour.TENSORRT_RTX, sm=sm, profiles=profiles)
 
 
 @needs_rtx
-@pytest.mark.parametrize("sm", [89, 120])
-def test_a_graph_becomes_a_plan_without_a_gpu(tmp_path: Path, sm: int) -> None:
+@pytest.mark.parametrize("sm", [(89,), (120,), (89, 120)])
+def test_a_graph_becomes_a_plan_without_a_gpu(tmp_path: Path, sm: tuple[int, ...]) -> None:
     report = rtx(tmp_path, sm, (WHOLE, Profile({"rows": Range(2, 2, 2)})))
     assert (tmp_path / "engine.plan").stat().st_size == report.plan_bytes > 0
     assert report.layers >= 2
@@ -78,7 +80,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
             GraphManifest.read(manifest),
             tmp_path / "engine.plan",
             flavour=Flavour.TENSORRT_RTX,
-            sm=89,
+            sm=(89,),
             profiles=(WHOLE,),
         )
 
@@ -86,7 +88,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
 @needs_rtx
 def test_a_gpu_that_the_flavour_does_not_build_for_is_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="not for SM90; there, build with --flavour tensorrt"):
-        rtx(tmp_path, 90)
+        rtx(tmp_path, (90,))
 
 
 @needs_rtx
@@ -111,7 +113,7 @@ def test_progress_is_told_and_whoever_listens_can_stop_the_build(tmp_path: Path)
             GraphManifest.read(manifest),
             tmp_path / "engine.plan",
             flavour=Flavour.TENSORRT_RTX,
-            sm=89,
+            sm=(89,),
             profiles=(WHOLE,),
             tell=listen,
         )
@@ -128,6 +130,6 @@ def test_a_flavour_that_is_not_installed_says_how_to_get_it(tmp_path: Path) -> N
             GraphManifest.read(manifest),
             tmp_path / "engine.plan",
             flavour=Flavour.TENSORRT,
-            sm=89,
+            sm=(89,),
             profiles=(WHOLE,),
         )

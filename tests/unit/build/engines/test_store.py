@@ -41,7 +41,7 @@ def key(base: Version, **changed: object) -> EngineKey:
         base=base.digest,
         flavour=MACHINE.flavour,
         version=MACHINE.version,
-        sm=MACHINE.sm,
+        sm=(75, MACHINE.sm),
         precision="fp16",
         layout="none",
         profiles=[{"rows": [1, 2, 8]}],
@@ -73,7 +73,7 @@ def test_what_is_published_is_found_pulled_and_has_its_report(
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"sm": 120}, "its compute capability is 120, not 89"),
+        ({"sm": (75, 120)}, "it is for SM75, SM120, not for SM89"),
         ({"version": "1.6.0"}, "its tensorrt_rtx version is 1.6.0, not 1.7.1"),
         ({"flavour": Flavour.TENSORRT}, "its flavour is tensorrt, not tensorrt_rtx"),
         ({"precision": "bf16"}, "its precision is bf16, not fp16"),
@@ -160,7 +160,7 @@ def test_every_field_of_a_key_makes_another_engine(base: Version) -> None:
     ours = key(base)
     changes = dict.fromkeys(("part", "graph", "base", "version", "precision", "layout"), "other")
     others = [replace(ours, **{name: value}) for name, value in changes.items()]
-    others += [replace(ours, sm=90), replace(ours, flavour=Flavour.TENSORRT)]
+    others += [replace(ours, sm=(90,)), replace(ours, flavour=Flavour.TENSORRT)]
     others += [replace(ours, profiles=[]), replace(ours, flags={})]
     assert len({each.digest for each in [ours, *others]}) == 11
     assert EngineKey.from_dict(ours.to_dict()) == ours

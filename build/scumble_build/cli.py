@@ -1,0 +1,17 @@
+"""`scumble build …`: what a base is made into for other runtimes than torch."""
+
+from __future__ import annotations
+
+import typer
+
+from scumble_build.export.command import export
+
+app = typer.Typer(no_args_is_help=True, help="Export a base's graphs to ONNX.")
+
+
+@app.callback()
+def build() -> None:
+    """Make a base's graphs into what other runtimes take."""
+
+
+app.command("export")(export)

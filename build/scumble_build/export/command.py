@@ -1,0 +1,87 @@
+"""`scumble build export`: a base's graphs as ONNX files with manifests, for engines and other runtimes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers import CLIPVisionModelWithProjection
+
+from scumble.errors import NotFound, Refused
+from scumble_build.export.graph import PRECISIONS
+from scumble_build.export.manifest import GraphManifest, Precision
+from scumble_build.export.plan import BaseGraphs
+from scumble_build.export.write import write_graphs
+from scumble_build.families import FAMILIES
+from scumble_build.models import Models
+from scumble_registry import Registry, default_home
+from scumble_registry.compatibility import BaseCompatibility, Family
+from scumble_registry.formats import base as base_format
+from scumble_registry.formats.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFolder:
+    """A base on disk, in the diffusers layout; `digest` is its version's, or its files' if it is of no registry."""
+
+    folder: Path
+    digest: str
+    family: Family
+
+
+def export(
+    base: Annotated[str, typer.Option(help="The base: a reference, or a folder in the diffusers layout.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; made if it is not there.")],
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this graph (unet.small, vae_decoder, …); may be repeated. [default: all]"),
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="What the graphs compute in.")] = "fp32",
+    home: Annotated[Path | None, typer.Option(help="Where the registry is. [SCUMBLE_HOME]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Write a base's graphs, with adapters as inputs, as ONNX files with weights and manifests."""
+
+    def report(manifest: GraphManifest) -> None:
+        if not as_json:
+            print(f"{manifest.graph}: {len(manifest.inputs)} inputs, {manifest.onnx.size / 1e6:.1f} MB")
+
+    found = find_base(base, home or default_home())
+    graphs = open_base(found, precision)
+    manifests = write_graphs(graphs, part or graphs.names, out, base=found.digest, family=found.family, report=report)
+    if as_json:
+        print(json.dumps({"folder": str(out), "graphs": [manifest.graph for manifest in manifests]}))
+
+
+def find_base(ref: str, home: Path) -> BaseFolder:
+    """Raises NotFound, Refused or IntegrityError."""
+    folder = Path(ref).expanduser()
+    if folder.is_dir():
+        source = Source.scan(folder)
+        compatibility, _ = base_format.examine(source)
+        digest = hashlib.sha256()
+        for name, file in source.files.items():
+            digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+        return BaseFolder(folder, f"sha256:{digest.hexdigest()}", compatibility.family)
+    if "/" not in ref or ref.startswith((".", "/", "~")):
+        raise NotFound(f"no folder {ref}, and it is no reference such as scumble/demo@1", ref=ref)
+    with Registry.open(home) as registry:
+        version = registry.resolve(ref)
+        about = version.manifest.compatibility
+        if not isinstance(about, BaseCompatibility):
+            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base", ref=ref)
+        return BaseFolder(registry.materialise(version), version.digest, about.family)
+
+
+def open_base(base: BaseFolder, precision: Precision) -> BaseGraphs:
+    """Its networks, in memory."""
+    family, dtype = FAMILIES[base.family], PRECISIONS[precision]
+    encoder = base.folder / "image_encoder"
+    vision = None
+    if (encoder / "config.json").is_file():
+        vision = CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=dtype, local_files_only=True)
+    return BaseGraphs.of(Models.load(base.folder, family, dtype), family, precision, vision)

@@ -1,0 +1,101 @@
+"""Which graphs a base has, and what of each is kept in float32 in half precision.
+
+* Norms of every part: sums over a whole map overflow or lose what is small.
+* The embedding of time steps and sizes: half precision has no 999.5 and no 1537.
+* Attention of bases whose config says `upcast_attention` (SD 2.1): its scores overflow.
+* All of a VAE whose config says `force_upcast` (SDXL's), in fp16: its maps overflow. bfloat16 has float32's range.
+
+Softmax stays in the graph's precision: its results are in 0…1, and runtimes sum in float32 inside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+from torch import Tensor
+
+from scumble_build.denoiser import Denoiser, KVProjection
+from scumble_build.export.denoiser import GRAPHS, denoiser_graph
+from scumble_build.export.graph import Graph
+from scumble_build.export.manifest import Part, Precision
+from scumble_build.export.pictures import decoder_graph, encoder_graph, vision_graph
+from scumble_build.export.text import projection_graph, text_graph
+from scumble_build.families import Family
+from scumble_build.models import Models
+from scumble_build.text import TextEncoder
+
+_NORMS = "norms"
+_EMBEDDINGS = "embedding of time steps and sizes"
+_ATTENTION = "attention"
+_EVERYTHING = "everything"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseGraphs:
+    """A base's networks as they stand behind what adapts them, in `precision`; `texts` by their folders' names.
+
+    `states` are all tensors by component and by the name in its file.
+    """
+
+    projection: KVProjection
+    denoiser: Denoiser
+    texts: Mapping[str, TextEncoder]
+    vae: Any
+    states: Mapping[str, Mapping[str, Tensor]]
+    precision: Precision
+    vision: Any = None
+    """The base's own image encoder, if it has one."""
+
+    @classmethod
+    def of(cls, models: Models, family: Family, precision: Precision, vision: Any = None) -> Self:
+        """`models` are in `precision`, and adapted from here on."""
+        components: dict[str, Any] = {"unet": models.unet, **models.texts, "vae": models.vae}
+        components |= {"image_encoder": vision} if vision is not None else {}
+        for model in components.values():
+            model.eval().requires_grad_(requires_grad=False)
+        states = {name: dict(model.state_dict()) for name, model in components.items()}
+        projection = KVProjection(models.unet)
+        denoiser = Denoiser(models.unet, projection.slices)
+        texts = {name: TextEncoder(text, name, penultimate=family.penultimate) for name, text in models.texts.items()}
+        return cls(projection, denoiser, texts, models.vae, states, precision, vision)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all graphs."""
+        denoisers = (f"unet.{which}" for which in GRAPHS)
+        vision = ("image_encoder",) if self.vision is not None else ()
+        return (*self.texts, "kv_projection", *denoisers, "vae_decoder", "vae_encoder", *vision)
+
+    def graph(self, name: str) -> Graph:
+        """One of `names`."""
+        half = self.precision != "fp32"
+        norms = (_NORMS,) if half else ()
+        if name in self.texts:
+            return text_graph(cast("Part", name), self.texts[name], self._of(name), self.precision, norms)
+        if name == "kv_projection":
+            return projection_graph(self.projection, self._of("unet"), self.precision)
+        if name.startswith("unet."):
+            upcast = (_ATTENTION,) if half and self.denoiser.unet.config.upcast_attention else ()  # type: ignore[union-attr]
+            kept = (*norms, _EMBEDDINGS, *upcast) if half else ()
+            which = name.removeprefix("unet.")
+            return denoiser_graph(which, self.denoiser, self.projection.slices, self._of("unet"), self.precision, kept)
+        if name == "image_encoder":
+            return vision_graph(self.vision, self._of("image_encoder"), self.precision, norms)
+        make = {"vae_decoder": decoder_graph, "vae_encoder": encoder_graph}[name]
+        if half and self.vae.dtype.itemsize == 4:
+            return make(self.vae, self._of("vae"), "fp32", (_EVERYTHING,))
+        return make(self.vae, self._of("vae"), self.precision, norms)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """Of the component that a graph is of: with the code, all that its structure depends on."""
+        if name in self.texts:
+            return dict(self.texts[name].model.config.to_dict())
+        if name == "image_encoder":
+            return dict(self.vision.config.to_dict())
+        component: Any = self.vae if name.startswith("vae") else self.denoiser.unet
+        return {key: value for key, value in component.config.items() if not key.startswith("_")}
+
+    def _of(self, component: str) -> dict[str, Tensor]:
+        return {f"{component}.{name}": tensor for name, tensor in self.states[component].items()}

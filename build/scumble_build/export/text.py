@@ -1,0 +1,127 @@
+"""A text encoder's graph, and that of the keys and values which cross-attention reads of its states.
+
+Overrides are dense here: for each place the vector that may stand there, and whether it does. So the graph has no input
+whose size may be zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scumble_build.denoiser import KVProjection
+from scumble_build.export.graph import Graph
+from scumble_build.export.manifest import FLOAT, Axis, FactorLayout, Include, Part, Port, Precision
+from scumble_build.export.ports import FACTOR_AXES, ROWS, TOKENS, factor_ports, kv_port, take_factors
+from scumble_build.text import TextEncoder
+
+_STRETCHED: tuple[Include, ...] = ("factors", "stretch_out", "stretch_in")
+
+
+@dataclass(frozen=True, slots=True)
+class DenseOverrides:
+    """vectors `(rows, T, C)`, of which those stand in the text where `there` `(rows, T)` is True."""
+
+    vectors: Tensor
+    there: Tensor
+
+    def within(self, embeddings: Tensor) -> Tensor:
+        return torch.where(self.there[..., None], self.vectors, embeddings)
+
+
+def text_graph(
+    part: Part, encoder: TextEncoder, parameters: Mapping[str, Tensor], precision: Precision, kept: tuple[str, ...]
+) -> Graph:
+    dtype = FLOAT[precision]
+    config: Any = encoder.model.config
+    layout = FactorLayout.of(encoder.layout, full=True)
+    length, width = int(config.max_position_embeddings), int(config.hidden_size)
+    projects = hasattr(encoder.model, "text_projection")
+    inputs = (
+        Port(name="tokens", dtype="int64", dims=("rows", length), about="Ids of the tokenizer."),
+        Port(name="mask", dtype="bool", dims=("rows", length), about="False where a token is not seen."),
+        Port(name="vectors", dtype=dtype, dims=("rows", length, width), about="Of embeddings, at their places."),
+        Port(name="overridden", dtype="bool", dims=("rows", length), about="Where `vectors` stand for the tokens."),
+        Port(name="skip", dtype="int64", dims=(1,), about="How many more of the last layers are left out."),
+        Port(name="pool", dtype="int64", dims=("rows",), about="The place whose state the pooled text is."),
+        *factor_ports(layout, dtype, _STRETCHED),
+    )
+    inputs = inputs if projects else tuple(port for port in inputs if port.name != "pool")
+    outputs = [Port(name="states", dtype=dtype, dims=("rows", length, width), about="As the UNet reads them.")]
+    if projects:
+        outputs.append(
+            Port(name="pooled", dtype=dtype, dims=("rows", int(config.projection_dim)), about="Of the whole text.")
+        )
+    axes = {"rows": ROWS, **FACTOR_AXES}
+    module = _Text(encoder, projects=projects)
+    return Graph(
+        part, part, module, inputs, tuple(outputs), axes, precision, parameters, _STRETCHED, layout, kept_in_fp32=kept
+    )
+
+
+class _Text(nn.Module):
+    def __init__(self, encoder: TextEncoder, *, projects: bool) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projects = projects
+
+    def forward(
+        self, tokens: Tensor, mask: Tensor, vectors: Tensor, overridden: Tensor, skip: Tensor, *more: Tensor
+    ) -> tuple[Tensor, ...]:
+        rest = iter(more)
+        pool = next(rest) if self.projects else None
+        self.encoder.source.factors = take_factors(rest, _STRETCHED)
+        self.encoder.override_input.overrides = DenseOverrides(vectors, overridden)
+        tower: nn.Module = self.encoder.tower
+        states = tower.get_submodule("embeddings")(tokens)
+        length = tokens.shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & mask[:, None, None]
+        every = [states]
+        for layer in tower.get_submodule("encoder.layers").children():
+            states = layer(states, seen)
+            every.append(states)
+        # Of the layers that may be left out, the last first.
+        last = len(every) - 1 - self.encoder.penultimate
+        chosen = torch.stack(every[last::-1]).index_select(0, skip)[0]
+        found = chosen if self.encoder.penultimate else self.encoder.norm(chosen)
+        if pool is None:
+            return (found,)
+        whole = self.encoder.norm(every[-1])
+        index = pool[:, None, None].expand(-1, 1, whole.shape[-1])
+        pooled = self.encoder.model.get_submodule("text_projection")(whole.gather(1, index)[:, 0])
+        return found, pooled
+
+
+def projection_graph(projection: KVProjection, parameters: Mapping[str, Tensor], precision: Precision) -> Graph:
+    dtype = FLOAT[precision]
+    layout = FactorLayout.of(projection.layout, full=True)
+    (width,) = {target.fan_in for target in layout.targets}
+    text: tuple[int | str, ...] = ("rows", "tokens", width)
+    inputs = (
+        Port(name="states", dtype=dtype, dims=text, about="Of the text encoders, side by side: keys are read from it."),
+        Port(
+            name="of_values", dtype=dtype, dims=text, about="What values are read from; without hypernetworks, states."
+        ),
+        *factor_ports(layout, dtype, _STRETCHED),
+    )
+    axes: dict[str, Axis] = {"rows": ROWS, "tokens": TOKENS, **FACTOR_AXES}
+    outputs = (kv_port(projection.slices, dtype),)
+    module = _Projection(projection)
+    kv = tuple(projection.slices)
+    return Graph(
+        "kv_projection", "kv_projection", module, inputs, outputs, axes, precision, parameters, _STRETCHED, layout, kv
+    )
+
+
+class _Projection(nn.Module):
+    def __init__(self, projection: KVProjection) -> None:
+        super().__init__()
+        self.projection = projection
+
+    def forward(self, states: Tensor, of_values: Tensor, *more: Tensor) -> Tensor:
+        kv: Tensor = self.projection(states, take_factors(iter(more), _STRETCHED), of_values)
+        return kv

@@ -1,0 +1,115 @@
+"""Graphs of a base → a folder with ONNX files, their weights and manifests.
+
+    DIR/unet.safetensors, text_encoder.safetensors, vae.safetensors     weights, in the graphs' precision
+    DIR/unet.small.onnx, unet.small.json, …                             a graph and its manifest
+
+A graph reads its weights from its component's file: safetensors is a header with plain tensors behind it, which ONNX
+can point into. A manifest is written last, so what has one is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scumble.errors import InvalidRequest
+from scumble_build.export.graph import Graph
+from scumble_build.export.manifest import SUFFIX, File, GraphManifest, KVPlace
+from scumble_build.export.plan import BaseGraphs
+from scumble_build.export.provenance import code_digest, versions
+from scumble_build.export.trace import EXPORTER, OPSET, Place, locate, trace
+from scumble_registry.compatibility import Family
+from scumble_registry.formats.safetensors_header import read_header
+
+
+def write_graphs(
+    graphs: BaseGraphs,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    base: str,
+    family: Family,
+    report: Callable[[GraphManifest], None] = lambda _: None,
+) -> tuple[GraphManifest, ...]:
+    """Those of `names`. `report` hears of each as it is done. Raises InvalidRequest for a name that is none."""
+    if unknown := [name for name in names if name not in graphs.names]:
+        raise InvalidRequest(f"this base has no graph {unknown[0]!r}; it has {', '.join(graphs.names)}", field="part")
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, File] = {}
+    found = []
+    for name in names:
+        component = component_of(name)
+        if component not in files:
+            files[component] = _write_weights(graphs.states[component], folder / f"{component}.safetensors")
+        manifest = _write_graph(graphs.graph(name), folder, files[component], base=base, family=family)
+        report(manifest)
+        found.append(manifest)
+    return tuple(found)
+
+
+def component_of(name: str) -> str:
+    """Whose weights a graph reads."""
+    return {"kv_projection": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}.get(name, name.partition(".")[0])
+
+
+def _write_weights(state: Mapping[str, Tensor], file: Path) -> File:
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, file)
+    return _describe(file)
+
+
+def _write_graph(graph: Graph, folder: Path, weights: File, *, base: str, family: Family) -> GraphManifest:
+    traced = trace(graph)
+    places = places_in(folder / weights.name)
+    locate(traced.model, {own: places[name.partition(".")[2]] for own, name in traced.parameters.items()})
+    file = folder / f"{graph.name}.onnx"
+    onnx.save_model(traced.model, file)
+    manifest = describe(graph, traced.parameters, base=base, family=family, onnx=_describe(file), weights=weights)
+    manifest.write(folder / f"{graph.name}{SUFFIX}")
+    return manifest
+
+
+def describe(
+    graph: Graph, parameters: Mapping[str, str], *, base: str, family: Family, onnx: File, weights: File
+) -> GraphManifest:
+    return GraphManifest(
+        part=graph.part,
+        graph=graph.name,
+        includes=graph.includes,
+        family=family,
+        base=base,
+        precision=graph.precision,
+        kept_in_fp32=graph.kept_in_fp32,
+        opset=OPSET,
+        exporter=EXPORTER,
+        made_with=versions(),
+        code=code_digest(),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        axes=dict(graph.axes),
+        levels=graph.levels,
+        factors=graph.factors,
+        kv=tuple(KVPlace(name=each.name, offset=each.offset, width=each.width) for each in graph.kv),
+        parameters=dict(parameters),
+        onnx=onnx,
+        weights=weights,
+    )
+
+
+def places_in(file: Path) -> dict[str, Place]:
+    """Where each tensor's bytes stand in a safetensors file."""
+    header = read_header(file)
+    return {
+        name: Place(file.name, header.data_start + info.begin, info.end - info.begin)
+        for name, info in header.tensors.items()
+    }
+
+
+def _describe(file: Path) -> File:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(name=file.name, sha256=digest, size=file.stat().st_size)
