@@ -79,7 +79,6 @@ def build_graphs(
     """
     if not manifests:
         raise InvalidRequest("there is no graph to build", field="part")
-    profiles.check_names(target.profiles, manifests)
     keys = [key_of(manifest, target) for manifest in manifests]
     out.mkdir(parents=True, exist_ok=True)
     for manifest, key in zip(manifests, keys, strict=True):

@@ -66,6 +66,8 @@ def engine(
         version = registry.resolve(base)
         there = {each.key.digest: each for each in store.listed(registry, version)}
         manifests = _export(version.ref, place, Path(work) / "graphs", part, precision, tell=_say(as_json))
+        if part is None:
+            profiles.check_names(wanted, manifests)
         found: list[Stored] = []
         for built in build_graphs(
             Path(work) / "graphs",
