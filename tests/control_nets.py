@@ -47,7 +47,7 @@ def make_net(unet: UNet2DConditionModel, seed: int, **config: object) -> Control
     return net.eval()
 
 
-def make_union(unet: UNet2DConditionModel, seed: int) -> ControlNetUnionModel:
+def make_union(unet: UNet2DConditionModel, seed: int, heads: int = 4) -> ControlNetUnionModel:
     torch.manual_seed(seed)
     net = ControlNetUnionModel(
         **{key: unet.config[key] for key in _OF_UNET},
@@ -55,7 +55,7 @@ def make_union(unet: UNet2DConditionModel, seed: int) -> ControlNetUnionModel:
         addition_time_embed_dim=unet.config.addition_time_embed_dim or 8,
         num_control_type=UNION_TYPES,
         num_trans_channel=unet.config.block_out_channels[0],
-        num_trans_head=4,
+        num_trans_head=heads,
         num_proj_channel=unet.config.block_out_channels[0],
     )
     net.down_blocks.load_state_dict(unet.down_blocks.state_dict())
@@ -87,6 +87,8 @@ def to_ldm(name: str, layers: int) -> str:
         "conv_in.": "input_blocks.0.0.",
         "time_embedding.linear_1.": "time_embed.0.",
         "time_embedding.linear_2.": "time_embed.2.",
+        "add_embedding.linear_1.": "label_emb.0.0.",
+        "add_embedding.linear_2.": "label_emb.0.2.",
         "controlnet_mid_block.": "middle_block_out.0.",
         "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
         "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",

@@ -134,6 +134,12 @@ def versions(connection: Connection, name: str) -> tuple[Version, ...]:
     return tuple(_version(row) for row in rows)
 
 
+def all_versions(connection: Connection) -> tuple[Version, ...]:
+    """By name and number. Raises IntegrityError for a manifest that was altered."""
+    query = _versions().order_by(NAMES.c.name, VERSIONS.c.version)
+    return tuple(_version(row) for row in connection.execute(query))
+
+
 def names(connection: Connection) -> tuple[str, ...]:
     return tuple(connection.execute(select(NAMES.c.name).order_by(NAMES.c.name)).scalars())
 

@@ -106,7 +106,7 @@ class Manifest(BaseModel):
     """Digest of the image encoder that an IP-Adapter was published with and checked against; None: it is in the
     entry's own files, or the base's own is meant."""
     dialect: str | None = Field(default=None, max_length=100)
-    """Whose layout the published files had, in a word or two; for people."""
+    """Whose layout the published files had, in a word or two, for people; None: that of the kind's own authors."""
     training: dict[str, JsonValue] = Field(default_factory=dict)
     """What the files themselves say of their training: a bounded part, believed by nobody (`training_metadata.py`)."""
     leftover: tuple[str, ...] = ()

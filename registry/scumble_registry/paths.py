@@ -4,6 +4,7 @@ SCUMBLE_HOME/
 ├── registry/                  the truth: back this up
 │   ├── registry.db            SQLite: names, versions, aliases, status
 │   ├── registry.lock          held while the schema is created or migrated
+│   ├── use.lock               shared by all that have the registry open
 │   ├── blobs/sha256/ab/ab12…  content-addressed files, read-only
 │   └── tmp/                   what is not finished: blobs, conversions, what is being fetched
 └── cache/                     may be deleted at any time
@@ -39,6 +40,10 @@ class Layout:
     @property
     def lock(self) -> Path:
         return self.root / "registry.lock"
+
+    @property
+    def lease(self) -> Path:
+        return self.root / "use.lock"
 
     @property
     def scratch(self) -> Path:

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused
+from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
 from scumble_registry import artifacts, catalogue, publishing
 from scumble_registry.artifacts import Artifact, ArtifactManifest
 from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors, sync_folder
@@ -23,6 +24,7 @@ from scumble_registry.database import Database
 from scumble_registry.formats import dreambooth
 from scumble_registry.formats.source import Hints
 from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
+from scumble_registry.leases import Lease
 from scumble_registry.manifest import Sampling, canonical_json
 from scumble_registry.paths import Layout
 from scumble_registry.publishing import Allowed, Details, For
@@ -40,12 +42,43 @@ class Verified:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `Registry.collect` removed, or would."""
+
+    blobs: int
+    cached: int | None
+    """Entries of the cache; None: somebody else has the registry open, so it was left alone."""
+    unfinished: int
+    bytes: int
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder that becomes `target` (new or empty) at the end, unless something is raised. Raises Refused if
+    something is there, Unavailable.
+    """
+    target = Path(target).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
+    with explain_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            yield work
+            work.chmod(0o755)
+            work.replace(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
 class Registry:
     """Any thread may use it, and any number of processes may have the same one open. `close` (or `with`) ends
     it.
     """
 
-    def __init__(self, database: Database, blobs: BlobStore, cache: Cache, scratch: Path) -> None:
+    def __init__(self, lease: Lease, database: Database, blobs: BlobStore, cache: Cache, scratch: Path) -> None:
+        self._lease = lease
         self._database = database
         self._blobs = blobs
         self._cache = cache
@@ -66,7 +99,9 @@ class Registry:
                 layout.root.mkdir(parents=True, exist_ok=True)
                 sync_folder(layout.home)
         blobs = FileStore(layout.root)
-        return cls(Database(layout), blobs, Cache(layout.cache, blobs), layout.scratch)
+        with explain_os_errors(layout.lease):
+            lease = Lease(layout.lease)
+        return cls(lease, Database(layout), blobs, Cache(layout.cache, blobs), layout.scratch)
 
     def publish(
         self,
@@ -110,6 +145,7 @@ class Registry:
         with self.scratch() as work:
             stored = publishing.store(Path(path), published_for, details, self._blobs, work, encoder, allowed)
         with self._database.writing() as connection:
+            self._check_there(stored.manifest.blobs.values())
             status = Status.STAGED if staged else Status.APPROVED
             version = catalogue.add(connection, name, stored.manifest, status)
             catalogue.add_hashes(connection, version, stored.hashes)
@@ -288,22 +324,17 @@ class Registry:
         """Write the files of `ref` into `target` (new or empty), all or none. Raises Refused if something is
         there.
         """
-        version, target = self.resolve(ref), Path(target).absolute()
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
-        with explain_os_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            try:
-                if version.manifest.kind == dreambooth.KIND:
-                    dreambooth.write_folder(self.stored(version), self.stored(self.base_of(version)), work)
-                else:
-                    self._cache.copy(version.manifest, work)
-                work.chmod(0o755)
-                work.replace(target)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        version = self.resolve(ref)
+        with new_folder(target) as work:
+            self.copy(version, work)
         return version
+
+    def copy(self, version: Version, folder: Path) -> None:
+        """The files as they were published, as the caller's own, into an empty folder. Raises IntegrityError."""
+        if version.manifest.kind == dreambooth.KIND:
+            dreambooth.write_folder(self.stored(version), self.stored(self.base_of(version)), folder)
+        else:
+            self._cache.copy(version.manifest, folder)
 
     def publish_artifact(
         self,
@@ -321,6 +352,7 @@ class Registry:
         stored = {name: publishing.put_file(path, self._blobs) for name, path in files.items()}
         manifest = ArtifactManifest(kind=kind, of=of.digest, key=plain_key, files=stored, provenance=about)
         with self._database.writing() as connection:
+            self._check_there(manifest.files.values())
             return artifacts.put(connection, manifest)
 
     def artifacts(self, kind: str | None = None, of: Version | None = None) -> tuple[Artifact, ...]:
@@ -351,8 +383,38 @@ class Registry:
             raise IntegrityError(text, damaged=damaged)
         return Verified(len(chosen), len(uses), sum(blob.size for blob in uses))
 
+    def collect(self, *, grace: float = 24 * 3600.0, dry_run: bool = False) -> Collected:
+        """Remove what nothing needs and nothing touched for `grace` seconds (`dry_run`: only count it).
+
+        Blobs of no version and no artifact, which publishers that died or were refused left, and artifacts that others
+        took the place of; the cache's entries and unfinished work, while nobody else has the registry open. Safe beside
+        anybody: a publisher whose blobs went, because it took longer than `grace`, fails and may try again. Raises
+        IntegrityError, removing nothing, where a manifest cannot be read; Unavailable.
+        """
+        before = time.time() - grace
+        with explain_os_errors(self._scratch), self._database.writing() as connection:
+            needed = {
+                blob.digest
+                for version in catalogue.all_versions(connection)
+                for blob in version.manifest.blobs.values()
+            }
+            needed |= {blob.digest for each in artifacts.listed(connection) for blob in each.manifest.files.values()}
+            idle = [blob for blob, put in self._blobs.stored() if put < before and blob.digest not in needed]
+            for blob in idle if not dry_run else ():
+                self._blobs.remove(blob)
+        size = sum(blob.size for blob in idle)
+        with explain_os_errors(self._scratch), self._lease.alone() as alone:
+            if not alone:
+                return Collected(len(idle), None, 0, size)
+            cleaned = self._cache.clean(before, dry_run=dry_run)
+            unfinished = [path for path in self._scratch.glob("*") if path.lstat().st_mtime < before]
+            for path in unfinished if not dry_run else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return Collected(len(idle), cleaned.entries, len(unfinished), size + cleaned.bytes)
+
     def close(self) -> None:
         self._database.close()
+        self._lease.close()
 
     def __enter__(self) -> Self:
         return self
@@ -373,6 +435,14 @@ class Registry:
         if version.manifest.kind == dreambooth.KIND:
             return [FileHash(HashKind.FILE, each) for each in dreambooth.published_digests(folder)]
         return tensor_hashes(file for file in files.values() if file.suffix == ".safetensors")
+
+    def _check_there(self, blobs: Iterable[Blob]) -> None:
+        """Inside the transaction that makes them needed: from there on `collect` leaves them alone."""
+        for blob in blobs:
+            try:
+                self._blobs.open(blob).close()
+            except NotFound as error:
+                raise Unavailable(f"{error.message} any more: it was collected meanwhile; publish again") from error
 
     def _damage(self, blob: Blob, use: str) -> str | None:
         try:

@@ -1,5 +1,5 @@
-"""What a file says of its own training, in the header of a safetensors file: kohya's `ss_…`, the model spec's
-`modelspec.…`, and a few that others write.
+"""What a file says of its own training, in the header of a safetensors file: kohya's `ss_…` and the model spec's
+`modelspec.…`.
 
 All of it is untrusted text that nothing is derived from but what `inspect` shows; pictures in it may be megabytes.
 `read` bounds it, `kept` is the part that a manifest holds: what people look a LoRA up by, and nothing that tells of the
@@ -18,7 +18,6 @@ from scumble.errors import Refused
 from scumble_registry.formats.safetensors_header import read_header
 
 _PREFIXES = ("ss_", "sshs_", "modelspec.")
-_OTHERS = frozenset({"lora_adapter_metadata", "trigger_words", "format"})
 _PICTURES = frozenset({"modelspec.thumbnail", "ssmd_cover_images"})
 _MOST, _MOST_CHARACTERS, _MOST_TAGS = 200, 2000, 20
 _TAGS = "ss_tag_frequency"
@@ -64,7 +63,7 @@ def read(weights: Mapping[str, Path]) -> dict[str, Any]:
         metadata = {_sound(name): _sound(text) for name, text in read_header(file).metadata.items()}
     except Refused:
         return {}
-    names = [name for name in sorted(metadata) if name.startswith(_PREFIXES) or name in _OTHERS]
+    names = [name for name in sorted(metadata) if name.startswith(_PREFIXES)]
     return {name: _value(name, metadata[name]) for name in names[:_MOST] if name not in _PICTURES}
 
 

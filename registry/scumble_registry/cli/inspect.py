@@ -34,7 +34,7 @@ from scumble_registry.inspection import inspect as look_at
 app = typer.Typer()
 
 _REFUSED = 4
-_MOST_MODULES = 40
+_MOST_MODULES = 20
 
 
 @app.command()
@@ -88,13 +88,14 @@ def _rows(found: Inspection) -> dict[str, object]:
     hashes = hashes_to_dict(found.hashes)
     fit = f"no: {plain(found.misfit)}" if found.misfit else f"{plain(found.base)}: fits"
     left = f"{len(found.leftover)} keys, which publish leaves out with --allow-leftover only: {listed(found.leftover)}"
-    others = {key: value for key, value in found.details.items() if key not in {"modules", "training"}}
+    others = {key: value for key, value in found.details.items() if key not in {"family", "modules", "training"}}
     return {
         "kind": found.kind,
         "dialect": plain(found.dialect),
         "family": found.compatibility.family or "?",
+        "family told by": _value(found.details.get("family") or ""),
         **{key: plain(value) for key, value in _shape(found).items()},
-        **{plain(key, 40): _value(value) for key, value in others.items()},
+        **{_words(plain(key, 40)): _value(value) for key, value in others.items()},
         "trigger words": listed(found.trigger_words),
         "sampling": found.sampling and found.sampling.model_dump_json(),
         "not understood": left if found.leftover else None,
@@ -104,20 +105,34 @@ def _rows(found: Inspection) -> dict[str, object]:
         "AutoV2": hashes["autov2"],
         "AutoV3": hashes["autov3"],
         "record": found.record,
-        "published": ", ".join(
-            dict.fromkeys(f"{match.version.ref} ({match.version.status}, same {match.kind})" for match in found.known)
-        ),
+        "published": _published(found),
     }
+
+
+def _published(found: Inspection) -> str:
+    same: dict[str, list[str]] = {}
+    for match in found.known:
+        same.setdefault(f"{match.version.ref} ({match.version.status})", []).append(str(match.kind))
+    return "; ".join(f"{version}: same {', '.join(dict.fromkeys(kinds))}" for version, kinds in same.items())
 
 
 def _shape(found: Inspection) -> dict[str, object]:
     """What the compatibility says in a few words: long tables are counted."""
     said = found.compatibility.model_dump(mode="json", exclude={"kind", "family"}, exclude_none=True)
-    return {
-        key.replace("_", " "): f"{len(value)} modules" if isinstance(value, dict) and len(value) > 8 else _value(value)
-        for key, value in said.items()
-        if value not in ({}, [], False)
-    }
+    return {_words(key): _counted(value) for key, value in said.items() if value not in ({}, [], False)}
+
+
+def _counted(value: Any) -> str:
+    if not isinstance(value, dict) or len(value) <= 4:
+        return _value(value)
+    numbers = sorted({each for each in value.values() if isinstance(each, int)})
+    if not numbers:
+        return f"{len(value)} modules"
+    return (
+        f"{numbers[0]} to {numbers[-1]} in {len(value)} modules"
+        if numbers[1:]
+        else f"{numbers[0]} in {len(value)} modules"
+    )
 
 
 def _print_modules(modules: Mapping[str, Any], most: int | None) -> None:
@@ -132,9 +147,14 @@ def _print_modules(modules: Mapping[str, Any], most: int | None) -> None:
         print(f"… and {len(modules) - most} more modules; --all shows them")
 
 
+def _words(key: str) -> str:
+    """A field's name as words; a module's name stays."""
+    return key if "." in key else key.replace("_", " ")
+
+
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return listed((f"{key}: {item}" for key, item in value.items()), most=20)
+        return listed((f"{_words(key)} {_value(item)}" for key, item in value.items() if item is not None), most=20)
     if isinstance(value, list | tuple):
         return listed(value, most=20)
     return plain(value)

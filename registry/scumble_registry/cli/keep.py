@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -10,6 +11,24 @@ from scumble_registry.cli.options import Home, Json, open_registry
 from scumble_registry.cli.printing import print_json
 
 app = typer.Typer()
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    grace: Annotated[float, typer.Option(min=0, help="Hours for which nothing touched it.")] = 24.0,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Remove blobs that no version needs, and what the cache has not been asked for. Safe while others work."""
+    with open_registry(home) as registry:
+        done = registry.collect(grace=grace * 3600, dry_run=dry_run)
+    if as_json:
+        print_json(asdict(done) | {"dry_run": dry_run})
+        return
+    cached = "the cache was left alone (in use)" if done.cached is None else f"{done.cached} entries of the cache"
+    what = f"{done.blobs} blobs, {cached}, {done.unfinished} unfinished: {done.bytes:,} bytes"
+    typer.echo(f"{what} would be freed" if dry_run else f"{what} freed")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from scumble_registry.cli.options import Home, Json, Ref, open_registry
 from scumble_registry.cli.printing import entry, listed, note, plain, print_json, print_rows, say
+from scumble_registry.exporting import export as write_layout
 from scumble_registry.inspection import hashes_to_dict, match_to_dict
 
 app = typer.Typer()
@@ -79,6 +80,24 @@ def show(ref: Ref, home: Home = None, as_json: Json = False) -> None:
         "files": "\n".join(f"{blob.size:>12,}  {name}" for name, blob in manifest.files.items()),
     }
     print_rows(rows)
+
+
+@app.command()
+def export(
+    ref: Ref,
+    layout: Annotated[str, typer.Option(help="Whose: diffusers, kohya, peft or webui, as far as its kind has it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A new or empty folder.", metavar="DIR")],
+    base: Annotated[
+        str | None, typer.Option(help="The base whose modules it is for. [default: that it was published for]")
+    ] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Write a version as other tools read it."""
+    with open_registry(home) as registry:
+        version = write_layout(registry, ref, layout, out, base=base)
+    say(version, as_json, f"{version.ref} as {layout}: {out}")
+    note(version)
 
 
 @app.command()

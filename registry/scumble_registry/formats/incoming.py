@@ -29,7 +29,7 @@ def with_safetensors(source: Source) -> Source:
     files: dict[str, Path] = {}
     plain: dict[str, Plain] = {}
     for name, file in source.files.items():
-        kind = _kind(file)
+        kind = kind_of(file)
         new = safetensors_name(name) if kind else name
         if new != name and (new in source.files or new in files):
             raise Refused(f"{name} would become {new}, which is there too; publish one of the two", file=name)
@@ -54,7 +54,7 @@ def safetensors_name(name: str) -> str:
     return str(path.with_suffix(SUFFIX) if has_ending else path.with_name(path.name + SUFFIX))
 
 
-def _kind(file: Path) -> str:
+def kind_of(file: Path) -> str:
     """`safetensors`, `pickle` (or the zip around one), or nothing of the kind."""
     with file.open("rb") as opened:
         start = opened.read(9)

@@ -126,6 +126,7 @@ def make_old(home: Path) -> None:
     """The schema that the first release had, with what is in it."""
     database = Database(Layout(home))
     with database.writing() as connection:
+        connection.execute(text("DROP TABLE artifacts"))
         connection.execute(text("DROP TABLE hashes"))
         connection.execute(text("ALTER TABLE versions DROP COLUMN hashed"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))

@@ -81,7 +81,7 @@ def _read_all(source: Source) -> tuple[dict[str, Array], Mapping[str, Scaling], 
     for name, file in _weights(source).items():
         header = read_header(file)
         metadata |= header.metadata
-        found = _read_numbers(file, header, source.max_bytes or _MAX_BYTES)
+        found = _read_numbers(file, header, source.limit(_MAX_BYTES))
         config = configs.get(name.rpartition("/")[0])
         if config is None:
             scalings |= parse_metadata(header.metadata)
@@ -181,7 +181,6 @@ def _details(parsed: Parsed, metadata: Mapping[str, str], base: BaseCompatibilit
     return {
         "counts": about.counts(parsed.record, parsed.algorithms),
         "modules": about.modules(parsed.record, parsed.algorithms),
-        "training": about.training(metadata),
         "family": {"rests_on": rests_on, "header_says": about.family_said(metadata)},
     }
 

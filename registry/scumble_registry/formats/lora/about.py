@@ -1,5 +1,5 @@
-"""What a file tells people: trigger words, how it was trained, what its modules are. All of it a stranger's text: cut,
-stripped of what cannot be printed, and never followed.
+"""What a file tells people: its trigger words, the family that its header names, what its modules are. A header is a
+stranger's text: cut, without what cannot be printed, and never followed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 from pydantic import JsonValue
 
 from scumble_registry.formats.lora.record import Gain, LoraModule, LoraRecord, Module, row_columns
+from scumble_registry.training_metadata import frequent_tags
 
-_MAX_WORD, _MAX_WORDS, _MAX_TEXT, _MAX_ENTRIES = 200, 100, 1000, 100
-_PICTURES = ("ssmd_cover_images", "modelspec.thumbnail")
-_KEPT = ("ss_", "sshs_", "modelspec.")
+_MAX_WORD, _MAX_WORDS = 200, 100
 _FEW = 3
 _FAMILIES = {"sd_v1": "sd1", "sd_v2": "sd2", "sdxl": "sdxl"}
 _ARCHITECTURES = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl": "sdxl"}
@@ -30,12 +29,6 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         return _printable(_most_frequent(metadata.get("ss_tag_frequency", "")))
     words = _json(text)
     return _printable(words if isinstance(words, list) else text.split(","))
-
-
-def training(metadata: Mapping[str, str]) -> dict[str, JsonValue]:
-    """kohya's `ss_…` and `modelspec.…`, without pictures, each cut to 1000 characters."""
-    names = sorted(name for name in metadata if name.startswith(_KEPT) and name not in _PICTURES)
-    return {name[:_MAX_WORD]: _text(metadata[name]) for name in names[:_MAX_ENTRIES] if name.isprintable()}
 
 
 def family_said(metadata: Mapping[str, str]) -> str | None:
@@ -84,25 +77,14 @@ def _module(target: str, module: Module, algorithm: str) -> JsonValue:
 
 
 def _most_frequent(text: str) -> list[str]:
-    """`{"10_folder": {"tag": count}}` → the tags with the largest count."""
-    folders = _json(text)
-    if not isinstance(folders, dict):
-        return []
-    tags: Counter[str] = Counter()
-    for folder in folders.values():
-        if isinstance(folder, dict):
-            tags.update({tag: count for tag, count in folder.items() if type(count) is int and 0 < count < 1 << 40})
-    most = [tag.strip() for tag, count in tags.items() if count == max(tags.values())]
+    tags = frequent_tags(text)
+    most = [tag for tag, count in tags.items() if count == max(tags.values())]
     return most if len(most) <= _FEW else []
 
 
 def _printable(words: Iterable[Any]) -> tuple[str, ...]:
     found = (word.strip() for word in words if isinstance(word, str))
     return tuple(word for word in found if 0 < len(word) <= _MAX_WORD and word.isprintable())[:_MAX_WORDS]
-
-
-def _text(value: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in value[:_MAX_TEXT])
 
 
 def _json(text: str) -> Any:

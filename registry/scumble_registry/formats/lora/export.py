@@ -73,6 +73,9 @@ def _diffusers(record: LoraRecord) -> tuple[dict[str, Array], dict[str, Any]]:
     numbers: dict[str, Any] = {}
     for component, modules in _by_component(record, "diffusers").items():
         numbers |= {f"{component}.{name}": value for name, value in _config(modules).items()}
+        # diffusers takes these numbers for the whole of PEFT's config
+        numbers[f"{component}.target_modules"] = sorted(map(_any_transformers, modules))
+        numbers[f"{component}.use_dora"] = any(module.magnitude is not None for module in modules.values())
         # diffusers overlooks a text encoder's magnitudes unless they are called so.
         suffix = "" if component == "unet" else ".weight"
         for name, module in modules.items():
@@ -95,7 +98,6 @@ def _peft(record: LoraRecord, folder: Path, metadata: dict[str, str]) -> None:
         config = {
             **_config(modules),
             "peft_type": "LORA",
-            "target_modules": sorted(modules),
             "use_dora": any(module.magnitude is not None for module in modules.values()),
             "use_rslora": False,
             "bias": "none",
@@ -122,17 +124,23 @@ def _by_component(record: LoraRecord, layout: str) -> dict[str, dict[str, LoraMo
 
 
 def _config(modules: Mapping[str, LoraModule]) -> dict[str, Any]:
-    """LoraConfig's numbers: the most frequent ones, and patterns for all others."""
-    ranks = {name: module.rank for name, module in modules.items()}
-    alphas = {name: module.alpha for name, module in modules.items()}
+    """LoraConfig's modules and numbers: the most frequent ones, and patterns for all others."""
+    ranks = {_any_transformers(name): module.rank for name, module in modules.items()}
+    alphas = {_any_transformers(name): module.alpha for name, module in modules.items()}
     (rank, _), *_ = Counter(ranks.values()).most_common(1)
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
     return {
+        "target_modules": sorted(ranks),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
     }
+
+
+def _any_transformers(name: str) -> str:
+    """PEFT matches the ends of names: so it is found with `text_model.` (before transformers 5.6) and without."""
+    return name.removeprefix("text_model.")
 
 
 def _pair(name: str, module: LoraModule, lengths: str) -> dict[str, Array]:

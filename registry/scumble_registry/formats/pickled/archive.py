@@ -158,7 +158,7 @@ def _end(data: memoryview) -> tuple[int, int, int, int]:
     place = len(data) - _END.size
     if place < 0:
         raise Unsound("no end, as if it were cut off; fetch it again")
-    magic, disk, disk_of, here, count, size, begin, comment = _END.unpack_from(data, place)
+    magic, *fields, comment = _END.unpack_from(data, place)
     if magic != b"PK\x05\x06" or comment:
         raise Unsound("no zip directory at its end, as if it were cut off; fetch it again")
     limit = place
@@ -166,9 +166,12 @@ def _end(data: memoryview) -> tuple[int, int, int, int]:
         _, _, limit, _ = _LOCATOR.unpack_from(data, place - _LOCATOR.size)
         if limit != place - _LOCATOR.size - _END64.size:
             raise Unsound("a zip64 directory that does not stand at its end")
-        magic, _, _, _, disk, disk_of, here, count, size, begin = _END64.unpack_from(data, limit)
-        if magic != b"PK\x06\x06":
-            raise Unsound("a damaged zip64 directory")
+        magic, _, _, _, *wide = _END64.unpack_from(data, limit)
+        said = zip(fields, wide, (0xFFFF,) * 4 + (0xFFFFFFFF,) * 2, strict=True)
+        if magic != b"PK\x06\x06" or any(narrow not in {other, none} for narrow, other, none in said):
+            raise Unsound("two directories that tell it differently")
+        fields = wide
+    disk, disk_of, here, count, size, begin = fields
     if disk or disk_of or here != count:
         raise Unsound("parts in other files")
     return count, size, begin, limit

@@ -27,11 +27,11 @@ _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 def main(source: int, target: int, memory: int, seconds: int, size: int) -> None:
     """`source` and `target`: open files; `memory` in bytes beside the mapped file; `size`: of what may be written."""
-    with mmap.mmap(source, 0, access=mmap.ACCESS_READ) as mapped, os.fdopen(target, "wb") as out:
-        _restrict(memory + len(mapped), seconds, size)
+    mapped = mmap.mmap(source, 0, access=mmap.ACCESS_READ)
+    _restrict(memory + len(mapped), seconds, size)
+    with os.fdopen(target, "wb") as out:
         try:
-            with memoryview(mapped) as data:
-                said: dict[str, Any] = {"tree": read(tensors.Input(source, data), out)}
+            said: dict[str, Any] = {"tree": read(tensors.Input(source, memoryview(mapped)), out)}
         except Unsound as error:
             said = {"unsound": str(error)}
         except MemoryError:

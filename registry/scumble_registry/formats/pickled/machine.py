@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, ClassVar
 
-MAX_OPCODES = 1_000_000
+MAX_OPCODES = 1_000_000  # 20 000 tensors take 700 000
 MAX_PICKLE = 32 << 20  # bytes; that of an SDXL checkpoint has some 600 KB
 
 

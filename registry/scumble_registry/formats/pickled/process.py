@@ -33,7 +33,7 @@ def to_safetensors(file: Path, target: Path, max_bytes: int) -> Plain:
     Unavailable if there is no room. After an error there is no `target`.
     """
     if file.stat().st_size > max_bytes:
-        raise Refused(f"{file.name} is larger than {max_bytes} bytes", file=file.name)
+        raise Refused(f"{file.name} is larger than {max_bytes} bytes; --max-size lets more in", file=file.name)
     try:
         with file.open("rb") as source, target.open("xb") as out:
             answer = _ask(file.name, source.fileno(), out.fileno(), file.stat().st_size, max_bytes)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from scumble_registry.formats.pickled.machine import Storage, Unsound, View
-from scumble_registry.formats.safetensors_header import DTYPES, MAX_DIMS, MAX_HEADER, MAX_TENSORS, layout
+from scumble_registry.formats.safetensors_header import DTYPES, MAX_DIMS, MAX_HEADER, layout
 
 Spans = Mapping[str, tuple[int, int]]
 """Storage key → where its bytes begin and end in the file."""
@@ -36,8 +36,6 @@ def write(views: Mapping[str, View], spans: Spans, source: Input, target: Binary
     """Raises Unsound before the first byte is written, OSError where there is no room."""
     if not views:
         raise Unsound("no tensors: there are no weights in it")
-    if len(views) > MAX_TENSORS:
-        raise Unsound(f"{len(views)} tensors (at most {MAX_TENSORS})")
     for name, view in views.items():
         _check(name, view, spans)
     total = sum(_size(view) for view in views.values())

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from scumble_registry.formats.pickled.machine import Global, Inert, Unsound, View
+from scumble_registry.formats.safetensors_header import MAX_TENSORS
 
 RAW = "tensor"
 """The name of a tensor that was pickled alone, in no dict and no list."""
 
-_MAX_DEPTH, _MAX_NODES, _MAX_TEXT, _MAX_NAME = 60, 500_000, 16 << 20, 1024
+_MAX_DEPTH, _MAX_NODES, _MAX_TEXT, _MAX_NAME = 60, 150_000, 16 << 20, 1024
 _CONTAINERS = frozenset({"torch.nn.modules.container.ParameterDict", "torch.nn.modules.container.ParameterList"})
 
 
@@ -85,6 +86,8 @@ class Flattening:
         if name in self.tensors or name == "__metadata__":
             raise Unsound(f"two tensors of one name, {name!r}")
         self.tensors[name] = view
+        if len(self.tensors) > MAX_TENSORS:
+            raise Unsound(f"more than {MAX_TENSORS} tensors")
         return name
 
     def _word(self, text: str, _: Any = None) -> str:
