@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SCUMBLE_HOME ?= $(HOME)/.scumble
 
-.PHONY: setup bundled demo test check format lint types layers bench serve lock clean
+.PHONY: setup bundled demo test check format lint types layers formats-table bench fuzz serve lock clean
 
 setup: $(READY)
 
@@ -38,6 +38,13 @@ types:
 layers:
 	$(BIN)/lint-imports
 
+# Compares every format with its oracle, and writes what was found into docs/formats.md.
+formats-table: setup
+	rm -f .formats-notes.jsonl
+	SCUMBLE_FORMATS_NOTES=$(CURDIR)/.formats-notes.jsonl $(BIN)/pytest -q -m oracle
+	$(BIN)/python tests/formats_table.py .formats-notes.jsonl docs/formats.md
+	rm .formats-notes.jsonl
+
 # All adapters of the demo, remade from the base and the picture packages (npm) and measured; hours on 2 cores.
 bundled: setup
 	./demo/train.sh
@@ -46,6 +53,12 @@ bundled: setup
 bench: setup
 	PYTHONPATH=tests $(BIN)/python benches/mixed.py
 	PYTHONPATH=tests $(BIN)/python benches/kinds.py
+
+# What comes in: 10,000 mutated files, then coverage-guided ones, a minute for each reader.
+fuzz: setup
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/fuzz_incoming.py --files 10000
+	for reader in zip pickle header; do \
+	  PYTHONPATH=tests $(BIN)/python tests/fuzz_guided.py $$reader -max_total_time=60 || exit 1; done
 
 serve: setup
 	$(BIN)/scumble serve

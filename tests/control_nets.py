@@ -47,7 +47,7 @@ def make_net(unet: UNet2DConditionModel, seed: int, **config: object) -> Control
     return net.eval()
 
 
-def make_union(unet: UNet2DConditionModel, seed: int) -> ControlNetUnionModel:
+def make_union(unet: UNet2DConditionModel, seed: int, heads: int = 4) -> ControlNetUnionModel:
     torch.manual_seed(seed)
     net = ControlNetUnionModel(
         **{key: unet.config[key] for key in _OF_UNET},
@@ -55,7 +55,7 @@ def make_union(unet: UNet2DConditionModel, seed: int) -> ControlNetUnionModel:
         addition_time_embed_dim=unet.config.addition_time_embed_dim or 8,
         num_control_type=UNION_TYPES,
         num_trans_channel=unet.config.block_out_channels[0],
-        num_trans_head=4,
+        num_trans_head=heads,
         num_proj_channel=unet.config.block_out_channels[0],
     )
     net.down_blocks.load_state_dict(unet.down_blocks.state_dict())
@@ -87,6 +87,8 @@ def to_ldm(name: str, layers: int) -> str:
         "conv_in.": "input_blocks.0.0.",
         "time_embedding.linear_1.": "time_embed.0.",
         "time_embedding.linear_2.": "time_embed.2.",
+        "add_embedding.linear_1.": "label_emb.0.0.",
+        "add_embedding.linear_2.": "label_emb.0.2.",
         "controlnet_mid_block.": "middle_block_out.0.",
         "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
         "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",
@@ -147,4 +149,26 @@ def write_control_lora(net: ControlNetModel, path: Path, rank: int = 3) -> Path:
             tensors[f"{stem}.up"] = torch.randn(value.shape[0], rank) * 0.1
             tensors[f"{stem}.down"] = torch.randn(rank, *value.shape[1:]) * 0.1
     save_file(tensors, path)
+    return path
+
+
+def to_t2i(name: str, resnets: int, kind: str) -> str:
+    """diffusers' name of a T2I-Adapter's tensor → the original's, written down apart from the importer."""
+    parts = name.removeprefix("adapter.").split(".")
+    if parts[0] != "body":
+        return ".".join(parts)
+    level = int(parts[1])
+    if kind == "light_adapter":
+        inside = ["body", *parts[3:]] if parts[2] == "resnets" else parts[2:]
+        return ".".join(["body", str(level), *inside])
+    place, inside = (
+        (level * resnets + int(parts[3]), parts[4:]) if parts[2] == "resnets" else (level * resnets, parts[2:])
+    )
+    return ".".join(["body", str(place), *inside])
+
+
+def write_t2i(adapter: T2IAdapter, path: Path) -> Path:
+    """The original layout, as torch.save writes it."""
+    resnets, kind = adapter.config.num_res_blocks, adapter.config.adapter_type
+    torch.save({to_t2i(name, resnets, kind): value for name, value in adapter.state_dict().items()}, path)
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -83,6 +84,59 @@ class WebuiHypernetwork:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, file, self.metadata())
         return file
+
+
+class WebuiAttention:
+    """The formula: `acting` are the networks of the step at their strengths, in the order of the request."""
+
+    def __init__(self) -> None:
+        self.acting: list[tuple[WebuiHypernetwork, float]] = []
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        of_keys, of_values = context, context
+        for network, strength in self.acting:
+            of_keys, of_values = network(of_keys, of_values, strength)
+        q, k, v = (
+            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for projected in (attn.to_q(hidden_states), attn.to_k(of_keys), attn.to_v(of_values))
+        )
+        mixed = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+def save_webui(network: WebuiHypernetwork, file: Path, *, old: bool = False) -> Path:
+    """As the webui saves one; `old` names the two layers as its first versions did, without settings."""
+    how = network.how
+    content: dict[str | int, object] = {
+        width: tuple(_layers(each.state_dict(), old=old) for each in networks)
+        for width, networks in network.sides.items()
+    }
+    settings = {
+        "step": 10,
+        "name": "ink",
+        "layer_structure": list(how["structure"]),  # type: ignore[call-overload]
+        "activation_func": how["activation"],
+        "is_layer_norm": how["norm"],
+        "weight_initialization": "Normal",
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+        "activate_output": how["activate_output"],
+        "use_dropout": bool(how.get("dropout")),
+        "dropout_structure": list(how["dropout"]) if how.get("dropout") else None,  # type: ignore[call-overload]
+        "last_layer_dropout": False,
+        "optional_info": "",
+    }
+    torch.save(content if old else content | settings, file)
+    return file
+
+
+def _layers(state: dict[str, Tensor], *, old: bool) -> dict[str, Tensor]:
+    names = {"0": "linear1", "1": "linear2"} if old else {}
+    parts = [(name.partition("."), values) for name, values in state.items()]
+    return {f"{names.get(place, f'linear.{place}')}.{role}": values for (place, _, role), values in parts}
 
 
 def make_predictor(

@@ -81,8 +81,11 @@ def projection(kind: str, context: int, tokens: int) -> Tensors:
             **linear("proj.2", context, STATES),
             **norm("proj.3", context),
         }
+    if kind == "instantid":
+        inner = 64
+        return {"latents": torch.randn(1, tokens, inner), **resampler("", inner, 512, context)}
     if kind == "plus":
-        inner = 2 * context
+        inner = min(2 * context, 128)
         return {"latents": torch.randn(1, tokens, inner), **resampler("", inner, STATES, context)}
     face = {
         **linear("proj.0", 2 * FACE, FACE),

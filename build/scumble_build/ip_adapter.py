@@ -47,6 +47,7 @@ _NAMES: dict[IpAdapterKind, dict[str, str]] = {
     "plus": {},
     "faceid": {"proj.0": "ff.net.0.proj", "proj.2": "ff.net.2"},
     "faceid_plus": {"proj.0": "proj.net.0.proj", "proj.2": "proj.net.2"},
+    "face_resampler": {},
 }
 """Published name of a layer → diffusers'; what is not listed has the same."""
 
@@ -66,12 +67,14 @@ class IpAdapter(nn.Module):
         self.weight = nn.Parameter(torch.cat([_tensor(each) for each in rows]), requires_grad=False)
 
     def tokens(self, embedding: Tensor | None, states: Tensor | None) -> Tensor:
-        """n pictures → (n, T, X). embedding (n, E): the encoder's (`base`) or a face's (`faceid`, `faceid_plus`);
-        states (n, N, C): the encoder's (`full`, `plus`, `faceid_plus`).
+        """n pictures → (n, T, X). embedding (n, E): the encoder's (`base`) or a face's (`faceid`, `faceid_plus`,
+        `face_resampler`, to which it is one state); states (n, N, C): the encoder's (`full`, `plus`, `faceid_plus`).
         """
         projection: Any = self.projection
         if self.kind == "faceid_plus":
             return _face_tokens(projection, embedding, states, shortcut=self.shortcut)
+        if self.kind == "face_resampler" and embedding is not None:
+            states = embedding[:, None]
         read: Tensor = projection(embedding if self.kind in {"base", "faceid"} else states)
         return read
 
@@ -124,9 +127,9 @@ def _empty(tensors: Mapping[str, Tensor], compatibility: IpAdapterCompatibility)
     elif kind == "faceid":
         mult = _ratio(tensors["ff.net.0.proj.weight"])
         module = IPAdapterFaceIDImageProjection(embedding, context, mult, tokens)
-    elif kind == "plus":
+    elif kind in {"plus", "face_resampler"}:
         module = IPAdapterPlusImageProjection(
-            embed_dims=picture,
+            embed_dims=picture or embedding,
             output_dims=context,
             hidden_dims=tensors["latents"].shape[2],
             num_queries=tokens,

@@ -55,6 +55,14 @@ class BlobStore(Protocol):
         """Make `target` (new) a read-only file with the bytes, unchecked, the cheapest way. Raises NotFound."""
         ...
 
+    def stored(self) -> Iterator[tuple[Blob, float]]:
+        """Every blob, and when it was put for the last time (or used since), in seconds since the epoch."""
+        ...
+
+    def remove(self, blob: Blob) -> None:
+        """Forget a blob that nothing needs. Does nothing if it is not there."""
+        ...
+
 
 class FileStore:
     """A BlobStore in a folder: `blobs/sha256/ab/ab12…`, written as temp name, fsync, rename, fsync of the
@@ -102,6 +110,17 @@ class FileStore:
                 shutil.copyfileobj(source, copy, _CHUNK)
                 os.fchmod(copy.fileno(), 0o444)
                 os.fsync(copy.fileno())
+
+    def stored(self) -> Iterator[tuple[Blob, float]]:
+        for path in sorted(self._blobs.glob("??/*")):
+            try:
+                stats = path.stat()
+                yield Blob(digest=f"sha256:{path.name}", size=stats.st_size), stats.st_mtime
+            except (FileNotFoundError, ValueError):  # removed just now, or nothing of ours
+                continue
+
+    def remove(self, blob: Blob) -> None:
+        self.path(blob).unlink(missing_ok=True)
 
     def _keep(self, temporary: Path, final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -4,18 +4,38 @@ demand.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from scumble.errors import IntegrityError
 from scumble_registry.blobs import Blob, BlobStore, check, explain_os_errors
-from scumble_registry.manifest import Manifest
 
 log = logging.getLogger(__name__)
+
+_ENTRY = re.compile(r"[0-9a-f]{64}(-whole)?|\.(filling|broken)-.*")
+
+
+class Files(Protocol):
+    """A manifest, as far as the cache reads one: path (with '/') → blob."""
+
+    @property
+    def files(self) -> dict[str, Blob]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """`bytes` that nothing else holds: most files of the cache are the blobs themselves."""
+
+    entries: int
+    bytes: int
 
 
 class Cache:
@@ -25,7 +45,7 @@ class Cache:
         self._root = root
         self._blobs = blobs
 
-    def folder(self, manifest: Manifest, digest: str) -> Path:
+    def folder(self, manifest: Files, digest: str) -> Path:
         """All files of a version, read-only, hashed at every call: ask when memory is filled from them, not oftener.
 
         A damaged copy is replaced. Raises IntegrityError, Unavailable.
@@ -37,6 +57,7 @@ class Cache:
             log.warning("%s in the cache is damaged (%s); it is filled again", final, ", ".join(damaged))
             (final / damaged[0]).unlink()  # no longer whole, so the fill replaces it
             self._fill(manifest, final)
+        _note_use(final)
         return final
 
     def made(self, name: str, fill: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:
@@ -45,6 +66,7 @@ class Cache:
         with explain_os_errors(self._root):
             if final.is_dir():
                 if is_whole(final):
+                    _note_use(final)
                     return final
                 log.warning("%s in the cache is damaged; it is made again", final)
                 shutil.rmtree(final, ignore_errors=True)
@@ -67,9 +89,10 @@ class Cache:
                 log.warning("%s in the cache is damaged; it is filled again", path)
             with explain_os_errors(self._root):
                 self._place_checked(blob, path, what)
+        _note_use(path)
         return path
 
-    def copy(self, manifest: Manifest, target: Path) -> None:
+    def copy(self, manifest: Files, target: Path) -> None:
         """The files as the caller's own, writable copies in the new folder `target`. Raises IntegrityError."""
         for name, blob in manifest.files.items():
             path = target / name
@@ -79,7 +102,20 @@ class Cache:
             with path.open("rb") as written:
                 check(written, blob, name)
 
-    def _fill(self, manifest: Manifest, final: Path) -> None:
+    def clean(self, before: float, *, dry_run: bool) -> Cleaned:
+        """Remove what was not used since `before` (seconds since the epoch). Nobody else may have the registry open."""
+        old = [path for path in self._entries() if path.lstat().st_mtime < before]
+        size = sum(_bytes_held(path) for path in old)
+        for path in old if not dry_run else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return Cleaned(len(old), size)
+
+    def _entries(self) -> list[Path]:
+        """What is the cache's own."""
+        folders = [path for path in self._root.glob("*") if _ENTRY.fullmatch(path.name)]
+        return sorted(folders + list((self._root / "blobs").glob("*")))
+
+    def _fill(self, manifest: Files, final: Path) -> None:
         with explain_os_errors(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=".filling-", dir=self._root))
@@ -108,6 +144,17 @@ class Cache:
             shutil.rmtree(work, ignore_errors=True)
 
 
+def _note_use(path: Path) -> None:
+    """For `clean`, which goes by the time of change: reading changes nothing else."""
+    with contextlib.suppress(OSError):  # somebody else's file, or gone already
+        os.utime(path)
+
+
+def _bytes_held(path: Path) -> int:
+    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+    return sum(stats.st_size for each in files if (stats := each.lstat()).st_nlink == 1)
+
+
 def _is_intact(path: Path, blob: Blob) -> bool:
     try:
         with path.open("rb") as copy:
@@ -117,14 +164,14 @@ def _is_intact(path: Path, blob: Blob) -> bool:
     return True
 
 
-def _is_whole(folder: Path, manifest: Manifest) -> bool:
+def _is_whole(folder: Path, manifest: Files) -> bool:
     try:
         return all((folder / name).stat().st_size == blob.size for name, blob in manifest.files.items())
     except OSError:
         return False
 
 
-def _swap(work: Path, final: Path, manifest: Manifest) -> None:
+def _swap(work: Path, final: Path, manifest: Files) -> None:
     """`work` becomes `final`. Somebody else may have been quicker; a folder that is not whole is replaced."""
     for _ in range(3):
         try:

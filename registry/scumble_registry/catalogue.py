@@ -5,6 +5,7 @@ Functions over a connection; the caller holds the transaction. Nothing here touc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -13,9 +14,10 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, func, insert, select, update
 
 from scumble.errors import NotFound, Refused
+from scumble_registry.hashes import FileHash, HashKind
 from scumble_registry.manifest import Manifest
 from scumble_registry.references import Reference
-from scumble_registry.tables import ALIASES, NAMES, VERSIONS
+from scumble_registry.tables import ALIASES, HASHES, NAMES, VERSIONS
 
 
 class Status(StrEnum):
@@ -49,6 +51,15 @@ class Version:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A version that a hash was found for; `kind` is None where it is the version's own digest."""
+
+    version: Version
+    kind: HashKind | None
+    hex: str
+
+
 def find(connection: Connection, ref: Reference) -> Version:
     """The version that `ref` names, whatever its status. Raises NotFound, naming what there is instead."""
     query = _versions().where(NAMES.c.name == ref.name)
@@ -72,12 +83,61 @@ def find_digest(connection: Connection, digest: str) -> tuple[Version, ...]:
     return tuple(_version(row) for row in connection.execute(query))
 
 
+def find_hash(connection: Connection, prefix: str, kinds: Iterable[HashKind] = HashKind) -> tuple[Match, ...]:
+    """All versions that are known by a hash that begins so, whatever their status. By name and number."""
+    known = select(HASHES.c.version_id, HASHES.c.kind, HASHES.c.hex).where(
+        HASHES.c.hex.between(prefix, prefix + "g"), HASHES.c.kind.in_(list(kinds))
+    )
+    rows = connection.execute(known).all()
+    found = {(row.version_id, row.kind, row.hex) for row in rows}
+    own = select(VERSIONS.c.id, VERSIONS.c.digest).where(
+        VERSIONS.c.digest.between(f"sha256:{prefix}", f"sha256:{prefix}g")
+    )
+    found |= {(row.id, None, row.digest.removeprefix("sha256:")) for row in connection.execute(own)}
+    matches = [
+        Match(
+            _version(connection.execute(_versions().where(VERSIONS.c.id == version_id)).one()),
+            HashKind(kind) if kind is not None else None,
+            hex_,
+        )
+        for version_id, kind, hex_ in found
+    ]
+    return tuple(sorted(matches, key=lambda match: (match.version.name, match.version.version, match.kind or "")))
+
+
+def add_hashes(connection: Connection, version: Version, hashes: Iterable[FileHash]) -> None:
+    """Note these beside those that are known already; from now on the version has all that there are."""
+    version_id = connection.execute(select(_id(version))).scalar_one()
+    query = select(HASHES.c.kind, HASHES.c.hex).where(HASHES.c.version_id == version_id)
+    known = {FileHash(HashKind(row.kind), row.hex) for row in connection.execute(query)}
+    if rows := [{"version_id": version_id, "kind": each.kind, "hex": each.hex} for each in set(hashes) - known]:
+        connection.execute(insert(HASHES), rows)
+    connection.execute(update(VERSIONS).where(VERSIONS.c.id == version_id).values(hashed=True))
+
+
+def hashes(connection: Connection, version: Version) -> tuple[FileHash, ...]:
+    query = select(HASHES.c.kind, HASHES.c.hex).where(HASHES.c.version_id == _id(version))
+    return tuple(sorted(FileHash(HashKind(row.kind), row.hex) for row in connection.execute(query)))
+
+
+def not_hashed(connection: Connection) -> tuple[Version, ...]:
+    """Versions that were published before hashes were kept."""
+    query = _versions().where(VERSIONS.c.hashed.is_(False)).order_by(VERSIONS.c.id)
+    return tuple(_version(row) for row in connection.execute(query))
+
+
 def versions(connection: Connection, name: str) -> tuple[Version, ...]:
     """Oldest first. Raises NotFound for an unknown name."""
     rows = connection.execute(_versions().where(NAMES.c.name == name).order_by(VERSIONS.c.version)).all()
     if not rows:
         raise NotFound(_explain_missing(connection, Reference(name)), ref=name)
     return tuple(_version(row) for row in rows)
+
+
+def all_versions(connection: Connection) -> tuple[Version, ...]:
+    """By name and number. Raises IntegrityError for a manifest that was altered."""
+    query = _versions().order_by(NAMES.c.name, VERSIONS.c.version)
+    return tuple(_version(row) for row in connection.execute(query))
 
 
 def names(connection: Connection) -> tuple[str, ...]:

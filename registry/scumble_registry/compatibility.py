@@ -54,21 +54,33 @@ class LoraCompatibility(BaseModel):
     family: Family | None
     """The base's, if one was named; else by the width of the text context, else None."""
     requires: dict[str, Shape]
+    """Every target that it changes, norms among them, with the shape of its weight."""
     ranks: dict[str, int]
+    """Of those that factors in a row say, how many columns they need; 0 where the weight is only stretched."""
     magnitudes: bool = False
-    """It is a DoRA, at least in part: what it does depends on the base's weights."""
+    """Rows stretch or mix weights (DoRA, IA³, GLoRA), at least in part: what it does depends on the base's."""
+    merged: tuple[str, ...] = ()
+    """Targets that no factors say, sorted: they are merged into copies of the base's weights."""
 
     @model_serializer(mode="wrap")
-    def _as_before_magnitudes(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A plain LoRA's manifest, and so its digest, is what it was before there were DoRAs."""
+    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plain LoRA's manifest, and so its digest, is what it was before there were DoRAs and others."""
         data: dict[str, Any] = serialise(self)
-        return data if self.magnitudes else {key: value for key, value in data.items() if key != "magnitudes"}
+        later = {"magnitudes": self.magnitudes, "merged": self.merged}
+        return {key: value for key, value in data.items() if later.get(key, True)}
 
     def fits(self, base: BaseCompatibility) -> None:
         """Raises Incompatible, naming the first target (in sorted order) that does not match, and both
         shapes.
         """
         check_targets(self.requires, base)
+        if self.magnitudes and (padded := [name for name in self.requires if is_padded(name, self.requires, base)]):
+            raise Incompatible(
+                f"the adapter stretches weights and changes {padded[0]} with {base.latent_channels} channels, of which "
+                f"this base has {base.in_channels}: its lengths mean another weight; use the base that it was "
+                "trained on",
+                target=padded[0],
+            )
 
 
 class TextualInversionCompatibility(BaseModel):
@@ -161,7 +173,7 @@ class HypernetworkCompatibility(BaseModel):
         self.network.fits(base)
 
 
-IpAdapterKind = Literal["base", "full", "plus", "faceid", "faceid_plus"]
+IpAdapterKind = Literal["base", "full", "plus", "faceid", "faceid_plus", "face_resampler"]
 """How a picture becomes tokens: see `formats/ip_adapter/projection.py`."""
 
 
@@ -354,6 +366,20 @@ Compatibility = Annotated[
 """A new kind is one more class here."""
 
 
+_NORMS = (
+    (".conv1", ".norm1"),
+    (".conv2", ".norm2"),
+    (".proj_in", ".norm"),
+    (".attn1.to_q", ".norm1"),
+    (".attn2.to_q", ".norm2"),
+    (".ff.net.0.proj", ".norm3"),
+    ("unet.conv_out", "unet.conv_norm_out"),
+    (".self_attn.q_proj", ".layer_norm1"),
+    (".mlp.fc1", ".layer_norm2"),
+)
+"""How the name of a layer ends, and the name of the norm before it."""
+
+
 def check_fit(adapter: Compatibility, base: Compatibility) -> None:
     """Raises Incompatible, or Refused when one of them is not what its place asks for."""
     if not isinstance(base, BaseCompatibility):
@@ -365,8 +391,9 @@ def check_fit(adapter: Compatibility, base: Compatibility) -> None:
 
 def check_targets(requires: Mapping[str, Shape], base: BaseCompatibility) -> None:
     """Raises Incompatible, naming the first target (in sorted order) that does not match, and both shapes."""
+    norms = norm_shapes(base) if any(len(shape) == 1 for shape in requires.values()) else {}
     for target, shape in sorted(requires.items()):
-        has = base.targets.get(target)
+        has = base.targets.get(target) or norms.get(target)
         if has is None:
             raise Incompatible(
                 f"the adapter changes {target} {_show(shape)}, which this {base.family} base does not have; "
@@ -375,7 +402,7 @@ def check_targets(requires: Mapping[str, Shape], base: BaseCompatibility) -> Non
                 adapter_shape=shape,
                 base_shape=None,
             )
-        if matrix_shape(has) != matrix_shape(shape):
+        if matrix_shape(has) != matrix_shape(shape) and not is_padded(target, requires, base):
             raise Incompatible(
                 f"the adapter changes {target} as {_show(shape)}, but in this {base.family} base "
                 f"it is {_show(has)}; use the base that it was trained on",
@@ -383,6 +410,36 @@ def check_targets(requires: Mapping[str, Shape], base: BaseCompatibility) -> Non
                 adapter_shape=shape,
                 base_shape=has,
             )
+
+
+def is_padded(target: str, requires: Mapping[str, Shape], base: BaseCompatibility) -> bool:
+    """A change of the first convolution of a base that reads latents alone also fits one that reads a mask and a masked
+    picture behind them (inpainting): it leaves those channels as they are.
+    """
+    has, shape = base.targets.get(target, ()), requires[target]
+    return (
+        target == "unet.conv_in"
+        and len(shape) == 4
+        and shape[1] == base.latent_channels < base.in_channels
+        and has == (shape[0], base.in_channels, *shape[2:])
+    )
+
+
+def norm_shapes(base: BaseCompatibility) -> dict[str, Shape]:
+    """Every norm of the UNet and the text encoders → (channels,), read from the layer that it stands before."""
+    found: dict[str, Shape] = {}
+    for target, shape in base.targets.items():
+        for layer, norm in _NORMS:
+            if target.endswith(layer):
+                found[target.removesuffix(layer) + norm] = (shape[1],)
+        if target.endswith(".mlp.fc1"):
+            found[f"{target.partition('.encoder.')[0]}.final_layer_norm"] = (shape[1],)
+    return dict(sorted(found.items()))
+
+
+def has_bias(target: str) -> bool:
+    """In these families' models every layer has one but the projections of the UNet's attention and of pooled text."""
+    return not target.endswith((".to_q", ".to_k", ".to_v", ".text_projection"))
 
 
 def matrix_shape(shape: Shape) -> Shape:

@@ -19,7 +19,7 @@ from scumble.errors import IntegrityError, Unavailable
 from scumble_registry.blobs import explain_os_errors
 from scumble_registry.paths import Layout
 
-HEAD = "0001"
+HEAD = "0003"
 """The newest migration."""
 _BUSY_MS = 30_000
 

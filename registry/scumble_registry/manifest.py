@@ -35,6 +35,8 @@ from scumble_registry.compatibility import Compatibility, check_fit
 from scumble_registry.references import parse_digest
 
 _MAX_BYTES = 8 << 20
+_SAID_OR_ABSENT = frozenset({"training", "leftover"})
+"""Fields that are younger than the first manifests: left out where they are empty, so that older digests stay."""
 
 
 class Defaults(BaseModel):
@@ -103,11 +105,18 @@ class Manifest(BaseModel):
     image_encoder: str | None = None
     """Digest of the image encoder that an IP-Adapter was published with and checked against; None: it is in the
     entry's own files, or the base's own is meant."""
+    dialect: str | None = Field(default=None, max_length=100)
+    """Whose layout the published files had, in a word or two, for people; None: that of the kind's own authors."""
+    training: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the files themselves say of their training: a bounded part, believed by nobody (`training_metadata.py`)."""
+    leftover: tuple[str, ...] = ()
+    """Keys of the files that nobody understood and that the record leaves out, because the publisher allowed it."""
     trigger_words: tuple[str, ...] = ()
     license: str | None = None
     description: str = ""
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
-    """By convention: trainer, config, data_digest, seed, parent, libraries, time, peak_memory."""
+    """By convention: trainer, config, data_digest, seed, parent, libraries, time, peak_memory; of what was imported,
+    source (`sources/`)."""
     metrics: dict[str, JsonValue] = Field(default_factory=dict)
     sample_grid: Blob | None = None
 
@@ -132,7 +141,8 @@ class Manifest(BaseModel):
 
     def canonical(self) -> bytes:
         data = self.model_dump(mode="json")
-        return canonical_json({key: value for key, value in data.items() if value is not None})
+        absent = {key for key, value in data.items() if value is None or (key in _SAID_OR_ABSENT and not value)}
+        return canonical_json({key: value for key, value in data.items() if key not in absent})
 
     @property
     def digest(self) -> str:

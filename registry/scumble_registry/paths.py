@@ -4,8 +4,9 @@ SCUMBLE_HOME/
 ├── registry/                  the truth: back this up
 │   ├── registry.db            SQLite: names, versions, aliases, status
 │   ├── registry.lock          held while the schema is created or migrated
+│   ├── use.lock               shared by all that have the registry open
 │   ├── blobs/sha256/ab/ab12…  content-addressed files, read-only
-│   └── tmp/                   what a put has not finished writing
+│   └── tmp/                   what is not finished: blobs, conversions, what is being fetched
 └── cache/                     may be deleted at any time
     ├── 3f9c…/                 a version's files as published, named by the version's digest
     ├── onnx/                  exported graphs, without weights
@@ -39,6 +40,14 @@ class Layout:
     @property
     def lock(self) -> Path:
         return self.root / "registry.lock"
+
+    @property
+    def lease(self) -> Path:
+        return self.root / "use.lock"
+
+    @property
+    def scratch(self) -> Path:
+        return self.root / "tmp"
 
     @property
     def cache(self) -> Path:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, NotFound, Refused
-from scumble_registry import formats
+from scumble_registry import formats, training_metadata
 from scumble_registry.blobs import Blob, BlobStore, explain_os_errors
 from scumble_registry.compatibility import (
     BaseCompatibility,
@@ -21,10 +21,14 @@ from scumble_registry.compatibility import (
     IpAdapterCompatibility,
     check_fit,
 )
-from scumble_registry.formats.source import Draft, Source
+from scumble_registry.formats.source import Draft, Hints, Source
+from scumble_registry.hashes import FileHash, hashes_of, weights_of
 from scumble_registry.manifest import Manifest, Sampling, canonical_json
 
 _MAX_WORDS, _MAX_WORD, _MAX_TEXT = 100, 200, 20_000
+_OWN = ("diffusers", "h94", "scumble")
+"""Layouts of those who made the kinds, which our trainers write too: a manifest says no dialect for them, as none did
+before there were others, so that what was published then is the same version when it is published again."""
 _PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
 
@@ -49,20 +53,75 @@ class For:
     folder: Callable[[], Path]
 
 
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a publisher lets through that is refused otherwise, and says of files that do not say it."""
+
+    leftover: bool = False
+    """Keys that nobody understands are left out and named."""
+    max_bytes: int | None = None
+    """How large the files may be; None: what is sound for their kind."""
+    hints: Hints = field(default_factory=Hints)
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What would be published: read and checked, nothing stored."""
+
+    source: Source
+    draft: Draft
+    training: dict[str, Any]
+    """What the files say of their training, see `training_metadata.read`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    manifest: Manifest
+    hashes: frozenset[FileHash]
+
+
+@contextmanager
+def examined(
+    path: Path, published_for: For | None, words: Iterable[str], allowed: Allowed, work: Path
+) -> Iterator[Examined]:
+    """Read the files as publishing does; `work` is an empty folder for what a format makes of them.
+
+    Raises NotFound, Refused, Incompatible, InvalidRequest, Unavailable.
+    """
+    base = published_for.manifest if published_for is not None else None
+    with explain_os_errors(path, "read"):
+        source = replace(
+            Source.scan(path, tuple(words)),
+            work=work,
+            base_folder=published_for.folder if published_for is not None else None,
+            allow_leftover=allowed.leftover,
+            max_bytes=allowed.max_bytes,
+            hints=allowed.hints,
+        )
+        _check_size(source)
+        before = source.stamps()
+        draft = formats.read(source, base)
+        yield Examined(source, draft, training_metadata.read(weights_of(source.files)))
+        if source.stamps() != before:
+            raise Refused(f"{path} changed while it was being published; publish it again when it is finished")
+
+
 def store(
-    path: Path, published_for: For | None, details: Details, blobs: BlobStore, encoder: Manifest | None = None
-) -> Manifest:
-    """Check the files, derive what is derived, put every blob.
+    path: Path,
+    published_for: For | None,
+    details: Details,
+    blobs: BlobStore,
+    work: Path,
+    encoder: Manifest | None = None,
+    allowed: Allowed = Allowed(),
+) -> Stored:
+    """Check the files, derive what is derived, put every blob. `work` is an empty folder.
 
     Raises NotFound, Refused, Incompatible, InvalidRequest before anything is stored, Unavailable at any time.
     """
     base = published_for.manifest if published_for is not None else None
-    with explain_os_errors(path, "read"), tempfile.TemporaryDirectory() as work:
-        source = Source.scan(path, tuple(details.trigger_words))
-        if published_for is not None:
-            source = replace(source, base_folder=published_for.folder, work=Path(work))
-        before = source.stamps()
-        draft = formats.read(source, base)
+    with examined(path, published_for, details.trigger_words, allowed, work) as found:
+        draft = found.draft
         metadata = _metadata(details, draft)
         _check_sampling(details, draft)
         if base is not None:
@@ -70,17 +129,20 @@ def store(
         if encoder is not None:
             _check_encoder(draft, encoder)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
-        files = {name: _put_file(file, blobs) for name, file in draft.files.items()}
+        files = {name: put_file(file, blobs) for name, file in draft.files.items()}
         record = blobs.put(io.BytesIO(draft.record)) if draft.record is not None else None
-        if source.stamps() != before:
-            raise Refused(f"{path} changed while it was being published; publish it again when it is finished")
+        known = {file: files[name] for name, file in draft.files.items()}
+        hashes = hashes_of(found.source.files, known, record)
     extra = {
         "base": base.digest if base else None,
         "image_encoder": encoder.digest if encoder else None,
         "sample_grid": grid,
-        "sampling": details.sampling,
+        "sampling": details.sampling or draft.sampling,
+        "dialect": None if draft.dialect.startswith(_OWN) else draft.dialect or None,
+        "training": training_metadata.kept(found.training),
+        "leftover": draft.leftover,
     }
-    return _manifest(draft, files, record, metadata | extra)
+    return Stored(_manifest(draft, files, record, metadata | extra), hashes)
 
 
 def _manifest(draft: Draft, files: dict[str, Blob], record: Blob | None, metadata: dict[str, Any]) -> Manifest:
@@ -91,6 +153,14 @@ def _manifest(draft: Draft, files: dict[str, Blob], record: Blob | None, metadat
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise InvalidRequest(f"the metadata is not usable: {problems}", field="metadata") from error
+
+
+def _check_size(source: Source) -> None:
+    size = sum(file.stat().st_size for file in source.files.values())
+    if source.max_bytes is not None and size > source.max_bytes:
+        raise Refused(
+            f"{source.path} has {size:,} bytes, more than --max-size allows ({source.max_bytes:,})", bytes=size
+        )
 
 
 def _check_sampling(details: Details, draft: Draft) -> None:
@@ -134,7 +204,7 @@ def _metadata(details: Details, draft: Draft) -> dict[str, Any]:
     }
 
 
-def _put_file(file: Path, blobs: BlobStore) -> Blob:
+def put_file(file: Path, blobs: BlobStore) -> Blob:
     with file.open("rb") as source:
         return blobs.put(source)
 

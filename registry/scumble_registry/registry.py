@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused
-from scumble_registry import catalogue, publishing
+from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
+from scumble_registry import artifacts, catalogue, publishing
+from scumble_registry.artifacts import Artifact, ArtifactManifest
 from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors, sync_folder
 from scumble_registry.cache import Cache
-from scumble_registry.catalogue import Status, Version
+from scumble_registry.catalogue import Match, Status, Version
 from scumble_registry.database import Database
 from scumble_registry.formats import dreambooth
-from scumble_registry.manifest import Sampling
+from scumble_registry.formats.source import Hints
+from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
+from scumble_registry.leases import Lease
+from scumble_registry.manifest import Sampling, canonical_json
 from scumble_registry.paths import Layout
-from scumble_registry.publishing import Details, For
+from scumble_registry.publishing import Allowed, Details, For
 from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +42,47 @@ class Verified:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `Registry.collect` removed, or would."""
+
+    blobs: int
+    cached: int | None
+    """Entries of the cache; None: somebody else has the registry open, so it was left alone."""
+    unfinished: int
+    bytes: int
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder that becomes `target` (new or empty) at the end, unless something is raised. Raises Refused if
+    something is there, Unavailable.
+    """
+    target = Path(target).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
+    with explain_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            yield work
+            work.chmod(0o755)
+            work.replace(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
 class Registry:
     """Any thread may use it, and any number of processes may have the same one open. `close` (or `with`) ends
     it.
     """
 
-    def __init__(self, database: Database, blobs: BlobStore, cache: Cache) -> None:
+    def __init__(self, lease: Lease, database: Database, blobs: BlobStore, cache: Cache, scratch: Path) -> None:
+        self._lease = lease
         self._database = database
         self._blobs = blobs
         self._cache = cache
+        self._scratch = scratch
 
     @classmethod
     def open(cls, home: Path, *, create: bool = False) -> Self:
@@ -57,7 +99,9 @@ class Registry:
                 layout.root.mkdir(parents=True, exist_ok=True)
                 sync_folder(layout.home)
         blobs = FileStore(layout.root)
-        return cls(Database(layout), blobs, Cache(layout.cache, blobs))
+        with explain_os_errors(layout.lease):
+            lease = Lease(layout.lease)
+        return cls(lease, Database(layout), blobs, Cache(layout.cache, blobs), layout.scratch)
 
     def publish(
         self,
@@ -75,11 +119,16 @@ class Registry:
         sample_grid: Path | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,
         description: str = "",
+        allow_leftover: bool = False,
+        max_bytes: int | None = None,
+        hints: Hints | None = None,
     ) -> Version:
         """Publish a file or folder as the next version of `name`, or find it if this very content is there.
 
         `image_encoder` names the one that an IP-Adapter reads pictures with, unless it brings its own; `sampling` says
-        what an adapter was made to be sampled with.
+        what an adapter was made to be sampled with. `allow_leftover` leaves keys out that nobody understands, and names
+        them in the manifest; `max_bytes` bounds the files instead of what is sound for their kind; `hints` is what
+        files may not say themselves (its `like` is made by `folder_of`).
 
         Atomic: whatever happens, the version is there whole or not at all. Raises InvalidRequest, NotFound,
         Refused, Incompatible (with `base` or `image_encoder`), Unavailable.
@@ -90,20 +139,52 @@ class Registry:
         words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
         profile = Sampling.parse(sampling) if sampling is not None else None
         details = Details(license, description, words, provenance or {}, metrics or {}, sample_grid, profile)
-        base_version = self.resolve(base) if base is not None else None
-        if base_version is not None and base_version.manifest.kind != "base":
-            raise Refused(f"{base_version.ref} is a {base_version.manifest.kind}, not a base; name a base")
+        published_for = self.published_for(base) if base is not None else None
         encoder = self.resolve(image_encoder).manifest if image_encoder is not None else None
-        published_for = None
-        if base_version is not None:
-            published_for = For(base_version.manifest, lambda: self.materialise(base_version))
-        manifest = publishing.store(Path(path), published_for, details, self._blobs, encoder)
+        allowed = Allowed(allow_leftover, max_bytes, hints or Hints())
+        with self.scratch() as work:
+            stored = publishing.store(Path(path), published_for, details, self._blobs, work, encoder, allowed)
         with self._database.writing() as connection:
+            self._check_there(stored.manifest.blobs.values())
             status = Status.STAGED if staged else Status.APPROVED
-            version = catalogue.add(connection, name, manifest, status)
+            version = catalogue.add(connection, name, stored.manifest, status)
+            catalogue.add_hashes(connection, version, stored.hashes)
             if alias is not None:
                 catalogue.set_alias(connection, alias, version)
         return version
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A new folder on the registry's own disk, which may be large; gone afterwards. Raises Unavailable."""
+        with explain_os_errors(self._scratch):
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            work = tempfile.TemporaryDirectory(prefix="work-", dir=self._scratch)
+        with work as folder:
+            yield Path(folder)
+
+    def folder_of(self, like: str | Path | None) -> Callable[[], Path] | None:
+        """For `Hints.like`: a folder in the diffusers layout, or a base by its reference.
+
+        Raises NotFound, Refused for what is neither.
+        """
+        if like is None:
+            return None
+        folder = Path(like).expanduser()
+        if (folder / "model_index.json").is_file():
+            return lambda: folder
+        if folder.exists():
+            raise Refused(f"{like} holds no model_index.json; --like names a folder in the diffusers layout, or a base")
+        version = self.resolve(str(like))
+        if version.manifest.kind != "base":
+            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; --like names a folder or a base")
+        return lambda: self.materialise(version)
+
+    def published_for(self, base: str) -> For:
+        """What publishing for `base` needs of it. Raises NotFound, and Refused for what is no base."""
+        version = self.resolve(base)
+        if version.manifest.kind != "base":
+            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base")
+        return For(version.manifest, lambda: self.materialise(version))
 
     def find(self, ref: str) -> Version:
         """The version that `ref` names, whatever its status. Raises InvalidRequest, NotFound."""
@@ -131,6 +212,43 @@ class Registry:
         if not usable:
             raise NotFound(f"nothing with digest {digest} is published here; publish it again", digest=digest)
         return usable[0]
+
+    def find_hash(self, prefix: str) -> tuple[Match, ...]:
+        """All versions known by a hash that begins with these 8 to 64 digits (see `hashes.py`), whatever their status.
+
+        Versions older than these hashes are hashed when nothing else is found. Raises InvalidRequest, NotFound.
+        """
+        digits = parse_prefix(prefix)
+        if found := self._matches(digits) or (self.hash_older() and self._matches(digits)):
+            return found
+        raise NotFound(f"no version here is known by the hash {digits}", hash=digits)
+
+    def hashes(self, version: Version) -> tuple[FileHash, ...]:
+        """All that a version is known by, sorted."""
+        with self._database.reading() as connection:
+            return catalogue.hashes(connection, version)
+
+    def matches(self, hashes: Iterable[FileHash]) -> tuple[Match, ...]:
+        """The versions that hold these very files, tensors or record."""
+        with self._database.reading() as connection:
+            found = [catalogue.find_hash(connection, each.hex, [each.kind]) for each in sorted(hashes)]
+        return tuple(match for matches in found for match in matches if match.kind is not None)
+
+    def hash_older(self) -> int:
+        """Hash what was published before hashes were kept, and say how many versions that were."""
+        with self._database.reading() as connection:
+            older = catalogue.not_hashed(connection)
+        done = 0
+        for version in older:
+            try:
+                found = self._hashes_of_stored(version)
+            except (IntegrityError, NotFound) as error:  # `verify` lists such; the others can still be found
+                log.warning("%s cannot be hashed: %s", version.ref, error)
+                continue
+            with self._database.writing() as connection:
+                catalogue.add_hashes(connection, version, found)
+            done += 1
+        return done
 
     def names(self) -> tuple[str, ...]:
         with self._database.reading() as connection:
@@ -206,38 +324,97 @@ class Registry:
         """Write the files of `ref` into `target` (new or empty), all or none. Raises Refused if something is
         there.
         """
-        version, target = self.resolve(ref), Path(target).absolute()
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
-        with explain_os_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            try:
-                if version.manifest.kind == dreambooth.KIND:
-                    dreambooth.write_folder(self.stored(version), self.stored(self.base_of(version)), work)
-                else:
-                    self._cache.copy(version.manifest, work)
-                work.chmod(0o755)
-                work.replace(target)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        version = self.resolve(ref)
+        with new_folder(target) as work:
+            self.copy(version, work)
         return version
 
+    def copy(self, version: Version, folder: Path) -> None:
+        """The files as they were published, as the caller's own, into an empty folder. Raises IntegrityError."""
+        if version.manifest.kind == dreambooth.KIND:
+            dreambooth.write_folder(self.stored(version), self.stored(self.base_of(version)), folder)
+        else:
+            self._cache.copy(version.manifest, folder)
+
+    def publish_artifact(
+        self,
+        of: Version,
+        kind: str,
+        key: Mapping[str, Any],
+        files: Mapping[str, Path],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Store what was made of a version; what has the same key goes. Raises InvalidRequest, Unavailable.
+
+        Atomic, as `publish` is.
+        """
+        plain_key, about = (json.loads(canonical_json(dict(each))) for each in (key, provenance or {}))
+        stored = {name: publishing.put_file(path, self._blobs) for name, path in files.items()}
+        manifest = ArtifactManifest(kind=kind, of=of.digest, key=plain_key, files=stored, provenance=about)
+        with self._database.writing() as connection:
+            self._check_there(manifest.files.values())
+            return artifacts.put(connection, manifest)
+
+    def artifacts(self, kind: str | None = None, of: Version | None = None) -> tuple[Artifact, ...]:
+        """Newest first; of one kind or version, if they are given. Raises IntegrityError."""
+        with self._database.reading() as connection:
+            return artifacts.listed(connection, kind, of.digest if of is not None else None)
+
+    def artifact_folder(self, artifact: Artifact) -> Path:
+        """A folder with its files, read-only, hashed at every call. Raises IntegrityError, NotFound, Unavailable."""
+        return self._cache.folder(artifact.manifest, artifact.digest)
+
     def verify(self, ref: str | None = None) -> Verified:
-        """Hash every blob of one version, or of all. Raises IntegrityError that lists all that is damaged."""
+        """Hash every blob of one version, or of all and of all artifacts.
+
+        Raises IntegrityError that lists all that is damaged.
+        """
         chosen = [self.find(ref)] if ref else [v for name in self.names() for v in self.versions(name)]
         uses: dict[Blob, str] = {}
         for version in chosen:
             for word, blob in version.manifest.blobs.items():
                 uses.setdefault(blob, f"{word} of {version.ref}")
+        for artifact in () if ref else self.artifacts():
+            for word, blob in artifact.manifest.files.items():
+                uses.setdefault(blob, f"{word} of {artifact.manifest.kind} {artifact.digest[:19]}…")
         damaged = [problem for blob, use in uses.items() if (problem := self._damage(blob, use))]
         if damaged:
             text = damaged[0] if len(damaged) == 1 else f"{len(damaged)} blobs are damaged: {'; '.join(damaged)}"
             raise IntegrityError(text, damaged=damaged)
         return Verified(len(chosen), len(uses), sum(blob.size for blob in uses))
 
+    def collect(self, *, grace: float = 24 * 3600.0, dry_run: bool = False) -> Collected:
+        """Remove what nothing needs and nothing touched for `grace` seconds (`dry_run`: only count it).
+
+        Blobs of no version and no artifact, which publishers that died or were refused left, and artifacts that others
+        took the place of; the cache's entries and unfinished work, while nobody else has the registry open. Safe beside
+        anybody: a publisher whose blobs went, because it took longer than `grace`, fails and may try again. Raises
+        IntegrityError, removing nothing, where a manifest cannot be read; Unavailable.
+        """
+        before = time.time() - grace
+        with explain_os_errors(self._scratch), self._database.writing() as connection:
+            needed = {
+                blob.digest
+                for version in catalogue.all_versions(connection)
+                for blob in version.manifest.blobs.values()
+            }
+            needed |= {blob.digest for each in artifacts.listed(connection) for blob in each.manifest.files.values()}
+            idle = [blob for blob, put in self._blobs.stored() if put < before and blob.digest not in needed]
+            for blob in idle if not dry_run else ():
+                self._blobs.remove(blob)
+        size = sum(blob.size for blob in idle)
+        with explain_os_errors(self._scratch), self._lease.alone() as alone:
+            if not alone:
+                return Collected(len(idle), None, 0, size)
+            cleaned = self._cache.clean(before, dry_run=dry_run)
+            unfinished = [path for path in self._scratch.glob("*") if path.lstat().st_mtime < before]
+            for path in unfinished if not dry_run else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return Collected(len(idle), cleaned.entries, len(unfinished), size + cleaned.bytes)
+
     def close(self) -> None:
         self._database.close()
+        self._lease.close()
 
     def __enter__(self) -> Self:
         return self
@@ -246,6 +423,26 @@ class Registry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _matches(self, digits: str) -> tuple[Match, ...]:
+        with self._database.reading() as connection:
+            return catalogue.find_hash(connection, digits)
+
+    def _hashes_of_stored(self, version: Version) -> list[FileHash]:
+        """What the files tell that the manifest does not: the data's hash, and what a checkpoint's files once were."""
+        folder = self.stored(version)
+        files = {name: folder / name for name in version.manifest.files}
+        if version.manifest.kind == dreambooth.KIND:
+            return [FileHash(HashKind.FILE, each) for each in dreambooth.published_digests(folder)]
+        return tensor_hashes(file for file in files.values() if file.suffix == ".safetensors")
+
+    def _check_there(self, blobs: Iterable[Blob]) -> None:
+        """Inside the transaction that makes them needed: from there on `collect` leaves them alone."""
+        for blob in blobs:
+            try:
+                self._blobs.open(blob).close()
+            except NotFound as error:
+                raise Unavailable(f"{error.message} any more: it was collected meanwhile; publish again") from error
 
     def _damage(self, blob: Blob, use: str) -> str | None:
         try:

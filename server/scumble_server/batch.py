@@ -10,6 +10,7 @@ from torch import Tensor
 from scumble_build.inputs import StepInputs
 from scumble_server import stacking
 from scumble_server.rows import Row
+from scumble_server.stacking import NetCall
 
 
 class Batch:
@@ -32,8 +33,8 @@ class Batch:
         self._weight = torch.tensor(weights, device=device).view(-1, 1, 1, 1)
         guidance = [row.guidance for row, count in zip(self.rows, counts, strict=True) for _ in range(count)]
         self._guidance = torch.tensor(guidance, device=device).view(-1, 1, 1, 1)
-        self._inputs = stacking.stack(self._phases, device)
-        self._nets = stacking.stack_nets(self._phases, device)
+        self._stacked: tuple[StepInputs, list[NetCall]] | None = None
+        """Made by the first step, so that what fails there fails as a step does."""
 
     def fits(self, rows: Sequence[Row]) -> bool:
         """Are these its rows, and is each still in the phase that was stacked?"""
@@ -94,7 +95,10 @@ class Batch:
 
     def _with_residuals(self, sample: Tensor, timestep: Tensor) -> StepInputs:
         """What is stacked, with what the ControlNets say of this step; each net runs once for all its rows."""
-        return stacking.with_residuals(self._inputs, self._nets, sample, timestep)
+        if self._stacked is None:
+            device = self._executor.device
+            self._stacked = stacking.stack(self._phases, device), stacking.stack_nets(self._phases, device)
+        return stacking.with_residuals(*self._stacked, sample, timestep)
 
     def mixed(self) -> bool:
         """Do rows with different adapters share this batch?"""
@@ -102,7 +106,7 @@ class Batch:
 
     @property
     def model_rows(self) -> int:
-        return self._inputs.kv.shape[0]
+        return len(self._image)
 
 
 def _weights(row: Row, count: int) -> list[float]:

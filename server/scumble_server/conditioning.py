@@ -24,11 +24,12 @@ from scumble_server.carried import BoundSet, Phase
 from scumble_server.context import Context, Text, read_record
 from scumble_server.encoding import Encoder, together
 from scumble_server.executors import Vae
+from scumble_server.executors.device import uploads
 from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
 from scumble_server.stacking import brings, factors_of
-from scumble_server.variants import merged, on_checkpoint, too_wide, with_vae
+from scumble_server.variants import merged, on_checkpoint, to_merge, with_vae
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +116,15 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     scripts = reading.scripts(context.tokenizers, textual_inversion.names(embeddings))
     found = frozenset[int]().union(*(script.found for script in scripts))
     unused = [bound for index, bound in enumerate(embeddings) if index not in found]
-    wide = too_wide(context, loras)
-    factors = _factors(context, [] if wide else loras)
-    # More columns than factors may have are merged into copies of the weights instead: for the text once, for the
-    # UNet in every phase.
+    in_weights = to_merge(context, loras)
+    factors = _factors(context, loras, in_weights)
+    # What factors cannot say or hold is merged into copies of the weights instead: for the text once, for the UNet in
+    # every phase.
     of_text = context
-    if wide:
-        for part in context.base.family.texts:
-            of_text = merged(of_text, loras, [each.text_weight for each in loras], part.encoder)
+    strengths = tuple(each.text_weight for each in loras)
+    for part in context.base.family.texts:
+        of_text = merged(of_text, loras, strengths, part.encoder, in_weights)
     loaded = monotonic()
-    strengths = () if wide else tuple(each.text_weight for each in loras)
     of_loras = tuple(lora.row_factors(of_encoder, strengths) for of_encoder in factors.texts)
     encoder = Encoder(of_text, of_loras, (factors.key, strengths), dict(enumerate(embeddings)), options.emphasis)
     texts = encoder.encode_all(scripts)
@@ -133,7 +133,7 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     controls = controlnet.prepare(context, nets)
     phases = tuple(
         _phase(
-            merged(context, loras, _of_loras(stage.weights, admitted.adapters), "unet") if wide else context,
+            merged(context, loras, _of_loras(stage.weights, admitted.adapters), "unet", in_weights),
             admitted.adapters,
             stage.weights,
             factors,
@@ -168,28 +168,32 @@ def _of_loras(weights: Sequence[float], adapters: Sequence[Bound]) -> tuple[floa
     return tuple(weight for weight, bound in paired if lora.part_of(bound) is not None)
 
 
-def _factors(context: Context, loras: Sequence[Bound]) -> _Factors:
+def _factors(context: Context, loras: Sequence[Bound], without: frozenset[str]) -> _Factors:
+    """Of all targets but those `without`."""
     executor = context.executor
     return _Factors(
-        tuple(lora.identity(context, each) for each in loras),
-        tuple(_bind(context, f"text {i}", layout, loras) for i, layout in enumerate(executor.text_layouts)),
-        _bind(context, "kv", executor.kv_layout, loras),
-        _bind(context, "step", executor.step_layout, loras),
+        (tuple(lora.identity(context, each) for each in loras), without),
+        tuple(_bind(context, f"text {i}", layout, loras, without) for i, layout in enumerate(executor.text_layouts)),
+        _bind(context, "kv", executor.kv_layout, loras, without),
+        _bind(context, "step", executor.step_layout, loras, without),
     )
 
 
-def _bind(context: Context, graph: str, layout: Layout, loras: Sequence[Bound]) -> BoundSet | None:
+def _bind(
+    context: Context, graph: str, layout: Layout, loras: Sequence[Bound], without: frozenset[str]
+) -> BoundSet | None:
     def bind() -> BoundSet | None:
         pieces = [lora.Piece(lora.record_of(context, each), each.blocks) for each in loras]
-        bound = lora.bind(layout, pieces, context.executor.weight)
+        bound = lora.bind(layout, pieces, context.executor.weight, without)
         if bound is None:
             return None
-        device, dtype = context.executor.device, context.executor.dtype
-        return replace(bound, A=bound.A.to(device, dtype), B=bound.B.to(device, dtype))
+        A, B = uploads(context.executor.device).send(bound.A, bound.B, dtype=context.executor.dtype)
+        return replace(bound, A=A, B=B)
 
     of_weights = context.weights if any(map(lora.depends_on_weights, loras)) else None
-    key = ("factors", graph, of_weights, *(lora.identity(context, each) for each in loras))
-    return context.device.get(key, lora.bound_bytes(layout, loras, context.executor.dtype.itemsize), bind)
+    key = ("factors", graph, of_weights, without, *(lora.identity(context, each) for each in loras))
+    nbytes = lora.bound_bytes(layout, loras, context.executor.dtype.itemsize, without)
+    return context.device.get(key, nbytes, bind)
 
 
 def _phase(
@@ -203,7 +207,7 @@ def _phase(
 ) -> Phase:
     """`weights` has one for each of `adapters`."""
     paired = list(zip(weights, adapters, strict=True))
-    of_loras = _of_loras(weights, adapters) if factors.key else ()
+    of_loras = _of_loras(weights, adapters)
     of_nets = [weight for weight, bound in paired if bound.kind == controlnet.KIND]
     chain = hypernetwork.chain(context, adapters, weights)
     phase = Phase(

@@ -31,7 +31,7 @@ class Counters:
 
     def snapshot(self) -> dict[str, Any]:
         with self._lock:
-            names = ("requests", "images", "failed", "steps", "rows", "mixed_steps", "failed_steps")
+            names = ("requests", "images", "failed", "steps", "rows", "mixed_steps", "failed_steps", "out_of_memory")
             return {
                 **{name: self._totals[name] for name in names},
                 "batch_sizes": {str(size): self._batch_sizes[size] for size in sorted(self._batch_sizes)},

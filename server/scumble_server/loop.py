@@ -12,10 +12,11 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from scumble.errors import Cancelled, DeadlineExceeded, ScumbleError, Unavailable
+from scumble.errors import Cancelled, DeadlineExceeded, OutOfMemory, ScumbleError, Unavailable
 from scumble.events import Failed
 from scumble_server.batch import Batch
 from scumble_server.counters import Counters
+from scumble_server.room import Room
 from scumble_server.rows import Progress, Row
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Loop:
         self._batches: dict[Hashable, list[Batch]] = {}
         self._last_turn: dict[Hashable, int] = {}
         self._turn = 0
+        self._room = Room()
         self._changed = threading.Condition()
         self._closing = False
 
@@ -113,20 +115,23 @@ class Loop:
         self._turn += 1
         self._last_turn[group] = self._turn
         known = [batch for of_group in self._batches.values() for batch in of_group]
-        batches = [
-            next((batch for batch in known if batch.fits(rows)), None) or Batch(rows) for rows in _cut(groups[group])
-        ]
+        parts = self._cut(groups[group])
+        batches = [next((batch for batch in known if batch.fits(rows)), None) or Batch(rows) for rows in parts]
         self._batches = {each: self._batches[each] for each in groups if each in self._batches} | {group: batches}
         return batches
 
     def _step(self, batch: Batch) -> None:
-        start = time.monotonic()
+        start, group = time.monotonic(), batch.rows[0].group
         try:
             with torch.inference_mode():
                 batch.advance()
+        except OutOfMemory as error:
+            self._shrink(batch, error)
+            return
         except Exception as error:
             self._blame(batch, error)
             return
+        self._room.went_well(group)
         self._counters.step(len(batch.rows), batch.model_rows, batch.mixed(), time.monotonic() - start)
         finite = torch.stack([row.sample.isfinite().all() for row in batch.rows]).tolist()
         for row, is_finite in zip(batch.rows, finite, strict=True):
@@ -141,7 +146,25 @@ class Loop:
             for row in batch.rows:
                 self._step(Batch([row]))
         else:
-            self._end(batch.rows[0].progress, ScumbleError(f"the step failed on the server: {error}"))
+            typed = error if isinstance(error, ScumbleError) else None
+            self._end(batch.rows[0].progress, typed or ScumbleError(f"the step failed on the server: {error}"))
+
+    def _shrink(self, batch: Batch, error: OutOfMemory) -> None:
+        """Such a step touched no row either. Its rows take it in smaller parts; one image that does not fit ends."""
+        self._counters.add("out_of_memory")
+        if len(batch.rows) == 1:
+            log.error("one image does not fit into the device's memory: %s", error)
+            self._end(batch.rows[0].progress, error)
+            return
+        group, executor = batch.rows[0].group, batch.rows[0].phase.executor
+        self._room.ran_out(group, batch.model_rows, executor.max_rows)
+        limit = self._room.limit(group, executor.max_rows)
+        log.warning("device memory ran out in a step of %d rows; they go on by %d", batch.model_rows, limit)
+        left = batch.rows
+        while left:  # cut anew each time: what went wrong once more has made the parts smaller
+            part = self._cut(left)[0]
+            self._step(Batch(part))
+            left = left[len(part) :]
 
     def _leave(self, batch: Batch) -> None:
         """Report progress, and hand requests whose images are all done to the decoder."""
@@ -162,17 +185,16 @@ class Loop:
     def _forget(self, gone: Callable[[Row], bool]) -> None:
         self._rows = [row for row in self._rows if not gone(row)]
 
-
-def _cut(rows: list[Row]) -> list[list[Row]]:
-    """Parts of at most as many model rows as the executor takes at once; one image always fits."""
-    limit = rows[0].phase.executor.max_rows
-    parts: list[list[Row]] = [[]]
-    filled = 0
-    for row in rows:
-        size = row.phase.kv.shape[0]
-        if parts[-1] and filled + size > limit:
-            parts.append([])
-            filled = 0
-        parts[-1].append(row)
-        filled += size
-    return parts
+    def _cut(self, rows: list[Row]) -> list[list[Row]]:
+        """Parts of at most as many model rows as the executor takes at once and memory holds; one image always goes."""
+        limit = self._room.limit(rows[0].group, rows[0].phase.executor.max_rows)
+        parts: list[list[Row]] = [[]]
+        filled = 0
+        for row in rows:
+            size = row.phase.kv.shape[0]
+            if parts[-1] and filled + size > limit:
+                parts.append([])
+                filled = 0
+            parts[-1].append(row)
+            filled += size
+        return parts

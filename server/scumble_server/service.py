@@ -34,6 +34,7 @@ from scumble_server.bound import Bound
 from scumble_server.conditioning import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
 from scumble_server.counters import Counters
+from scumble_server.decoding import decode
 from scumble_server.loop import Loop
 from scumble_server.noise import Noise
 from scumble_server.prefetch import Prefetcher
@@ -306,7 +307,7 @@ class Service:
         assert progress is not None and conditioned is not None and progress.joined_at is not None
         start = monotonic()
         latents = torch.stack([row.sample for row in progress.rows])
-        pixels = conditioned.vae.decode(latents, tiled=job.admitted.request.options.vae_tiling).numpy()
+        pixels = decode(conditioned.vae, latents, tiled=job.admitted.request.options.vae_tiling).numpy()
         end = monotonic()
         spent = {
             "load": conditioned.load_ms,

@@ -1,4 +1,4 @@
-"""Other weights than the base's: checkpoints, and LoRAs that are too many for factors.
+"""Other weights than the base's: checkpoints, and of LoRAs what factors cannot say or hold.
 
 A variant is an executor of its own that shares every tensor which is not its own with the base's. Rows of one variant
 share their steps; other adapters stack on it as on the base.
@@ -6,7 +6,7 @@ share their steps; other adapters stack on it as on the base.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,11 +18,13 @@ from scumble_build.layout import RANK_BUCKETS
 from scumble_registry import Version
 from scumble_registry.compatibility import VaeCompatibility
 from scumble_registry.formats.dreambooth import read_changed
+from scumble_registry.formats.lora import Module
+from scumble_registry.formats.lora.record import Gain
 from scumble_registry.formats.safetensors_header import Array
 from scumble_server.base import load_tokenizers
 from scumble_server.bound import Bound
+from scumble_server.changes import bias_change, change
 from scumble_server.context import Context
-from scumble_server.dora import change
 from scumble_server.executors import Executor, Vae
 from scumble_server.methods import dreambooth, lora
 
@@ -86,46 +88,64 @@ def with_vae(context: Context, version: Version | None) -> Context:
     return replace(context, vae=vae, vae_key=version.digest)
 
 
-def too_wide(context: Context, loras: Sequence[Bound]) -> bool:
-    """Do these LoRAs together have more rank columns than the largest bucket, in any graph?"""
+def to_merge(context: Context, loras: Sequence[Bound]) -> frozenset[str]:
+    """The targets at which these LoRAs are merged into copies of the weights: where one of them changes what no factors
+    say, and all if together they have more rank columns than the largest bucket, in any graph.
+    """
     executor = context.executor
     layouts = *executor.text_layouts, executor.kv_layout, executor.step_layout
-    return any(lora.columns(layout, loras) > RANK_BUCKETS[-1] for layout in layouts)
+    needed = lora.merged_of(loras)
+    if any(lora.columns(layout, loras, needed) > RANK_BUCKETS[-1] for layout in layouts):
+        return frozenset(target for bound in loras for target in lora.targets_of(bound))
+    return needed
 
 
-def merged(context: Context, loras: Sequence[Bound], strengths: Sequence[float], component: str) -> Context:
-    """`context` with LoRAs merged into copies of the weights of one component (`unet`, a text encoder).
+def merged(
+    context: Context, loras: Sequence[Bound], strengths: Sequence[float], component: str, targets: frozenset[str]
+) -> Context:
+    """`context` with what LoRAs change at `targets` merged into copies of the weights of one component (`unet`, a text
+    encoder).
 
     Raises Refused with the numbers if the budget for weights does not hold the copies.
     """
     acting = [(bound, strength) for bound, strength in zip(loras, strengths, strict=True) if strength]
     prefix = f"{component}."
-    targets = sorted({name for bound, _ in acting for name in lora.targets_of(bound) if name.startswith(prefix)})
-    if not targets:
+    changed = {name for bound, _ in acting for name in lora.targets_of(bound) if name.startswith(prefix)} & targets
+    if not changed:
         return context
     weights = (
         "merged",
         context.weights,
         component,
         tuple((lora.identity(context, bound), strength) for bound, strength in acting),
+        targets,
     )
 
     def merge() -> Executor:
-        sums = {target: context.executor.weight(target).float() for target in targets}
+        sums: dict[str, Tensor] = {}
         for bound, strength in acting:
             for name, module in lora.record_of(context, bound).items():
-                if name in sums:
+                if name in changed:
                     block = 1.0 if bound.blocks is None else bound.blocks.of(name)
-                    sums[name] = sums[name] + strength * block * change(context.executor.weight(name), module)
-        return context.executor.variant({component: _by_file_name(sums.items(), prefix)})
+                    _add(sums, context.executor, name, module, strength * block)
+        values = {parameter.removeprefix(prefix): tensor for parameter, tensor in sums.items()}
+        return context.executor.variant({component: values})
 
-    nbytes = sum(context.executor.weight(target).nbytes for target in targets)
+    nbytes = sum(context.executor.weight(target).nbytes for target in changed)
     executor = context.held_weights.get(weights, nbytes, merge, of=context.weights_key)
     return replace(context, executor=executor, weights=weights, weights_key=weights)
 
 
-def _by_file_name(weights: Iterable[tuple[str, Tensor]], prefix: str) -> dict[str, Tensor]:
-    return {f"{target.removeprefix(prefix)}.weight": weight for target, weight in weights}
+def _add(sums: dict[str, Tensor], executor: Executor, target: str, module: Module, strength: float) -> None:
+    """To the weight of a layer or norm, and to its bias, if that changes too."""
+    name = f"{target}.weight"
+    own = executor.parameter(name)
+    sums[name] = sums.get(name, own.float()) + strength * change(own, module)
+    if module.bias is not None or (isinstance(module, Gain) and module.of_bias is not None):
+        name = f"{target}.bias"
+        bias = executor.parameter(name)
+        added = bias_change(bias, module)
+        sums[name] = sums.get(name, bias.float()) + (0 if added is None else strength * added)
 
 
 def _tensor(values: Array) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,3 +101,16 @@ def test_many_writers_and_readers_of_one_blob_agree(store: BlobStore) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(write_and_read, range(8))) == {data}
+
+
+def test_what_is_stored_is_listed_until_it_is_removed(store: BlobStore) -> None:
+    before = time.time() - 2
+    one, two = store.put(io.BytesIO(b"one")), store.put(io.BytesIO(b"two"))
+    listed = dict(store.stored())
+    assert listed.keys() == {one, two}
+    assert all(before < put < time.time() + 2 for put in listed.values())
+    for _ in range(2):
+        store.remove(one)
+    assert [blob for blob, _ in store.stored()] == [two]
+    with pytest.raises(NotFound):
+        store.open(one)

@@ -9,7 +9,8 @@
     └── Unavailable      6  the server or something it needs is not there      code unavailable
         ├── QueueFull    6  try again after `retry_after` seconds              code queue_full
         ├── Cancelled    6  the caller took the request back                   code cancelled
-        └── DeadlineExceeded 6  it could not be done by its own deadline       code deadline_exceeded
+        ├── DeadlineExceeded 6  it could not be done by its own deadline       code deadline_exceeded
+        └── OutOfMemory  6  not even this request alone fits the device        code out_of_memory
 
 The number is the exit status of the `scumble` command.
 """
@@ -83,6 +84,12 @@ class DeadlineExceeded(Unavailable):
     code = "deadline_exceeded"
 
 
+class OutOfMemory(Unavailable):
+    """The device has no room left for it: a smaller picture, fewer images or adapters need less."""
+
+    code = "out_of_memory"
+
+
 _BY_CODE: dict[str, type[ScumbleError]] = {
     kind.code: kind
     for kind in (
@@ -96,6 +103,7 @@ _BY_CODE: dict[str, type[ScumbleError]] = {
         QueueFull,
         Cancelled,
         DeadlineExceeded,
+        OutOfMemory,
     )
 }
 

@@ -23,7 +23,10 @@ from scumble_registry.formats import (
     textual_inversion,
     vae,
 )
+from scumble_registry.formats.incoming import with_safetensors
+from scumble_registry.formats.safetensors_header import read_header
 from scumble_registry.formats.source import Draft, Source
+from scumble_registry.formats.strangers import refuse_strangers
 from scumble_registry.manifest import Manifest
 
 
@@ -54,19 +57,24 @@ of it too."""
 
 
 def read(source: Source, base: Manifest | None) -> Draft:
-    """The draft of the one format that recognises `source`."""
+    """The draft of the one format that recognises `source`, whose pickles become safetensors first (`incoming.py`)."""
+    source = with_safetensors(source)
     for form in FORMATS:
         if form.recognises(source):
             return form.read(source, base)
+    for name, file in source.weights().items():
+        refuse_strangers(read_header(file).tensors, name)
     known = ", ".join(form.KIND for form in FORMATS)
     raise Refused(
         f"{source.path} is none of the kinds that can be published ({known}): a base (or, with --base, a checkpoint of "
-        "it) is a folder with model_index.json, a LoRA is a safetensors file (or a folder with one) of lora_A/lora_B "
+        "it) is a folder with model_index.json or a single file with model.diffusion_model, "
+        "a LoRA is a file (or a folder with one) of lora_A/lora_B "
         "or lora_down/lora_up, an embedding is one with a single tensor, named by its token or emb_params, "
         "an IP-Adapter is one with image_proj and ip_adapter, an image encoder is a folder with CLIP's vision tower, "
         "a VAE a folder with an AutoencoderKL, "
-        "a ControlNet or T2I-Adapter a folder of config.json and weights, a hypernetwork "
-        "is one of <width>.k.linear.<i> and <width>.v.linear.<i>, or one whose header holds scumble.predictor"
+        "a ControlNet or T2I-Adapter its weights, with config.json or without, a hypernetwork "
+        "is the webui's .pt, one of <width>.k.linear.<i> and <width>.v.linear.<i>, or one whose header holds "
+        "scumble.predictor"
     )
 
 

@@ -1,4 +1,8 @@
-"""A base: a diffusers folder of Stable Diffusion 1.x, 2.x or XL. Everything is read from configs and headers."""
+"""A base: Stable Diffusion 1.x, 2.x or XL, as a diffusers folder or a single file (`checkpoint/`) that becomes one.
+
+Everything is read from configs and headers. A folder may hold its weights in one precision under that one's name
+(`….fp16.safetensors`); they are kept under the plain name, which is where they are looked for.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,10 @@ from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, PredictionType, Shape
+from scumble_registry.formats import checkpoint
+from scumble_registry.formats.checkpoint.precision import one_precision
 from scumble_registry.formats.safetensors_header import Header, read_header
-from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.formats.source import Draft, Source, Unpacked, check_plain
 from scumble_registry.manifest import Defaults, Manifest
 
 KIND = "base"
@@ -26,14 +32,32 @@ _OPENCLIP_WIDTH = 1024  # SD 2's text encoder
 
 
 def recognises(source: Source) -> bool:
-    return "model_index.json" in source.files
+    return "model_index.json" in source.files or checkpoint.recognises(source)
 
 
 def read(source: Source, base: Manifest | None) -> Draft:
     if base is not None:
         raise InvalidRequest("a base stands alone: leave --base out", field="base")
-    compatibility, defaults = examine(source)
-    return Draft(source.files, compatibility, defaults=defaults)
+    whole = in_diffusers_layout(source)
+    compatibility, defaults = examine(whole.source)
+    details = {**whole.details, "serving": "base", "family_told_by": f"text encoders {compatibility.text_widths} wide"}
+    return Draft(
+        whole.source.files,
+        compatibility,
+        defaults=defaults,
+        dialect=whole.dialect,
+        details=details,
+        leftover=whole.leftover,
+    )
+
+
+def in_diffusers_layout(source: Source) -> Unpacked:
+    """Raises Refused for a single file that cannot be taken apart."""
+    if checkpoint.recognises(source):
+        return checkpoint.unpack(source)
+    if source.hints.like is not None or source.hints.ema:
+        raise InvalidRequest("a folder in the diffusers layout has all of its own: leave --like and --ema out")
+    return one_precision(source)
 
 
 def examine(source: Source) -> tuple[BaseCompatibility, Defaults]:
@@ -49,13 +73,19 @@ class _Folder:
     headers: dict[str, Header]
 
     def compatibility(self) -> BaseCompatibility:
-        unet, vae = self.config("unet"), self.config("vae")
         self._check_index()
+        unet, vae = self.config("unet"), self.config("vae")
         self._check_shards()
         self._check_class("unet", "UNet2DConditionModel")
         self._check_class("vae", "AutoencoderKL")
         encoders = self._text_encoders()
         widths = tuple(_integer(self.config(name), "hidden_size", name) for name in encoders)
+        in_channels, latents = _integer(unet, "in_channels", "unet"), _integer(vae, "latent_channels", "vae")
+        if in_channels == 2 * latents:
+            raise Refused(
+                f"this UNet reads {in_channels} channels: it is InstructPix2Pix, which looks at a picture beside the "
+                "latents; it is not served here"
+            )
         context = _same(unet.get("cross_attention_dim"), "cross_attention_dim")
         if context != sum(widths):
             raise Refused(
@@ -71,8 +101,8 @@ class _Folder:
         return BaseCompatibility(
             family=_family(widths),
             prediction_type=self._prediction_type(),
-            in_channels=_integer(unet, "in_channels", "unet"),
-            latent_channels=_integer(vae, "latent_channels", "vae"),
+            in_channels=in_channels,
+            latent_channels=latents,
             sample_size=_same(unet.get("sample_size"), "sample_size"),
             vae_scale=2 ** (len(vae.get("block_out_channels") or [0]) - 1),
             cross_attention_dim=context,
@@ -102,6 +132,10 @@ class _Folder:
 
     def _check_index(self) -> None:
         index = _object(self.source.json("model_index.json"), "model_index.json")
+        if "transformer" in index or "prior" in index:
+            raise Refused(
+                f"this is a {index.get('_class_name')}: only Stable Diffusion 1.x, 2.x and XL are served here"
+            )
         for name, value in index.items():
             if isinstance(value, list) and (len(value) != 2 or value[0] not in _LIBRARIES):
                 raise Refused(f"model_index.json loads {name} from {value}; only diffusers and transformers may be")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -20,6 +20,8 @@ RESNET = {
 }
 """What a resnet's parts are called there → in diffusers."""
 MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
+_DOWNSAMPLER = re.compile(r"input_blocks\.(\d+)\.0\.op\.")
+_UPSAMPLER = re.compile(r"output_blocks\.(\d+)\.[12]\.conv\.")
 _RESNET_BACK = {ours: theirs for theirs, ours in RESNET.items()}
 _MIDDLE_BACK = {ours: theirs for theirs, ours in MIDDLE.items()}
 _FIXED = {
@@ -31,6 +33,7 @@ _FIXED = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+_FIXED_BACK = {theirs: ours for ours, theirs in _FIXED.items()}
 _IN_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(?:\.(.+))?")
 _IN_MIDDLE = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)\.(.+)")
 
@@ -80,3 +83,68 @@ class _Blocks:
         last = before + self._resnets[side, level] - 1
         place = 2 if (side, level) in self._attention else 1
         return f"output_blocks.{last}.{place}.conv" if inner == "conv" else None
+
+
+Place = tuple[int, int]
+"""Level, and which of its resnets; a downsampler stands where the next resnet would."""
+
+
+def converter(tensors: Iterable[str]) -> Callable[[str], str | None]:
+    """What gives a module of this UNet (or of its encoder alone) diffusers' name, or None to a stranger's.
+
+    `tensors` are all names of the file: where its samplers stand, a level ends.
+
+    >>> converter(["output_blocks.0.0.in_layers.2.weight"])("output_blocks.0.0.in_layers.2")
+    'up_blocks.0.resnets.0.conv1'
+    """
+    tensors = set(tensors)
+    down = _places(tensors, "input_blocks.", _DOWNSAMPLER, 1)
+    up = _places(tensors, "output_blocks.", _UPSAMPLER, 0)
+
+    def convert(module: str) -> str | None:
+        if module in _FIXED_BACK:
+            return _FIXED_BACK[module]
+        block, index, inner = (*module.split(".", 2), "", "")[:3]
+        if block == "middle_block" and index in MIDDLE:
+            part = inner if index == "1" else RESNET.get(inner)
+            return f"mid_block.{MIDDLE[index]}.{part}" if part else None
+        places = {"input_blocks": down, "output_blocks": up}.get(block, {})
+        place = places.get(int(index)) if index.isdecimal() else None
+        if place is None:
+            return None
+        return _input_block(place, inner) if block == "input_blocks" else _output_block(place, inner)
+
+    return convert
+
+
+def _places(tensors: set[str], start: str, sampler: re.Pattern[str], first: int) -> dict[int, Place]:
+    """Of each block from `first` on."""
+    indices = {int(name.split(".")[1]) for name in tensors if name.startswith(start) and name.split(".")[1].isdecimal()}
+    samplers = {int(match[1]) for name in tensors if (match := sampler.match(name))}
+    places: dict[int, Place] = {}
+    level = within = 0
+    for index in range(first, max(indices, default=first - 1) + 1):
+        places[index] = (level, within)
+        level, within = (level + 1, 0) if index in samplers else (level, within + 1)
+    return places
+
+
+def _input_block(place: Place, inner: str) -> str | None:
+    level, within = place
+    if inner == "0.op":
+        return f"down_blocks.{level}.downsamplers.0.conv"
+    return _in_level(f"down_blocks.{level}", within, inner)
+
+
+def _output_block(place: Place, inner: str) -> str | None:
+    level, within = place
+    if inner in {"1.conv", "2.conv"}:
+        return f"up_blocks.{level}.upsamplers.0.conv"
+    return _in_level(f"up_blocks.{level}", within, inner)
+
+
+def _in_level(block: str, within: int, inner: str) -> str | None:
+    part, _, rest = inner.partition(".")
+    if part == "0" and rest in RESNET:
+        return f"{block}.resnets.{within}.{RESNET[rest]}"
+    return f"{block}.attentions.{within}.{rest}" if part == "1" and rest else None

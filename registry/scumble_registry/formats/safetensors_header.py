@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,7 @@ def read_header(path: Path) -> Header:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 if prefix.startswith(_PICKLES):
-                    raise ValueError(
-                        "it is a pickle or a zip, as torch.save writes them, which is not converted here yet; "
-                        "save it as safetensors"
-                    )
+                    raise ValueError("it is a pickle or a zip, as torch.save writes them; save it as safetensors")
                 raise ValueError(f"a header of {length} bytes in a file of {size} (at most {MAX_HEADER})")
             entries = _parse_json(file.read(length))
         header = _header_of(entries, 8 + length)
@@ -105,20 +103,38 @@ def read_tensors(path: Path, header: Header) -> dict[str, Array]:
 
 
 def write(tensors: dict[str, Array], metadata: dict[str, str]) -> bytes:
-    """A safetensors file with one possible form: wider dtypes first (so all data is aligned), then by name."""
+    """A safetensors file with one possible form: see `layout`."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    shapes = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
+    order, header = layout(shapes, metadata)
+    return b"".join([header, *(np.ascontiguousarray(tensors[name]).tobytes() for name in order)])
+
+
+def write_file(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
+    """The same into a new file, tensor by tensor: no more than one is in memory."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order, header = layout({name: (names[array.dtype], array.shape) for name, array in tensors.items()}, metadata)
+    with path.open("xb") as file:
+        file.write(header)
+        for name in order:
+            file.write(np.ascontiguousarray(tensors[name]).tobytes())
+
+
+def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[list[str], bytes]:
+    """Of dtype and shape by name: the order in the file (wider dtypes first, so all data is aligned, then by name) and
+    all bytes before the data.
+    """
+    order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]].itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
     for name in order:
-        end = begin + tensors[name].nbytes
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": names[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+        dtype, shape = tensors[name]
+        end = begin + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    data = [np.ascontiguousarray(tensors[name]).tobytes() for name in order]
-    return b"".join([struct.pack("<Q", len(text)), text, *data])
+    return order, struct.pack("<Q", len(text)) + text
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:

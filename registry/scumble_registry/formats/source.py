@@ -7,13 +7,14 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import JsonValue
 
 from scumble.errors import NotFound, Refused
-from scumble_registry.compatibility import Compatibility
+from scumble_registry.compatibility import Compatibility, PredictionType
+from scumble_registry.formats.pickled.tree import Plain
 from scumble_registry.manifest import Defaults, Sampling
 
 _MAX_FILES = 2000
@@ -21,11 +22,24 @@ _MAX_JSON = 64 << 20  # tokenizers
 _TEXT = frozenset({".json", ".txt", ".md", ".yaml"})
 _PICTURES = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff", ".jpeg": b"\xff\xd8\xff", ".webp": b"RIFF"}
 _PLAIN_NAMES = frozenset({"LICENSE", "NOTICE", "README", "AUTHORS", "COPYING"})
-_WEIGHTS = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".onnx", ".h5", ".msgpack", ".gguf", ".npz"})
-_CODE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip (torch.save), pickles
-
+WEIGHTS = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".onnx", ".h5", ".msgpack", ".gguf", ".npz"})
+"""Endings of weights that are not safetensors by name."""
 Stamp = tuple[int, int, int]
 """Inode, size and time of change: differs when a file was written to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a publisher says of files that do not say it themselves."""
+
+    like: Callable[[], Path] | None = None
+    """Where a folder in the diffusers layout is from which a single file takes configs, tokenizers, and what it
+    lacks."""
+    prediction_type: PredictionType | None = None
+    ema: bool = False
+    """Of a checkpoint that holds averaged weights too, these are meant."""
+    shortcut: bool | None = None
+    """An IP-Adapter FaceID-Plus is (not) of the second version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +52,14 @@ class Source:
     base_folder: Callable[[], Path] | None = None
     """Where the files of the base are that it is published for, filled when asked for; None without a base."""
     work: Path | None = None
-    """A folder for what a format makes of the files; gone when the version is published."""
+    """A folder for what is made of the files; gone when the version is published."""
     allow_leftover: bool = False
     """The publisher lets keys that nobody understands be left out; the manifest then names them."""
     max_bytes: int | None = None
     """How large the weights may be; None: what is sound for their kind."""
+    hints: Hints = field(default_factory=Hints)
+    plain: Mapping[str, Plain] = field(default_factory=dict)
+    """Of each file here that was a pickle (see `incoming.py`): what it held, with a Leaf where each tensor was."""
 
     @classmethod
     def scan(cls, path: Path, words: tuple[str, ...] = ()) -> Source:
@@ -83,7 +100,11 @@ class Source:
             raise Refused(f"{name} is not JSON: {error}") from error
 
     def weights(self) -> dict[str, Path]:
-        return {name: file for name, file in self.files.items() if file.suffix == ".safetensors"}
+        return {name: file for name, file in self.files.items() if name.endswith(".safetensors")}
+
+    def limit(self, sound: int) -> int:
+        """The publisher's `max_bytes`, or what is `sound` where nothing was said."""
+        return sound if self.max_bytes is None else self.max_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,33 +126,43 @@ class Draft:
     """Keys that were left out because `Source.allow_leftover` said so, sorted."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A base or checkpoint as a folder in the diffusers layout, and what is told of the files that it was."""
+
+    source: Source
+    details: Mapping[str, JsonValue] = field(default_factory=dict)
+    leftover: tuple[str, ...] = ()
+    dialect: str = "diffusers folder"
+
+
 def check_plain(source: Source) -> None:
     """Refuse everything beside safetensors that is not plainly a text or a picture."""
     for name, file in source.files.items():
-        if file.suffix in _WEIGHTS:
+        ending = PurePosixPath(name).suffix.lower()
+        if ending in WEIGHTS:
             raise Refused(
-                f"{name} is not safetensors; only safetensors weights enter the registry. Save the model again "
-                "with safe_serialization=True (diffusers' default) and remove the other files",
+                f"{name} is neither safetensors nor a pickle that torch.save wrote: no weights that can enter the "
+                "registry. Save the model with safe_serialization=True (diffusers' default) and remove other files",
                 file=name,
             )
-        if file.suffix == ".json":
+        if ending == ".json":
             source.json(name)
-        elif not _is_plain(file):
+        elif not _is_plain(name, file):
             raise Refused(f"{name} is neither safetensors, text nor a picture; remove it and publish again", file=name)
 
 
-def _is_plain(file: Path) -> bool:
-    if file.suffix == ".safetensors":
+def _is_plain(name: str, file: Path) -> bool:
+    path = PurePosixPath(name)
+    if path.suffix == ".safetensors":
         return True  # its header is parsed where it is read
     with file.open("rb") as source:
         start = source.read(4096)
-    if start.startswith(_CODE_MAGIC):
-        return False
-    if file.suffix in _PICTURES:
-        return start.startswith(_PICTURES[file.suffix])
-    if file.suffix == ".model":  # sentencepiece
+    if path.suffix in _PICTURES:
+        return start.startswith(_PICTURES[path.suffix])
+    if path.suffix == ".model":  # sentencepiece
         return True
-    return (file.suffix in _TEXT or file.name in _PLAIN_NAMES) and b"\0" not in start
+    return (path.suffix in _TEXT or path.name in _PLAIN_NAMES) and b"\0" not in start
 
 
 def _walk(folder: Path) -> Iterator[Path]:

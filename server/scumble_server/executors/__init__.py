@@ -121,7 +121,13 @@ class Executor(Protocol):
         """Make ready for steps whose rows carry these, so that no step waits. Called by the conditioning thread."""
 
     def weight(self, target: str) -> Tensor:
-        """The weight of a layer that takes factors, `(out, in[, k, k])`, to be read only."""
+        """The weight of a layer `(out, in[, k, k])` or norm `(channels,)`, by its canonical name, to be read only."""
+
+    def parameter(self, name: str) -> Tensor:
+        """Any tensor of the UNet and the text encoders: a target's name and `.weight` or `.bias`. To be read only.
+
+        Raises Refused for one that is not there.
+        """
 
     def variant(self, changed: Changed, configs: Path | None = None) -> Executor:
         """An executor with some other weights; all that is not in `changed` is shared with this one, not copied.

@@ -267,6 +267,9 @@ class OnnxRuntimeExecutor:
     def weight(self, target: str) -> Tensor:
         return self._weights.weight(target)
 
+    def parameter(self, name: str) -> Tensor:
+        return self._weights.parameter(name)
+
     def weights_digest(self) -> str:
         return self._weights.weights_digest()
 

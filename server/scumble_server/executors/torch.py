@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -13,7 +15,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from scumble.errors import Refused, Unavailable
-from scumble_build.adapted import Adapted, Factors
+from scumble_build.adapted import Factors
+from scumble_build.denoiser import Denoiser
 from scumble_build.export.graph import PRECISIONS
 from scumble_build.export.manifest import Include, Precision
 from scumble_build.export.plan import BaseGraphs
@@ -24,17 +27,35 @@ from scumble_build.text import Encoded, Overrides
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.executors import Changed
+from scumble_server.executors.device import Captured, Stepping, faults
 from scumble_server.executors.torch_vae import TorchVae
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 _PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in PRECISIONS.items()}
 
 
-class TorchExecutor:
-    """Owns one set of weights, which it only ever reads."""
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """All that one call of the denoiser reads."""
 
-    def __init__(self, models: Models, family: Family, device: torch.device, dtype: torch.dtype, max_rows: int) -> None:
-        """`models` are in `dtype` already."""
+    sample: Tensor
+    timestep: Tensor
+    inputs: StepInputs
+
+
+class TorchExecutor:
+    """Owns one set of weights, which it only ever reads. On CUDA its steps are captured as graphs."""
+
+    def __init__(
+        self,
+        models: Models,
+        family: Family,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_rows: int,
+        stepping: Stepping | None = None,
+    ) -> None:
+        """`models` are in `dtype` already; with `stepping`, steps run in its buffers and graphs."""
         self._family, self._device, self._dtype, self.max_rows = family, device, dtype, max_rows
         for model in (models.unet, *models.texts.values(), models.vae):
             self._place(model)
@@ -47,11 +68,12 @@ class TorchExecutor:
         self.kv_layout = graphs.projection.layout
         self.kv_slices = graphs.projection.slices
         self.text_layouts = tuple(text.layout for text in self._texts)
-        self._adapted = {
-            layer.target.name: layer
-            for graph in (graphs.denoiser, graphs.projection, *self._texts)
-            for layer in graph.modules()
-            if isinstance(layer, Adapted)
+        self._stepping = stepping
+        self._captured = Captured(stepping, _computing(self.graphs.denoiser)) if stepping is not None else None
+        self._parameters = {
+            (component, plain(name)): tensor
+            for component, state in self.graphs.states.items()
+            for name, tensor in state.items()
         }
 
     @classmethod
@@ -61,8 +83,10 @@ class TorchExecutor:
         """A folder in the diffusers layout. Raises Unavailable if the device is not there."""
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
-        dtype = PRECISIONS[precision]
-        return cls(Models.load(folder, family, dtype), family, torch.device(device), dtype, max_rows)
+        dtype, place = PRECISIONS[precision], torch.device(device)
+        stepping = Stepping.on(place) if device == "cuda" else None
+        with faults(f"the weights of {folder.name}"):
+            return cls(Models.load(folder, family, dtype), family, place, dtype, max_rows, stepping)
 
     def variant(self, changed: Changed, configs: Path | None = None) -> Self:
         states = {component: dict(state) for component, state in self.graphs.states.items()}
@@ -88,7 +112,8 @@ class TorchExecutor:
             texts,
             _build(AutoencoderKL, self._config("vae", configs), states["vae"]),
         )
-        return type(self)(models, self._family, self._device, self._dtype, self.max_rows)
+        with faults("a variant's weights"):
+            return type(self)(models, self._family, self._device, self._dtype, self.max_rows, self._stepping)
 
     def _config(self, component: str, configs: Path | None) -> Any:
         """A checkpoint's own: scaling and the like may differ, though its shapes do not."""
@@ -124,19 +149,22 @@ class TorchExecutor:
                 overrides.position.to(self._device),
             )
         mask = mask.to(self._device) if mask is not None else None
-        encoded: Encoded = self._texts[encoder](tokens.to(self._device), self._cast(factors), overrides, skip, mask)
+        with faults("a text"):
+            encoded: Encoded = self._texts[encoder](tokens.to(self._device), self._cast(factors), overrides, skip, mask)
         return encoded
 
     @torch.inference_mode()
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
-        kv: Tensor = self.graphs.projection(states, self._cast(factors), of_values)
+        with faults("a text's keys and values"):
+            kv: Tensor = self.graphs.projection(states, self._cast(factors), of_values)
         return kv
 
     @torch.inference_mode()
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
-        inputs = inputs.to(self._device, self._dtype)
-        prediction: Tensor = self.graphs.denoiser(sample.to(self._dtype), timestep, inputs)
-        return prediction.float()
+        with faults(f"a step of {len(sample)} rows"):
+            step = _Step(sample.to(self._dtype), timestep, inputs.to(self._device, self._dtype))
+            prediction = self._captured(step) if self._captured is not None else _computing(self.graphs.denoiser)(step)
+            return prediction.float()
 
     def _cast(self, factors: Factors | None) -> Factors | None:
         return factors.to(self._device, self._dtype) if factors is not None else None
@@ -148,8 +176,14 @@ class TorchExecutor:
         return TorchVae(self._place(load_autoencoder(folder, self._dtype)))
 
     def weight(self, target: str) -> Tensor:
-        weight: Tensor = self._adapted[target].base.weight
-        return weight
+        return self.parameter(f"{target}.weight")
+
+    def parameter(self, name: str) -> Tensor:
+        component, _, rest = name.partition(".")
+        found: Tensor | None = self._parameters.get((component, plain(rest)))
+        if found is None:
+            raise Refused(f"the base has no {name}, which an adapter changes; use the base that it was trained on")
+        return found
 
     def weights_digest(self) -> str:
         digest = hashlib.sha256()
@@ -161,6 +195,14 @@ class TorchExecutor:
     def describe(self) -> dict[str, str]:
         precision = _PRECISIONS[self._dtype]
         return {"executor": "torch", "device": self.device, "precision": precision}
+
+
+def _computing(denoiser: Denoiser) -> Callable[[_Step], Tensor]:
+    def compute(step: _Step) -> Tensor:
+        prediction: Tensor = denoiser(step.sample, step.timestep, step.inputs)
+        return prediction
+
+    return compute
 
 
 def _build(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:

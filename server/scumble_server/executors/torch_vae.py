@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from scumble_server.executors import Spread
+from scumble_server.executors.device import faults
 
 
 class TorchVae:
@@ -22,13 +23,15 @@ class TorchVae:
         mean, deviation = self._scale(latents)
         latents = (latents * deviation + mean).to(self._model.dtype)
         decode = self._model.tiled_decode if tiled else self._model.decode
-        decoded: Tensor = decode(latents, return_dict=False)[0].float()
+        with faults(f"decoding {len(latents)} pictures"):
+            decoded: Tensor = decode(latents, return_dict=False)[0].float()
         pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return pixels.round().to(torch.uint8).cpu()
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Spread:
-        found = self._model.encode(pixels.to(self._model.device, self._model.dtype), return_dict=False)[0]
+        with faults("encoding a picture"):
+            found = self._model.encode(pixels.to(self._model.device, self._model.dtype), return_dict=False)[0]
         mean, deviation = self._scale(found.mean.float())
         return Spread(((found.mean.float() - mean) / deviation)[0], (found.std.float() / deviation)[0])
 

@@ -1,7 +1,8 @@
 """LoRA: records of one request become one set of factor columns in the flat layout of a graph.
 
 Several LoRAs stand side by side along the rank. α/r folds into B; the request's weights stay apart, one per
-column, so that the same bound set serves every request that asks for these LoRAs at whatever weights.
+column, so that the same bound set serves every request that asks for these LoRAs at whatever weights. What no factors
+say (`LoraCompatibility.merged`) is merged into weights (`variants.py`), and with it all that others change there.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from scumble.errors import Refused
 from scumble_build.layout import Extent, Layout, Target, rank_bucket
 from scumble_registry.compatibility import IpAdapterCompatibility, LoraCompatibility
 from scumble_registry.formats import ip_adapter
-from scumble_registry.formats.lora import KIND, LoraRecord, read_record
+from scumble_registry.formats.lora import KIND, LoraModule, Module, read_record
+from scumble_registry.formats.lora.record import Gain
 from scumble_server import predicted
 from scumble_server.base import Base
 from scumble_server.block_weights import BlockWeights
 from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, RowFactors, Stretch
+from scumble_server.changes import gains, tensor
 from scumble_server.context import Context
-from scumble_server.dora import gains
 from scumble_server.settings import Settings
 
 FIELDS = frozenset({"text_weight", "blocks", "start", "end"})
@@ -36,8 +39,11 @@ FIELDS = frozenset({"text_weight", "blocks", "start", "end"})
 class Piece:
     """One LoRA of a set, with its block weights."""
 
-    record: LoraRecord
+    record: Mapping[str, Module]
     blocks: BlockWeights | None = None
+
+    def block(self, target: str) -> float:
+        return 1.0 if self.blocks is None else self.blocks.of(target)
 
 
 def part_of(bound: Bound) -> LoraCompatibility | None:
@@ -50,7 +56,7 @@ def part_of(bound: Bound) -> LoraCompatibility | None:
     return compatibility if isinstance(compatibility, LoraCompatibility) else None
 
 
-def record_of(context: Context, bound: Bound) -> LoraRecord:
+def record_of(context: Context, bound: Bound) -> Mapping[str, Module]:
     """The LoRA in an adapter that has one (`part_of`)."""
     if bound.kind == KIND:
         return context.record(bound, read_record)
@@ -65,8 +71,8 @@ def identity(context: Context, bound: Bound) -> Hashable:
 
 
 def check(bound: Bound, base: Base) -> None:
-    """Every target must stand in one of the graphs."""
-    for target in _compatibility(bound).requires:
+    """Every target that rows carry factors for must stand in one of the graphs."""
+    for target in _compatibility(bound).ranks:
         if not any(target in layout.targets for layout in base.layouts):
             raise Refused(
                 f"{bound.version.ref} changes {target}, which this server cannot adapt",
@@ -80,34 +86,42 @@ def check_together(adapters: Sequence[Bound], base: Base, settings: Settings) ->
 
 
 def idle(bound: Bound, steps: int) -> str | None:
-    has_text = any(name.startswith("text_encoder") for name in _compatibility(bound).ranks)
+    has_text = any(name.startswith("text_encoder") for name in targets_of(bound))
     if bound.text_weight and has_text:
         return None
     return bound.why_never(steps)
 
 
 def describe(bound: Bound) -> dict[str, Any]:
-    return {"rank": max(_compatibility(bound).ranks.values())}
+    about = _compatibility(bound)
+    merged = {"merged": len(about.merged)} if about.merged else {}
+    return {"rank": max(about.ranks.values(), default=0), **merged}
 
 
-def bound_bytes(layout: Layout, adapters: Sequence[Bound], itemsize: int) -> int:
+def bound_bytes(layout: Layout, adapters: Sequence[Bound], itemsize: int, without: frozenset[str] = frozenset()) -> int:
     """How large the bound set of these will be in this graph, before any of it is read."""
-    needed = columns(layout, adapters)
-    if not needed:
+    names = {name for bound in adapters for name in _compatibility(bound).ranks if name in layout.targets} - without
+    if not names:
         return 0
-    extent = layout.extent(name for bound in adapters for name in targets_of(bound))
+    needed = columns(layout, adapters, without)
+    extent = layout.extent(names)
     stretches = 4 * sum(depends_on_weights(bound) for bound in adapters)
     return (extent.total_in + extent.total_out) * (rank_bucket(needed) * itemsize + stretches)
 
 
-def columns(layout: Layout, adapters: Sequence[Bound]) -> int:
-    """How many rank columns these need together in this graph."""
-    return sum(rank_in(layout, _compatibility(bound).ranks) for bound in adapters)
+def columns(layout: Layout, adapters: Sequence[Bound], without: frozenset[str] = frozenset()) -> int:
+    """How many rank columns these need together in this graph, for all targets but those `without`."""
+    return sum(rank_in(layout, _compatibility(bound).ranks, without) for bound in adapters)
 
 
 def targets_of(bound: Bound) -> Iterable[str]:
-    """The layers that it changes, by canonical name."""
-    return _compatibility(bound).ranks
+    """The layers and norms that it changes, by canonical name."""
+    return _compatibility(bound).requires
+
+
+def merged_of(adapters: Iterable[Bound]) -> frozenset[str]:
+    """Targets that one of these changes in a way that no factors say."""
+    return frozenset(target for bound in adapters for target in _compatibility(bound).merged)
 
 
 def depends_on_weights(bound: Bound) -> bool:
@@ -116,42 +130,68 @@ def depends_on_weights(bound: Bound) -> bool:
     return part is not None and part.magnitudes
 
 
-def rank_in(layout: Layout, ranks: Mapping[str, int]) -> int:
+def rank_in(layout: Layout, ranks: Mapping[str, int], without: frozenset[str] = frozenset()) -> int:
     """How many columns a LoRA with these ranks needs in this graph: the largest among the graph's targets."""
-    return max((rank for name, rank in ranks.items() if name in layout.targets), default=0)
+    return max((rank for name, rank in ranks.items() if name in layout.targets and name not in without), default=0)
 
 
-def bind(layout: Layout, pieces: Sequence[Piece], weight_of: Callable[[str], Tensor] | None = None) -> BoundSet | None:
-    """Lay a set out for one graph; None if none of it touches the graph. `weight_of` a target, where one is a DoRA.
+def bind(
+    layout: Layout,
+    pieces: Sequence[Piece],
+    weight_of: Callable[[str], Tensor] | None = None,
+    without: frozenset[str] = frozenset(),
+) -> BoundSet | None:
+    """Lay a set out for one graph, all but the targets `without`; None if none of it touches the graph. `weight_of` a
+    target, where something depends on it.
 
     Raises Refused if the set needs more columns than the largest rank bucket.
     """
-    widths = tuple(rank_in(layout, {name: module.rank for name, module in piece.record.items()}) for piece in pieces)
-    if not any(widths):
+    own = [
+        {name: m for name, m in piece.record.items() if name in layout.targets and name not in without}
+        for piece in pieces
+    ]
+    if not any(own):
         return None
+    widths = tuple(max((module.columns or 0 for module in modules.values()), default=0) for modules in own)
     bucket = rank_bucket(sum(widths))
-    extent = layout.extent(name for piece in pieces for name in piece.record)
+    extent = layout.extent(name for modules in own for name in modules)
     A, B = torch.zeros(extent.total_in, bucket), torch.zeros(extent.total_out, bucket)
     start = 0
     stretches = []
-    for piece, width in zip(pieces, widths, strict=True):
+    for piece, modules, width in zip(pieces, own, widths, strict=True):
         stretch = _Stretching(extent)
-        for name, module in piece.record.items():
-            if (target := layout.targets.get(name)) is None:
-                continue  # another graph's target
-            block = 1.0 if piece.blocks is None else piece.blocks.of(name)
-            columns = slice(start, start + module.rank)
-            down, up = _rows(module.down).T, _rows(module.up) * module.scale * block
+        for name, module in modules.items():
+            target, block = layout.targets[name], piece.block(name)
+            if isinstance(module, Gain):
+                stretch.add(target, module.axis, tensor(module.values, A) * block)
+                continue
+            assert isinstance(module, LoraModule)
+            down, up = _columns(module, target, weight_of)
             if module.magnitude is not None:
                 assert weight_of is not None
                 gain = gains(weight_of(name), module).cpu()
                 stretch.add(target, module.magnitude.axis, (gain - 1) * block)
                 down, up = _stretched(down, up, gain, module.magnitude.axis)
-            A[target.in_offset : target.in_end, columns] = down
-            B[target.out_offset : target.out_end, columns] = up
+            here = slice(start, start + down.shape[1])
+            A[target.in_offset : target.in_end, here] = down
+            B[target.out_offset : target.out_end, here] = up * block
         start += width
         stretches.append(stretch.done())
     return BoundSet(A, B, widths, tuple(stretches))
+
+
+def _columns(module: LoraModule, target: Target, weight_of: Callable[[str], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """down (k·k·in, columns), tap by tap, and up (out, columns), α/r folded in; a GLoRA's W a₁ a₂ beside its own."""
+    down, up = _rows(module.down), _rows(module.up) * module.scale
+    if module.inner is not None:
+        assert weight_of is not None
+        mixed = weight_of(target.name).float().cpu().flatten(1) @ _rows(module.inner.up)
+        down = torch.cat([_rows(module.inner.down), down])
+        up = torch.cat([mixed * module.scale, up], dim=1)
+    if down.shape[1] < target.fan_in:  # the first convolution of a base that reads more channels (inpainting)
+        taps = module.down.shape[2] * module.down.shape[3]
+        down = pad(down.unflatten(1, (taps, -1)), (0, (target.fan_in - down.shape[1]) // taps)).flatten(1)
+    return down.T, up
 
 
 class _Stretching:
@@ -234,6 +274,7 @@ __all__ = [
     "describe",
     "identity",
     "idle",
+    "merged_of",
     "part_of",
     "rank_in",
     "read_record",

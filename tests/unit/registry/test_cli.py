@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from stand_ins import Hub, serving
 
 from scumble.cli import run
 from scumble_registry import Registry
@@ -143,3 +145,82 @@ def test_damage_exits_with_5_and_names_what_is_damaged(scumble: Scumble, home: P
 
 def test_a_missing_option_exits_with_2(scumble: Scumble, lora: Path) -> None:
     assert scumble("publish", lora)[0] == 2
+
+
+def test_inspect_says_as_json_what_it_is_and_whether_it_fits(
+    scumble: Scumble, home: Path, base: Path, write_lora: Callable[..., Path]
+) -> None:
+    told = as_json(scumble("inspect", write_lora(metadata={"ss_epoch": "3"}), "--base", base, "--json"))
+    assert (told["kind"], told["base"]["fits"], told["training"], told["published"]) == (
+        "lora",
+        True,
+        {"ss_epoch": "3"},
+        [],
+    )
+    assert not home.exists()
+
+
+def test_inspect_exits_with_4_where_publishing_would(
+    scumble: Scumble, write_base: Callable[..., Path], write_lora: Callable[..., Path]
+) -> None:
+    wide = {f"unet.other.lora_{side}.weight": np.ones((2, 2), np.float32) for side in "AB"}
+    status, out, _ = scumble("inspect", write_lora(tensors=wide), "--base", write_base(), "--json")
+    assert (status, json.loads(out)["base"]["fits"]) == (4, False)
+    assert "unet.other" in json.loads(out)["base"]["why_not"]
+
+
+def test_people_see_no_escape_sequence_and_no_markup_of_a_file(
+    scumble: Scumble, write_lora: Callable[..., Path]
+) -> None:
+    evil = "\x1b[2J[red]ink[/red][link=http://x]\u202e" + "x" * 5000
+    file = write_lora(metadata={"ss_output_name": evil, "ss_\x1b[31m": "a", "trigger_words": "[bold]ink"})
+    status, out, _ = scumble("inspect", file)
+    assert status == 0
+    assert "\x1b" not in out and "\u202e" not in out and len(out) < 3000
+    assert "[red]ink[/red]" in out
+    scumble("publish", file, "--name", "styles/ink")
+    assert "\x1b" not in scumble("show", "styles/ink")[1]
+
+
+def test_publish_says_what_was_derived(scumble: Scumble, write_lora: Callable[..., Path]) -> None:
+    out = scumble("publish", write_lora(metadata={"trigger_words": "ink, wash"}), "--name", "styles/ink")[1]
+    assert out.splitlines()[1:] == ["lora, diffusers/PEFT", "trigger words: ink, wash"]
+
+
+def test_find_tells_versions_by_hash(scumble: Scumble, lora: Path) -> None:
+    version = as_json(scumble("publish", lora, "--name", "styles/ink", "--json"))
+    shown = as_json(scumble("show", "styles/ink", "--json"))
+    assert shown["record"] == shown["manifest"]["record"]["digest"]
+    for hash_ in (shown["hashes"]["autov2"], shown["hashes"]["autov3"], shown["record"], version["digest"]):
+        (found,) = as_json(scumble("find", hash_, "--json"))
+        assert (found["ref"], found["status"]) == ("styles/ink@1", "approved")
+    assert "styles/ink@1" in scumble("find", shown["hashes"]["autov2"])[1]
+    assert scumble("find", "0" * 10)[0] == 3
+    assert scumble("find", "short")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "status"), [("10", 4), ("0.1KB", 4), ("1MiB", 0), ("many", 2), ("-1", 2), ("5 ib", 2)]
+)
+def test_max_size_is_read_as_people_write_it(scumble: Scumble, lora: Path, size: str, status: int) -> None:
+    assert scumble("publish", lora, "--name", "styles/ink", f"--max-size={size}")[0] == status
+    assert scumble("inspect", lora, f"--max-size={size}")[0] == status
+
+
+def test_import_takes_what_publish_takes(
+    scumble: Scumble, base: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub({"ink.safetensors": lora.read_bytes()}, lfs={"ink.safetensors"})
+    scumble("publish", base, "--name", "demo/base")
+    options = ("--name", "styles/ink", "--base", "demo/base", "--trigger", "ink", "--alias", "prod", "--staged")
+    with serving(hub) as port:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        version = as_json(scumble("import", "hf:ann/ink", *options, "--json"))
+        assert scumble("import", "hf:ann/ink", "--name", "styles/oil", "--max-size", "10")[0] == 4
+        assert scumble("import", "hf:ann/oil", "--name", "styles/oil")[0] == 3
+    assert (version["ref"], version["status"]) == ("styles/ink@1", "staged")
+    shown = as_json(scumble("show", "styles/ink@prod", "--json"))["manifest"]
+    assert shown["provenance"]["source"]["commit"] == hub.commit
+    assert shown["base"]
+    assert scumble("import", "http://example.org/a", "--name", "styles/oil")[0] == 2
+    assert scumble("import", "https://127.0.0.1:9/a", "--name", "styles/oil")[0] == 4

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
-from tiny_hypernetwork import WebuiHypernetwork
+from tiny_hypernetwork import WebuiAttention, WebuiHypernetwork
 from tiny_variant import make_checkpoint
 from torch import Tensor
 
@@ -97,27 +97,6 @@ def world(
     running = start(folder / "home", "tiny/base", {})
     yield World(running, base, lora, checkpoint, theirs)
     running.service.close()
-
-
-class WebuiAttention:
-    """The formula: `acting` are the networks of the step at their strengths, in the order of the request."""
-
-    def __init__(self) -> None:
-        self.acting: list[tuple[WebuiHypernetwork, float]] = []
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        of_keys, of_values = context, context
-        for network, strength in self.acting:
-            of_keys, of_values = network(of_keys, of_values, strength)
-        q, k, v = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projected in (attn.to_q(hidden_states), attn.to_k(of_keys), attn.to_v(of_values))
-        )
-        mixed = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1) @ v
-        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
 def by_the_formula(base: Path, lora: Path, theirs: dict[str, WebuiHypernetwork], asked: Request) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scumble.errors import Cancelled, DeadlineExceeded, ScumbleError
+from scumble.errors import Cancelled, DeadlineExceeded, IntegrityError, OutOfMemory, ScumbleError
 from scumble.events import Event, Failed, Preview, Step
 from scumble_build.inputs import StepInputs
 from scumble_server.carried import Phase
@@ -19,6 +19,7 @@ from scumble_server.counters import Counters
 from scumble_server.loop import PATIENCE, Loop
 from scumble_server.noise import Noise
 from scumble_server.preview import LatentColours
+from scumble_server.room import PATIENCE as PATIENCE_OF_ROOM
 from scumble_server.rows import Conditioning, Progress, Row
 from scumble_server.schedulers import table
 
@@ -191,3 +192,57 @@ def test_nothing_is_kept_of_a_group_that_is_gone() -> None:
     run(loop, [request(Noting())], turns=4)
     loop._next_batches(loop._active())
     assert not loop._batches
+
+
+@dataclass
+class Small(Noting):
+    """Its device holds `room` model rows; `asked` has the rows of every call."""
+
+    room: int = 3
+    asked: list[int] = field(default_factory=list)
+
+    def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
+        self.asked.append(len(sample))
+        if len(sample) > self.room:
+            raise OutOfMemory("no room", rows=len(sample))
+        return super().denoise(sample, timestep, inputs)
+
+
+def test_a_batch_that_does_not_fit_into_memory_takes_the_same_step_in_halves_and_stays_small() -> None:
+    executor, counters = Small(), Counters()
+    requests = [request(executor, steps=2) for _ in range(8)]
+    run(Loop(8, counters), requests, turns=10)
+    assert executor.asked == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert [each.steps for each in requests] == [2] * 8
+    assert counters.snapshot()["out_of_memory"] == 2
+    assert counters.snapshot()["failed_steps"] == 0
+
+
+def test_an_image_that_does_not_fit_alone_ends_with_a_typed_error_and_the_others_go_on() -> None:
+    executor, roomy = Small(room=0), Noting()
+    large, other = request(executor, steps=2), request(roomy, steps=2)
+    run(Loop(8, Counters()), [large, other], turns=10)
+    (failed,) = [event for event in large.events if isinstance(event, Failed)]
+    assert isinstance(failed.error, OutOfMemory)
+    assert other.steps == 2
+
+
+def test_after_many_good_steps_one_row_more_is_tried() -> None:
+    executor = Small(room=3)
+    loop = Loop(4, Counters())
+    run(loop, [request(executor, steps=100) for _ in range(4)], turns=3)
+    assert set(executor.steps) == {2}
+    executor.room = 4
+    run(loop, [], turns=PATIENCE_OF_ROOM)
+    assert 3 in executor.steps
+    assert executor.steps[-1] == 4
+
+
+def test_a_typed_error_of_a_step_reaches_its_caller_as_it_is() -> None:
+    def fail() -> None:
+        raise IntegrityError("the plan is corrupt")
+
+    mine = request(Noting(before=fail))
+    run(Loop(1, Counters()), [mine], turns=2)
+    (failed,) = [event for event in mine.events if isinstance(event, Failed)]
+    assert isinstance(failed.error, IntegrityError)

@@ -1,12 +1,14 @@
 """ControlNet and its kin: nets that look at a picture and steer the UNet.
 
-| form           | files                                                 | known by                                   |
-|----------------|-------------------------------------------------------|--------------------------------------------|
-| `net`          | diffusers' ControlNetModel: config.json and weights   | config.json                                |
-| `net`          | the original (cldm) file                              | `zero_convs`                               |
-| `union`        | diffusers' ControlNetUnionModel                       | config.json                                |
-| `t2i`          | diffusers' T2IAdapter                                 | config.json                                |
-| `control_lora` | Stability's control-LoRA                              | `lora_controlnet`                          |
+| form           | files                                                        | known by                      |
+|----------------|--------------------------------------------------------------|-------------------------------|
+| `net`          | diffusers' ControlNetModel: config.json and weights          | config.json                   |
+| `net`          | its weights alone                                            | `controlnet_cond_embedding`   |
+| `net`          | the original (cldm) file, also of differences to the base    | `zero_convs`                  |
+| `union`        | diffusers' ControlNetUnionModel, with or without config.json | config.json, `task_embedding` |
+| `t2i`          | diffusers' T2IAdapter, with or without config.json           | config.json, `adapter.body`   |
+| `t2i`          | the original file: full, light, XL                           | `body.0.block1`, …            |
+| `control_lora` | Stability's control-LoRA                                     | `lora_controlnet`             |
 
 There is no record: the server reads the files, through `read_weights` where they are not diffusers' own.
 (Zhang et al., 2302.05543; Mou et al., 2302.08453 for T2I-Adapter.)
@@ -17,9 +19,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from pydantic import JsonValue
 
 from scumble.errors import Refused
-from scumble_registry.formats.controlnet import ldm
+from scumble_registry.compatibility import ControlNetCompatibility
+from scumble_registry.formats.controlnet import bare, ldm, t2i
+from scumble_registry.formats.controlnet.adopt import Adopted, adopt, write_config
 from scumble_registry.formats.controlnet.derive import CLASSES, derive
 from scumble_registry.formats.controlnet.strangers import stranger
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, Weights, read_weights
@@ -41,8 +46,14 @@ def recognises(source: Source) -> bool:
     name = _class_name(source)
     if name in CLASSES or stranger((), name) is not None:
         return True
-    headers = [read_header(file) for file in _weights(source)]
-    return len(headers) == 1 and (is_original(headers[0]) or stranger(headers[0].tensors, name) is not None)
+    files = list(source.weights().values())
+    return len(files) == 1 and _looks_like_net(read_header(files[0]))
+
+
+def _looks_like_net(header: Header) -> bool:
+    names = header.tensors
+    known = is_original(header) or bare.is_bare(names) or t2i.is_original(names) or t2i.is_bare(names)
+    return known or stranger(names, "") is not None
 
 
 def read(source: Source, base: Manifest | None) -> Draft:
@@ -50,22 +61,41 @@ def read(source: Source, base: Manifest | None) -> Draft:
         check_plain(source)
     if (what := stranger((), _class_name(source))) is not None:
         raise Refused(f"this is {what}; it is not served here")
-    files = _weights(source)
+    files = list(source.weights().values())
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise Refused(f"one safetensors file of weights is needed, found {names}; keep the one to be served")
+        raise Refused(f"one file of weights is needed, found {names}; keep the one to be served")
     (file,) = files
-    if file.stat().st_size > _MAX_BYTES:
-        raise Refused(f"{file.name} is larger than {_MAX_BYTES} bytes, too large for a ControlNet")
+    if file.stat().st_size > source.limit(_MAX_BYTES):
+        raise Refused(f"{file.name} is larger than {source.limit(_MAX_BYTES)} bytes, too large for a ControlNet")
     header = read_header(file)
-    name = "" if is_original(header) else _class_name(source)
-    what = stranger(header.tensors, name)
-    if what is not None:
+    name = "" if is_original(header) or t2i.is_original(header.tensors) else _class_name(source)
+    if (what := stranger(header.tensors, name)) is not None:
         raise Refused(f"this is {what}; it is not served here")
-    _check_values(file, header)
-    compatibility = derive(header, name, source.json("config.json") if name else {}, base)
+    adopted = Adopted(file, "diffusers", source.json("config.json")) if name else adopt(source, file, header)
+    header = read_header(adopted.file)
+    _check_values(adopted.file, header)
+    config = adopted.config or {}
+    compatibility = derive(header, str(config.get("_class_name", "")), dict(config), base)
     others = {key: path for key, path in source.files.items() if path != file} if source.path.is_dir() else {}
-    return Draft(files={**others, FILE_NAME: file}, compatibility=compatibility)
+    if adopted.config is not None and not name:
+        others["config.json"] = write_config(source, adopted.config)
+    return Draft(
+        files={**others, FILE_NAME: adopted.file},
+        compatibility=compatibility,
+        dialect=adopted.dialect,
+        details=_details(compatibility, adopted, has_base=base is not None),
+        leftover=adopted.leftover,
+    )
+
+
+def _details(compatibility: ControlNetCompatibility, adopted: Adopted, *, has_base: bool) -> dict[str, JsonValue]:
+    served = {"t2i": "features of a picture, once per request"}
+    return {
+        "serving": served.get(compatibility.form, "residuals of a net, every step"),
+        "left_out_of_the_base_in_the_file": adopted.of_base,
+        "family_told_by": "the base" if has_base else "the width of the text that it reads",
+    }
 
 
 def _check_values(file: Path, header: Header) -> None:
@@ -87,10 +117,6 @@ def _class_name(source: Source) -> str:
         return ""
     config = source.json("config.json")
     return str(config.get("_class_name", "")) if isinstance(config, dict) else ""
-
-
-def _weights(source: Source) -> list[Path]:
-    return list(source.weights().values()) or ([source.path] if source.path.is_file() else [])
 
 
 __all__ = ["FILE_NAME", "KIND", "Weights", "is_original", "read", "read_weights", "recognises"]

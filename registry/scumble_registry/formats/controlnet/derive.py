@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility, Family, Shape
+from scumble_registry.formats.controlnet.adopt import POOLS
 from scumble_registry.formats.controlnet.config import NetConfig, parse_net, parse_t2i
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, shapes_of
 from scumble_registry.formats.safetensors_header import Header
@@ -25,7 +26,8 @@ def derive(header: Header, name: str, config: dict[str, Any], base: Manifest | N
         return _of_t2i(shapes, config, base)
     form: Form = CLASSES.get(name) or ("control_lora" if CONTROL_LORA in header.tensors else "net")
     parsed = parse_net(config) if name else None
-    found = _of_net(shapes, form, parsed, base)
+    pools = parsed.global_pool_conditions if parsed is not None else header.metadata.get(POOLS) == "true"
+    found = _of_net(shapes, form, parsed, base, pools=pools)
     if parsed is not None:
         _agree("cross_attention_dim", parsed.cross_attention_dim, found.cross_attention_dim)
         _agree("in_channels", parsed.in_channels, found.in_channels)
@@ -35,7 +37,7 @@ def derive(header: Header, name: str, config: dict[str, Any], base: Manifest | N
 
 
 def _of_net(
-    shapes: dict[str, Shape], form: Form, config: NetConfig | None, base: Manifest | None
+    shapes: dict[str, Shape], form: Form, config: NetConfig | None, base: Manifest | None, *, pools: bool
 ) -> ControlNetCompatibility:
     text = next((shape for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
     if text is None:
@@ -56,7 +58,7 @@ def _of_net(
         widths=tuple(_shape(shapes, f"{name}.weight")[0] for name in residuals),
         pixels_per_latent=2 ** (len(convolutions) // 2),  # every other one halves the picture
         control_types=types,
-        pools=config.global_pool_conditions if config is not None else False,
+        pools=pools,
         parameters=_count(shapes),
     )
 

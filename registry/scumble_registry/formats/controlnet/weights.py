@@ -40,7 +40,10 @@ def names_of(header: Header) -> dict[str, str]:
     """Tensor → its name in diffusers' spelling, without the marks. Raises Refused for a stranger."""
     names = [name for name in header.tensors if name.removeprefix(ldm.PREFIX) not in _MARKS]
     convert = ldm.converter(names) if ldm.is_ldm(names) else str
-    return {name: convert(name) for name in names}
+    renamed = {name: convert(name) for name in names}
+    if strangers := [name for name, new in renamed.items() if new is None]:
+        raise Refused(f"tensor {strangers[0]} belongs to no ControlNet; is it another kind of file?")
+    return {name: new for name, new in renamed.items() if new is not None}
 
 
 def shapes_of(header: Header) -> dict[str, Shape]:

@@ -1,6 +1,7 @@
 """DreamBooth and other full fine-tunings: a checkpoint of a base, kept as its difference to it.
 
-A folder in the diffusers layout that is published *for* a base (`--base`) is a checkpoint; published alone, a base.
+A folder in the diffusers layout, or a single file, that is published *for* a base (`--base`) is a checkpoint;
+published alone, a base.
 Files that equal the base's are the same blobs; other weights are kept as deltas (`delta.py`), the rest as it is.
 """
 
@@ -9,10 +10,20 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from scumble.errors import Incompatible, Refused
 from scumble_registry.compatibility import BaseCompatibility, DreamboothCompatibility, check_targets
 from scumble_registry.formats import base as base_format
-from scumble_registry.formats.dreambooth.delta import SUFFIX, expand, is_expanded, plain, read_delta, write_delta
+from scumble_registry.formats.checkpoint.text import plain
+from scumble_registry.formats.dreambooth.delta import (
+    SUFFIX,
+    expand,
+    is_expanded,
+    published_sha256,
+    read_delta,
+    write_delta,
+)
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest
@@ -29,13 +40,14 @@ def recognises(source: Source) -> bool:
 def read(source: Source, base: Manifest | None) -> Draft:
     """Raises Incompatible, naming what differs, if the base's graphs cannot run these weights."""
     assert base is not None and source.base_folder is not None and source.work is not None
-    own, _ = base_format.examine(source)
+    whole = base_format.in_diffusers_layout(source)
+    own, _ = base_format.examine(whole.source)
     assert isinstance(base.compatibility, BaseCompatibility)
     _check_architecture(own, base.compatibility)
     folder = source.base_folder()
     files: dict[str, Path] = {}
     changed: dict[str, int] = {}
-    for name, file in source.files.items():
+    for name, file in whole.source.files.items():
         component = name.rpartition("/")[0]
         if file.suffix != ".safetensors" or _is_same(file, folder / name):
             files[name] = file
@@ -51,10 +63,11 @@ def read(source: Source, base: Manifest | None) -> Draft:
         in_channels=own.in_channels,
         cross_attention_dim=own.cross_attention_dim,
         text_widths=own.text_widths,
-        scheduler=source.json(_SCHEDULER),
+        scheduler=whole.source.json(_SCHEDULER),
         changed=changed,
     )
-    return Draft(files, compatibility)
+    details: dict[str, JsonValue] = {**whole.details, "serving": "variant", "changed": dict[str, JsonValue](changed)}
+    return Draft(files, compatibility, dialect=whole.dialect, details=details, leftover=whole.leftover)
 
 
 def write_folder(stored: Path, base_folder: Path, target: Path) -> None:
@@ -109,6 +122,11 @@ def is_folder(stored: Path, folder: Path) -> bool:
     )
 
 
+def published_digests(stored: Path) -> list[str]:
+    """sha256 of the weights files that are kept as deltas, as they were published. Raises IntegrityError."""
+    return [published_sha256(delta) for delta in sorted(stored.rglob(f"*{SUFFIX}"))]
+
+
 def read_changed(stored: Path, base_folder: Path) -> dict[str, dict[str, Array]]:
     """By component (`unet`, `text_encoder`, `vae` …): the tensors that differ from the base's, by plain name.
 
@@ -158,6 +176,7 @@ __all__ = [
     "is_folder",
     "keep_differences",
     "plain",
+    "published_digests",
     "read",
     "read_changed",
     "recognises",

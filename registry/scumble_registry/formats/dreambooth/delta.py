@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from scumble.errors import IntegrityError, Refused
+from scumble_registry.formats.checkpoint.text import plain
 from scumble_registry.formats.safetensors_header import DTYPES, Array, header_of, read_header, read_tensors, write
 
 SUFFIX = ".delta"
@@ -75,9 +76,9 @@ def is_expanded(path: Path, target: Path) -> bool:
         return False
 
 
-def plain(name: str) -> str:
-    """transformers ≥ 5.6 leaves out what others begin a text encoder's names with."""
-    return name.removeprefix("text_model.")
+def published_sha256(path: Path) -> str:
+    """Hexadecimal, of the file that `expand` would write. Raises IntegrityError if this is no delta."""
+    return _open(path)[1]
 
 
 def _tensors(path: Path, base: Mapping[str, Array]) -> Iterator[tuple[str, Array, bool]]:

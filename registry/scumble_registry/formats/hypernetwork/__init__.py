@@ -1,22 +1,27 @@
 """Hypernetworks, of two kinds that share a name in the field:
 
-* `context.py`: the webui's, small networks that change what attention reads its keys and values from;
+* `context.py`: the webui's, small networks that change what attention reads its keys and values from (`webui.py`
+  reads its .pt);
 * `predictor.py`: a network that reads a picture or a text and predicts a LoRA.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TypeAlias
 
+from pydantic import JsonValue
+
 from scumble.errors import IntegrityError, Refused
-from scumble_registry.compatibility import HypernetworkCompatibility
+from scumble_registry.compatibility import ContextNetworks, HypernetworkCompatibility
 from scumble_registry.formats.floats import read_floats
-from scumble_registry.formats.hypernetwork import context, predictor
+from scumble_registry.formats.hypernetwork import context, predictor, webui
 from scumble_registry.formats.hypernetwork.context_record import ContextRecord
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
-from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
+from scumble_registry.formats.leftover import leave_out
+from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
 
@@ -30,27 +35,48 @@ _MAX_BYTES = 1 << 30
 
 
 def recognises(source: Source) -> bool:
-    """One safetensors file, alone or in a folder, of one of the two kinds."""
-    weights = list(source.weights().values()) or ([source.path] if source.path.is_file() else [])
-    return len(weights) == 1 and _form(read_header(weights[0])) is not None
+    """One file of weights, alone or in a folder, of one of the two kinds."""
+    weights = list(source.weights().values())
+    return len(weights) == 1 and (webui.recognises(header := read_header(weights[0])) or _form(header) is not None)
 
 
 def read(source: Source, base: Manifest | None) -> Draft:
-    (file,) = source.weights().values() or (source.path,)
+    ((name, file),) = source.weights().items()
     if source.path.is_dir():
         check_plain(source)
-    header = read_header(file)
-    tensors = read_floats(file, header, what="a hypernetwork", max_bytes=_MAX_BYTES)
+    header, dialect = read_header(file), ""
+    if webui.recognises(header):
+        file, dialect = webui.convert(source, name), "webui .pt"
+        header = read_header(file)
+    tensors = read_floats(file, header, what="a hypernetwork", max_bytes=source.limit(_MAX_BYTES))
     form = _form(header)
     assert form is not None  # `recognises` has seen to it
-    record, network, family = form.parse(tensors, header.metadata)
+    leftover = leave_out(source, form.strangers(header), "beside a hypernetwork's own")
+    known = {key: values for key, values in tensors.items() if key not in leftover}
+    record, network, family = form.parse(known, header.metadata)
     if base is not None:
         family = base.compatibility.family
+    compatibility = HypernetworkCompatibility(family=family, network=network)
+    others = {key: path for key, path in source.files.items() if key != name} if source.path.is_dir() else {}
     return Draft(
-        files=source.files if source.path.is_dir() else {FILE_NAME: file},
-        compatibility=HypernetworkCompatibility(family=family, network=network),
+        files={**others, name if source.path.is_dir() and not dialect else FILE_NAME: file},
+        compatibility=compatibility,
         record=record,
+        dialect=dialect or ("webui, safetensors" if form is context else "scumble predictor"),
+        details=_details(compatibility, known, has_base=base is not None),
+        leftover=leftover,
     )
+
+
+def _details(
+    compatibility: HypernetworkCompatibility, tensors: Mapping[str, Array], *, has_base: bool
+) -> dict[str, JsonValue]:
+    is_context = isinstance(compatibility.network, ContextNetworks)
+    return {
+        "serving": "networks on attention's context" if is_context else "predicts a LoRA's factors",
+        "parameters": sum(values.size for values in tensors.values()),
+        "family_told_by": "the base" if has_base else "the width of the text that it reads",
+    }
 
 
 def read_record(path: Path) -> HypernetworkRecord:

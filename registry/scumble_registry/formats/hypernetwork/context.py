@@ -40,7 +40,6 @@ from scumble_registry.formats.hypernetwork.context_record import (
     read,
     write,
 )
-from scumble_registry.formats.lora.leftover import refuse_leftover
 from scumble_registry.formats.safetensors_header import Array, Header
 
 _KEY = re.compile(r"([1-9]\d{0,4})\.([kv])\.linear\.(0|[1-9]\d{0,2})\.(weight|bias)")
@@ -70,6 +69,11 @@ def recognises(header: Header) -> bool:
     return any(_KEY.fullmatch(name) for name in header.tensors)
 
 
+def strangers(header: Header) -> set[str]:
+    """Keys that are none of such a network's."""
+    return {name for name in header.tensors if not _KEY.fullmatch(name)}
+
+
 def parse(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[bytes, ContextNetworks, Family | None]:
     """The record and what is derived. Raises Refused, naming the tensor or the field that is wrong."""
     networks: dict[int, dict[str, _Numbered]] = {}
@@ -77,9 +81,6 @@ def parse(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[by
         if match := _KEY.fullmatch(name):
             of_side = networks.setdefault(int(match[1]), {}).setdefault(match[2], {})
             of_side.setdefault(int(match[3]), {})[match[4]] = tensors[name]
-    refuse_leftover(
-        [name for name in tensors if not _KEY.fullmatch(name)], "beside a hypernetwork's <width>.k|v.linear.<i>"
-    )
     said = _read_metadata(metadata)
     record: ContextRecord = {}
     for width, sides in sorted(networks.items()):

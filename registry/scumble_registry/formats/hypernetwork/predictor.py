@@ -40,7 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import Family, LoraCompatibility, Shape, WeightPredictor
-from scumble_registry.formats.lora.leftover import refuse_leftover
+from scumble_registry.formats.leftover import refuse_leftover
 from scumble_registry.formats.safetensors_header import Array, Header, write
 
 CONFIG = "scumble.predictor"
@@ -121,6 +121,11 @@ class PredictorRecord:
 
 def recognises(header: Header) -> bool:
     return CONFIG in header.metadata
+
+
+def strangers(_: Header) -> set[str]:
+    """None that may be left out: this layout is ours alone, and `parse` refuses what it does not know."""
+    return set()
 
 
 def parse(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[bytes, WeightPredictor, Family | None]:

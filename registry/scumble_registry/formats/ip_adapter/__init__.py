@@ -1,12 +1,13 @@
 """IP-Adapter: pictures as prompts, by keys and values of their own in every cross-attention (2308.06721).
 
-A safetensors file in the layout of h94's repositories: `image_proj.*` (`projection.py` tells the kinds apart) and
+A file in the layout of h94's repositories: `image_proj.*` (`projection.py` tells the kinds apart) and
 `ip_adapter.{k}.to_k_ip.weight`, `.to_v_ip.weight` for k = 1, 3, 5… (`attentions.py` says which attention that is);
 training checkpoints call the two halves `image_proj_model` and `adapter_modules`. FaceID files also bring a LoRA,
 `ip_adapter.{k}.to_{q,k,v,out}_lora.{down,up}.weight`, for every k; its scale is 1.
 
-FaceID-PlusV2 (a shortcut around the resampler) has the very keys of FaceID-Plus. It is told by `plusv2` in the file's
-name, or by `"shortcut": "true"` (or `"false"`) in the file's header metadata, which goes before the name.
+FaceID-PlusV2 (a shortcut around the resampler) has the very keys of FaceID-Plus. It is told by the publisher
+(`Hints.shortcut`), by `"shortcut": "true"` (or `"false"`) in the file's header metadata, or by `plusv2` in its name;
+the first of these that says anything counts.
 
 Beside the file, in a folder, there may be `image_encoder/` (see `formats/image_encoder.py`).
 """
@@ -14,10 +15,12 @@ Beside the file, in a folder, there may be `image_encoder/` (see `formats/image_
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from scumble.errors import Incompatible, Refused
+from pydantic import JsonValue
+
+from scumble.errors import Incompatible, InvalidRequest, Refused
 from scumble_registry.compatibility import (
     BaseCompatibility,
     ImageEncoderCompatibility,
@@ -29,8 +32,8 @@ from scumble_registry.formats.floats import read_floats
 from scumble_registry.formats.ip_adapter.attentions import attentions
 from scumble_registry.formats.ip_adapter.projection import Projection, inspect
 from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record, write_record
-from scumble_registry.formats.lora.leftover import refuse_leftover
-from scumble_registry.formats.lora.record import LoraRecord, make_module
+from scumble_registry.formats.leftover import leave_out, refuse_leftover
+from scumble_registry.formats.lora.record import LoraModule, make_module
 from scumble_registry.formats.safetensors_header import Array, Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
@@ -64,24 +67,42 @@ def read(source: Source, base: Manifest | None) -> Draft:
             "publish it with --base REF"
         )
     header = read_header(file)
-    tensors = read_floats(file, header, what="an IP-Adapter", max_bytes=_MAX_BYTES)
+    tensors = read_floats(file, header, what="an IP-Adapter", max_bytes=source.limit(_MAX_BYTES))
+    strangers = {name for name in tensors if not name.startswith((*_PICTURE, *_ATTENTION))}
+    leftover = leave_out(source, strangers, "or belong to a training checkpoint's UNet; keep image_proj and ip_adapter")
     projection_part, attention_part = _split(tensors)
     projection = inspect({name: values.shape for name, values in projection_part.items()})
     record = _parse(projection_part, attention_part, base.compatibility)
     encoder = image_encoder.inspect(source, ENCODER) if f"{ENCODER}config.json" in source.files else None
-    shortcut = projection.kind == "faceid_plus" and _has_shortcut(header, file)
+    shortcut = _has_shortcut(source, header, file) if projection.kind == "faceid_plus" else _no_shortcut(source)
     compatibility = _derive(projection, record, base.compatibility, shortcut=shortcut, encoder=encoder)
     name = FILE_NAME_V2 if shortcut else FILE_NAME
     return Draft(
         files=source.files if source.path.is_dir() else {name: file},
         compatibility=compatibility,
         record=write_record(record),
+        dialect=_dialect(tensors),
+        details=_details(compatibility),
+        leftover=leftover,
     )
 
 
+def _dialect(names: Iterable[str]) -> str:
+    return "training checkpoint" if any(name.startswith("adapter_modules.") for name in names) else "h94"
+
+
+def _details(compatibility: IpAdapterCompatibility) -> dict[str, JsonValue]:
+    lora = compatibility.lora
+    return {
+        "serving": "keys and values of pictures" + (", and a LoRA" if lora is not None else ""),
+        "cross_attentions": len(compatibility.attentions),
+        "lora_ranks": list[JsonValue](sorted(set(lora.ranks.values()))) if lora is not None else [],
+        "family_told_by": "the base",
+    }
+
+
 def _adapter_files(source: Source) -> list[Path]:
-    weights = source.weights() or ({source.path.name: source.path} if source.path.is_file() else {})
-    outside = [file for name, file in weights.items() if not name.startswith(ENCODER)]
+    outside = [file for name, file in source.weights().items() if not name.startswith(ENCODER)]
     return [file for file in outside if any(key.startswith(_PICTURE) for key in read_header(file).tensors)]
 
 
@@ -102,16 +123,12 @@ def _single(source: Source) -> Path:
 def _split(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
     """The two halves, without their prefixes."""
     halves: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
-    leftover = set[str]()
     for name, values in sorted(tensors.items()):
         first, _, rest = name.partition(".")
         if f"{first}." in _PICTURE:
             halves[0][_RESAMPLER.sub(r"\1.0.", rest)] = values
         elif f"{first}." in _ATTENTION:
             halves[1][rest] = values
-        else:
-            leftover.add(name)
-    refuse_leftover(leftover, hint="or belong to a training checkpoint's UNet; keep image_proj and ip_adapter")
     return halves
 
 
@@ -136,7 +153,7 @@ def _parse(projection: dict[str, Array], attention: dict[str, Array], base: Base
         else:
             factors.setdefault(f"{names[index]}.{_LAYERS[match[2]]}", {})[match[3]] = array
     refuse_leftover(leftover, hint="or name no attention")
-    lora: LoraRecord = {}
+    lora: dict[str, LoraModule] = {}
     for target, pair in sorted(factors.items()):
         if len(pair) != 2:
             raise Refused(f"{target}: its LoRA has only one of down and up; the file is not whole", target=target)
@@ -180,7 +197,15 @@ def _derive(
     return compatibility
 
 
-def _has_shortcut(header: Header, file: Path) -> bool:
+def _no_shortcut(source: Source) -> bool:
+    if source.hints.shortcut is not None:
+        raise InvalidRequest("only a FaceID-Plus may be a PlusV2: leave --shortcut out", field="shortcut")
+    return False
+
+
+def _has_shortcut(source: Source, header: Header, file: Path) -> bool:
+    if source.hints.shortcut is not None:
+        return source.hints.shortcut
     said = header.metadata.get("shortcut")
     if said not in {None, "true", "false"}:
         raise Refused(f"the header's metadata says shortcut {said!r}; it may be 'true' or 'false'")

@@ -2,13 +2,16 @@
 
 X is the width of the tokens, T their number for one picture, E what the projection reads.
 
-| kind          | has                                     | T              | reads                                |
-|---------------|-----------------------------------------|----------------|--------------------------------------|
-| `base`        | `proj.weight` (T·X, E), `norm`          | 4 as a rule    | the encoder's embedding              |
-| `full`        | `proj.{0,2}`, the norm is `proj.3`      | the encoder's  | its states of the last layer but one |
-| `plus`        | `latents` (1, T, D), a resampler        | 16 as a rule   | likewise                             |
-| `faceid`      | `proj.{0,2}` (T·X, …), `norm`           | 4; Portrait 16 | an embedding of a face               |
-| `faceid_plus` | the same, and `perceiver_resampler.*`   | 4              | such an embedding, and the states    |
+| kind             | has                                     | T              | reads                                |
+|------------------|-----------------------------------------|----------------|--------------------------------------|
+| `base`           | `proj.weight` (T·X, E), `norm`          | 4 as a rule    | the encoder's embedding              |
+| `full`           | `proj.{0,2}`, the norm is `proj.3`      | the encoder's  | its states of the last layer but one |
+| `plus`           | `latents` (1, T, D), a resampler        | 16 as a rule   | likewise                             |
+| `faceid`         | `proj.{0,2}` (T·X, …), `norm`           | 4; Portrait 16 | an embedding of a face               |
+| `faceid_plus`    | the same, and `perceiver_resampler.*`   | 4              | such an embedding, and the states    |
+| `face_resampler` | `plus`, reading at a width of 512       | 16             | an embedding of a face (InstantID)   |
+
+A width of 512 is ArcFace's, and no image encoder's: that is how InstantID's file is told from a `plus`.
 
 (Ye et al., IP-Adapter, 2308.06721, and its repository's later models.)
 """
@@ -20,8 +23,9 @@ from dataclasses import dataclass
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import IpAdapterKind, Shape
-from scumble_registry.formats.lora.leftover import refuse_leftover
+from scumble_registry.formats.leftover import refuse_leftover
 
+_ARCFACE = 512
 _HEAD = 64  # channels of one head of a resampler: fixed in all of them
 
 
@@ -123,6 +127,8 @@ def _plus(given: _Given) -> Projection:
     given.expect("latents", 1, tokens, inner)
     context, width = _resampler(given, "", inner)
     given.done()
+    if width == _ARCFACE:
+        return Projection("face_resampler", one * tokens, context, None, width)
     return Projection("plus", one * tokens, context, width, None)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from scumble.errors import IntegrityError, Refused
-from scumble_registry.formats.lora.record import LoraRecord, make_module
+from scumble_registry.formats.lora.record import LoraModule, make_module
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors, write
 
 _METADATA = {"format": "scumble.ip_adapter.1"}
@@ -35,7 +35,7 @@ class IpAdapterRecord:
     """Canonical name of a cross-attention → (width, X), sorted."""
     values: dict[str, Array]
     """The same attentions."""
-    lora: LoraRecord = field(default_factory=dict)
+    lora: dict[str, LoraModule] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -84,7 +84,7 @@ def _ending(tensors: dict[str, Array], start: str, end: str, *, keep_start: bool
     }
 
 
-def _lora(tensors: dict[str, Array]) -> LoraRecord:
+def _lora(tensors: dict[str, Array]) -> dict[str, LoraModule]:
     targets = [name.removesuffix(_ALPHA) for name in tensors if name.startswith("unet.") and name.endswith(_ALPHA)]
     return {
         target: make_module(target, tensors[f"{target}.down"], tensors[f"{target}.up"], float(tensors[target + _ALPHA]))

@@ -1,19 +1,31 @@
-"""LoRA: for some modules of the base, ΔW = alpha / rank · up @ down.
+"""LoRA and its family: for some modules of the base, what becomes of their weights.
 
-Dialects, one module each: `peft.py` (diffusers/PEFT) and `kohya.py`. Both end in the same record
-(`record.py`).
+A file is read key by key (`names.py`: whose spelling), module by module (`bodies.py`: which algorithm), into one
+record (`record.py`). What is exactly of low rank becomes factors (`algebra.py`). `peft.py` reads the configs that give
+the numbers of PEFT's files, `about.py` what a file tells people, `speed.py` how it is to be sampled; `export.py` writes
+back.
 """
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
 
 from scumble.errors import Refused
-from scumble_registry.compatibility import BaseCompatibility, Family, LoraCompatibility
+from scumble_registry.compatibility import BaseCompatibility, Family, LoraCompatibility, norm_shapes
 from scumble_registry.formats.floats import read_floats
-from scumble_registry.formats.lora import kohya, peft
-from scumble_registry.formats.lora.record import LoraModule, LoraRecord, read_record, write_record
-from scumble_registry.formats.safetensors_header import Array, Header, read_header
+from scumble_registry.formats.leftover import refuse_leftover
+from scumble_registry.formats.lora import about
+from scumble_registry.formats.lora.names import without_adapter_names
+from scumble_registry.formats.lora.parse import Parsed, parse
+from scumble_registry.formats.lora.peft import Scaling, parse_config, parse_metadata
+from scumble_registry.formats.lora.record import LoraModule, LoraRecord, Module, read_record, row_columns, write_record
+from scumble_registry.formats.lora.speed import sampling_of
+from scumble_registry.formats.lora.strangers import known_stranger
+from scumble_registry.formats.safetensors_header import DTYPES, Array, Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
 
@@ -21,81 +33,177 @@ KIND = "lora"
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """What a single file is called inside the registry (diffusers' own default): its name on disk is no content.
 """
+CONFIG_NAME = "adapter_config.json"
+"""Beside the weights of a PEFT folder."""
 
 _MAX_BYTES = 2 << 30
 _CONTEXT_FAMILY: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+_WORDS = ("lora", "hada_", "lokr_", "oft_", "boft_", "ia3_l", "dora_scale", "w_norm", "vera_", "fourierft_")
+_ENDS = (".on_input", ".a1.weight", ".diff", ".diff_b", ":up")
+_FLAT = ("lora_unet_", "lora_te", "oft_unet_", "lycoris_")
 
 
 def recognises(source: Source) -> bool:
-    """One safetensors file, alone or in a folder, with at least one key that speaks of LoRA."""
+    """One safetensors file, alone or in a folder, with at least one key that speaks of LoRA or a relative; or a folder
+    of PEFT's, which has such a file for each component.
+    """
     weights = list(source.weights().values()) or ([source.path] if source.path.is_file() else [])
-    return len(weights) == 1 and _looks_like_lora(read_header(weights[0]))
+    if len(weights) != 1 and not _configs(source):
+        return False
+    return all(_looks_like_lora(read_header(file)) for file in weights)
 
 
 def read(source: Source, base: Manifest | None) -> Draft:
-    (file,) = source.weights().values() or (source.path,)
     if source.path.is_dir():
         check_plain(source)
-    header = read_header(file)
-    tensors = read_floats(file, header, what="a LoRA", max_bytes=_MAX_BYTES)
-    record = _parse(tensors, header.metadata, base)
+    of_base = _base_of(base)
+    tensors, scalings, metadata = _read_all(source)
+    parsed = parse(tensors, scalings, of_base)
+    _check_leftover(parsed, source, of_base)
     return Draft(
-        files=source.files if source.path.is_dir() else {FILE_NAME: file},
-        compatibility=_derive(record, base),
-        record=write_record(record),
-        trigger_words=trigger_words(header.metadata),
+        files=source.files if source.path.is_dir() else {FILE_NAME: next(iter(_weights(source).values()))},
+        compatibility=_derive(parsed.record, of_base),
+        record=write_record(parsed.record),
+        sampling=sampling_of(metadata, source.path.name),
+        trigger_words=about.trigger_words(metadata),
+        dialect=parsed.dialect,
+        details=_details(parsed, metadata, of_base),
+        leftover=parsed.leftover,
     )
 
 
-def trigger_words(metadata: dict[str, str]) -> tuple[str, ...]:
-    """From the header: `trigger_words` (JSON list or comma-separated) or `modelspec.trigger_phrase`."""
-    text = metadata.get("trigger_words") or metadata.get("modelspec.trigger_phrase") or ""
-    try:
-        words = json.loads(text)
-    except ValueError:
-        words = text.split(",")
-    return tuple(word.strip() for word in words if word.strip()) if _are_strings(words) else ()
+def _read_all(source: Source) -> tuple[dict[str, Array], Mapping[str, Scaling], dict[str, str]]:
+    """Tensors, the numbers that configs give by component, and the header's metadata."""
+    configs = _configs(source)
+    tensors: dict[str, Array] = {}
+    scalings: dict[str, Scaling] = {}
+    metadata: dict[str, str] = {}
+    for name, file in _weights(source).items():
+        header = read_header(file)
+        metadata |= header.metadata
+        found = _read_numbers(file, header, source.limit(_MAX_BYTES))
+        config = configs.get(name.rpartition("/")[0])
+        if config is None:
+            scalings |= parse_metadata(header.metadata)
+        else:
+            component = _component(name.rpartition("/")[0], found)
+            scalings[component] = config
+            found = {_in_component(key, component): values for key, values in found.items()}
+        if tensors.keys() & found.keys():
+            raise Refused("two files of the folder hold the same modules; publish one of them")
+        tensors |= found
+    keys, adapters = without_adapter_names(tensors)
+    if len(adapters) > 1:
+        raise Refused(f"the file holds {len(adapters)} adapters, {', '.join(adapters[:8])}; publish each on its own")
+    return {keys[key]: values for key, values in tensors.items()}, scalings, metadata
 
 
-def _parse(tensors: dict[str, Array], metadata: dict[str, str], base: Manifest | None) -> LoraRecord:
-    if kohya.recognises(tensors):
-        return kohya.parse(tensors, _base_of(base))
-    return peft.parse(tensors, metadata)
+def _read_numbers(file: Path, header: Header, max_bytes: int) -> dict[str, Array]:
+    """Floating point tensors, and single whole numbers beside them (`alpha`, `on_input`)."""
+    whole = {
+        name: info
+        for name, info in header.tensors.items()
+        if DTYPES[info.dtype].kind in "iub" and math.prod(info.shape) == 1
+    }
+    rest = {name: info for name, info in header.tensors.items() if name not in whole}
+    floats = read_floats(file, Header(rest, header.metadata, header.data_start), what="a LoRA", max_bytes=max_bytes)
+    return floats | read_tensors(file, Header(whole, header.metadata, header.data_start))
 
 
-def _derive(record: LoraRecord, base: Manifest | None) -> LoraCompatibility:
-    return LoraCompatibility(
-        family=_base_of(base).family if base else _guess_family(record),
-        requires={target: module.shape for target, module in record.items()},
-        ranks={target: module.rank for target, module in record.items()},
-        magnitudes=any(module.magnitude is not None for module in record.values()),
-    )
+def _configs(source: Source) -> dict[str, Scaling]:
+    """Folder inside the source → what PEFT's config in it says."""
+    names = [name for name in source.files if name.rpartition("/")[2] == CONFIG_NAME]
+    return {name.rpartition("/")[0]: parse_config(source.json(name)) for name in names}
 
 
-def _guess_family(record: LoraRecord) -> Family | None:
-    """By the width of the text that cross-attention reads: 768, 1024 or 2048."""
-    for target, module in record.items():
-        if target.startswith("unet.") and target.endswith((".attn2.to_k", ".attn2.to_v")):
-            return _CONTEXT_FAMILY.get(module.shape[1])
-    return None
+def _component(folder: str, keys: Mapping[str, object]) -> str:
+    """PEFT's keys name no component: the folder does, or else the modules."""
+    name = folder.rpartition("/")[2]
+    if name in {"unet", "text_encoder", "text_encoder_2"}:
+        return name
+    is_text = any(part in key for key in keys for part in ("self_attn.", "mlp.fc", "text_projection"))
+    return "text_encoder" if is_text else "unet"
 
 
-def _base_of(base: Manifest | None) -> BaseCompatibility:
-    if base is None:
+def _in_component(key: str, component: str) -> str:
+    return f"{component}.{key.removeprefix('base_model.model.')}" if key.startswith("base_model.model.") else key
+
+
+def _weights(source: Source) -> dict[str, Path]:
+    return source.weights() or {source.path.name: source.path}
+
+
+def _check_leftover(parsed: Parsed, source: Source, base: BaseCompatibility | None) -> None:
+    """Raises Refused, unless the publisher lets what is not understood be left out and something is left."""
+    if base is None and (flat := [key for key in parsed.leftover if key.startswith(_FLAT)]):
+        stranger = known_stranger(flat)
+        refuse_leftover(flat if stranger else (), "", of=stranger)
         raise Refused(
             "this LoRA is in kohya's layout, whose names can only be read with the base at hand: "
             "publish it with --base REF"
         )
+    if source.allow_leftover and parsed.record:
+        return
+    hint = f"or they name no module of this {base.family} base" if base else "or are no whole module of a known layout"
+    refuse_leftover(parsed.leftover, hint, of=known_stranger(parsed.leftover))
+
+
+def _derive(record: LoraRecord, base: BaseCompatibility | None) -> LoraCompatibility:
+    shapes = {**norm_shapes(base), **base.targets} if base is not None else {}
+    requires = {}
+    for target, module in record.items():
+        shape = module.shape or shapes.get(target)
+        if shape is None:
+            raise Refused(f"{target}: only the base tells the shape of its weight; publish it with --base REF")
+        requires[target] = shape
+    in_rows = {
+        target: columns for target, module in record.items() if (columns := row_columns(target, module)) is not None
+    }
+    return LoraCompatibility(
+        family=base.family if base is not None else _guess_family(requires),
+        requires=requires,
+        ranks=in_rows,
+        magnitudes=any(about.serving(target, record[target]) == "row with gain" for target in in_rows),
+        merged=tuple(sorted(record.keys() - in_rows.keys())),
+    )
+
+
+def _guess_family(requires: Mapping[str, tuple[int, ...]]) -> Family | None:
+    """By the width of the text that cross-attention reads: 768, 1024 or 2048."""
+    for target, shape in requires.items():
+        if target.startswith("unet.") and target.endswith((".attn2.to_k", ".attn2.to_v")):
+            return _CONTEXT_FAMILY.get(shape[1])
+    return None
+
+
+def _details(parsed: Parsed, metadata: Mapping[str, str], base: BaseCompatibility | None) -> dict[str, JsonValue]:
+    rests_on = "the base" if base is not None else "the width of the text that cross-attention reads"
+    return {
+        "counts": about.counts(parsed.record, parsed.algorithms),
+        "modules": about.modules(parsed.record, parsed.algorithms),
+        "family": {"rests_on": rests_on, "header_says": about.family_said(metadata)},
+    }
+
+
+def _base_of(base: Manifest | None) -> BaseCompatibility | None:
+    if base is None:
+        return None
     assert isinstance(base.compatibility, BaseCompatibility)
     return base.compatibility
 
 
 def _looks_like_lora(header: Header) -> bool:
-    return any("lora" in name for name in header.tensors)
+    return any(any(word in name for word in _WORDS) or name.endswith(_ENDS) for name in header.tensors)
 
 
-def _are_strings(words: object) -> bool:
-    return isinstance(words, list) and all(isinstance(word, str) for word in words)
-
-
-__all__ = ["KIND", "LoraModule", "LoraRecord", "read", "read_record", "recognises", "write_record"]
+__all__ = [
+    "FILE_NAME",
+    "KIND",
+    "LoraModule",
+    "LoraRecord",
+    "Module",
+    "read",
+    "read_record",
+    "recognises",
+    "write_record",
+]

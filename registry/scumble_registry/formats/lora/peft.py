@@ -1,8 +1,8 @@
-"""The diffusers/PEFT layout: `unet.<module>.lora_A.weight` (down), `….lora_B.weight` (up), `text_encoder.…`; a DoRA
-has `….lora_magnitude_vector[.weight]` too.
+"""What PEFT's configs say of a file's numbers: in diffusers' files in the header, in PEFT's folders in a file beside.
 
-alpha stands in the header's `lora_adapter_metadata`, a JSON object of LoraConfig's fields with each component's prefix
-(`unet.r`, `unet.lora_alpha`, `unet.rank_pattern`, `unet.alpha_pattern`, `unet.use_rslora`). Without it: scale 1.
+diffusers puts a JSON object into the header's `lora_adapter_metadata`, LoraConfig's fields with each component's prefix
+(`unet.r`, `unet.lora_alpha`, `unet.rank_pattern`, `unet.alpha_pattern`, `unet.use_rslora`). Without it: scale 1. A PEFT
+folder has `adapter_config.json` for its one component, and `peft_type` says what its tensors are.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scumble.errors import Refused
-from scumble_registry.formats.base import canonical_name
-from scumble_registry.formats.lora.leftover import refuse_leftover
-from scumble_registry.formats.lora.record import LoraRecord, make_module, read_magnitude
-from scumble_registry.formats.safetensors_header import Array
 
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
-_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_SERVED = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 _MAX_PATTERN = 512
 _MAX_REPEATS = 2
+_MAX_TERMS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,43 +32,32 @@ class Scaling:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
+    feedforward: tuple[str, ...] | str = ()
+    """IA³: modules whose input is scaled, by the end of their names, or as one pattern."""
+    neumann_terms: int = 0
+    """OFT: of the series that stands for Cayley's transform; 0: the transform itself."""
+
+    def rank_of(self, module: str) -> int | None:
+        """What the config says; None without one."""
+        rank: int | None = match_pattern(self.rank_pattern, module, self.rank)
+        return rank
+
+    def reads_input(self, module: str) -> bool:
+        if isinstance(self.feedforward, str):
+            return re.fullmatch(self.feedforward, module) is not None
+        return any(f".{module}".endswith(f".{name}") for name in self.feedforward)
 
     def alpha_of(self, module: str, rank: int) -> float | None:
         """alpha such that the scale is alpha/rank; None without metadata. Raises Refused if the rank
         disagrees.
         """
-        said = match_pattern(self.rank_pattern, module, self.rank)
+        said = self.rank_of(module)
         if said is not None and said != rank:
             raise Refused(f"{module}: the metadata says rank {said}, the tensors have rank {rank}")
         alpha: float | None = match_pattern(self.alpha_pattern, module, self.alpha)
         if alpha == 0:
             raise Refused(f"{module}: lora_alpha is 0, which switches the adapter off; set it and save again")
         return alpha * math.sqrt(rank) if alpha is not None and self.rank_stabilised else alpha
-
-
-def parse(tensors: Mapping[str, Array], metadata: dict[str, str]) -> LoraRecord:
-    """Raises Refused listing every key that is not understood."""
-    scalings = parse_metadata(metadata)
-    record: LoraRecord = {}
-    used: set[str] = set()
-    for name in sorted(tensors):
-        component, _, rest = name.removesuffix(_DOWN).partition(".")
-        up = f"{component}.{rest}{_UP}"
-        if not name.endswith(_DOWN) or component not in _COMPONENTS or up not in tensors:
-            continue
-        target = canonical_name(f"{component}.{rest}")
-        if target in record:
-            raise Refused(f"{target} stands in the file twice, with and without text_model", target=target)
-        down = tensors[name]
-        lengths = next((key for end in _MAGNITUDES if (key := f"{component}.{rest}{end}") in tensors), None)
-        alpha = scalings[component].alpha_of(rest, down.shape[0]) if down.ndim else None
-        magnitude = (
-            None if lengths is None else read_magnitude(target, tensors[lengths], tensors[up], down, convolution_axis=0)
-        )
-        record[target] = make_module(target, down, tensors[up], alpha, magnitude)
-        used |= {name, up, lengths or name}
-    refuse_leftover(tensors.keys() - used, hint="or are no pair of lora_A and lora_B of unet or text_encoder")
-    return dict(sorted(record.items()))
 
 
 def parse_metadata(metadata: dict[str, str]) -> dict[str, Scaling]:
@@ -83,7 +68,26 @@ def parse_metadata(metadata: dict[str, str]) -> dict[str, Scaling]:
         raise Refused(f"the header's lora_adapter_metadata is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise Refused("the header's lora_adapter_metadata is not a JSON object")
-    return {name: _scaling(config, name) for name in _COMPONENTS}
+    return {name: _scaling(config, f"{name}.") for name in _COMPONENTS}
+
+
+def parse_config(config: object) -> Scaling:
+    """Of a PEFT folder. Raises Refused for a method that is not served, by its name, and for options that are not."""
+    if not isinstance(config, dict):
+        raise Refused("adapter_config.json is not a JSON object")
+    kind = config.get("peft_type")
+    if kind not in _SERVED:
+        raise Refused(
+            f"adapter_config.json says peft_type {kind!r}; {', '.join(_SERVED)} can be served", peft_type=kind
+        )
+    for option in ("fan_in_fan_out", "coft"):
+        if config.get(option):
+            raise Refused(f"adapter_config.json says {option}, which cannot be served", option=option)
+    if kind in {"LOHA", "LOKR"}:
+        config = {**config, "lora_alpha": config.get("alpha")}
+    if kind in {"OFT", "BOFT", "IA3"}:
+        config = {key: config[key] for key in config if key not in {"r", "rank_pattern", "alpha_pattern"}}
+    return _scaling(config, "")
 
 
 def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -95,14 +99,16 @@ def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any
     return default
 
 
-def _scaling(config: dict[str, Any], component: str) -> Scaling:
+def _scaling(config: dict[str, Any], prefix: str) -> Scaling:
     def of(name: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        value = config.get(f"{component}.{name}")
+        value = config.get(f"{prefix}{name}")
         if value is None:
             return default
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise Refused(f"lora_adapter_metadata says {component}.{name} = {value!r}, which is of the wrong type")
+            raise Refused(f"{where} says {prefix}{name} = {value!r}, which is of the wrong type")
         return value
+
+    where = "lora_adapter_metadata" if prefix else "adapter_config.json"
 
     patterns = {name: of(f"{name}_pattern", dict, default={}) for name in ("rank", "alpha")}
     for pattern, value in [item for mapping in patterns.values() for item in mapping.items()]:
@@ -113,17 +119,36 @@ def _scaling(config: dict[str, Any], component: str) -> Scaling:
         rank_pattern=patterns["rank"],
         alpha_pattern=patterns["alpha"],
         rank_stabilised=of("use_rslora", bool, default=False),
+        feedforward=_feedforward(of("feedforward_modules", (list, str), default=[])),
+        neumann_terms=_terms(of("num_cayley_neumann_terms", int, default=5))
+        if of("use_cayley_neumann", bool, default=False)
+        else 0,
     )
+
+
+def _terms(count: int) -> int:
+    if not 1 <= count <= _MAX_TERMS:
+        raise Refused(f"adapter_config.json says num_cayley_neumann_terms = {count}; 1 to {_MAX_TERMS} can be")
+    return count
+
+
+def _feedforward(names: list[Any] | str) -> tuple[str, ...] | str:
+    if isinstance(names, str):
+        _check_pattern(names, 0)
+        return names
+    if not all(isinstance(name, str) for name in names):
+        raise Refused("adapter_config.json says feedforward_modules that are no names")
+    return tuple(names)
 
 
 def _check_pattern(pattern: str, value: Any) -> None:
     """Patterns come from strangers: none may take long to match, and each gives a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Refused(f"pattern {pattern!r} in lora_adapter_metadata gives {value!r}, not a number")
+        raise Refused(f"pattern {pattern!r} gives {value!r}, not a number")
     repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
     if len(pattern) > _MAX_PATTERN or repeats > _MAX_REPEATS or re.search(r"\)[*+?{]|\\[1-9]", pattern):
-        raise Refused(f"pattern {pattern[:80]!r} in lora_adapter_metadata is too involved; name the modules instead")
+        raise Refused(f"pattern {pattern[:80]!r} is too involved; name the modules instead")
     try:
         re.compile(pattern)
     except re.error as error:
-        raise Refused(f"pattern {pattern!r} in lora_adapter_metadata is no regular expression: {error}") from error
+        raise Refused(f"pattern {pattern!r} is no regular expression: {error}") from error

@@ -1,15 +1,24 @@
-"""The normalised LoRA: what every dialect becomes and the server reads.
+"""The normalised LoRA: what every dialect and every algorithm becomes, module by module, and what the server reads.
 
-A canonical safetensors file with three tensors for each target (`compatibility.py` says what a target's name
-is):
+A canonical safetensors file. For each target (`compatibility.py` says what a target's name is) it holds the parts of
+one of these, which say what the base's weight W (out, in[, k, k]) becomes at strength 1:
 
-    <target>.down    (r, in)  or (r, in, k, k)      dtype as published
-    <target>.up      (out, r) or (out, r, 1, 1)     dtype as published
-    <target>.alpha   ()                             F32
+    factors    .down (r, in[, k, k])  .up (out, r[, 1, 1])  .alpha ()       W + alpha / r · up @ down
+               and of a GLoRA .inner.down (r, in)  .inner.up (in, r)        … + alpha / r · W (inner.up @ inner.down)
+    product    .first.up (out, r) .first.down (r, in·k·k) .second.up …      W + alpha / r · (u₁ d₁) ∘ (u₂ d₂)
+               .product.alpha () .shape
+    kronecker  .left (l, m)  .right (p, q[, k, k])                          W + left ⊗ right
+    dense      .delta, like W; of a norm (channels,)                        W + delta
+    gain       .gain.out (out,) or .gain.in (in,); .gain.bias (out,)        W, rows or columns times 1 + gain
+    rotation   .rotation.out or .rotation.in (m, n, b, b); .rescale (out,)  W, turned block by block (`rotation.py`)
 
-and, of a DoRA (Liu et al., 2402.09353), the length of each row or of each column of the changed weight:
+Beside any but a gain and a rotation may stand, of a DoRA (Liu et al., 2402.09353), the length that each row or each
+column of the changed weight is brought to, and beside any a change of the layer's bias:
 
-    <target>.magnitude.out   (out,)      or      <target>.magnitude.in   (in,)
+    .magnitude.out (out,)  or  .magnitude.in (in,)         .bias (out,)
+
+Factors are what a row of a batch carries; gains and magnitudes stretch the weight in the row (`Module.columns`). All
+else is merged into copies of the weights. Published tensors keep their dtype, computed ones are F32, scalars F32.
 
 Laws: `read_record(write_record(r)) == r` bit for bit, and equal records have equal bytes.
 """
@@ -29,7 +38,8 @@ from scumble_registry.formats.safetensors_header import Array, read_header, read
 
 _METADATA = {"format": "scumble.lora.1"}
 _MAX_SCALE = 1e3
-_MAGNITUDES = (".magnitude.out", ".magnitude.in")
+_MAX_CHANGE = 65504.0  # the largest half
+_AXES = ("out", "in")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,10 +51,19 @@ class Magnitude:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """A product up (rows, r) @ down (r, columns)."""
+
+    up: Array
+    down: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LoraModule:
     """ΔW = alpha / rank · up @ down, at weight 1. `down` (r, in[, k, k]), `up` (out, r[, 1, 1]).
 
-    With a magnitude W + ΔW is also brought to that length, by row (axis 0) or by column (axis 1).
+    With a magnitude W + ΔW is also brought to that length, by row (axis 0) or by column (axis 1). `inner`, a GLoRA's,
+    adds alpha / rank · W (inner.up @ inner.down).
     """
 
     down: Array
@@ -52,6 +71,8 @@ class LoraModule:
     alpha: float
     """Representable in fp32, so that storing it changes nothing."""
     magnitude: Magnitude | None = None
+    inner: Pair | None = None
+    bias: Array | None = None
 
     @property
     def rank(self) -> int:
@@ -66,13 +87,120 @@ class LoraModule:
         """Of the weight that it changes: (out, in) or (out, in, k, k)."""
         return (int(self.up.shape[0]), *(int(size) for size in self.down.shape[1:]))
 
+    @property
+    def columns(self) -> int | None:
+        """A k×k convolution after W's input is mixed is no k×k convolution to few channels."""
+        if self.bias is not None or (self.inner is not None and (self.shape[2:] not in {(), (1, 1)} or self.magnitude)):
+            return None
+        return self.rank if self.inner is None else 2 * self.rank
 
-LoraRecord: TypeAlias = dict[str, LoraModule]
+    @property
+    def reads_weights(self) -> bool:
+        return self.magnitude is not None or self.inner is not None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """ΔW = alpha / r · (first.up @ first.down) ∘ (second.up @ second.down), downs (r, in·k·k), r the first's."""
+
+    first: Pair
+    second: Pair
+    alpha: float
+    shape: Shape
+    magnitude: Magnitude | None = None
+    bias: Array | None = None
+    columns: int | None = None
+    reads_weights: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.first.up.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kronecker:
+    """ΔW = left (l, m) ⊗ right (p, q[, k, k]), in each tap."""
+
+    left: Array
+    right: Array
+    magnitude: Magnitude | None = None
+    bias: Array | None = None
+    columns: int | None = None
+    reads_weights: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        (left_out, left_in), (out, into, *kernel) = self.left.shape, self.right.shape
+        return (left_out * out, left_in * into, *kernel)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """ΔW itself, of a layer or of a norm; None where only the bias changes."""
+
+    delta: Array | None
+    magnitude: Magnitude | None = None
+    bias: Array | None = None
+    columns: int | None = None
+    reads_weights: bool = False
+
+    @property
+    def shape(self) -> Shape | None:
+        return None if self.delta is None else tuple(int(size) for size in self.delta.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gain:
+    """W times 1 + values, by row (axis 0) or by column (axis 1); `of_bias` (out,) likewise the layer's bias."""
+
+    values: Array
+    axis: int
+    of_bias: Array | None = None
+    bias: Array | None = None
+    shape: Shape | None = None
+    magnitude: None = None
+    reads_weights: bool = False
+
+    @property
+    def columns(self) -> int | None:
+        return 0 if self.of_bias is None and self.bias is None else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotation:
+    """W turned on its rows (axis 0) or columns (axis 1) by m stages of n blocks (m, n, b, b); then rows rescaled."""
+
+    blocks: Array
+    axis: int
+    rescale: Array | None = None
+    bias: Array | None = None
+    shape: Shape | None = None
+    magnitude: None = None
+    columns: int | None = None
+    reads_weights: bool = False
+
+
+Module: TypeAlias = LoraModule | Product | Kronecker | Dense | Gain | Rotation
+"""`shape` is that of W, None where the file does not tell. `columns` are what factors need in a row, 0 for a gain
+alone; None: it is merged into copies of the weights.
+"""
+LoraRecord: TypeAlias = dict[str, Module]
 """Canonical target name → module, sorted."""
 
 
+def row_columns(target: str, module: Module) -> int | None:
+    """`columns`, and None for a layer that takes no factors in any graph: the projection of pooled text."""
+    return None if target.endswith(".text_projection") else module.columns
+
+
 def make_module(
-    target: str, down: Array, up: Array, alpha: float | None, magnitude: Magnitude | None = None
+    target: str,
+    down: Array,
+    up: Array,
+    alpha: float | None,
+    magnitude: Magnitude | None = None,
+    inner: Pair | None = None,
+    bias: Array | None = None,
 ) -> LoraModule:
     """A checked module; no alpha means alpha = rank. Raises Refused, naming the target."""
     if not (down.ndim == up.ndim and down.ndim in {2, 4} and down.shape[0] == up.shape[1]):
@@ -83,40 +211,88 @@ def make_module(
         raise Refused(f"{target}: up {up.shape} of a convolution must end in 1x1", target=target)
     rank = int(down.shape[0])
     alpha = float(np.float32(rank if alpha is None else alpha))
-    if not math.isfinite(alpha) or not 0 < abs(alpha) / rank <= _MAX_SCALE:
-        raise Refused(f"{target}: alpha {alpha} at rank {rank}; alpha/rank must be within ±{_MAX_SCALE:g}, not 0")
-    if magnitude is not None and magnitude.lengths.shape != ((up.shape[0],), (down.shape[1],))[magnitude.axis]:
+    check_scale(target, alpha / rank, f"alpha {alpha} at rank {rank}; alpha/rank")
+    if inner is not None and not (
+        inner.up.shape == (down.shape[1], inner.down.shape[0]) and inner.down.shape[1] == down.shape[1]
+    ):
+        raise Refused(f"{target}: {inner.up.shape} and {inner.down.shape} mix no input of {down.shape[1]} channels")
+    module = LoraModule(down, up, alpha, magnitude, inner, bias)
+    check_module(target, module)
+    _check_size(target, down, up, abs(module.scale))
+    return module
+
+
+def check_scale(target: str, scale: float, what: str = "its scale") -> None:
+    """Raises Refused."""
+    if not math.isfinite(scale) or not 0 < abs(scale) <= _MAX_SCALE:
+        raise Refused(f"{target}: {what} must be within ±{_MAX_SCALE:g}, not 0", target=target)
+
+
+def check_module(target: str, module: Module) -> None:
+    """Magnitudes and bias have the length of what they belong to. Raises Refused."""
+    shape = module.shape
+    if module.magnitude is not None and shape is not None:
+        lengths = module.magnitude.lengths
+        if len(shape) < 2 or lengths.shape != (shape[module.magnitude.axis],):
+            raise Refused(
+                f"{target}: magnitudes of shape {lengths.shape} fit neither rows nor columns of its weight",
+                target=target,
+            )
+    for vector in (module.bias, module.of_bias if isinstance(module, Gain) else None):
+        if vector is not None and (vector.ndim != 1 or (shape is not None and len(vector) != shape[0])):
+            raise Refused(f"{target}: a bias of shape {vector.shape} beside a weight of {shape}", target=target)
+
+
+def _check_size(target: str, down: Array, up: Array, scale: float) -> None:
+    """Half precision must hold what is added: a bound on it, without multiplying it out."""
+    with np.errstate(over="ignore"):
+        columns = np.abs(up.reshape(len(up), -1)).max(0).astype(np.float64)
+        rows = np.abs(down.reshape(len(down), -1)).max(1).astype(np.float64)
+    if not columns @ rows * scale <= _MAX_CHANGE:
         raise Refused(
-            f"{target}: magnitudes of shape {magnitude.lengths.shape} fit neither rows nor columns of its weight",
+            f"{target}: what it adds to the weight may be as large as {columns @ rows * scale:g}, beyond half "
+            "precision; the training went wrong",
             target=target,
         )
-    return LoraModule(down, up, alpha, magnitude)
-
-
-def read_magnitude(target: str, values: Array, up: Array, down: Array, *, convolution_axis: int) -> Magnitude:
-    """Of a file's tensor: (out,), (out, 1[, 1, 1]), (1, in[, 1, 1]).
-
-    Four dimensions that begin with 1 are PEFT's (1, out, 1, 1), or kohya's (1, in, 1, 1): `convolution_axis` says.
-    """
-    lengths = values.reshape(-1)
-    if values.ndim == 1 or values.shape == (up.shape[0], *(1,) * (values.ndim - 1)):
-        return Magnitude(lengths, 0)
-    if values.ndim in {2, 4} and values.shape[0] == 1 and values.size == values.shape[1]:
-        return Magnitude(lengths, convolution_axis if values.ndim == 4 else 1)
-    raise Refused(
-        f"{target}: magnitudes of shape {values.shape} beside down {down.shape} and up {up.shape}", target=target
-    )
 
 
 def write_record(record: LoraRecord) -> bytes:
     tensors: dict[str, Array] = {}
     for target, module in record.items():
-        tensors[f"{target}.down"] = module.down
-        tensors[f"{target}.up"] = module.up
-        tensors[f"{target}.alpha"] = np.array(module.alpha, dtype="<f4")
-        if module.magnitude is not None:
-            tensors[target + _MAGNITUDES[module.magnitude.axis]] = module.magnitude.lengths
+        tensors |= {f"{target}.{part}": values for part, values in _parts(module).items()}
     return write(tensors, _METADATA)
+
+
+def _parts(module: Module) -> dict[str, Array]:
+    parts: dict[str, Array | None] = {"bias": module.bias}
+    if module.magnitude is not None:
+        parts[f"magnitude.{_AXES[module.magnitude.axis]}"] = module.magnitude.lengths
+    match module:
+        case LoraModule():
+            parts |= {"down": module.down, "up": module.up, "alpha": _scalar(module.alpha)}
+            if module.inner is not None:
+                parts |= {"inner.down": module.inner.down, "inner.up": module.inner.up}
+        case Product():
+            parts |= {"first.up": module.first.up, "first.down": module.first.down}
+            parts |= {"second.up": module.second.up, "second.down": module.second.down}
+            parts |= {"product.alpha": _scalar(module.alpha), "shape": np.array(module.shape, dtype="<i4")}
+        case Kronecker():
+            parts |= {"left": module.left, "right": module.right}
+        case Dense():
+            parts["delta"] = module.delta
+        case Gain():
+            parts |= {f"gain.{_AXES[module.axis]}": module.values, "gain.bias": module.of_bias}
+        case Rotation():
+            parts |= {f"rotation.{_AXES[module.axis]}": module.blocks, "rescale": module.rescale}
+    return {part: values for part, values in parts.items() if values is not None}
+
+
+_PARTS = (
+    *("second.down", "second.up", "first.down", "first.up", "inner.down", "inner.up", "down", "up"),
+    *("product.alpha", "alpha", "shape", "left", "right", "delta", "gain.bias", "bias", "gain.out", "gain.in"),
+    *("rotation.out", "rotation.in", "rescale", "magnitude.out", "magnitude.in"),
+)
+"""Longer ones before those that they end with: `inner.down` before `down`."""
 
 
 def read_record(path: Path) -> LoraRecord:
@@ -125,18 +301,39 @@ def read_record(path: Path) -> LoraRecord:
         header = read_header(path)
         if header.metadata != _METADATA:
             raise Refused(f"its metadata is {header.metadata}, not {_METADATA}")
-        tensors = read_tensors(path, header)
-        targets = sorted(name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha"))
-        magnitudes = sum(name.endswith(_MAGNITUDES) for name in tensors)
-        if len(tensors) != 3 * len(targets) + magnitudes:
-            raise Refused("it has tensors that belong to no target")
-        return {name: _module(name, tensors) for name in targets}
-    except (Refused, KeyError) as error:
+        found: dict[str, dict[str, Array]] = {}
+        for name, values in read_tensors(path, header).items():
+            part = next((part for part in _PARTS if name.endswith(f".{part}")), None)
+            if part is None:
+                raise Refused("it has tensors that belong to no target")
+            found.setdefault(name.removesuffix(f".{part}"), {})[part] = values
+        return {target: _module(target, found[target]) for target in sorted(found)}
+    except (Refused, KeyError, StopIteration, ValueError) as error:
         raise IntegrityError(f"{path} is not a LoRA record: {error}; clear the cache and try again") from error
 
 
-def _module(target: str, tensors: dict[str, Array]) -> LoraModule:
-    found = [(axis, tensors[target + end]) for axis, end in enumerate(_MAGNITUDES) if target + end in tensors]
-    magnitude = Magnitude(found[0][1], found[0][0]) if found else None
-    alpha = float(tensors[f"{target}.alpha"])
-    return make_module(target, tensors[f"{target}.down"], tensors[f"{target}.up"], alpha, magnitude)
+def _module(target: str, parts: dict[str, Array]) -> Module:
+    bias, magnitude = parts.get("bias"), None
+    for axis, word in enumerate(_AXES):
+        if f"magnitude.{word}" in parts:
+            magnitude = Magnitude(parts[f"magnitude.{word}"], axis)
+    if "down" in parts:
+        inner = Pair(parts["inner.up"], parts["inner.down"]) if "inner.up" in parts else None
+        return make_module(target, parts["down"], parts["up"], float(parts["alpha"]), magnitude, inner, bias)
+    if "first.up" in parts:
+        first, second = (Pair(parts[f"{each}.up"], parts[f"{each}.down"]) for each in ("first", "second"))
+        return Product(first, second, float(parts["product.alpha"]), tuple(map(int, parts["shape"])), magnitude, bias)
+    if "left" in parts:
+        return Kronecker(parts["left"], parts["right"], magnitude, bias)
+    for axis, word in enumerate(_AXES):
+        if f"gain.{word}" in parts:
+            return Gain(parts[f"gain.{word}"], axis, parts.get("gain.bias"), bias)
+        if f"rotation.{word}" in parts:
+            return Rotation(parts[f"rotation.{word}"], axis, parts.get("rescale"), bias)
+    if "delta" not in parts and bias is None:
+        raise Refused(f"{target} has no part that changes it")
+    return Dense(parts.get("delta"), magnitude, bias)
+
+
+def _scalar(value: float) -> Array:
+    return np.array(value, dtype="<f4")

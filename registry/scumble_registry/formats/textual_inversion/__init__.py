@@ -1,23 +1,25 @@
 """Textual inversion: vectors that stand in a prompt where a token of their own is written (Gal et al., 2208.01618).
 
-| layout            | keys                                      | token                            |
-|-------------------|-------------------------------------------|----------------------------------|
-| diffusers         | exactly one, (n, D) or (D,)               | the key                          |
-| kohya, the webui  | `emb_params` (n, D); `clip_l` alone too   | the file's name without its end  |
-| SDXL              | `clip_l` (n, D) and `clip_g` (n, D')      | the file's name without its end  |
-
-The first trigger word that the publisher gives goes before all of these.
+`layouts.py` tells the layouts apart. The first trigger word that the publisher gives goes before the token that a file
+says; a tensor alone has no other. Embeddings that pictures carry are refused by name.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import JsonValue
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, TextualInversionCompatibility
 from scumble_registry.formats.floats import read_floats
-from scumble_registry.formats.safetensors_header import Header, read_header
+from scumble_registry.formats.leftover import leave_out
+from scumble_registry.formats.pickled import Plain
+from scumble_registry.formats.safetensors_header import Header, read_header, write_file
 from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.formats.textual_inversion.layouts import Embedding, find, is_negative
 from scumble_registry.formats.textual_inversion.record import (
     TextualInversionRecord,
     make_record,
@@ -31,39 +33,81 @@ FILE_NAME = "learned_embeds.safetensors"
 """What a single file is called inside the registry (diffusers' own default) if its token is no file's name."""
 
 _MAX_BYTES = 4 << 20
-_ENCODERS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""Keys that say which text encoder, and nothing of the token."""
-_NAMELESS = ({"emb_params"}, {"clip_l"}, {"clip_l", "clip_g"})
-_PARAMETERS = frozenset({"weight", "bias"})  # a layer's own tensors: no token ends so
 _FAMILIES: dict[tuple[int, ...], Family] = {(768,): "sd1", (1024,): "sd2", (768, 1280): "sdxl"}
+_PICTURES = (b"\x89PNG", b"RIFF")
 
 
 def recognises(source: Source) -> bool:
-    """One safetensors file, alone or in a folder, whose keys are those of one layout."""
-    weights = list(source.weights().values()) or ([source.path] if source.path.is_file() else [])
-    return len(weights) == 1 and _looks_like_embedding(read_header(weights[0]))
+    """One file of weights, alone or in a folder, whose keys are those of one layout; or a picture alone."""
+    weights = source.weights()
+    if len(weights) != 1:
+        return _is_picture(source)
+    ((name, file),) = weights.items()
+    return _find(read_header(file), source.plain.get(name)) is not None
 
 
 def read(source: Source, base: Manifest | None) -> Draft:
-    (file,) = source.weights().values() or (source.path,)
+    if _is_picture(source):
+        raise Refused(
+            "a picture that may carry an embedding is not read here; let the webui save the embedding as a file, and "
+            "publish that"
+        )
+    ((name, file),) = source.weights().items()
     if source.path.is_dir():
         check_plain(source)
     header = read_header(file)
-    tensors = read_floats(file, header, what="an embedding", max_bytes=_MAX_BYTES)
-    record = make_record({_ENCODERS.get(name, "text_encoder"): values for name, values in tensors.items()})
-    nameless = set(tensors) in _NAMELESS
-    token = _token(source, file.stem if nameless else next(iter(tensors)))
-    inside = f"{token}.safetensors" if nameless and _can_name_a_file(token) else FILE_NAME
+    layout = _find(header, source.plain.get(name))
+    assert layout is not None  # `recognises` has seen to it
+    leftover = leave_out(source, layout.leftover, "beside an embedding")
+    vectors = replace(header, tensors={key: header.tensors[key] for key in layout.encoders})
+    tensors = read_floats(file, vectors, what="an embedding", max_bytes=source.limit(_MAX_BYTES))
+    record = make_record({layout.encoders[key]: values for key, values in tensors.items()})
+    token = _token(source, layout, file)
+    inside = f"{token}.safetensors" if layout.token is None and _can_name_a_file(token) else FILE_NAME
+    if layout.must_be_named:
+        file = _as_nameless(source, record)
+    compatibility = _derive(record, token, base)
+    details: dict[str, JsonValue] = {
+        "serving": "vectors in the prompt",
+        "vectors": compatibility.vectors,
+        "widths": list(compatibility.widths),
+        "negative": is_negative(header.metadata),
+        "family_told_by": "the base" if base is not None else "the widths of its vectors",
+    }
     return Draft(
         files=source.files if source.path.is_dir() else {inside: file},
-        compatibility=_derive(record, token, base),
+        compatibility=compatibility,
         record=write_record(record),
         trigger_words=(token,),
+        dialect=layout.dialect,
+        details=details,
+        leftover=leftover,
     )
 
 
-def _token(source: Source, of_file: str) -> str:
-    token = (source.words[0] if source.words else of_file).strip()
+def _find(header: Header, plain: Plain) -> Embedding | None:
+    return find({name: info.shape for name, info in header.tensors.items()}, plain)
+
+
+def _is_picture(source: Source) -> bool:
+    if source.path.is_dir() or source.weights():
+        return False
+    with source.path.open("rb") as file:
+        return file.read(4).startswith(_PICTURES)
+
+
+def _as_nameless(source: Source, record: TextualInversionRecord) -> Path:
+    """A tensor alone as other tools know it, so that what is pulled is published again as what it was."""
+    assert source.work is not None
+    file = source.work / "emb_params.safetensors"
+    write_file(file, {"emb_params": record["text_encoder"]}, {})
+    return file
+
+
+def _token(source: Source, layout: Embedding, file: Path) -> str:
+    if layout.must_be_named and not source.words:
+        raise Refused("the file holds a tensor and no name; say how prompts call it: --trigger WORD")
+    token = (source.words[0] if source.words else layout.token or file.stem).strip()
     if not token:
         raise Refused("the embedding's token is empty; say how prompts call it: --trigger WORD")
     return token
@@ -76,16 +120,6 @@ def _derive(record: TextualInversionRecord, token: str, base: Manifest | None) -
         family = base.compatibility.family
     count = len(next(iter(record.values())))
     return TextualInversionCompatibility(family=family, widths=widths, vectors=count, token=token)
-
-
-def _looks_like_embedding(header: Header) -> bool:
-    names = set(header.tensors)
-    if names in _NAMELESS:
-        return True
-    if len(names) != 1:
-        return False
-    ((name, info),) = header.tensors.items()
-    return len(info.shape) in {1, 2} and name.rpartition(".")[2] not in _PARAMETERS
 
 
 def _can_name_a_file(token: str) -> bool:

@@ -100,8 +100,9 @@ def add_hidden_pickle(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "other weights": (add_pickle, "only safetensors weights"),
-    "a pickle called README": (add_hidden_pickle, "neither safetensors, text nor a picture"),
+    "other weights": (add_pickle, "publish one of the two"),
+    "no weights": (lambda f: (f / "unet/more.bin").write_bytes(b"nothing"), "neither safetensors nor a pickle"),
+    "a pickle called README": (add_hidden_pickle, "a pickle, of which nothing was executed"),
     "code": (lambda f: (f / "pipeline.py").write_text("boom()"), "neither safetensors"),
     "a link": (lambda f: (f / "unet/link.json").symlink_to("/etc/passwd"), "link or a special file"),
     "a linked folder": (lambda f: (f / "more").symlink_to("/etc"), "is a link"),

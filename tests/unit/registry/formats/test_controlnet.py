@@ -131,10 +131,13 @@ def test_a_config_that_says_otherwise(
         ({"control_model.zero_convs.0.0.weight": (2, 2), "control_model.a.lora_layer.up.weight": (2, 2)}, "CtrlLoRA"),
         ({"controlnet_cond_embedding.a.weight": (2,), "down_blocks.0.motion_modules.a.weight": (2,)}, "SparseCtrl"),
         ({"controlnet_cond_embedding.a.weight": (2,), "d.temporal_res_block.a": (2,)}, "Stable Video Diffusion"),
-        ({"controlnet_cond_embedding.a.weight": (2,), "conv_in.weight": (2, 2)}, "without its config.json"),
-        ({"body.0.block1.weight": (2, 2), "conv_in.weight": (2, 2)}, "T2I-Adapter without"),
-        ({"zero_convs.0.0.weight": (2, 2), "input_blocks.7.9.weight": (2,)}, "belongs to no ControlNet"),
-        ({"zero_convs.0.0.weight": (2, 2), "conv.weight": (2,)}, "belongs to no ControlNet"),
+        ({"controlnet_cond_embedding.a.weight": (2,), "conv_in.weight": (2, 2)}, "no cross-attention"),
+        ({"body.0.block1.weight": (2, 2), "conv_in.weight": (2, 2)}, "reads 2 channels"),
+        ({"style_embedding": (2, 2), "ln_pre.weight": (2,)}, "T2I-Adapter for style"),
+        ({"down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight": (2, 2)}, "motion module"),
+        ({"double_blocks.0.img_attn.proj.weight": (2, 2), "img_in.weight": (2, 2)}, "FLUX"),
+        ({"zero_convs.0.0.weight": (2, 2), "input_blocks.7.9.weight": (2,)}, "not understood: input_blocks.7.9.weight"),
+        ({"zero_convs.0.0.weight": (2, 2), "conv.weight": (2,)}, "not understood: conv.weight"),
         ({"zero_convs.0.0.weight": (2, 2), "time_embed.0.weight": (2, 2)}, "no cross-attention"),
         ({"lora_controlnet": (0,), "zero_convs.0.0.weight": (2, 2), "time_embed.0.up": (2, 3)}, "no down of its rank"),
         ({"lora_controlnet": (0,), "zero_convs.0.0.weight": (2, 2), "time_embed.0.down": (2, 3)}, "no up beside it"),
@@ -169,5 +172,135 @@ def test_a_net_with_holes(registry: Registry, unet: Any, tmp_path: Path) -> None
     with pytest.raises(Refused, match=r"conv_in\.bias holds NaN"):
         registry.publish(tmp_path / "net", "c/a")
     (tmp_path / "net" / "b.safetensors").write_bytes(file.read_bytes())
-    with pytest.raises(Refused, match="one safetensors file of weights is needed"):
+    with pytest.raises(Refused, match="one file of weights is needed"):
         registry.publish(tmp_path / "net", "c/a")
+
+
+REAL: dict[str, dict[str, Any]] = {
+    "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    "sdxl": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+@pytest.mark.parametrize("union", [False, True], ids=["net", "union"])
+@pytest.mark.parametrize("family", REAL)
+def test_the_config_of_a_real_net_is_told_from_its_shapes(family: str, union: bool) -> None:
+    from diffusers import ControlNetModel, ControlNetUnionModel
+
+    from scumble_registry.formats.controlnet.bare import net_config
+
+    kind = ControlNetUnionModel if union else ControlNetModel
+    of_union = {
+        "num_control_type": 8,
+        "num_trans_channel": 320,
+        "num_proj_channel": 320,
+        "addition_time_embed_dim": 256,
+    }
+    more = of_union if union else {}
+    with torch.device("meta"):
+        real = kind(**REAL[family], **more)
+        shapes = {name: tuple(values.shape) for name, values in real.state_dict().items()}
+        told = net_config(shapes, None, pools=False)
+        made = kind.from_config(told)
+    assert told["_class_name"] == kind.__name__
+    assert {name: tuple(values.shape) for name, values in made.state_dict().items()} == shapes
+    heads = [module.heads for module in real.modules() if hasattr(module, "heads")]
+    assert heads == [module.heads for module in made.modules() if hasattr(module, "heads")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels"),
+    [
+        ("full_adapter", (320, 640, 1280, 1280)),
+        ("light_adapter", (320, 640, 1280)),
+        ("full_adapter_xl", (320, 640, 1280, 1280)),
+    ],
+)
+@pytest.mark.parametrize("grey", [False, True])
+def test_the_config_of_a_real_t2i_adapter_is_told_from_its_shapes(
+    kind: str, channels: tuple[int, ...], grey: bool
+) -> None:
+    from diffusers import T2IAdapter
+
+    from scumble_registry.formats.controlnet import t2i
+
+    fold, resnets = (16 if kind.endswith("xl") else 8), (4 if kind.startswith("light") else 2)
+    with torch.device("meta"):
+        real = T2IAdapter(1 if grey else 3, list(channels), resnets, fold, kind)
+    shapes = {name: tuple(values.shape) for name, values in real.state_dict().items()}
+    original = {control_nets.to_t2i(name, resnets, kind): shape for name, shape in shapes.items()}
+    renamed = t2i.rename(original)
+    assert {new: original[old] for old, new in renamed.items()} == shapes
+    told = t2i.config(shapes)
+    asked = {"in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type"}
+    assert {key: told[key] for key in asked} == {key: real.config[key] for key in asked}
+
+
+def test_a_net_without_a_config_needs_its_base_where_its_widths_are_no_ones(
+    registry: Registry, base: str, unet: Any, tmp_path: Path
+) -> None:
+    net = control_nets.make_net(unet, 1)
+    net.save_pretrained(tmp_path / "net")
+    (tmp_path / "net" / CONFIG).unlink()
+    file = tmp_path / "net" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(Refused, match="--base REF"):
+        registry.publish(file, "c/alone")
+    version = registry.publish(file, "c/net", base=base)
+    assert version.manifest.dialect == "diffusers, without its config"
+    registry.pull("c/net", tmp_path / "pulled")
+    told = json.loads((tmp_path / "pulled" / CONFIG).read_text())
+    assert told["attention_head_dim"] == net.config.attention_head_dim
+    assert registry.publish(tmp_path / "pulled", "c/net", base=base).manifest.files == version.manifest.files
+
+
+def test_of_a_whole_models_file_only_the_net_is_kept(registry: Registry, base: str, unet: Any, tmp_path: Path) -> None:
+    net = control_nets.make_net(unet, 1)
+    alone = torch_load(control_nets.write_cldm(net, tmp_path / "a.safetensors"))
+    whole = alone | {
+        "model.diffusion_model.out.2.weight": torch.ones(4, 4),
+        "first_stage_model.a.weight": torch.ones(2),
+    }
+    torch.save({"state_dict": whole, "global_step": 3}, tmp_path / "whole.pth")
+    version = registry.publish(tmp_path / "whole.pth", "c/whole", base=base)
+    assert version.manifest.compatibility == published(registry, tmp_path / "a.safetensors", base=base)
+    assert torch_load(stored(registry, "c/whole", tmp_path / "w")).keys() == alone.keys()
+
+
+def test_a_shuffle_net_is_known_by_its_files_name(registry: Registry, base: str, unet: Any, tmp_path: Path) -> None:
+    file = control_nets.write_cldm(control_nets.make_net(unet, 1), tmp_path / "control_v11e_sd15_shuffle.safetensors")
+    registry.publish(file, "c/shuffle", base=base)
+    pulled = stored(registry, "c/shuffle", tmp_path / "pulled")
+    assert registry.find("c/shuffle").manifest.compatibility == published(registry, pulled, base=base)
+    assert registry.find("c/shuffle").manifest.compatibility.pools
+
+
+def test_keys_of_a_net_may_be_left_out(registry: Registry, base: str, unet: Any, tmp_path: Path) -> None:
+    file = control_nets.write_cldm(control_nets.make_net(unet, 1), tmp_path / "a.safetensors")
+    more = torch_load(file) | {"control_model.new.weight": torch.ones(2)}
+    torch.save(more, tmp_path / "more.pth")
+    with pytest.raises(Refused, match=r"control_model\.new\.weight"):
+        registry.publish(tmp_path / "more.pth", "c/a", base=base)
+    version = registry.publish(tmp_path / "more.pth", "c/a", base=base, allow_leftover=True)
+    assert version.manifest.leftover == ("control_model.new.weight",)
+
+
+def torch_load(file: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def stored(registry: Registry, ref: str, folder: Path) -> Path:
+    registry.pull(ref, folder)
+    return folder / "diffusion_pytorch_model.safetensors"

@@ -249,7 +249,7 @@ def test_a_file_that_is_no_record_is_an_integrity_error(metadata: dict[str, str]
         read_record(save(tmp_path / "a.safetensors", plain(8), metadata))
 
 
-def test_a_pickle_is_refused_with_what_would_be_right(registry: Registry, tmp_path: Path) -> None:
+def test_a_damaged_pickle_is_refused_with_what_would_be_right(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "ink.pt").write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(Refused, match="not converted here yet; save it as safetensors"):
+    with pytest.raises(Refused, match=r"as if it were cut off; fetch it again.*Use a safetensors file"):
         registry.publish(tmp_path / "ink.pt", "h/x")

@@ -283,7 +283,7 @@ def test_kohyas_layout_needs_the_base(registry: Registry, tmp_path: Path) -> Non
     [
         "lora_unet_down_blocks_9_attn1_to_q.lora_down.weight",
         f"{KOHYA_TO_Q}.hada_w1_a",
-        f"{KOHYA_TO_Q}.lora_mid.weight",
+        f"{KOHYA_TO_Q}.lambda_layer",
         "lora_unet_input_blocks_4_1_proj_in.alpha",
     ],
 )

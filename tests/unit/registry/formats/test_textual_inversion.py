@@ -157,9 +157,9 @@ def test_what_is_no_sound_embedding_is_refused(
 
 
 @pytest.mark.parametrize("name", ["ink.pt", "learned_embeds.bin"])
-def test_a_pickle_is_refused_with_what_would_be_right(registry: Registry, tmp_path: Path, name: str) -> None:
+def test_a_damaged_pickle_is_refused_with_what_would_be_right(registry: Registry, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(Refused, match="not converted here yet; save it as safetensors"):
+    with pytest.raises(Refused, match=r"as if it were cut off; fetch it again.*Use a safetensors file"):
         registry.publish(tmp_path / name, "e/x")
 
 

@@ -1,0 +1,134 @@
+"""Which shapes an engine takes: ranges of a graph's axes, each with the size that the engine is tuned for.
+
+A graph's manifest has a range for each axis, and that is one profile. A file narrows it, or makes several, because
+an engine tuned for what is drawn most is quicker there and takes less memory:
+
+    [[profile]]
+    rows = [1, 8, 16]            # least, usual, most
+    height = [64, 64, 96]        # of the latents: 512 to 768 pixels
+    width = [64, 64, 96]
+
+    [[profile]]
+    graphs = ["unet.bare"]       # left out: every graph
+    rows = 2                     # never anything else
+    height = 128
+    width = 128
+
+Axes that it leaves out keep the manifest's range.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scumble.errors import InvalidRequest, NotFound
+from scumble_build.export.manifest import GraphManifest
+
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+"""Of each input, its least, usual and largest shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    least: int
+    usual: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= self.usual <= self.most:
+            raise InvalidRequest(
+                f"a range is least ≤ usual ≤ most, not {self.least}, {self.usual}, {self.most}", field="profile"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`axes` of those that are narrowed; `graphs` that it is for, or None for all."""
+
+    axes: Mapping[str, Range]
+    graphs: frozenset[str] | None = None
+
+    def is_for(self, graph: str) -> bool:
+        return self.graphs is None or graph in self.graphs
+
+    def ranges(self, manifest: GraphManifest) -> dict[str, Range]:
+        """Of every axis of a graph that follows no other. Raises InvalidRequest for sizes that the graph never has."""
+        own = {name: Range(axis.min, axis.opt, axis.max) for name, axis in manifest.axes.items() if axis.of is None}
+        own.pop("positions", None)  # follows from height and width
+        return own | {name: each for name, each in self.axes.items() if name in own}
+
+    def shapes(self, manifest: GraphManifest) -> Shapes:
+        ranges = self.ranges(manifest)
+        ends = [
+            manifest.shapes({name: getattr(each, end) for name, each in ranges.items()})
+            for end in ("least", "usual", "most")
+        ]
+        return {port.name: (ends[0][port.name], ends[1][port.name], ends[2][port.name]) for port in manifest.inputs}
+
+
+WHOLE = Profile({})
+"""All that a graph's manifest promises."""
+
+
+def of(manifest: GraphManifest, wanted: Iterable[Profile]) -> tuple[Profile, ...]:
+    """Those that are for this graph; the whole range, if none is."""
+    return tuple(each for each in wanted if each.is_for(manifest.graph)) or (WHOLE,)
+
+
+def described(manifest: GraphManifest, profiles: Iterable[Profile]) -> list[dict[str, list[int]]]:
+    """As it stands in an engine's key: every range, written out."""
+    return [
+        {name: [each.least, each.usual, each.most] for name, each in sorted(profile.ranges(manifest).items())}
+        for profile in profiles
+    ]
+
+
+def read(file: Path) -> tuple[Profile, ...]:
+    """Raises NotFound, InvalidRequest naming what is wrong."""
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NotFound(f"--profile: {file} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{file} is not TOML: {error}", field="profile") from error
+    entries = data.get("profile")
+    if set(data) != {"profile"} or not isinstance(entries, list) or not entries:
+        raise InvalidRequest(f"{file} has [[profile]] tables and nothing else; docs/gpu.md shows one", field="profile")
+    return tuple(_profile(entry, file) for entry in entries)
+
+
+def check_names(wanted: Iterable[Profile], manifests: Iterable[GraphManifest]) -> None:
+    """Raises InvalidRequest for an axis or a graph that there is not: a misspelt one would narrow nothing."""
+    manifests = tuple(manifests)
+    axes = {name for manifest in manifests for name, axis in manifest.axes.items() if axis.of is None}
+    graphs = {manifest.graph for manifest in manifests}
+    for profile in wanted:
+        for what, unknown, known in (
+            ("axis", set(profile.axes) - axes, axes),
+            ("graph", (profile.graphs or frozenset()) - graphs, graphs),
+        ):
+            if unknown:
+                raise InvalidRequest(
+                    f"the profile names the {what} {min(unknown)}, which no graph here has; there are "
+                    f"{', '.join(sorted(known))}",
+                    field="profile",
+                )
+
+
+def _profile(entry: Mapping[str, Any], file: Path) -> Profile:
+    graphs = entry.get("graphs")
+    if graphs is not None and not (isinstance(graphs, list) and all(isinstance(each, str) for each in graphs)):
+        raise InvalidRequest(f"{file}: graphs is a list of names", field="profile")
+    axes = {name: _range(name, value, file) for name, value in entry.items() if name != "graphs"}
+    return Profile(axes, None if graphs is None else frozenset(graphs))
+
+
+def _range(name: str, value: Any, file: Path) -> Range:
+    numbers = value if isinstance(value, list) else [value] * 3
+    if len(numbers) != 3 or not all(isinstance(each, int) and not isinstance(each, bool) for each in numbers):
+        raise InvalidRequest(f"{file}: {name} is a number, or [least, usual, most]", field="profile")
+    return Range(*numbers)

@@ -1,0 +1,160 @@
+"""`inspect`: what publishing would make of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from scumble_registry.cli.options import (
+    AllowLeftover,
+    Averaged,
+    Home,
+    Json,
+    Like,
+    MaxSize,
+    Prediction,
+    Shortcut,
+    Trigger,
+    folder_of,
+    read_size,
+    registry_if_there,
+)
+from scumble_registry.cli.printing import listed, plain, print_json, print_rows
+from scumble_registry.formats.source import Hints
+from scumble_registry.inspection import Inspection, hashes_to_dict
+from scumble_registry.inspection import inspect as look_at
+
+app = typer.Typer()
+
+_REFUSED = 4
+_MOST_MODULES = 20
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="What publish takes.", metavar="FILE-OR-DIR")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base that it should fit: a reference, or a folder (./base).", metavar="REF-OR-DIR"),
+    ] = None,
+    trigger: Trigger = None,
+    allow_leftover: AllowLeftover = False,
+    max_size: MaxSize = None,
+    like: Like = None,
+    prediction: Prediction = None,
+    averaged: Averaged = False,
+    shortcut: Shortcut = None,
+    every: Annotated[bool, typer.Option("--all", help="Every module, not only the first.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a file is, without publishing it. Exits with 4 where publishing it so would be refused."""
+    with registry_if_there(home) or nullcontext() as registry:
+        found = look_at(
+            path,
+            registry,
+            base=base,
+            trigger_words=trigger or (),
+            max_bytes=read_size(max_size),
+            hints=Hints(folder_of(like, registry), prediction, averaged, shortcut),
+        )
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print(found, None if every else _MOST_MODULES)
+    if found.misfit is not None or (found.leftover and not allow_leftover):
+        raise typer.Exit(_REFUSED)
+
+
+def _print(found: Inspection, most: int | None) -> None:
+    print_rows(_rows(found))
+    modules = found.details.get("modules")
+    if isinstance(modules, dict) and modules:
+        print()
+        _print_modules(modules, most)
+    if found.training:
+        print("\nWhat the file says of its training (nobody checked it):")
+        print_rows({plain(key, 60): _value(value) for key, value in found.training.items()})
+
+
+def _rows(found: Inspection) -> dict[str, object]:
+    hashes = hashes_to_dict(found.hashes)
+    fit = f"no: {plain(found.misfit)}" if found.misfit else f"{plain(found.base)}: fits"
+    left = f"{len(found.leftover)} keys, which publish leaves out with --allow-leftover only: {listed(found.leftover)}"
+    others = {key: value for key, value in found.details.items() if key not in {"family", "modules", "training"}}
+    return {
+        "kind": found.kind,
+        "dialect": plain(found.dialect),
+        "family": found.compatibility.family or "?",
+        "family told by": _value(found.details.get("family") or ""),
+        **{key: plain(value) for key, value in _shape(found).items()},
+        **{_words(plain(key, 40)): _value(value) for key, value in others.items()},
+        "trigger words": listed(found.trigger_words),
+        "sampling": found.sampling and found.sampling.model_dump_json(),
+        "not understood": left if found.leftover else None,
+        "base": fit if found.base else None,
+        "size": f"{sum(blob.size for blob in found.files.values()):,} bytes in {len(found.files)} files",
+        "sha256": hashes["sha256"],
+        "AutoV2": hashes["autov2"],
+        "AutoV3": hashes["autov3"],
+        "record": found.record,
+        "published": _published(found),
+    }
+
+
+def _published(found: Inspection) -> str:
+    same: dict[str, list[str]] = {}
+    for match in found.known:
+        same.setdefault(f"{match.version.ref} ({match.version.status})", []).append(str(match.kind))
+    return "; ".join(f"{version}: same {', '.join(dict.fromkeys(kinds))}" for version, kinds in same.items())
+
+
+def _shape(found: Inspection) -> dict[str, object]:
+    """What the compatibility says in a few words: long tables are counted."""
+    said = found.compatibility.model_dump(mode="json", exclude={"kind", "family"}, exclude_none=True)
+    return {_words(key): _counted(value) for key, value in said.items() if value not in ({}, [], False)}
+
+
+def _counted(value: Any) -> str:
+    if not isinstance(value, dict) or len(value) <= 4:
+        return _value(value)
+    numbers = sorted({each for each in value.values() if isinstance(each, int)})
+    if not numbers:
+        return f"{len(value)} modules"
+    return (
+        f"{numbers[0]} to {numbers[-1]} in {len(value)} modules"
+        if numbers[1:]
+        else f"{numbers[0]} in {len(value)} modules"
+    )
+
+
+def _print_modules(modules: Mapping[str, Any], most: int | None) -> None:
+    """One line for each module, with whatever its format says of it."""
+    columns = list(dict.fromkeys(key for about in modules.values() if isinstance(about, dict) for key in about))
+    table = Table("module", *(Column(Text(plain(column, 40))) for column in columns), box=None)
+    for name, about in list(modules.items())[:most]:
+        cells = [plain(about.get(column, ""), 60) for column in columns] if isinstance(about, dict) else []
+        table.add_row(Text(plain(name, 120)), *map(Text, cells))
+    Console().print(table)
+    if most is not None and len(modules) > most:
+        print(f"… and {len(modules) - most} more modules; --all shows them")
+
+
+def _words(key: str) -> str:
+    """A field's name as words; a module's name stays."""
+    return key if "." in key else key.replace("_", " ")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return listed((f"{_words(key)} {_value(item)}" for key, item in value.items() if item is not None), most=20)
+    if isinstance(value, list | tuple):
+        return listed(value, most=20)
+    return plain(value)

@@ -1,0 +1,154 @@
+"""A single file taken apart: which model of Stable Diffusion each tensor belongs to, by the original names.
+
+| what         | SD 1.x                          | SD 2.x                    | SDXL                                   |
+|--------------|---------------------------------|---------------------------|----------------------------------------|
+| UNet         | `model.diffusion_model.`        | the same                  | the same                               |
+| VAE          | `first_stage_model.`            | the same                  | the same                               |
+| text encoder | `cond_stage_model.transformer.` | `cond_stage_model.model.` | `conditioner.embedders.0.transformer.` |
+| its second   |                                 |                           | `conditioner.embedders.1.model.`       |
+
+A `.ckpt` of Lightning has all of them in its `state_dict`, and beside it what only training needs. `model_ema.` is the
+UNet averaged over training, under names without dots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from scumble.errors import Refused
+from scumble_registry.compatibility import Family
+from scumble_registry.formats import ldm
+from scumble_registry.formats.checkpoint import vae
+from scumble_registry.formats.checkpoint.text import Convert, clip, open_clip, open_clip_penultimate
+from scumble_registry.formats.safetensors_header import Array
+
+UNET, VAE, EMA, LIGHTNING = "model.diffusion_model.", "first_stage_model.", "model_ema.", "state_dict."
+_CONTROL = "control_model."
+_TEXTS: tuple[tuple[str, str, Family, Convert], ...] = (
+    ("cond_stage_model.transformer.", "text_encoder", "sd1", clip),
+    ("cond_stage_model.model.", "text_encoder", "sd2", open_clip_penultimate),
+    ("conditioner.embedders.0.transformer.", "text_encoder", "sdxl", clip),
+    ("conditioner.embedders.1.model.", "text_encoder_2", "sdxl", open_clip),
+)
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+"""Empty tensors that say how an SDXL checkpoint was trained."""
+_UNUSED = re.compile(
+    r"(?:alphas_cumprod(?:_prev)?|betas|log_one_minus_alphas_cumprod|logvar|lvlb_weights|posterior_.+"
+    r"|sqrt_.+|scale_factor|denoiser\.(?:sigmas|log_sigmas)|first_stage_model\.loss\..+|model_ema\.(?:decay|num_updates)"
+    r"|v_pred|ztsnr)"
+)
+"""Tables of the schedule, which its parameters give again, and what belongs to training."""
+_OF_LIGHTNING = re.compile(
+    r"(?:optimizer_states|lr_schedulers|callbacks|loops|native_amp_scaling_state|hparams.*|hyper_parameters)(?:\.|$)"
+)
+
+
+@dataclass(slots=True)
+class Parts:
+    """By component (`unet`, `vae`, the text encoders): tensors by the names of the diffusers layout."""
+
+    family: Family
+    components: dict[str, dict[str, Array]] = field(default_factory=dict)
+    marks: frozenset[str] = frozenset()
+    unused: list[str] = field(default_factory=list)
+    """What no picture depends on."""
+    averaged: int = 0
+    """How many tensors are averages that were not asked for."""
+    strangers: list[str] = field(default_factory=list)
+
+
+def is_whole(names: Iterable[str]) -> bool:
+    """Is it a checkpoint in the original layout, and no ControlNet with the one that it was trained on?"""
+    plain = [name.removeprefix(LIGHTNING) for name in names]
+    return any(name.startswith(UNET) for name in plain) and not any(name.startswith(_CONTROL) for name in plain)
+
+
+def take_apart(tensors: Mapping[str, Array], like: Family | None = None, *, ema: bool) -> Parts:
+    """`like` is the family of the folder that it is said to be like.
+
+    Raises Refused if averages are asked for and there are none, or if the family cannot be told.
+    """
+    inner = _inside(tensors)
+    parts = Parts(_family(inner, like), marks=frozenset(inner.keys() & {V_PREDICTION, ZERO_SNR}))
+    parts.unused += [name for name in tensors if _OF_LIGHTNING.match(name)]
+    rest = {name for name in inner if not _OF_LIGHTNING.match(name)}
+    rest -= _take_unet(parts, inner, ema=ema)
+    rest -= _take(parts, inner, VAE, "vae", vae.convert)
+    for prefix, component, family, convert in _TEXTS:
+        if family == parts.family:
+            rest -= _take_text(parts, inner, prefix, component, convert)
+    parts.unused += sorted(name for name in rest if _UNUSED.fullmatch(name))
+    parts.strangers += sorted(name for name in rest if not _UNUSED.fullmatch(name))
+    return parts
+
+
+def _inside(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    if any(name.startswith(LIGHTNING) for name in tensors):
+        return {n.removeprefix(LIGHTNING): v for n, v in tensors.items() if not _OF_LIGHTNING.match(n)}
+    return dict(tensors)
+
+
+def _family(tensors: Mapping[str, Array], like: Family | None) -> Family:
+    for prefix, _, family, _ in _TEXTS:
+        if any(name.startswith(prefix) for name in tensors):
+            return family
+    if like is not None:
+        return like
+    context = next((v.shape[1] for name, v in tensors.items() if name.endswith("attn2.to_k.weight")), 0)
+    families: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+    if context not in families:
+        raise Refused(f"the checkpoint has no text encoder and reads text of width {context}; its family is unknown")
+    return families[context]
+
+
+def _take_unet(parts: Parts, tensors: Mapping[str, Array], *, ema: bool) -> set[str]:
+    own = {name: values for name, values in tensors.items() if name.startswith(UNET)}
+    averages = {name: f"{EMA}{name.removeprefix('model.').replace('.', '')}" for name in own}
+    present = {average for average in averages.values() if average in tensors}
+    if ema:
+        if missing := sorted(set(averages.values()) - present):
+            raise Refused(f"--ema: the checkpoint holds no averaged weights ({missing[0]} is missing); leave it out")
+        own = {name: tensors[average] for name, average in averages.items()}
+    else:
+        parts.averaged = len(present)
+    _take(parts, own, UNET, "unet", _convert_unet)
+    return own.keys() | present
+
+
+def _convert_unet(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]:
+    convert = ldm.converter(tensors)
+    found: dict[str, Array] = {}
+    strangers: list[str] = []
+    for name, values in tensors.items():
+        module, _, role = name.rpartition(".")
+        if (ours := convert(module)) is None:
+            strangers.append(name)
+        else:
+            found[f"{ours}.{role}"] = values
+    return found, strangers
+
+
+def _take(
+    parts: Parts,
+    tensors: Mapping[str, Array],
+    prefix: str,
+    component: str,
+    convert: Callable[[Mapping[str, Array]], tuple[dict[str, Array], list[str]]],
+) -> set[str]:
+    own = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+    own = {name: values for name, values in own.items() if not _UNUSED.fullmatch(prefix + name)}
+    if own:
+        parts.components[component], strangers = convert(own)
+        parts.strangers += [prefix + name for name in strangers]
+    return {prefix + name for name in own}
+
+
+def _take_text(parts: Parts, tensors: Mapping[str, Array], prefix: str, component: str, convert: Convert) -> set[str]:
+    def both(own: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]:
+        text = convert(own)
+        parts.unused += [prefix + name for name in text.unused]
+        return text.tensors, text.strangers
+
+    return _take(parts, tensors, prefix, component, both)

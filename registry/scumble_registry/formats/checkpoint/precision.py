@@ -1,0 +1,61 @@
+"""Folders in the diffusers layout whose weights bear a precision in their name: `model.fp16.safetensors`.
+
+Loaders look for the plain name unless they are told otherwise, so where that is missing the weights get it. A component
+that has both keeps both, and the plain one is used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from scumble.errors import Refused
+from scumble_registry.formats.source import Source, Unpacked
+
+_FILE = re.compile(r"(?P<stem>.*(?:/|^)[^/.]+)\.(?P<word>fp16|fp32|bf16|non_ema)(?P<part>-\d+-of-\d+)?\.safetensors")
+_INDEX = re.compile(r"(?P<stem>.*(?:/|^)[^/.]+\.safetensors\.index)\.(?P<word>fp16|fp32|bf16|non_ema)\.json")
+
+
+def one_precision(source: Source) -> Unpacked:
+    """Raises Refused where a component lies there in several precisions, none of them under the plain name."""
+    plain = {name.rpartition("/")[0] for name in source.weights() if not _FILE.fullmatch(name)}
+    words: dict[str, set[str]] = {}
+    renamed: dict[str, str] = {}
+    for name in source.files:
+        match = _FILE.fullmatch(name) or _INDEX.fullmatch(name)
+        folder = name.rpartition("/")[0]
+        if match is None or folder in plain:
+            continue
+        words.setdefault(folder, set()).add(match["word"])
+        renamed[name] = f"{match['stem']}{_part(match)}"
+    for folder, found in words.items():
+        if len(found) > 1:
+            raise Refused(f"{folder} holds its weights as {' and '.join(sorted(found))}; keep the one to be served")
+    if not renamed:
+        return Unpacked(source)
+    files = {renamed.get(name, name): file for name, file in source.files.items()}
+    for name, new in renamed.items():
+        if _INDEX.fullmatch(name):
+            files[new] = _write_index(source, name, renamed)
+    said = ", ".join(sorted({word for found in words.values() for word in found}))
+    whole = replace(source, files=dict(sorted(files.items())))
+    return Unpacked(whole, {"renamed": dict(renamed)}, (), f"diffusers folder ({said})")
+
+
+def _part(match: re.Match[str]) -> str:
+    return f"{match['part'] or ''}.safetensors" if match.re is _FILE else ".json"
+
+
+def _write_index(source: Source, name: str, renamed: dict[str, str]) -> Path:
+    """The list of a component's shards, which speaks of their new names."""
+    index = source.json(name)
+    folder = name.rpartition("/")[0]
+    if isinstance(index, dict) and isinstance(shards := index.get("weight_map"), dict):
+        new = {key: renamed.get(f"{folder}/{shard}", f"/{shard}").rpartition("/")[2] for key, shard in shards.items()}
+        index = index | {"weight_map": new}
+    assert source.work is not None
+    file = source.work / name.replace("/", "_")
+    file.write_text(json.dumps(index), encoding="utf-8")
+    return file

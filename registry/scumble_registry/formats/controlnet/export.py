@@ -1,0 +1,44 @@
+"""Stored files back into what other tools read.
+
+diffusers    `config.json` and weights by diffusers' names
+webui        one file of weights; its extension reads the original layout, diffusers' names and control-LoRAs
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from scumble.errors import Refused
+from scumble_registry.formats.controlnet import bare
+from scumble_registry.formats.controlnet.adopt import POOLS
+from scumble_registry.formats.controlnet.weights import read_weights
+from scumble_registry.formats.safetensors_header import read_header, write_file
+
+LAYOUTS = ("diffusers", "webui")
+_WEIGHTS, _CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
+
+
+def export(stored: Path, unet: dict[str, Any] | None, layout: str, folder: Path) -> None:
+    """`stored` is the folder of the registry, `unet` the config of the base's, where one is known.
+
+    Raises Refused for what diffusers has no layout for.
+    """
+    weights = stored / _WEIGHTS
+    if layout == "webui" or (stored / _CONFIG).is_file():
+        shutil.copyfile(weights, folder / _WEIGHTS)
+        if layout == "diffusers":
+            shutil.copyfile(stored / _CONFIG, folder / _CONFIG)
+        return
+    found = read_weights(weights)
+    if found.needs_base:
+        raise Refused(
+            "this net is a difference to its base, which diffusers has no layout for; export it as webui", layout=layout
+        )
+    header = read_header(weights)
+    shapes = {name: values.shape for name, values in found.full.items()}
+    config = bare.net_config(shapes, unet, pools=header.metadata.get(POOLS) == "true")
+    (folder / _CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+    write_file(folder / _WEIGHTS, found.full, {"format": "pt"})

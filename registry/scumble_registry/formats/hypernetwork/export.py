@@ -1,0 +1,58 @@
+"""The webui's `.pt`, the only file of hypernetworks that the webui reads: the reverse of `webui.py`.
+
+It is a pickle, which torch writes; torch is imported here and nowhere else in the registry.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from scumble.errors import Refused, Unavailable
+from scumble_registry.formats.safetensors_header import read_header
+
+LAYOUTS = ("webui",)
+_KEY = re.compile(r"(\d+)\.([kv])\.(.+)")
+_SAID_AS_JSON = frozenset(
+    {
+        "activate_output",
+        "dropout_structure",
+        "is_layer_norm",
+        "last_layer_dropout",
+        "layer_structure",
+        "step",
+        "use_dropout",
+    }
+)
+
+
+def export(stored: Path, folder: Path) -> None:
+    """`stored` is the safetensors file of the registry. Raises Refused for a predictor, Unavailable without torch."""
+    settings = read_header(stored).metadata
+    if "scumble.predictor" in settings:
+        raise Refused("no other tool reads a hypernetwork that predicts a LoRA; `scumble registry pull` gives its file")
+    try:
+        import torch
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise Unavailable("the webui's .pt is written by torch: pip install 'scumble[build]'") from error
+    networks: dict[int, tuple[OrderedDict[str, Any], OrderedDict[str, Any]]] = {}
+    for name, values in load_file(stored).items():
+        if match := _KEY.fullmatch(name):
+            pair = networks.setdefault(int(match[1]), (OrderedDict(), OrderedDict()))
+            pair["kv".index(match[2])][match[3]] = values
+    said = {key: _value(key, text) for key, text in settings.items() if key != "format"}
+    content: dict[Any, Any] = {**networks, **said}
+    torch.save(content, folder / "hypernetwork.pt")
+
+
+def _value(key: str, text: str) -> Any:
+    if key not in _SAID_AS_JSON:
+        return text
+    try:
+        return json.loads(text.replace("True", "true").replace("False", "false"))
+    except ValueError:
+        return text

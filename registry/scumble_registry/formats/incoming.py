@@ -1,0 +1,63 @@
+"""The step before formats are asked: every file of weights is safetensors, whatever it was and was called.
+
+What a file is, its content says. A pickle (torch.save's, say) is converted into `source.work`; the file that then
+stands in the source, and is stored, is the safetensors file, under the same name with the ending `.safetensors`. Its
+tensors are called by their path through the pickle, joined with '.' (`state_dict.model.weight`,
+`320.0.linear.0.weight`; a tensor alone is `tensor`), and `source.plain` has, by the file's new name, all that the
+pickle held beside tensors.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from scumble.errors import Refused
+from scumble_registry.formats.pickled import Plain, to_safetensors
+from scumble_registry.formats.safetensors_header import MAX_HEADER
+from scumble_registry.formats.source import WEIGHTS, Source
+
+SUFFIX = ".safetensors"
+_LARGEST = 20 << 30
+"""Of any kind: a checkpoint's. The kind is not known before the file is read."""
+_PICKLES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
+
+
+def with_safetensors(source: Source) -> Source:
+    """`source` with every pickle converted. Raises Refused, naming file and reason."""
+    files: dict[str, Path] = {}
+    plain: dict[str, Plain] = {}
+    for name, file in source.files.items():
+        kind = kind_of(file)
+        new = safetensors_name(name) if kind else name
+        if new != name and (new in source.files or new in files):
+            raise Refused(f"{name} would become {new}, which is there too; publish one of the two", file=name)
+        files[new] = file
+        if kind == "pickle":
+            if source.work is None:
+                raise ValueError("a pickle needs Source.work to be converted in")
+            files[new] = source.work / "converted" / new
+            files[new].parent.mkdir(parents=True, exist_ok=True)
+            plain[new] = to_safetensors(file, files[new], source.limit(_LARGEST))
+    return replace(source, files=dict(sorted(files.items())), plain=plain)
+
+
+def safetensors_name(name: str) -> str:
+    """Another ending, if the name has one.
+
+    >>> safetensors_name("sub/easy.negative.pt"), safetensors_name("style-v1.5")
+    ('sub/easy.negative.safetensors', 'style-v1.5.safetensors')
+    """
+    path = PurePosixPath(name)
+    has_ending = path.suffix.lower() in WEIGHTS | {SUFFIX}
+    return str(path.with_suffix(SUFFIX) if has_ending else path.with_name(path.name + SUFFIX))
+
+
+def kind_of(file: Path) -> str:
+    """`safetensors`, `pickle` (or the zip around one), or nothing of the kind."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    if len(start) == 9 and struct.unpack("<Q", start[:8])[0] <= MAX_HEADER and start[8:] == b"{":
+        return "safetensors"
+    return "pickle" if start.startswith(_PICKLES) else ""

@@ -1,0 +1,48 @@
+"""A record back into h94's layout, which diffusers and the webui's extension both read.
+
+The file's name and header say whether a FaceID-Plus is a PlusV2: no tensor does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from scumble.errors import Refused
+from scumble_registry.compatibility import BaseCompatibility, IpAdapterCompatibility
+from scumble_registry.formats.ip_adapter.attentions import attentions
+from scumble_registry.formats.ip_adapter.record import IpAdapterRecord
+from scumble_registry.formats.safetensors_header import Array, write
+
+LAYOUTS = ("diffusers", "webui")
+_LAYERS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"}
+
+
+def export(
+    record: IpAdapterRecord,
+    adapter: IpAdapterCompatibility,
+    base: BaseCompatibility,
+    folder: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """One file in the existing `folder`; attentions are counted as `base` has them. Raises Refused if it has others."""
+    index = {name: number for number, name in enumerate(attentions(base))}
+    tensors: dict[str, Array] = {f"image_proj.{name}": values for name, values in record.projection.items()}
+    for name, values in record.keys.items():
+        place = _place(index, name, base)
+        tensors |= {f"{place}.to_k_ip.weight": values, f"{place}.to_v_ip.weight": record.values[name]}
+    for target, module in record.lora.items():
+        name, layer = next((target.removesuffix(f".{end}"), end) for end in _LAYERS if target.endswith(f".{end}"))
+        stem = f"{_place(index, name, base)}.to_{_LAYERS[layer]}_lora"
+        tensors |= {f"{stem}.down.weight": module.down, f"{stem}.up.weight": module.up}
+    header = dict(metadata or {})
+    if adapter.projection == "faceid_plus":
+        header["shortcut"] = "true" if adapter.shortcut else "false"
+    file = "ip-adapter-plusv2.safetensors" if adapter.shortcut else "ip-adapter.safetensors"
+    (folder / file).write_bytes(write(tensors, header))
+
+
+def _place(index: Mapping[str, int], name: str, base: BaseCompatibility) -> str:
+    if name not in index:
+        raise Refused(f"this {base.family} base has no {name}; name the base that the IP-Adapter is for", target=name)
+    return f"ip_adapter.{index[name]}"

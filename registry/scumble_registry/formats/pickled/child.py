@@ -1,0 +1,84 @@
+"""The process that reads a stranger's pickle: `python -I` without the registry's imports, under limits.
+
+It is handed two open files, reads one, writes safetensors to the other, and says one line of JSON: `{"tree": …}`,
+`{"unsound": why}` or `{"failed": why}` (no room on the disk). Once its limits are set it can open no file and no
+socket, start no process, and take no more memory and time than its parent grants.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import resource
+import sys
+from io import BytesIO
+from typing import Any, BinaryIO
+
+import numpy as np  # noqa: F401 - before the limits: nothing can be opened behind them
+
+from scumble_registry.formats.pickled import archive, legacy, meaning, tensors
+from scumble_registry.formats.pickled.machine import Global, Machine, Storage, Unsound
+from scumble_registry.formats.pickled.tree import Flattening
+from scumble_registry.formats.safetensors_header import DTYPES
+
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+
+def main(source: int, target: int, memory: int, seconds: int, size: int) -> None:
+    """`source` and `target`: open files; `memory` in bytes beside the mapped file; `size`: of what may be written."""
+    mapped = mmap.mmap(source, 0, access=mmap.ACCESS_READ)
+    _restrict(memory + len(mapped), seconds, size)
+    with os.fdopen(target, "wb") as out:
+        try:
+            said: dict[str, Any] = {"tree": read(tensors.Input(source, memoryview(mapped)), out)}
+        except Unsound as error:
+            said = {"unsound": str(error)}
+        except MemoryError:
+            said = {"unsound": f"need of more than {memory} bytes of memory"}
+        except RecursionError:
+            said = {"unsound": "lists in lists without end"}
+        except OSError as error:
+            said = {"failed": error.strerror or "the file cannot be read"}
+    sys.stdout.write(json.dumps(said))
+
+
+def read(source: tensors.Input, out: BinaryIO) -> Any:
+    """Write the tensors of `source` to `out` and give the encoded tree. Raises Unsound, OSError."""
+    storages: dict[str, Storage] = {}
+    if bytes(source.data[:4]) == archive.MAGIC:
+        found = archive.read_archive(source.data)
+        root, spans, big_endian = _run(BytesIO(found.pickle), storages), found.storages, found.big_endian
+    else:
+        root, spans, big_endian = legacy.read_legacy(source.data, lambda part: _run(part, storages), storages, _SIZES)
+    flattening = Flattening()
+    tree = flattening.encode(root)
+    tensors.write(flattening.tensors, spans, source, out, big_endian=big_endian)
+    return tree
+
+
+def _run(file: BytesIO, storages: dict[str, Storage]) -> Any:
+    def fetch(words: Any) -> Storage | Global:
+        found = meaning.fetch(words)
+        if isinstance(found, Storage) and storages.setdefault(found.key, found) != found:
+            raise Unsound("one storage with two types or sizes")
+        return found
+
+    return Machine(meaning.find, meaning.call, fetch).run(file)
+
+
+def _restrict(memory: int, seconds: int, size: int) -> None:
+    limits = {
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_FSIZE: size,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_NOFILE: 0,  # those that are open stay open
+    }
+    for limit, value in limits.items():
+        resource.setrlimit(limit, (value, value))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

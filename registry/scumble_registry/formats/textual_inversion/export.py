@@ -1,0 +1,44 @@
+"""A record back into files that other tools read.
+
+diffusers       `learned_embeds.safetensors`, one tensor called by its token; SDXL's pair as below
+kohya, webui    a file called by its token, with `emb_params`; SDXL's pair: `clip_l` and `clip_g`
+
+Where a file's name is its token, a token that is no file's name is published again with `--trigger`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from scumble_registry.formats.safetensors_header import write
+from scumble_registry.formats.textual_inversion.record import TextualInversionRecord
+
+LAYOUTS = ("diffusers", "kohya", "webui")
+_PAIR = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
+
+def export(
+    record: TextualInversionRecord, token: str, layout: str, folder: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """One file in the existing `folder`; `metadata` goes into its header."""
+    header = dict(metadata or {})
+    if len(record) > 1:
+        tensors = {_PAIR[encoder]: vectors for encoder, vectors in record.items()}
+        (folder / file_name(token)).write_bytes(write(tensors, header))
+        return
+    (vectors,) = record.values()
+    if layout == "diffusers":
+        (folder / "learned_embeds.safetensors").write_bytes(write({token: vectors}, header))
+    else:
+        (folder / file_name(token)).write_bytes(write({"emb_params": vectors}, header))
+
+
+def file_name(token: str) -> str:
+    """The token without what file systems and shells take amiss.
+
+    >>> file_name("<my cat>"), file_name("…")
+    ('my cat.safetensors', 'embedding.safetensors')
+    """
+    return (re.sub(r"[^A-Za-z0-9_. -]+", "", token).strip(". ")[:100] or "embedding") + ".safetensors"

@@ -1,0 +1,91 @@
+"""Hashes by which people know a file, so that one found elsewhere finds its version here.
+
+    file       sha256 of a weights file as it was published, before anything was converted. Its first ten digits are
+               the webui's AutoV2, which Civitai and the pictures' metadata name
+    tensors    sha256 of a safetensors file's data, without its header: kohya's `sshs_model_hash`, which stays when
+               the metadata is edited. Its first twelve digits are AutoV3, by which the webui calls a LoRA
+    record     sha256 of the normalised record: the same for all layouts of the same weights
+
+They are found by any eight or more of their first digits. They are no part of a version's identity: the manifest says
+what a version is, these say where else it was seen, and a version may be known by several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from scumble.errors import InvalidRequest, Refused
+from scumble_registry.blobs import Blob
+from scumble_registry.formats.safetensors_header import read_header
+
+AUTO_V2, AUTO_V3 = 10, 12
+"""How many first digits of `file` and of `tensors` the webui shows."""
+_PREFIX = re.compile(r"[0-9a-f]{8,64}", re.ASCII)
+_WEIGHTS = frozenset({".safetensors", ".bin", ".ckpt", ".pt", ".pth"})
+
+
+class HashKind(StrEnum):
+    FILE = "file"
+    TENSORS = "tensors"
+    RECORD = "record"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class FileHash:
+    kind: HashKind
+    hex: str
+
+
+def parse_prefix(text: str) -> str:
+    """Eight to 64 digits, in either case and with or without `sha256:`. Raises InvalidRequest."""
+    digits = text.strip().lower().removeprefix("sha256:")
+    if not _PREFIX.fullmatch(digits):
+        raise InvalidRequest(
+            f"{text!r} is not a hash: give 8 to 64 hexadecimal digits of a sha256, an AutoV2 or an AutoV3", field="hash"
+        )
+    return digits
+
+
+def weights_of(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Those of published files that people know by their hash; a file that comes alone is one, whatever its name."""
+    return {name: file for name, file in files.items() if len(files) == 1 or file.suffix in _WEIGHTS}
+
+
+def hashes_of(files: Mapping[str, Path], known: Mapping[Path, Blob], record: Blob | None) -> frozenset[FileHash]:
+    """All of a publication: `files` as published, of which those in `known` need not be hashed again."""
+    weights = weights_of(files)
+    found = {
+        FileHash(HashKind.FILE, known[file].hex if file in known else file_sha256(file)) for file in weights.values()
+    }
+    found |= set(tensor_hashes(weights.values()))
+    if record is not None:
+        found.add(FileHash(HashKind.RECORD, record.hex))
+    return frozenset(found)
+
+
+def tensor_hashes(weights: Iterable[Path]) -> list[FileHash]:
+    """Of a file that stands alone: nobody knows a model of many files by the data of one."""
+    alone = list(weights)
+    hex_ = tensors_sha256(alone[0]) if len(alone) == 1 else None
+    return [] if hex_ is None else [FileHash(HashKind.TENSORS, hex_)]
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def tensors_sha256(file: Path) -> str | None:
+    """None for what is not safetensors."""
+    try:
+        start = read_header(file).data_start
+    except Refused:
+        return None
+    with file.open("rb") as source:
+        source.seek(start)
+        return hashlib.file_digest(source, "sha256").hexdigest()

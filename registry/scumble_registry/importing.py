@@ -1,0 +1,95 @@
+"""Fetch and publish in one step: what is published says where it came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from scumble.errors import IntegrityError, InvalidRequest
+from scumble_registry.catalogue import Version
+from scumble_registry.references import parse_alias, parse_name
+from scumble_registry.registry import Registry
+from scumble_registry.sources import Fetched, HubSource, WebSource, parse_source
+from scumble_registry.sources.web import Rules
+
+_SHA256 = re.compile(r"(?:sha256:)?([0-9a-f]{64})", re.ASCII | re.IGNORECASE)
+
+
+def import_from(
+    registry: Registry,
+    source: str,
+    name: str,
+    *,
+    include: Collection[str] = (),
+    sha256: str | None = None,
+    max_bytes: int | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    rules: Rules | None = None,
+    **published: Any,
+) -> Version:
+    """Publish what `source` (`sources/`) names as the next version of `name`; `published` is what
+    `Registry.publish` takes.
+
+    The provenance gets `source`: URL, commit, digest. A licence that the source states stands where none is given.
+    `max_bytes` bounds the fetching too. Raises what fetching and publishing raise; then nothing is published or left.
+    """
+    parse_name(name)
+    if (alias := published.get("alias")) is not None:
+        parse_alias(alias)
+    for key in ("base", "image_encoder"):  # before gigabytes are fetched
+        if published.get(key) is not None:
+            registry.resolve(published[key])
+    parsed = parse_source(source)
+    expected = _digest(sha256)
+    with registry.scratch() as work:
+        fetched = _fetch(parsed, work, include, max_bytes, rules)
+        _check_digest(fetched, expected)
+        published["license"] = published.get("license") or fetched.license
+        origin = {"source": fetched.origin}
+        return registry.publish(
+            fetched.path, name, provenance={**(provenance or {}), **origin}, max_bytes=max_bytes, **published
+        )
+
+
+def _fetch(
+    source: HubSource | WebSource,
+    work: Path,
+    include: Collection[str],
+    max_bytes: int | None,
+    rules: Rules | None,
+) -> Fetched:
+    if isinstance(source, WebSource):
+        if include:
+            raise InvalidRequest("--include chooses files of a repository; an https address is one file")
+        from scumble_registry.sources import web
+
+        return web.fetch(source.url, work, max_bytes=max_bytes, rules=rules)
+    from scumble_registry.sources import hub
+
+    return hub.fetch(source, work, include=include, max_bytes=max_bytes)
+
+
+def _digest(text: str | None) -> str | None:
+    if text is None:
+        return None
+    match = _SHA256.fullmatch(text.strip())
+    if match is None:
+        raise InvalidRequest(f"--sha256: {text!r} is not 64 hexadecimal digits", field="sha256")
+    return match[1].lower()
+
+
+def _check_digest(fetched: Fetched, expected: str | None) -> None:
+    """Raises IntegrityError, and InvalidRequest where there is not one file that could have it."""
+    if expected is None:
+        return
+    actual = fetched.origin.get("sha256")
+    if actual is None:
+        raise InvalidRequest("--sha256 is of one file, and the source is several; name one of them", field="sha256")
+    if actual != expected:
+        raise IntegrityError(
+            f"{fetched.origin['url']} has sha256 {actual}, not {expected}; it is not the file that you mean",
+            digest=f"sha256:{expected}",
+            actual=f"sha256:{actual}",
+        )

@@ -1,0 +1,181 @@
+"""What publishing would make of a file, without publishing it: everything that is derived, and what is here already.
+
+Needs no registry, unless a base is named by its reference. Fails as publishing does, but for two things that it tells
+instead, because they are what one inspects for: keys that would be left out, and a base that does not fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from scumble.errors import Incompatible, Refused
+from scumble_registry import formats
+from scumble_registry.blobs import Blob, copy_and_hash
+from scumble_registry.catalogue import Match
+from scumble_registry.compatibility import Compatibility, check_fit
+from scumble_registry.formats.source import Draft, Hints, Source
+from scumble_registry.hashes import AUTO_V2, AUTO_V3, FileHash, HashKind, hashes_of
+from scumble_registry.manifest import Manifest, Sampling
+from scumble_registry.publishing import Allowed, For, examined
+from scumble_registry.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    path: Path
+    dialect: str
+    compatibility: Compatibility
+    sampling: Sampling | None
+    trigger_words: tuple[str, ...]
+    details: dict[str, JsonValue]
+    """What the format tells beyond the compatibility: ranks, alphas and serving class by module."""
+    training: dict[str, Any]
+    leftover: tuple[str, ...]
+    """Keys that nobody understands; publishing wants `--allow-leftover` for them."""
+    files: dict[str, Blob]
+    """As they are, before any conversion."""
+    record: str | None
+    """Digest of the normalised record."""
+    hashes: frozenset[FileHash]
+    base: str | None
+    misfit: str | None
+    """Why it does not fit `base`; None: it does, or no base was named."""
+    known: tuple[Match, ...]
+    """What is published with the same files, tensors or record."""
+
+    @property
+    def kind(self) -> str:
+        return self.compatibility.kind
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "dialect": self.dialect or None,
+            "family": self.compatibility.family,
+            "compatibility": self.compatibility.model_dump(mode="json"),
+            "details": self.details,
+            "sampling": self.sampling.model_dump(mode="json") if self.sampling else None,
+            "trigger_words": list(self.trigger_words),
+            "training": self.training,
+            "leftover": list(self.leftover),
+            "files": {name: {"sha256": blob.hex, "size": blob.size} for name, blob in self.files.items()},
+            "record": self.record,
+            **hashes_to_dict(self.hashes),
+            "base": {"ref": self.base, "fits": self.misfit is None, "why_not": self.misfit} if self.base else None,
+            "published": [match_to_dict(match) for match in self.known],
+        }
+
+
+def inspect(
+    path: Path,
+    registry: Registry | None = None,
+    *,
+    base: str | None = None,
+    trigger_words: Iterable[str] = (),
+    max_bytes: int | None = None,
+    hints: Hints | None = None,
+) -> Inspection:
+    """`base` is a reference, or a folder (`./base`, `/models/base`) with a base that is published nowhere.
+
+    Raises what publishing raises, except that `Inspection.misfit` and `Inspection.leftover` tell what they tell.
+    """
+    published_for = _find_base(base, registry) if base is not None else None
+    words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
+    allowed = Allowed(leftover=True, max_bytes=max_bytes, hints=hints or Hints())
+    with (
+        registry.scratch() if registry is not None else _temporary() as work,
+        examined(Path(path), published_for, words, allowed, work) as found,
+    ):
+        draft = found.draft
+        files = {name: _hash(file) for name, file in found.source.files.items()}
+        known = {file: files[name] for name, file in found.source.files.items()}
+        record = _blob(draft.record) if draft.record is not None else None
+        hashes = hashes_of(found.source.files, known, record)
+        return Inspection(
+            path=found.source.path,
+            dialect=draft.dialect,
+            compatibility=draft.compatibility,
+            sampling=draft.sampling,
+            trigger_words=words or draft.trigger_words,
+            details=json.loads(json.dumps(dict(draft.details))),
+            training=found.training,
+            leftover=draft.leftover,
+            files=files,
+            record=record.digest if record is not None else None,
+            hashes=hashes,
+            base=base,
+            misfit=_misfit(draft, published_for.manifest) if published_for is not None else None,
+            known=registry.matches(hashes) if registry is not None else (),
+        )
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def hashes_to_dict(hashes: Iterable[FileHash]) -> dict[str, Any]:
+    """By the names that people know: `sha256`, `autov2` and `autov3` of one file, null where there are several."""
+    files = [each.hex for each in hashes if each.kind is HashKind.FILE]
+    tensors = [each.hex for each in hashes if each.kind is HashKind.TENSORS]
+    sha256 = files[0] if len(files) == 1 else None
+    data = tensors[0] if len(tensors) == 1 else None
+    return {
+        "sha256": sha256,
+        "autov2": sha256[:AUTO_V2] if sha256 else None,
+        "sshs_model_hash": data,
+        "autov3": data[:AUTO_V3] if data else None,
+    }
+
+
+def match_to_dict(match: Match) -> dict[str, Any]:
+    return {
+        "ref": match.version.ref,
+        "status": match.version.status.value,
+        "digest": match.version.digest,
+        "matches": match.kind.value if match.kind is not None else "version",
+        "hash": match.hex,
+    }
+
+
+def _find_base(base: str, registry: Registry | None) -> For:
+    if base.startswith((".", "/", "~")):  # no reference does, and a folder may be called like one
+        folder = Path(base).expanduser()
+        draft = formats.read(Source.scan(folder), None)
+        if draft.compatibility.kind != "base":
+            raise Refused(f"{folder} is a {draft.compatibility.kind}, not a base; name a base")
+        files = {name: _hash(file) for name, file in draft.files.items()}
+        return For(Manifest(files=files, compatibility=draft.compatibility), lambda: folder)
+    if registry is None:
+        raise Refused(
+            f"there is no registry here that could have the base {base}; name a folder (./base), or --home DIR"
+        )
+    return registry.published_for(base)
+
+
+def _misfit(draft: Draft, base: Manifest) -> str | None:
+    try:
+        check_fit(draft.compatibility, base.compatibility)
+    except Incompatible as error:
+        return error.message
+    return None
+
+
+def _hash(file: Path) -> Blob:
+    with file.open("rb") as source:
+        return copy_and_hash(source)
+
+
+def _blob(data: bytes) -> Blob:
+    return Blob(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", size=len(data))

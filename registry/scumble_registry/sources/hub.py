@@ -1,0 +1,122 @@
+"""The Hugging Face Hub, through its own client: a revision is resolved to its commit first, and only files of that
+commit are fetched. HF_TOKEN (or a token that `hf auth login` keeps) and HF_ENDPOINT are heeded as everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
+from scumble_registry.hashes import file_sha256
+from scumble_registry.sources import LARGEST, Fetched, HubSource
+from scumble_registry.sources.hub_files import choose
+
+_TIMEOUT = 30.0
+
+
+def fetch(source: HubSource, folder: Path, *, include: Collection[str] = (), max_bytes: int | None = None) -> Fetched:
+    """The needed files of a repository, in `folder`; `include` are patterns that say which instead.
+
+    Raises InvalidRequest, NotFound, Refused (gated or too large, before anything is fetched), IntegrityError,
+    Unavailable.
+    """
+    with _explained(source):
+        info = HfApi(endpoint=_endpoint()).model_info(
+            source.repo, revision=source.revision, files_metadata=True, timeout=_TIMEOUT
+        )
+        siblings = {each.rfilename: each for each in info.siblings or ()}
+        names = choose(siblings, source.path, include)
+        _check_size([siblings[name] for name in names], LARGEST if max_bytes is None else max_bytes, source)
+        if not info.sha:
+            raise Unavailable(f"{source.repo}: the Hub did not say which commit this is; try again later")
+        for name in names:
+            _fetch_file(source.repo, info.sha, siblings[name], folder)
+    path = folder / source.path if source.path else folder
+    if len(names) == 1 and source.path not in siblings:
+        path = folder / names[0]
+    return Fetched(path, _origin(source, info.sha, names, path), _licence(info))
+
+
+def _fetch_file(repo: str, commit: str, sibling: RepoSibling, folder: Path) -> None:
+    path = Path(hf_hub_download(repo, sibling.rfilename, revision=commit, local_dir=folder, endpoint=_endpoint()))
+    said = sibling.lfs.sha256 if sibling.lfs is not None else None
+    if said is not None and (actual := file_sha256(path)) != said:
+        raise IntegrityError(
+            f"{sibling.rfilename} of {repo} came with sha256 {actual}, not {said}; try again",
+            digest=f"sha256:{said}",
+            actual=f"sha256:{actual}",
+        )
+
+
+def _check_size(files: list[RepoSibling], limit: int, source: HubSource) -> None:
+    size = sum(file.size or 0 for file in files)
+    if size > limit:
+        raise Refused(
+            f"{source.repo}: the {len(files)} files that are needed have {size:,} bytes; "
+            f"at most {limit:,} are fetched (--max-size)",
+            bytes=size,
+        )
+
+
+def _origin(source: HubSource, commit: str, names: list[str], path: Path) -> dict[str, Any]:
+    name = names[0] if path.is_file() else source.path
+    what = "resolve" if path.is_file() else "tree"
+    url = f"https://huggingface.co/{source.repo}/{what}/{commit}" + (f"/{quote(name)}" if name else "")
+    origin: dict[str, Any] = {"url": url, "repository": source.repo, "commit": commit}
+    return origin | ({"file": path.name, "sha256": file_sha256(path)} if path.is_file() else {"files": names})
+
+
+def _licence(info: ModelInfo) -> str | None:
+    """As the model card states it; `other` says nothing."""
+    said = info.card_data.get("license") if info.card_data is not None else None
+    return said if isinstance(said, str) and said.isprintable() and said not in {"", "other", "unknown"} else None
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+@contextmanager
+def _explained(source: HubSource) -> Iterator[None]:
+    what = f"{source.repo}@{source.revision}" if source.revision else source.repo
+    try:
+        yield
+    except HFValidationError as error:
+        raise InvalidRequest(f"{source.repo} is no repository's name: {error}", field="source") from error
+    except GatedRepoError as error:
+        raise Refused(
+            f"{source.repo} is gated: accept its conditions at https://huggingface.co/{source.repo} and set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise NotFound(f"{source.repo} has no revision {source.revision}", revision=source.revision) from error
+    except RepositoryNotFoundError as error:
+        raise NotFound(f"there is no repository {source.repo}, or it is private: set HF_TOKEN then") from error
+    except LocalEntryNotFoundError as error:
+        raise Unavailable(f"{what} could not be fetched: the Hub did not answer; try again later") from error
+    except EntryNotFoundError as error:
+        raise NotFound(f"{what} has no such file") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise Unavailable(
+            f"the Hub answered for {what} with status {status}; try again later", status=status
+        ) from error
+    except (httpx2.HTTPError, OSError) as error:
+        raise Unavailable(f"{what} could not be fetched: {error}; check the network, space and permissions") from error

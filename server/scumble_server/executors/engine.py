@@ -1,0 +1,238 @@
+"""One TensorRT engine: tensors by name in, tensors by name out, in buffers that stay and graphs captured once.
+
+Works for both flavours. What an engine needs to run (scratch memory, the addresses of its inputs and outputs) is lent
+by the stepping that all executors of a device share, because one thread runs them one after the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scumble.errors import IntegrityError, OutOfMemory, Refused, ScumbleError, Unavailable
+from scumble_build.engines.api import Dims, Engine, ExecutionContext, RuntimeCache, TensorRT
+from scumble_build.engines.builder import DTYPES
+from scumble_build.engines.progress import Said, logger
+from scumble_build.engines.store import Pulled
+from scumble_build.export.manifest import GraphManifest
+from scumble_server.executors.device import Stepping, faults
+
+log = logging.getLogger(__name__)
+
+TORCH: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one profile: each input's least and largest shape."""
+
+    least: Mapping[str, Dims]
+    most: Mapping[str, Dims]
+
+    def hold(self, shapes: Mapping[str, Dims]) -> bool:
+        return not self.outside(shapes)
+
+    def outside(self, shapes: Mapping[str, Dims]) -> list[str]:
+        """What does not fit, in words."""
+        return [
+            f"{name} {shape} is not within {self.least[name]} to {self.most[name]}"
+            for name, shape in shapes.items()
+            if not all(
+                low <= size <= high for low, size, high in zip(self.least[name], shape, self.most[name], strict=True)
+            )
+        ]
+
+
+class RunningEngine:
+    """A plan in device memory. Owned by one thread; ends with `close`, or when nobody holds it."""
+
+    def __init__(self, trt: TensorRT, pulled: Pulled, stepping: Stepping, device: torch.device) -> None:
+        """Raises IntegrityError for a corrupt plan, Refused for one of another GPU, version or graph, OutOfMemory."""
+        self.manifest: GraphManifest = pulled.manifest
+        self._trt, self._stepping, self._device = trt, stepping, device
+        self._said = Said()
+        self._logger = logger(trt, self._said)
+        self._runtime = trt.Runtime(self._logger)
+        plan = pulled.plan.read_bytes()
+        rtx = pulled.stored.key.flavour.is_rtx
+        if rtx:
+            self._check_validity(plan)
+        self._engine = self._deserialize(plan)
+        self._check_tensors()
+        self._cache_file = pulled.runtime_cache if rtx else None
+        self._cache: RuntimeCache | None = None
+        self._how = self._runtime_config() if rtx else trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        count = self._engine.num_optimization_profiles
+        self.limits = tuple(self._limits(index) for index in range(count))
+        self._contexts: dict[int, ExecutionContext] = {}
+        self._owner = object()
+        weakref.finalize(self, stepping.graphs.drop, self._owner)
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._engine.device_memory_size_v2
+
+    def profile_for(self, shapes: Mapping[str, Dims]) -> int:
+        """The first that takes these shapes. Raises Refused, naming what is outside the nearest."""
+        for index, limits in enumerate(self.limits):
+            if limits.hold(shapes):
+                return index
+        nearest = min((limits.outside(shapes) for limits in reversed(self.limits)), key=len)
+        raise Refused(
+            f"the request is outside what the engine of {self.manifest.graph} was built for: {'; '.join(nearest)}; "
+            "ask for a smaller picture or fewer images, or build with a wider --profile",
+            graph=self.manifest.graph,
+        )
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `feeds` give for each input, in its dtype. Results stay as they are until the next run of any engine.
+
+        Raises Refused outside every profile, OutOfMemory, ScumbleError if the device fails.
+        """
+        shapes = {port.name: tuple(feeds[port.name].shape) for port in self.manifest.inputs}
+        index = self.profile_for(shapes)
+        context = self._context(index)
+        buffers = self._stepping.buffers
+        inputs = {
+            port.name: buffers.fill(f"in.{port.name}", feeds[port.name], TORCH[port.dtype])
+            for port in self.manifest.inputs
+        }
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise self._failure(f"input {name} {shape} was refused")
+        outputs = {
+            port.name: buffers.take(f"out.{port.name}", tuple(context.get_tensor_shape(port.name)), TORCH[port.dtype])
+            for port in self.manifest.outputs
+        }
+        scratch = buffers.take("scratch", (max(self.scratch_bytes, 1),), torch.uint8)
+        tensors = inputs | outputs
+        key = (self._owner, index, tuple(shapes.items()), scratch.data_ptr(), *(t.data_ptr() for t in tensors.values()))
+
+        def work() -> None:
+            context.set_device_memory(scratch.data_ptr(), scratch.nbytes)
+            for name, tensor in tensors.items():
+                context.set_tensor_address(name, tensor.data_ptr())
+            if not context.execute_async_v3(_stream(self._device)):
+                raise self._failure("a run failed")
+
+        self._said.errors.clear()
+        with faults(f"a run of {self.manifest.graph}"):
+            self._stepping.graphs.run(key, work)
+        return outputs
+
+    def close(self) -> None:
+        """Write down what this GPU has compiled, and let go."""
+        self.keep_runtime_cache()
+        self._stepping.graphs.drop(self._owner)
+        self._contexts.clear()
+
+    def keep_runtime_cache(self) -> None:
+        """Beside the plan, so that the next start compiles nothing. A disk that is full costs only that."""
+        if self._cache is None or self._cache_file is None:
+            return
+        with suppress(OSError):
+            handle, name = tempfile.mkstemp(dir=self._cache_file.parent, prefix=".runtime-")
+            with os.fdopen(handle, "wb") as file:
+                file.write(memoryview(self._cache.serialize()))
+            Path(name).replace(self._cache_file)
+
+    def _check_validity(self, plan: bytes) -> None:
+        """What the head of a plan for RTX says of this machine, before it is read."""
+        validity, reasons = self._runtime.get_engine_validity(plan)
+        if validity.name == "INVALID":
+            raise Refused(
+                f"the engine of {self.manifest.graph} does not run here (reasons {reasons:#x}: {self._words()}): it is "
+                "for another GPU, driver or TensorRT; run `scumble build engine` here",
+                graph=self.manifest.graph,
+            )
+
+    def _deserialize(self, plan: bytes) -> Engine:
+        with faults(f"the engine of {self.manifest.graph}"):
+            engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is not None:
+            return engine
+        words = self._words()
+        if self._said.ran_out_of_memory:
+            raise OutOfMemory(f"the engine of {self.manifest.graph} does not fit into device memory: {words}")
+        if any(sign in words for sign in ("driver", "no CUDA-capable device", "cudaError")):
+            raise Unavailable(f"the GPU or its driver does not take the engine of {self.manifest.graph}: {words}")
+        if any(sign in words.lower() for sign in ("version", "compute capability", "platform")):
+            raise Refused(
+                f"the engine of {self.manifest.graph} is for another GPU or TensorRT: {words}; build it again here",
+                graph=self.manifest.graph,
+            )
+        raise IntegrityError(f"the plan of {self.manifest.graph} is corrupt: {words}; build it again")
+
+    def _check_tensors(self) -> None:
+        """The engine's tensors are the manifest's. Raises Refused."""
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        found = {name: DTYPES.get(self._engine.get_tensor_dtype(name).name, "?") for name in names}
+        promised = {port.name: port.dtype for port in (*self.manifest.inputs, *self.manifest.outputs)}
+        if found != promised:
+            different = sorted(found.items() ^ promised.items())
+            raise Refused(
+                f"the engine of {self.manifest.graph} is not what its manifest says: {different}; build it again"
+            )
+
+    def _runtime_config(self) -> Any:
+        config = self._engine.create_runtime_config()
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        config.set_execution_context_allocation_strategy(strategy)
+        cache = self._cache = config.create_runtime_cache()
+        if (
+            self._cache_file is not None
+            and self._cache_file.is_file()
+            and not self._cache.deserialize(self._cache_file.read_bytes())
+        ):
+            log.info("the runtime cache of %s is of another driver or GPU, and is made anew", self.manifest.graph)
+        config.set_runtime_cache(cache)
+        return config
+
+    def _limits(self, index: int) -> Limits:
+        shapes = {port.name: self._engine.get_tensor_profile_shape(port.name, index) for port in self.manifest.inputs}
+        return Limits(
+            {name: tuple(least) for name, (least, _, _) in shapes.items()},
+            {name: tuple(most) for name, (_, _, most) in shapes.items()},
+        )
+
+    def _context(self, index: int) -> ExecutionContext:
+        """One for each profile, made when it is first needed."""
+        if index not in self._contexts:
+            with faults(f"a context of {self.manifest.graph}"):
+                context = self._engine.create_execution_context(self._how)
+            if context is None:
+                raise self._failure("no context could be made")
+            if not context.set_optimization_profile_async(index, _stream(self._device)):
+                raise self._failure(f"profile {index} was refused")
+            self._contexts[index] = context
+        return self._contexts[index]
+
+    def _failure(self, what: str) -> ScumbleError:
+        words = self._words()
+        if self._said.ran_out_of_memory:
+            return OutOfMemory(f"device memory ran out in {self.manifest.graph}: {words}")
+        return ScumbleError(f"{self.manifest.graph}: {what}: {words}")
+
+    def _words(self) -> str:
+        errors: Sequence[str] = self._said.errors[-3:]
+        return "; ".join(errors) or "TensorRT says no more"
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,0 +1,234 @@
+"""Single files of checkpoints: what is told from them, and what is refused. Oracles are diffusers' classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scumble.errors import InvalidRequest, Refused
+from scumble_registry import Registry
+from scumble_registry.compatibility import BaseCompatibility, DreamboothCompatibility
+from scumble_registry.formats.checkpoint import configs
+from scumble_registry.formats.checkpoint.vocabulary import write_tokenizer
+from scumble_registry.formats.source import Hints
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+UNETS: dict[str, dict[str, Any]] = {
+    "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    "sdxl": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(values.shape) for name, values in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_the_config_of_a_real_unet_is_told_from_its_shapes(family: Any) -> None:
+    with torch.device("meta"):
+        real = diffusers.UNet2DConditionModel(sample_size=64, **UNETS[family])
+        told = configs.unet_config(shapes(real), family, "epsilon")
+        made = diffusers.UNet2DConditionModel.from_config(told)
+    assert shapes(made) == shapes(real)
+    heads = {name: module.heads for name, module in made.named_modules() if hasattr(module, "heads")}
+    assert heads == {name: module.heads for name, module in real.named_modules() if hasattr(module, "heads")}
+
+
+def test_the_config_of_a_real_vae_is_told_from_its_shapes() -> None:
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    with torch.device("meta"):
+        real = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **kinds)
+        made = diffusers.AutoencoderKL.from_config(configs.vae_config(shapes(real), "sdxl", "epsilon"))
+    assert shapes(made) == shapes(real)
+    assert (made.config.scaling_factor, made.config.force_upcast) == (0.13025, True)
+
+
+def test_configs_of_real_text_encoders_are_told_from_their_shapes() -> None:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=3, projection_dim=1280)
+    with torch.device("meta"):
+        real = CLIPTextModelWithProjection(config)
+        told = configs.text_config(shapes(real), is_open_clip=True)
+        made = CLIPTextModelWithProjection(CLIPTextConfig(**told))
+    assert shapes(made) == shapes(real)
+    assert (told["num_attention_heads"], told["hidden_act"], told["eos_token_id"]) == (20, "gelu", 49407)
+
+
+def test_a_unet_of_other_widths_is_refused_with_the_way_to_say_its_config() -> None:
+    with torch.device("meta"):
+        other = diffusers.UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), cross_attention_dim=768)
+    with pytest.raises(Refused, match="--like"):
+        configs.unet_config(shapes(other), "sd1", "epsilon")
+
+
+def test_the_tokenizer_that_files_leave_out_is_clips(tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    write_tokenizer(tmp_path / "one")
+    write_tokenizer(tmp_path / "two", pad="!")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "one", local_files_only=True)
+    assert len(tokenizer) == configs.VOCABULARY
+    # Published ids of CLIP's for these words.
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("Hello World!").input_ids == [49406, 3306, 1002, 256, 49407]
+    assert (tokenizer.pad_token_id, tokenizer.model_max_length) == (49407, 77)
+    assert CLIPTokenizer.from_pretrained(tmp_path / "two", local_files_only=True).pad_token_id == 0
+
+
+@pytest.fixture(scope="module")
+def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_families import make_tiny_sd2
+
+    return make_tiny_sd2(tmp_path_factory.mktemp("sd2") / "base")
+
+
+def write(folder: Path, file: Path, **how: Any) -> Path:
+    from single_files import write_single_file
+
+    return write_single_file(folder, file, **how)
+
+
+def add(file: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(file) | tensors, file, metadata)
+    return file
+
+
+def found(registry: Registry, path: Path, **how: Any) -> BaseCompatibility:
+    compatibility = registry.publish(path, "n/base", **how).manifest.compatibility
+    assert isinstance(compatibility, BaseCompatibility)
+    return compatibility
+
+
+def test_a_single_file_is_the_base_that_its_folder_is(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    file = write(tiny_base, tmp_path / "one.safetensors")
+    assert (
+        found(registry, file, hints=Hints(lambda: tiny_base))
+        == registry.publish(tiny_base, "n/other").manifest.compatibility
+    )
+    registry.pull("n/base", tmp_path / "pulled")
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pulled", local_files_only=True)
+    assert again.unet.config.attention_head_dim == 4
+
+
+def test_what_a_file_lacks_is_taken_from_the_folder_it_is_like(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    file = write(tiny_base, tmp_path / "one.safetensors", parts="u")
+    with pytest.raises(Refused, match=r"no text_encoder and no vae.*--like"):
+        registry.publish(add(write(tiny_base, tmp_path / "other.safetensors", parts="u"), real_width()), "n/alone")
+    registry.publish(tiny_base, "n/whole")
+    found(registry, file, hints=Hints(registry.folder_of("n/whole")))
+    files = registry.find("n/base").manifest.files
+    whole = registry.find("n/whole").manifest.files
+    assert files["vae/diffusion_pytorch_model.safetensors"] == whole["vae/diffusion_pytorch_model.safetensors"]
+
+
+def real_width() -> dict[str, Any]:
+    """So that the family can be told without a text encoder."""
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    return {name: torch.zeros(16, 768)}
+
+
+def test_for_its_base_a_single_file_is_a_checkpoint_whose_unchanged_parts_are_the_bases(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    from tiny_variant import make_checkpoint
+
+    registry.publish(tiny_base, "n/base")
+    file = write(make_checkpoint(tiny_base, tmp_path / "tuned"), tmp_path / "one.safetensors")
+    version = registry.publish(file, "n/dream", base="n/base")
+    assert isinstance(version.manifest.compatibility, DreamboothCompatibility)
+    assert list(version.manifest.compatibility.changed) == ["unet"]
+    assert [name for name in version.manifest.files if name.endswith(".delta")] == [
+        "unet/diffusion_pytorch_model.safetensors.delta"
+    ]
+
+
+def test_averaged_weights_are_taken_only_when_asked_for(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    file = write(tiny_base, tmp_path / "one.safetensors", ema=True)
+    for name, how in {"plain": {}, "ema": {"ema": True}}.items():
+        registry.publish(file, f"n/{name}", hints=Hints(lambda: tiny_base, **how))
+        registry.pull(f"n/{name}", tmp_path / name)
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    plain, averaged = load_file(tmp_path / "plain" / unet), load_file(tmp_path / "ema" / unet)
+    assert torch.equal(plain["conv_in.weight"], load_file(tiny_base / unet)["conv_in.weight"])
+    stored = load_file(file)
+    assert torch.equal(averaged["conv_in.weight"], stored["model_ema.diffusion_modelinput_blocks00weight"])
+    with pytest.raises(Refused, match="no averaged weights"):
+        registry.publish(
+            write(tiny_base, tmp_path / "two.safetensors"), "n/two", hints=Hints(lambda: tiny_base, ema=True)
+        )
+
+
+def test_what_sd2_predicts_must_be_said(registry: Registry, tiny_sd2: Path, tmp_path: Path) -> None:
+    schedule = tiny_sd2 / "scheduler/scheduler_config.json"
+    assert json.loads(schedule.read_text())["prediction_type"] == "v_prediction"
+    file = write(tiny_sd2, tmp_path / "one.safetensors")
+    with pytest.raises(Refused, match="--prediction-type"):
+        registry.publish(file, "n/base")
+    assert found(registry, file, hints=Hints(lambda: tiny_sd2)).prediction_type == "v_prediction"
+    assert found(registry, file, hints=Hints(lambda: tiny_sd2, "epsilon")).prediction_type == "epsilon"
+    said = add(file, {}, {"modelspec.prediction_type": "v"})
+    assert found(registry, said, hints=Hints(lambda: tiny_sd2)).prediction_type == "v_prediction"
+    with pytest.raises(InvalidRequest, match="leave --prediction-type out"):
+        registry.publish(said, "n/base", hints=Hints(lambda: tiny_sd2, "epsilon"))
+
+
+def test_the_mark_of_velocity_is_read(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    file = add(write(tiny_base, tmp_path / "one.safetensors"), {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
+    assert found(registry, file, hints=Hints(lambda: tiny_base)).prediction_type == "v_prediction"
+    registry.pull("n/base", tmp_path / "pulled")
+    schedule = json.loads((tmp_path / "pulled/scheduler/scheduler_config.json").read_text())
+    assert schedule["rescale_betas_zero_snr"] is True
+
+
+def test_keys_that_nobody_understands_are_refused_by_name(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    file = add(write(tiny_base, tmp_path / "one.safetensors"), {"model.diffusion_model.new.weight": torch.zeros(2)})
+    with pytest.raises(Refused, match=r"model\.diffusion_model\.new\.weight"):
+        registry.publish(file, "n/base", hints=Hints(lambda: tiny_base))
+
+
+def test_nan_is_refused(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    bad = torch.full((4, 3), float("nan"))
+    name = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    with pytest.raises(Refused, match="NaN"):
+        registry.publish(
+            add(write(tiny_base, tmp_path / "a.safetensors"), {name: bad}), "n/base", hints=Hints(lambda: tiny_base)
+        )
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+def test_weights_named_by_their_precision_get_the_plain_name(
+    registry: Registry, tiny_base: Path, tmp_path: Path, *, shards: bool
+) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_base, local_files_only=True)
+    how = {"max_shard_size": "100KB"} if shards else {}
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16", **how)
+    registry.publish(tmp_path / "half", "n/half")
+    registry.pull("n/half", tmp_path / "pulled")
+    again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "pulled/unet", local_files_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), pipeline.unet.parameters(), strict=True))
+    if shards:
+        assert len(list((tmp_path / "pulled/unet").glob("*-of-*.safetensors"))) > 1

@@ -1,0 +1,100 @@
+"""What a file is, its content says; what is stored is safetensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hostile_pickles import CALLS, CANARY, saved
+from safetensors.torch import load_file, save_file
+
+from scumble.errors import Refused
+from scumble_registry import Registry
+from scumble_registry.formats.incoming import safetensors_name, with_safetensors
+from scumble_registry.formats.pickled import Leaf
+from scumble_registry.formats.source import Source
+
+VECTOR = torch.arange(8.0)
+
+
+def incoming(path: Path, work: Path) -> Source:
+    return with_safetensors(replace(Source.scan(path), work=work))
+
+
+@pytest.mark.parametrize("name", ["ink.bin", "ink.pt", "ink.safetensors", "ink"])
+def test_a_pickle_is_converted_whatever_it_is_called(registry: Registry, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(saved({"<ink>": VECTOR}))
+    version = registry.publish(tmp_path / name, "e/ink")
+    folder = registry.materialise(version)
+    assert [file.name for file in folder.iterdir()] == ["learned_embeds.safetensors"]
+    assert torch.equal(load_file(folder / "learned_embeds.safetensors")["<ink>"], VECTOR)
+
+
+def test_safetensors_is_safetensors_whatever_it_is_called(registry: Registry, tmp_path: Path) -> None:
+    save_file({"<ink>": VECTOR}, tmp_path / "ink.safetensors")
+    save_file({"<ink>": VECTOR}, tmp_path / "ink.bin")
+    right = registry.publish(tmp_path / "ink.safetensors", "e/ink")
+    assert registry.publish(tmp_path / "ink.bin", "e/ink").digest == right.digest
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "ink.bin").rename(tmp_path / "folder/ink.pt")
+    assert list(registry.publish(tmp_path / "folder", "e/two").manifest.files) == ["ink.safetensors"]
+
+
+def test_what_a_pickle_held_beside_tensors_is_kept_for_formats(tmp_path: Path) -> None:
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "in/sub/net.pt").write_bytes(saved({320: ({"linear.0.weight": VECTOR},), "step": 3}))
+    (tmp_path / "in/README.md").write_text("words")
+    source = incoming(tmp_path / "in", tmp_path / "work")
+    assert list(source.files) == ["README.md", "sub/net.safetensors"]
+    assert source.plain == {
+        "sub/net.safetensors": {320: ({"linear.0.weight": Leaf("320.0.linear.0.weight")},), "step": 3}
+    }
+    assert torch.equal(load_file(source.files["sub/net.safetensors"])["320.0.linear.0.weight"], VECTOR)
+    assert source.files["sub/net.safetensors"].is_relative_to(tmp_path / "work")
+
+
+def test_a_tensor_alone_has_a_name_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(saved(VECTOR))
+    source = incoming(tmp_path / "a.pt", tmp_path / "work")
+    assert source.plain == {"a.safetensors": Leaf("tensor")}
+
+
+@pytest.mark.parametrize(
+    ("name", "becomes"),
+    [
+        ("a.pt", "a.safetensors"),
+        ("a/b.CKPT", "a/b.safetensors"),
+        ("easy.negative.bin", "easy.negative.safetensors"),
+        ("style-v1.5", "style-v1.5.safetensors"),
+        ("a.safetensors", "a.safetensors"),
+    ],
+)
+def test_only_the_endings_of_weights_are_replaced(name: str, becomes: str) -> None:
+    assert safetensors_name(name) == becomes
+
+
+def test_two_files_that_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("model.bin", "model.ckpt"):
+        (tmp_path / name).write_bytes(saved({"a": VECTOR}))
+    with pytest.raises(Refused, match=r"model.ckpt would become model.safetensors, which is there too"):
+        incoming(tmp_path, tmp_path / "work")
+
+
+def test_what_would_be_run_is_named_and_nothing_is_published(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ink.pt").write_bytes(CALLS["REDUCE of posix.system"][0])
+    with pytest.raises(Refused, match=r"'posix\.system' in it, which no weights file needs: it was not run"):
+        registry.publish(tmp_path / "ink.pt", "e/ink")
+    assert registry.names() == ()
+    assert not (tmp_path / CANARY).exists()
+
+
+def test_the_publishers_limit_goes_before_the_sound_one(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(saved(VECTOR))
+    source = replace(Source.scan(tmp_path / "a.pt"), work=tmp_path / "work", max_bytes=100)
+    with pytest.raises(Refused, match="larger than 100 bytes"):
+        with_safetensors(source)
