@@ -277,10 +277,13 @@ def _gain(parts: Parts, values: Array, axis: int, *, with_bias: bool = False) ->
 def _glora(parts: Parts) -> Module:
     """ΔW = α/r (W a₁ a₂ + b₁ b₂). Old files have the indices of each pair the other way round."""
     a1, a2, b1, b2 = (parts.need(f"glora_{name}") for name in ("a1", "a2", "b1", "b2"))
-    if min(values.ndim for values in (a1, a2, b1, b2)) < 2:
-        raise Refused(f"{parts.target}: GLoRA's four parts are matrices", target=parts.target)
+    for values in (a1, a2, b1, b2):
+        if values.ndim not in {2, 4} or 0 in values.shape:
+            raise Refused(f"{parts.target}: GLoRA's four parts are matrices, not {values.shape}", target=parts.target)
     if not (a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0]):
         a1, a2, b1, b2 = a2, a1, b2, b1
+    if any(values.shape[2:] not in {(), (1, 1)} for values in (a1, a2, b1)):
+        raise Refused(f"{parts.target}: of GLoRA's four parts only b2 has a kernel", target=parts.target)
     mid = parts.take("glora_bm")
     down = b2 if mid is None else _tucker(parts, b2, mid)
     if down.ndim == 4 and down.shape[2:] == (1, 1):

@@ -213,10 +213,12 @@ def make_module(
     rank = int(down.shape[0])
     alpha = float(np.float32(rank if alpha is None else alpha))
     check_scale(target, alpha / rank, f"alpha {alpha} at rank {rank}; alpha/rank")
-    if inner is not None and not (
-        inner.up.shape == (down.shape[1], inner.down.shape[0]) and inner.down.shape[1] == down.shape[1]
-    ):
-        raise Refused(f"{target}: {inner.up.shape} and {inner.down.shape} mix no input of {down.shape[1]} channels")
+    if inner is not None and (inner.up.shape, inner.down.shape) != ((down.shape[1], rank), (rank, down.shape[1])):
+        raise Refused(
+            f"{target}: {inner.up.shape} and {inner.down.shape} do not mix an input of {down.shape[1]} channels "
+            f"at rank {rank}",
+            target=target,
+        )
     module = LoraModule(down, up, alpha, magnitude, inner, bias)
     check_module(target, module)
     _check_size(target, down, up, abs(module.scale))

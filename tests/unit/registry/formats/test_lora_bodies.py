@@ -126,7 +126,16 @@ def test_norms_and_biases_are_merged(published: Any, registry: Registry) -> None
             | {f"{CONV}.lora_mid.weight": draw(3, 2, 3, 3)},
             "does not go behind",
         ),
-        ({f"{KOHYA_TO_Q}.{n}.weight": draw(2, 2) for n in ("a1", "a2", "b1", "b2")}, "Incompatible|4x4|mix no input"),
+        ({f"{KOHYA_TO_Q}.{n}.weight": draw(2, 2) for n in ("a1", "a2", "b1", "b2")}, "as 2x2"),
+        (
+            {f"{KOHYA_TO_Q}.{n}.weight": draw(2, 2, 3, 3) for n in ("a1", "a2", "b1", "b2")},
+            "only b2 has a kernel",
+        ),
+        (
+            {f"{KOHYA_TO_Q}.a1.weight": draw(4, 3), f"{KOHYA_TO_Q}.a2.weight": draw(3, 4)}
+            | {f"{KOHYA_TO_Q}.b1.weight": draw(2, 4), f"{KOHYA_TO_Q}.b2.weight": draw(4, 2)},
+            "do not mix an input|no factors of one matrix",
+        ),
         (
             {f"{KOHYA_TO_Q}.lora_down.weight": draw(2, 4) * 1e3, f"{KOHYA_TO_Q}.lora_up.weight": draw(4, 2) * 1e3},
             "beyond half precision",
