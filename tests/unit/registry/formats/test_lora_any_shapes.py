@@ -76,7 +76,7 @@ def test_any_shapes_are_computed_or_refused(tensors: dict[str, Any], known: bool
     with contextlib.suppress(Refused, Incompatible):
         parsed = parse(tensors, {"unet": scaling, "text_encoder": scaling}, BASE if known else None)
         assert write_record(parsed.record)
-        compatibility = lora._derive(parsed.record, BASE)
+        compatibility = lora._derive(parsed.record, BASE, None)
         compatibility.fits(BASE)
         for target, module in parsed.record.items():
             computed(module, target)

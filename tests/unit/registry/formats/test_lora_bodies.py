@@ -14,9 +14,11 @@ from scumble.errors import Incompatible, Refused
 from scumble_registry import Registry, formats
 from scumble_registry.formats import lora as lora_format
 from scumble_registry.formats.lora import LoraModule, LoraRecord, read_record
-from scumble_registry.formats.lora.record import Dense, Gain, Kronecker, Product, Rotation
+from scumble_registry.formats.lora.export import export
+from scumble_registry.formats.lora.record import Dense, Gain, Kronecker, Product, Rotation, make_module
 from scumble_registry.formats.safetensors_header import write
 from scumble_registry.formats.source import Source
+from scumble_registry.formats.standard import standard
 
 BaseWriter = Callable[..., Path]
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -106,6 +108,17 @@ def test_norms_and_biases_are_merged(published: Any, registry: Registry) -> None
         ({**loha(2), f"{KOHYA_TO_Q}.alpha": np.float32(1e6)}, "within"),
         ({**loha(2), f"{KOHYA_TO_Q}.alpha": draw(2)}, "one number"),
         ({**loha(2), f"{KOHYA_TO_Q}.dora_scale": draw(5, 1)}, "magnitudes of shape"),
+        (
+            {f"{KOHYA_TO_Q}.lokr_w1": draw(1, 1), f"{KOHYA_TO_Q}.lokr_w2_a": np.zeros((200_000, 1), np.float16)}
+            | {f"{KOHYA_TO_Q}.lokr_w2_b": np.zeros((1, 200_000), np.float16)},
+            "more than its weight can be",
+        ),
+        (
+            {f"{CONV}.lora_down.weight": np.zeros((1, 100_000), np.float16), f"{CONV}.lora_up.weight": draw(4, 1)}
+            | {f"{CONV}.lora_mid.weight": np.zeros((1, 1, 500, 500), np.float16)},
+            "more than its weight can be",
+        ),
+        ({f"{KOHYA_TO_Q}.oft_blocks": np.zeros((1, 2000, 2000), np.float16)}, "more than its weight can be"),
         ({f"{KOHYA_TO_Q}.lokr_w1": draw(2), f"{KOHYA_TO_Q}.lokr_w2": draw(2, 2)}, "is no matrix"),
         ({f"{KOHYA_TO_Q}.lokr_w1": draw(2, 2), f"{KOHYA_TO_Q}.alpha": draw()}, "lacks lokr_w2_a"),
         (
@@ -195,6 +208,24 @@ def test_the_family_needs_no_base_where_the_width_of_the_text_tells(tmp_path: Pa
     draft = drafted(path)
     assert draft.compatibility.family == "sdxl"
     assert draft.dialect == "diffusers, without prefix"
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_kohyas_names_of_the_real_sizes_are_read_without_a_base(tmp_path: Path, family: Any) -> None:
+    targets = {
+        name: shape for name, shape in standard(family).targets.items() if "attentions.0" in name or "mlp" in name
+    }
+    path = tmp_path / "a.safetensors"
+    record: LoraRecord = {
+        name: make_module(name, np.ones((1, shape[1]), np.float16), np.ones((shape[0], 1), np.float16), 1.0)
+        for name, shape in targets.items()
+    }
+    export(record, "kohya", tmp_path, base=standard(family))
+    (tmp_path / "pytorch_lora_weights.safetensors").rename(path)
+    draft = drafted(path)
+    assert draft.compatibility.family == family
+    assert draft.compatibility.requires.keys() == targets.keys()
+    assert draft.details["family"]["rests_on"] == "its modules"
 
 
 def test_several_adapters_in_one_dump_are_refused_by_their_names(tmp_path: Path) -> None:
