@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from pydantic import JsonValue
 
 from scumble.errors import Refused
@@ -29,6 +28,7 @@ from scumble_registry.formats.controlnet.adopt import Adopted, adopt, write_conf
 from scumble_registry.formats.controlnet.derive import CLASSES, derive
 from scumble_registry.formats.controlnet.strangers import stranger
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, Weights, read_weights
+from scumble_registry.formats.floats import check_finite
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
@@ -107,9 +107,7 @@ def _check_values(file: Path, header: Header) -> None:
     for name, info in header.tensors.items():
         if info.end > info.begin and info.dtype not in {"F32", "F16", "BF16"}:
             raise Refused(f"tensor {name} is {info.dtype}; a ControlNet may be F32, F16 or BF16", tensor=name)
-    for name, values in read_tensors(file, header).items():
-        if not np.isfinite(values).all():
-            raise Refused(f"tensor {name} holds NaN or infinite values; the training went wrong", tensor=name)
+    check_finite(read_tensors(file, header))
 
 
 def is_original(header: Header) -> bool:
