@@ -28,7 +28,7 @@ _FORMAT = "scumble.delta.1"
 
 
 def write_delta(published: Path, base: Mapping[str, Array], target: Path) -> int:
-    """`base` are the base's tensors by plain name. Returns how many values differ from it or are new."""
+    """`base` are the base's tensors by plain name; `target` is new. Returns how many values differ or are new."""
     header = read_header(published)
     with published.open("rb") as file:
         parts: dict[str, Array] = {"header": np.frombuffer(file.read(header.data_start), np.uint8)}
