@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from scumble_build.adapted import Factors
+from scumble_build.export.manifest import Include
 from scumble_build.inputs import ContextInputs, ImageInputs, LiteInputs, StepInputs
 from scumble_server.carried import Phase, RowContexts, RowFactors, RowImages, RowLite, RowNet
 from scumble_server.executors import Net
@@ -56,6 +57,22 @@ def stack(phases: Sequence[Phase], device: str) -> StepInputs:
         pooled=_stack_pooled([phase.pooled for phase in phases], device),
         sizes=_stack_sizes([phase.sizes for phase in phases], counts, device),
     )
+
+
+def brings(phase: Phase) -> frozenset[Include]:
+    """What its rows carry into a step, of what a graph may be without."""
+    factors, small = phase.factors, phase.executor.step_layout.small
+    stretch = factors.stretch if factors is not None else None
+    found: dict[Include, bool] = {
+        "factors": factors is not None,
+        "full": factors is not None and len(factors.bound.A) > small.total_in,
+        "stretch_out": stretch is not None and stretch.out is not None,
+        "stretch_in": stretch is not None and stretch.into is not None,
+        "images": phase.images is not None,
+        "residuals": bool(phase.nets),
+        "features": phase.features is not None,
+    }
+    return frozenset(name for name, carried in found.items() if carried)
 
 
 def _stack_pooled(pooled: Sequence[Tensor | None], device: str) -> Tensor | None:

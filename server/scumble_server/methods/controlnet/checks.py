@@ -30,8 +30,14 @@ CONTROL_TYPES = {
 """The kinds of control of xinsir's union nets, by the place that each has there."""
 
 
-def check(bound: Bound, base: Base) -> None:  # noqa: ARG001 - the protocol's
+def check(bound: Bound, base: Base) -> None:
     """Raises InvalidRequest naming the field, or Refused."""
+    if not base.changes_graphs and compatibility(bound).form == "lllite":
+        raise Refused(
+            f"{bound.spec.ref} is a ControlNet-LLLite, which changes the graph, and this server's graphs are fixed; "
+            "ask a server that runs with --executor torch",
+            ref=bound.spec.ref,
+        )
     _check_net(bound)
     _check_pictures(bound)
     _check_mode(bound)
