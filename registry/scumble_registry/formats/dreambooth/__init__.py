@@ -29,7 +29,7 @@ from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest
 
 KIND = "dreambooth"
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
