@@ -9,6 +9,7 @@ SCUMBLE_HOME/
 │   └── tmp/                   what is not finished: blobs, conversions, what is being fetched
 └── cache/                     may be deleted at any time
     ├── 3f9c…/                 a version's files as published, named by the version's digest
+    ├── onnx/                  exported graphs, without weights
     └── blobs/ab12….safetensors
 """
 

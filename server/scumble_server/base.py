@@ -23,7 +23,7 @@ from scumble_registry.formats.source import Source
 from scumble_registry.manifest import Defaults
 from scumble_server.config import ServerConfig
 from scumble_server.executors import Executor
-from scumble_server.executors.torch import TorchExecutor, weights_bytes
+from scumble_server.executors.choice import executor_bytes, load_executor
 from scumble_server.preview import LatentColours, fit
 from scumble_server.residency import Lease, Residency
 
@@ -46,6 +46,8 @@ class Base:
     layouts: tuple[Layout, ...]
     """Of the graphs that take factors: text encoders, K/V projection, denoiser."""
     colours: LatentColours
+    changes_graphs: bool = True
+    """Its executor runs what changes the graph: hypernetworks in self-attention, LLLite."""
     zero_negative: bool = False
     """An absent negative prompt is all zeros, not an empty text."""
     image_encoder: ImageEncoderCompatibility | None = None
@@ -100,11 +102,9 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
     folder = registry.materialise(version)
 
     def load() -> Executor:
-        return TorchExecutor.load(
-            registry.materialise(version), family, config.device, config.precision, config.max_rows
-        )
+        return load_executor(registry.materialise(version), family, config)
 
-    nbytes = weights_bytes(folder, family, config.precision)
+    nbytes = executor_bytes(folder, family, config)
     with weights.open() as lease:
         executor = lease.get(("base", version.digest), nbytes, load)
         return Base(
@@ -119,6 +119,7 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
             scheduler_config=_json(folder / "scheduler" / "scheduler_config.json"),
             layouts=(*executor.text_layouts, executor.kv_layout, executor.step_layout),
             colours=fit(executor.vae.decode, compatibility.latent_channels),
+            changes_graphs=config.executor == "torch",
             zero_negative=bool(_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family.sizes)),
             image_encoder=_image_encoder(folder / "image_encoder"),
         )

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from scumble_registry import default_home
-from scumble_server.config import ServerConfig
+from scumble_server.config import ExecutorName, ServerConfig, default_executor
 from scumble_server.triton.launcher import Ports
 from scumble_server.triton.running import LOOPBACK, START_TIMEOUT, RunningServer, running_server
 
@@ -31,6 +31,9 @@ def serve(
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8002,
+    executor: Annotated[
+        ExecutorName | None, typer.Option(help="What runs the graphs. [SCUMBLE_EXECUTOR, else torch]")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
     precision: Annotated[Precision, typer.Option(help="Numbers that the denoiser computes with.")] = "fp32",
     max_batch_images: Annotated[int, typer.Option(min=1, max=64, help="Images that share a step.")] = 8,
@@ -54,6 +57,7 @@ def serve(
         home=home.expanduser().resolve() if home else default_home(),
         base=bases[0],
         more_bases=tuple(bases[1:]),
+        executor=executor or default_executor(),
         device=device,
         precision=precision,
         max_batch_images=max_batch_images,

@@ -28,7 +28,7 @@ from scumble_server.executors.device import uploads
 from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
-from scumble_server.stacking import factors_of
+from scumble_server.stacking import brings, factors_of
 from scumble_server.variants import merged, on_checkpoint, to_merge, with_vae
 
 
@@ -210,7 +210,7 @@ def _phase(
     of_loras = _of_loras(weights, adapters)
     of_nets = [weight for weight, bound in paired if bound.kind == controlnet.KIND]
     chain = hypernetwork.chain(context, adapters, weights)
-    return Phase(
+    phase = Phase(
         context.executor,
         _project(context, text, factors, of_loras, chain),
         lora.row_factors(factors.step, of_loras),
@@ -220,9 +220,12 @@ def _phase(
         nets=controlnet.row_nets(context, controls, of_nets, text),
         features=controlnet.features(context, controls, of_nets),
         contexts=hypernetwork.row_contexts(chain, context.base),
+        lites=controlnet.row_lites(context, controls, of_nets),
         pooled=text.pooled if context.base.family.sizes else None,
         sizes=context.settings.sizes if context.base.family.sizes else None,
     )
+    context.executor.prepare(brings(phase))
+    return phase
 
 
 def _project(

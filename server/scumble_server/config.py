@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from scumble.errors import InvalidRequest
 from scumble_registry import default_home
 
 ENVIRONMENT_KEY = "SCUMBLE_SERVER_CONFIG"
+
+
+ExecutorName: TypeAlias = Literal["torch", "onnxruntime"]
+EXECUTOR_KEY = "SCUMBLE_EXECUTOR"
+
+
+def default_executor() -> ExecutorName:
+    """`SCUMBLE_EXECUTOR`, or torch. Raises InvalidRequest for a name that is none."""
+    named = os.environ.get(EXECUTOR_KEY) or "torch"
+    for name in get_args(ExecutorName):
+        if name == named:
+            return cast("ExecutorName", name)
+    known = ", ".join(get_args(ExecutorName))
+    raise InvalidRequest(f"{EXECUTOR_KEY} is {named!r}; there are {known}", field="executor")
 
 
 class ServerConfig(BaseModel):
@@ -22,6 +37,7 @@ class ServerConfig(BaseModel):
     """Reference of the base that answers requests which name none, e.g. `scumble/demo`."""
     more_bases: tuple[str, ...] = ()
     """References of the others that requests may name."""
+    executor: ExecutorName = Field(default_factory=default_executor)
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     max_batch_images: int = Field(default=8, ge=1, le=64)

@@ -11,7 +11,7 @@ Softmax stays in the graph's precision: its results are in 0…1, and runtimes s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 from torch import Tensor
@@ -25,6 +25,12 @@ from scumble_build.export.text import projection_graph, text_graph
 from scumble_build.families import Family
 from scumble_build.models import Models
 from scumble_build.text import TextEncoder
+
+
+def component_of(name: str) -> str:
+    """Whose weights a graph reads."""
+    return {"kv_projection": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}.get(name, name.partition(".")[0])
+
 
 _NORMS = "norms"
 _EMBEDDINGS = "embedding of time steps and sizes"
@@ -87,6 +93,14 @@ class BaseGraphs:
         if half and self.vae.dtype.itemsize == 4:
             return make(self.vae, self._of("vae"), "fp32", (_EVERYTHING,))
         return make(self.vae, self._of("vae"), self.precision, norms)
+
+    def with_vae(self, vae: Any) -> BaseGraphs:
+        """The same with another one, which is in its precision and on its device."""
+        return replace(self, vae=vae, states={**self.states, "vae": dict(vae.state_dict())})
+
+    def graph_state(self, name: str) -> Mapping[str, Tensor]:
+        """Of the component that a graph is of."""
+        return self.states[component_of(name)]
 
     def config(self, name: str) -> dict[str, Any]:
         """Of the component that a graph is of: with the code, all that its structure depends on."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from scumble.errors import InvalidRequest
 from scumble_build.export.graph import Graph
 from scumble_build.export.manifest import SUFFIX, File, GraphManifest, KVPlace
-from scumble_build.export.plan import BaseGraphs
+from scumble_build.export.plan import BaseGraphs, component_of
 from scumble_build.export.provenance import code_digest, versions
 from scumble_build.export.trace import EXPORTER, OPSET, Place, locate, trace
 from scumble_registry.compatibility import Family
@@ -50,11 +50,6 @@ def write_graphs(
         report(manifest)
         found.append(manifest)
     return tuple(found)
-
-
-def component_of(name: str) -> str:
-    """Whose weights a graph reads."""
-    return {"kv_projection": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}.get(name, name.partition(".")[0])
 
 
 def _write_weights(state: Mapping[str, Tensor], file: Path) -> File:

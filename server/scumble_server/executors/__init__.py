@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scumble_build.adapted import Factors
 from scumble_build.denoiser import KVSlice
+from scumble_build.export.manifest import Include
 from scumble_build.inputs import StepInputs
 from scumble_build.layout import Layout
 from scumble_build.text import Encoded, Overrides
@@ -115,6 +116,9 @@ class Executor(Protocol):
 
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
         """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → prediction like sample."""
+
+    def prepare(self, includes: frozenset[Include]) -> None:
+        """Make ready for steps whose rows carry these, so that no step waits. Called by the conditioning thread."""
 
     def weight(self, target: str) -> Tensor:
         """The weight of a layer `(out, in[, k, k])` or norm `(channels,)`, by its canonical name, to be read only."""

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from scumble.errors import Refused, Unavailable
 from scumble_build.adapted import Factors
-from scumble_build.denoiser import Denoiser, KVProjection
+from scumble_build.denoiser import Denoiser
+from scumble_build.export.graph import PRECISIONS
+from scumble_build.export.manifest import Include, Precision
+from scumble_build.export.plan import BaseGraphs
 from scumble_build.families import Family
 from scumble_build.inputs import StepInputs
 from scumble_build.models import Models, Text, load_autoencoder, text_class, vae_dtype
-from scumble_build.text import Encoded, Overrides, TextEncoder
+from scumble_build.text import Encoded, Overrides
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.executors import Changed
@@ -28,7 +31,7 @@ from scumble_server.executors.device import Captured, Stepping, faults
 from scumble_server.executors.torch_vae import TorchVae
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in PRECISIONS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,43 +57,39 @@ class TorchExecutor:
     ) -> None:
         """`models` are in `dtype` already; with `stepping`, steps run in its buffers and graphs."""
         self._family, self._device, self._dtype, self.max_rows = family, device, dtype, max_rows
-        unet = self._place(models.unet)
-        texts = {name: self._place(text) for name, text in models.texts.items()}
-        vae = self._place(models.vae)
-        self.vae = TorchVae(vae)
-        # As their files name them: behind this, names gain what adapters need.
-        components = {"unet": unet, **texts, "vae": vae}
-        self._states = {name: dict(model.state_dict()) for name, model in components.items()}
+        for model in (models.unet, *models.texts.values(), models.vae):
+            self._place(model)
+        components = {"unet": models.unet, **models.texts, "vae": models.vae}
         self._configs = {name: model.config for name, model in components.items()}
-        self._projection = KVProjection(unet)
-        self._denoiser = Denoiser(unet, self._projection.slices)
-        self._texts = [TextEncoder(text, name, penultimate=family.penultimate) for name, text in texts.items()]
-        self.step_layout = self._denoiser.layout
-        self.kv_layout = self._projection.layout
-        self.kv_slices = self._projection.slices
+        self.graphs = graphs = BaseGraphs.of(models, family, _PRECISIONS[dtype])
+        self.vae = TorchVae(graphs.vae)
+        self._texts = list(graphs.texts.values())
+        self.step_layout = graphs.denoiser.layout
+        self.kv_layout = graphs.projection.layout
+        self.kv_slices = graphs.projection.slices
         self.text_layouts = tuple(text.layout for text in self._texts)
         self._stepping = stepping
-        self._captured = Captured(stepping, _computing(self._denoiser)) if stepping is not None else None
+        self._captured = Captured(stepping, _computing(self.graphs.denoiser)) if stepping is not None else None
         self._parameters = {
             (component, plain(name)): tensor
-            for component, state in self._states.items()
+            for component, state in self.graphs.states.items()
             for name, tensor in state.items()
         }
 
     @classmethod
     def load(
-        cls, folder: Path, family: Family, device: str = "cpu", precision: str = "fp32", max_rows: int = 32
+        cls, folder: Path, family: Family, device: str = "cpu", precision: Precision = "fp32", max_rows: int = 32
     ) -> Self:
         """A folder in the diffusers layout. Raises Unavailable if the device is not there."""
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
-        dtype, place = _DTYPES[precision], torch.device(device)
+        dtype, place = PRECISIONS[precision], torch.device(device)
         stepping = Stepping.on(place) if device == "cuda" else None
         with faults(f"the weights of {folder.name}"):
             return cls(Models.load(folder, family, dtype), family, place, dtype, max_rows, stepping)
 
     def variant(self, changed: Changed, configs: Path | None = None) -> Self:
-        states = {component: dict(state) for component, state in self._states.items()}
+        states = {component: dict(state) for component, state in self.graphs.states.items()}
         for component, tensors in changed.items():
             if component not in states:
                 continue  # a safety checker, an image encoder: nothing that is drawn with
@@ -157,18 +156,21 @@ class TorchExecutor:
     @torch.inference_mode()
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
         with faults("a text's keys and values"):
-            kv: Tensor = self._projection(states, self._cast(factors), of_values)
+            kv: Tensor = self.graphs.projection(states, self._cast(factors), of_values)
         return kv
 
     @torch.inference_mode()
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
         with faults(f"a step of {len(sample)} rows"):
             step = _Step(sample.to(self._dtype), timestep, inputs.to(self._device, self._dtype))
-            prediction = self._captured(step) if self._captured is not None else _computing(self._denoiser)(step)
+            prediction = self._captured(step) if self._captured is not None else _computing(self.graphs.denoiser)(step)
             return prediction.float()
 
     def _cast(self, factors: Factors | None) -> Factors | None:
         return factors.to(self._device, self._dtype) if factors is not None else None
+
+    def prepare(self, includes: frozenset[Include]) -> None:
+        """Eager graphs take anything at once."""
 
     def load_vae(self, folder: Path) -> TorchVae:
         return TorchVae(self._place(load_autoencoder(folder, self._dtype)))
@@ -185,13 +187,13 @@ class TorchExecutor:
 
     def weights_digest(self) -> str:
         digest = hashlib.sha256()
-        for state in self._states.values():
+        for state in self.graphs.states.values():
             for _, tensor in sorted(state.items()):
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def describe(self) -> dict[str, str]:
-        precision = next(name for name, dtype in _DTYPES.items() if dtype == self._dtype)
+        precision = _PRECISIONS[self._dtype]
         return {"executor": "torch", "device": self.device, "precision": precision}
 
 
@@ -218,9 +220,9 @@ def _build_text(kind: type[Text], config: Any, state: dict[str, Tensor]) -> Text
     return model
 
 
-def weights_bytes(folder: Path, family: Family, precision: str) -> int:
+def weights_bytes(folder: Path, family: Family, precision: Precision) -> int:
     """What a folder in the diffusers layout will take once it is loaded, read from its headers."""
-    dtype = _DTYPES[precision]
+    dtype = PRECISIONS[precision]
     of_vae = vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), dtype)
     components = {"unet": dtype, **{part.encoder: dtype for part in family.texts}, "vae": of_vae}
     return sum(_values(folder / name) * kept.itemsize for name, kept in components.items())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scumble.errors import InvalidRequest
+from scumble.errors import InvalidRequest, Refused
 from scumble.request import Adapter
 from scumble_build.hypernetwork import Hypernetwork, parameters_of
 from scumble_registry.compatibility import ContextNetworks, HypernetworkCompatibility
@@ -65,6 +65,14 @@ def check(bound: Bound, base: Base) -> None:
                 "leave it out",
                 field=f"adapters.{name}",
             )
+    networks = networks_of(bound)
+    assert networks is not None
+    if not base.changes_graphs and set(networks.widths) & base.compatibility.self_attention_widths:
+        raise Refused(
+            f"{bound.spec.ref} is a hypernetwork on self-attention, which changes the graph, and this server's graphs "
+            "are fixed; ask a server that runs with --executor torch",
+            ref=bound.spec.ref,
+        )
 
 
 def check_together(adapters: Sequence[Bound], base: Base, settings: Settings) -> None:

@@ -29,8 +29,8 @@ from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest
 
 KIND = "dreambooth"
-_CHUNK = 1 << 18
 _SCHEDULER = "scheduler/scheduler_config.json"
+_PIECE = 1 << 18
 
 
 def recognises(source: Source) -> bool:
@@ -164,16 +164,16 @@ def _tensors(component: Path) -> dict[str, Array]:
 
 
 def _is_same(file: Path, other: Path) -> bool:
+    """To the byte, read piece by piece."""
     try:
-        same_size = file.stat().st_size == other.stat().st_size
+        if file.stat().st_size != other.stat().st_size:
+            return False
+        with file.open("rb") as one, other.open("rb") as two:
+            while piece := one.read(_PIECE):
+                if piece != two.read(_PIECE):
+                    return False
     except FileNotFoundError:
         return False
-    if not same_size:
-        return False
-    with file.open("rb") as one, other.open("rb") as another:
-        while chunk := one.read(_CHUNK):
-            if chunk != another.read(_CHUNK):
-                return False
     return True
 
 

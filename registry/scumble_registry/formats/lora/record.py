@@ -229,9 +229,12 @@ def check_scale(target: str, scale: float, what: str = "its scale") -> None:
         raise Refused(f"{target}: {what} must be within ±{_MAX_SCALE:g}, not 0", target=target)
 
 
-def check_module(target: str, module: Module) -> None:
-    """Magnitudes and bias have the length of what they belong to. Raises Refused."""
-    shape = module.shape
+def check_module(target: str, module: Module, shape: Shape | None = None) -> None:
+    """Magnitudes and bias have the length of what they belong to; `shape` is the base's where the module has none.
+
+    Raises Refused.
+    """
+    shape = module.shape or shape
     if module.magnitude is not None and shape is not None:
         lengths = module.magnitude.lengths
         if len(shape) < 2 or lengths.shape != (shape[module.magnitude.axis],):
