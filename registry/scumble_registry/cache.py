@@ -98,7 +98,7 @@ class Cache:
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._blobs.open(blob) as source, path.open("xb") as copy:
-                shutil.copyfileobj(source, copy, 1 << 20)
+                shutil.copyfileobj(source, copy, 1 << 18)
             with path.open("rb") as written:
                 check(written, blob, name)
 
