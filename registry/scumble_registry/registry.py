@@ -20,6 +20,7 @@ from scumble_registry.artifacts import Artifact, ArtifactManifest
 from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors, sync_folder
 from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Match, Status, Version
+from scumble_registry.checking import Checked, check_all
 from scumble_registry.database import Database
 from scumble_registry.formats import dreambooth
 from scumble_registry.formats.source import Hints
@@ -382,6 +383,11 @@ class Registry:
             text = damaged[0] if len(damaged) == 1 else f"{len(damaged)} blobs are damaged: {'; '.join(damaged)}"
             raise IntegrityError(text, damaged=damaged)
         return Verified(len(chosen), len(uses), sum(blob.size for blob in uses))
+
+    def check(self) -> Checked:
+        """Does what the registry says fit together? Hashes nothing; see `checking.py`. Raises Unavailable."""
+        with self._database.reading() as connection:
+            return check_all(connection, self._blobs)
 
     def collect(self, *, grace: float = 24 * 3600.0, dry_run: bool = False) -> Collected:
         """Remove what nothing needs and nothing touched for `grace` seconds (`dry_run`: only count it).

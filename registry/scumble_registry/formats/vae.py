@@ -10,7 +10,8 @@ from typing import Any
 
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import VaeCompatibility
-from scumble_registry.formats.safetensors_header import read_header
+from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.safetensors_header import read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
 
@@ -29,7 +30,9 @@ def read(source: Source, base: Manifest | None) -> Draft:
     check_plain(source)
     if FILE_NAME not in source.files:
         raise Refused(f"the VAE lacks {FILE_NAME}; save it with diffusers, in one file")
-    tensors = read_header(source.files[FILE_NAME]).tensors
+    header = read_header(source.files[FILE_NAME])
+    check_finite(read_tensors(source.files[FILE_NAME], header))
+    tensors = header.tensors
     config = _config(source)
     entrance = tensors.get("decoder.conv_in.weight")
     channels = entrance.shape[1] if entrance is not None and len(entrance.shape) == 4 else 0

@@ -254,9 +254,9 @@ class OnnxRuntimeExecutor:
 
     @torch.inference_mode()
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
-        """Raises Refused for hypernetworks in self-attention, which change the graph; admission asks before."""
-        if inputs.contexts:
-            raise Refused("hypernetworks in self-attention need the torch executor: serve with --executor torch")
+        """Raises Refused for what changes the graph (self-attention hypernetworks, LLLite); admission asks before."""
+        if inputs.contexts or inputs.lites:
+            raise Refused("what changes the graph needs the torch executor: serve with --executor torch")
         which = f"unet.{graph_for(self._needs(inputs))}"
         if self._fed is None or not self._fed.is_of(inputs, which):
             self._fed = _Fed(inputs, which, self._stacked(which, inputs, sample))

@@ -23,6 +23,7 @@ from scumble_registry.formats.checkpoint import configs
 from scumble_registry.formats.checkpoint.parts import V_PREDICTION, ZERO_SNR, Parts, is_whole, take_apart
 from scumble_registry.formats.checkpoint.text import plain
 from scumble_registry.formats.checkpoint.vocabulary import write_tokenizer
+from scumble_registry.formats.floats import is_finite
 from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors, write_file
 from scumble_registry.formats.source import Source, Unpacked
@@ -104,7 +105,7 @@ def _check_values(parts: Parts) -> None:
         for name, values in tensors.items():
             if values.dtype.name not in {"float32", "float16", "bfloat16"}:
                 raise Refused(f"{component}: {name} is {values.dtype.name}; a checkpoint may be {', '.join(_TYPES)}")
-            if not np.isfinite(values).all():
+            if not is_finite(values):
                 raise Refused(f"{component}: {name} holds NaN or infinite values; the merge or training went wrong")
 
 

@@ -22,7 +22,15 @@ from scumble_registry.formats.lora import about
 from scumble_registry.formats.lora.names import without_adapter_names
 from scumble_registry.formats.lora.parse import Parsed, parse
 from scumble_registry.formats.lora.peft import Scaling, parse_config, parse_metadata
-from scumble_registry.formats.lora.record import LoraModule, LoraRecord, Module, read_record, row_columns, write_record
+from scumble_registry.formats.lora.record import (
+    LoraModule,
+    LoraRecord,
+    Module,
+    read_record,
+    row_columns,
+    unwritten,
+    write_record,
+)
 from scumble_registry.formats.lora.speed import sampling_of
 from scumble_registry.formats.lora.strangers import known_stranger
 from scumble_registry.formats.safetensors_header import DTYPES, Array, Header, read_header, read_tensors
@@ -63,7 +71,7 @@ def read(source: Source, base: Manifest | None) -> Draft:
     return Draft(
         files=source.files if source.path.is_dir() else {FILE_NAME: next(iter(_weights(source).values()))},
         compatibility=_derive(parsed.record, of_base),
-        record=write_record(parsed.record),
+        record=unwritten(parsed.record),
         sampling=sampling_of(metadata, source.path.name),
         trigger_words=about.trigger_words(metadata),
         dialect=parsed.dialect,

@@ -102,10 +102,12 @@ def build(parts: Parts) -> tuple[Module, str] | None:
     for needed, name, read in _READERS:
         if parts.has(*needed):
             module = read(parts)
-            check_module(parts.target, module)
+            check_module(parts.target, module, parts.shape)
             return module, name
     if parts.has("diff_b") and has_bias(parts.target):
-        return Dense(None, bias=_vector(parts, "diff_b")), "bias"
+        module = Dense(None, bias=_vector(parts, "diff_b"))
+        check_module(parts.target, module, parts.weight())
+        return module, "bias"
     return None
 
 
@@ -155,6 +157,8 @@ def _loha(parts: Parts) -> Module:
 
 def _lokr(parts: Parts) -> Module:
     left, rank_left = _half(parts, "lokr_w1")
+    if left[1].ndim != 2:
+        raise Refused(f"{parts.target}: the left side of a Kronecker product has no kernel", target=parts.target)
     right, rank_right = _half(parts, "lokr_w2", columns=left[1].shape[1])
     rank = rank_right or rank_left
     if rank is None:
@@ -181,7 +185,7 @@ def _half(parts: Parts, name: str, columns: int | None = None) -> tuple[tuple[Ar
     """
     whole = parts.take(name)
     if whole is not None:
-        if whole.ndim not in {2, 4} or 0 in whole.shape:
+        if whole.ndim not in ({2} if name == "lokr_w1" else {2, 4}) or 0 in whole.shape:
             raise Refused(f"{parts.target}: {name} of shape {whole.shape} is no matrix", target=parts.target)
         return algebra.halves(whole), None
     up, down = parts.need(f"{name}_a"), parts.need(f"{name}_b")
@@ -269,10 +273,10 @@ def _glora(parts: Parts) -> Module:
 
 
 def _oft(parts: Parts) -> Module:
-    blocks = parts.need("oft_blocks")
+    blocks = _blocks(parts, "oft_blocks")
     alpha = parts.number("alpha") or 0.0
-    out = int(np.prod(blocks.shape[-3:-1])) if blocks.ndim in {3, 4} else 0
-    turned = cayley(blocks, alpha * out if alpha > 0 or parts.clamped else None) if out else blocks
+    limit = alpha * blocks.shape[-3] * blocks.shape[-2]
+    turned = cayley(blocks, limit if alpha > 0 or parts.clamped else None)
     # OFT multiplies from the other side than a butterfly's stages do, and shuffles nothing.
     if blocks.ndim == 4 and len(blocks) == 1 and blocks.shape[-1] % 2 == 0:
         turned = unshuffled(turned)
@@ -281,9 +285,16 @@ def _oft(parts: Parts) -> Module:
 
 def _oft_diag(parts: Parts) -> Module:
     """Old LyCORIS: the rotation itself."""
-    blocks = parts.need("oft_diag")
+    blocks = algebra.wide(_blocks(parts, "oft_diag"))
     parts.take("alpha")
-    return _rotation(parts, algebra.wide(blocks).swapaxes(1, 2)[None] if blocks.ndim == 3 else blocks, axis=0)
+    return _rotation(parts, blocks.swapaxes(1, 2)[None] if blocks.ndim == 3 else blocks, axis=0)
+
+
+def _blocks(parts: Parts, name: str) -> Array:
+    blocks = parts.need(name)
+    if blocks.ndim not in {3, 4} or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
+        raise Refused(f"{parts.target}: blocks of shape {blocks.shape} are no square ones", target=parts.target)
+    return blocks
 
 
 def _peft_oft(parts: Parts) -> Module:
@@ -307,7 +318,7 @@ def _peft_oft(parts: Parts) -> Module:
 
 
 def _peft_boft(parts: Parts) -> Module:
-    blocks, rescale = parts.need("peft_boft"), parts.take("peft_boft_s")
+    blocks, rescale = _blocks(parts, "peft_boft"), parts.take("peft_boft_s")
     if blocks.ndim != 4 or len(blocks) != 1 or parts.weight()[2:] not in {(), (1, 1)}:
         raise Refused(
             f"{parts.target}: of PEFT's BOFT only boft_n_butterfly_factor 1 on linear layers and 1x1 convolutions can "

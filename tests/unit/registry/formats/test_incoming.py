@@ -96,5 +96,5 @@ def test_what_would_be_run_is_named_and_nothing_is_published(
 def test_the_publishers_limit_goes_before_the_sound_one(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(saved(VECTOR))
     source = replace(Source.scan(tmp_path / "a.pt"), work=tmp_path / "work", max_bytes=100)
-    with pytest.raises(Refused, match="larger than 100 bytes"):
+    with pytest.raises(Refused, match="more than 100; --max-size lets more in"):
         with_safetensors(source)
