@@ -45,7 +45,7 @@ class ControlledEncoder(nn.Module):
         """Pooled text `(rows, P)` and sizes `(rows, 6)` → `(rows, E)`, or None if the net reads neither (SDXL's do)."""
         if self.model.config.addition_embed_type != "text_time":
             return None
-        spread = self.model.add_time_proj(sizes.flatten()).view(len(sizes), -1)
+        spread = self.model.add_time_proj(sizes.flatten()).view(sizes.shape[0], -1)
         added: Tensor = self.model.add_embedding(torch.cat([pooled, spread.to(pooled)], dim=-1))
         return added
 
@@ -104,9 +104,12 @@ class ControlNetUnion(ControlledEncoder):
 
         A single picture's strength has its place behind the net, on the residuals: it is 1 here.
         """
-        hints = self.embed(controls)
-        strength = hints.new_tensor(strengths)[:, None]
-        tokens = (hints.mean((2, 3)) + self.model.task_embedding[list(types)]) * strength
+        return self.fused(controls, torch.tensor(types, device=controls.device), controls.new_tensor(strengths))
+
+    def fused(self, controls: Tensor, kinds: Tensor, strengths: Tensor) -> Tensor:
+        """The same with kinds and strengths `(n,)` as tensors."""
+        hints, strength = self.embed(controls), strengths[:, None]
+        tokens = (hints.mean((2, 3)) + self.model.task_embedding.index_select(0, kinds)) * strength
         for layer in self.model.transformer_layes:  # the model's own spelling
             tokens = layer(tokens[None])[0]
         shifted = hints + self.model.spatial_ch_projs(tokens)[..., None, None]
@@ -115,7 +118,7 @@ class ControlNetUnion(ControlledEncoder):
 
     def residuals_of(
         self,
-        types: Sequence[int],
+        types: Tensor,
         sample: Tensor,
         timestep: Tensor,
         kv: Tensor,
@@ -123,14 +126,18 @@ class ControlNetUnion(ControlledEncoder):
         added: Tensor | None = None,
         kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """As ControlNet.residuals; `types` are the kinds of control that the pictures of all rows are of."""
+        """As ControlNet.residuals; `types` is what `present` says of the kinds of control of all rows' pictures."""
         time = self.time(timestep, sample.dtype, added) + self._type_embedding(types, sample)
         return self.encode(self.model.conv_in(sample) + hint, time, kv, kv_mask)
 
-    def _type_embedding(self, types: Sequence[int], like: Tensor) -> Tensor:
-        """`(1, E)`: which kinds of control are there."""
-        present = torch.zeros(self.model.config.num_control_type, device=like.device)
-        present[list(types)] = 1
-        spread = self.model.control_type_proj(present).view(1, -1)
+    def present(self, types: Sequence[int]) -> Tensor:
+        """What `residuals_of` takes for these kinds of control."""
+        found = torch.zeros(self.model.config.num_control_type, device=self.model.device)
+        found[list(types)] = 1
+        return found
+
+    def _type_embedding(self, types: Tensor, like: Tensor) -> Tensor:
+        """`(1, E)`"""
+        spread = self.model.control_type_proj(types).view(1, -1)
         embedded: Tensor = self.model.control_add_embedding(spread.to(like.dtype))
         return embedded

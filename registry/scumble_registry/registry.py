@@ -394,8 +394,8 @@ class Registry:
 
         Blobs of no version and no artifact, which publishers that died or were refused left, and artifacts that others
         took the place of; the cache's entries and unfinished work, while nobody else has the registry open. Safe beside
-        anybody: a publisher whose blobs went, because it took longer than `grace`, fails and may try again. Raises
-        IntegrityError, removing nothing, where a manifest cannot be read; Unavailable.
+        all who opened the registry for themselves: a publisher whose blobs went, because it took longer than `grace`,
+        fails and may try again. Raises IntegrityError, removing nothing, where a manifest cannot be read; Unavailable.
         """
         before = time.time() - grace
         with explain_os_errors(self._scratch), self._database.writing() as connection:
@@ -415,7 +415,7 @@ class Registry:
             cleaned = self._cache.clean(before, dry_run=dry_run)
             unfinished = [path for path in self._scratch.glob("*") if path.lstat().st_mtime < before]
             for path in unfinished if not dry_run else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         return Collected(len(idle), cleaned.entries, len(unfinished), size + cleaned.bytes)
 
     def close(self) -> None:

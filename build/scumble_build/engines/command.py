@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from scumble_build.engines.api import Flavour, load
 from scumble_build.engines.base import Target, build_graphs
 from scumble_build.engines.builder import Options, current_sm
 from scumble_build.engines.key import EngineKey, Machine, check_sm
+from scumble_build.engines.profiles import Profile
 from scumble_build.engines.progress import Tell
 from scumble_build.engines.store import Stored
 from scumble_build.export.manifest import GraphManifest, Precision
@@ -54,28 +56,55 @@ def engine(
 ) -> None:
     """Build engines of a base's graphs and publish them beside it."""
     load(flavour)  # before minutes of work
-    wanted = profiles.read(profile) if profile is not None else ()
-    place = home or default_home()
-    options = Options(
-        optimization_level=level,
-        workspace=None if workspace is None else int(workspace * GIB),
-        timing_cache=None if flavour.is_rtx else place / "cache" / "timing.cache",
+    found = build_into(
+        base,
+        home or default_home(),
+        flavour,
+        _capabilities(sm),
+        precision,
+        part=part,
+        wanted=profiles.read(profile) if profile is not None else (),
+        options=Options(optimization_level=level, workspace=None if workspace is None else int(workspace * GIB)),
+        again=again,
+        quiet=as_json,
     )
-    target = Target(flavour, _capabilities(sm), precision, wanted, options)
-    with Registry.open(place) as registry, tempfile.TemporaryDirectory(prefix="scumble-engines-") as work:
+    if as_json:
+        print(json.dumps({"engines": [_entry(each) for each in found]}, indent=2))
+
+
+def build_into(
+    base: str,
+    home: Path,
+    flavour: Flavour,
+    sm: tuple[int, ...],
+    precision: Precision,
+    *,
+    part: list[str] | None = None,
+    wanted: tuple[Profile, ...] = (),
+    options: Options | None = None,
+    again: bool = False,
+    quiet: bool = True,
+) -> list[Stored]:
+    """Export a base's graphs, build what its registry has not yet, publish each engine as it is done."""
+    options = options or Options()
+    if not flavour.is_rtx:
+        options = replace(options, timing_cache=home / "cache" / "timing.cache")
+    target = Target(flavour, sm, precision, wanted, options)
+    found: list[Stored] = []
+    with Registry.open(home) as registry, tempfile.TemporaryDirectory(prefix="scumble-engines-") as work:
         version = registry.resolve(base)
         there = {each.key.digest: each for each in store.listed(registry, version)}
-        manifests = _export(version.ref, place, Path(work) / "graphs", part, precision, tell=_say(as_json))
+        graphs, plans = Path(work) / "graphs", Path(work) / "plans"
+        manifests = _export(version.ref, home, graphs, part, precision, tell=_say(quiet))
         if part is None:
             profiles.check_names(wanted, manifests)
-        found: list[Stored] = []
         for built in build_graphs(
-            Path(work) / "graphs",
+            graphs,
             manifests,
             target,
-            Path(work) / "plans",
+            plans,
             known=lambda key: not again and key.digest in there,
-            tell=lambda graph: _progress(graph, quiet=as_json),
+            tell=lambda graph: _progress(graph, quiet=quiet),
         ):
             if built.report is None:
                 stored = there[built.key.digest]
@@ -83,10 +112,9 @@ def engine(
                 stored = store.publish(registry, version, built.key, built.plan, built.manifest, built.report)
                 built.plan.unlink()
             found.append(stored)
-            if not as_json:
+            if not quiet:
                 print(_line(stored, fresh=built.report is not None))
-    if as_json:
-        print(json.dumps({"base": version.ref, "engines": [_entry(each) for each in found]}, indent=2))
+    return found
 
 
 def engines(

@@ -12,14 +12,16 @@ import typer
 from transformers import CLIPVisionModelWithProjection
 
 from scumble.errors import NotFound, Refused
+from scumble_build.control_models import load_net, load_union
+from scumble_build.export.control import NetGraphs
 from scumble_build.export.graph import PRECISIONS
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_build.export.plan import BaseGraphs
-from scumble_build.export.write import write_graphs
+from scumble_build.export.write import Exportable, write_graphs
 from scumble_build.families import FAMILIES
 from scumble_build.models import Models
 from scumble_registry import Registry, default_home
-from scumble_registry.compatibility import BaseCompatibility, Family
+from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility, Family
 from scumble_registry.formats import base as base_format
 from scumble_registry.formats.source import Source
 
@@ -40,6 +42,9 @@ def export(
         list[str] | None,
         typer.Option(help="Only this graph (unet.small, vae_decoder, …); may be repeated. [default: all]"),
     ] = None,
+    controlnet: Annotated[
+        str | None, typer.Option(help="Export this ControlNet's graphs instead: a reference to a net for the base.")
+    ] = None,
     precision: Annotated[Precision, typer.Option(help="What the graphs compute in.")] = "fp32",
     home: Annotated[Path | None, typer.Option(help="Where the registry is. [SCUMBLE_HOME]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
@@ -50,9 +55,13 @@ def export(
         if not as_json:
             print(f"{manifest.graph}: {len(manifest.inputs)} inputs, {manifest.onnx.size / 1e6:.1f} MB")
 
-    found = find_base(base, home or default_home())
-    graphs = open_base(found, precision)
-    manifests = write_graphs(graphs, part or graphs.names, out, base=found.digest, family=found.family, report=report)
+    place = home or default_home()
+    found = find_base(base, place)
+    graphs: Exportable = open_base(found, precision)
+    digest = found.digest
+    if controlnet is not None:
+        graphs, digest = open_net(controlnet, found, place, precision)
+    manifests = write_graphs(graphs, part or graphs.names, out, base=digest, family=found.family, report=report)
     if as_json:
         print(json.dumps({"folder": str(out), "graphs": [manifest.graph for manifest in manifests]}))
 
@@ -85,3 +94,15 @@ def open_base(base: BaseFolder, precision: Precision) -> BaseGraphs:
     if (encoder / "config.json").is_file():
         vision = CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=dtype, local_files_only=True)
     return BaseGraphs.of(Models.load(base.folder, family, dtype), family, precision, vision)
+
+
+def open_net(ref: str, base: BaseFolder, home: Path, precision: Precision) -> tuple[NetGraphs, str]:
+    """A published ControlNet and its digest. Raises NotFound, Refused for what is none, IntegrityError."""
+    with Registry.open(home) as registry:
+        version = registry.resolve(ref)
+        about = version.manifest.compatibility
+        if not isinstance(about, ControlNetCompatibility) or about.form == "t2i":
+            raise Refused(f"{version.ref} is no ControlNet; name one, or leave --controlnet out", ref=ref)
+        folder = registry.materialise(version)
+    model = load_union(folder) if about.form == "union" else load_net(folder, lambda: base.folder / "unet")
+    return NetGraphs.of(model, precision), version.digest

@@ -79,7 +79,7 @@ def denoiser_graph(
     inputs = _inputs(denoiser, slices, includes, layout, dtype)
     named = {dim for port in inputs for dim in port.dims if isinstance(dim, str)}
     axes = {"rows": ROWS, "tokens": TOKENS, "height": HEIGHT, "width": WIDTH, **FACTOR_AXES, **IMAGE_AXES}
-    axes = {name: axis for name, axis in axes.items() if name in named} | _level_axes(denoiser.levels, named)
+    axes = {name: axis for name, axis in axes.items() if name in named} | level_axes(denoiser.levels, named)
     out = Port(
         name="prediction",
         dtype="float32",
@@ -200,7 +200,7 @@ def level_dims(level: int) -> tuple[str, str]:
     return (f"height_{level}", f"width_{level}") if level else ("height", "width")
 
 
-def _level_axes(levels: int, named: AbstractSet[str]) -> dict[str, Axis]:
+def level_axes(levels: int, named: AbstractSet[str]) -> dict[str, Axis]:
     """What the sizes are at each level of the UNet."""
     return {
         name: _halved(side, axis, level)

@@ -29,7 +29,7 @@ def decoder_graph(vae: Any, parameters: Mapping[str, Tensor], precision: Precisi
             name="pixels", dtype="float32", dims=("rows", 3, "pixel_height", "pixel_width"), about="In about -1…1, RGB."
         ),
     )
-    axes = {"rows": _IMAGES, "height": HEIGHT, "width": WIDTH, **_pixel_axes(scale)}
+    axes = {"rows": _IMAGES, "height": HEIGHT, "width": WIDTH, **pixel_axes(scale)}
     module = _Decoder(vae, precision)
     return Graph("vae_decoder", "vae_decoder", module, inputs, outputs, axes, precision, parameters, kept_in_fp32=kept)
 
@@ -41,7 +41,7 @@ def encoder_graph(vae: Any, parameters: Mapping[str, Tensor], precision: Precisi
     )
     moments = ("rows", 2 * int(vae.config.latent_channels), "height", "width")
     outputs = (Port(name="moments", dtype="float32", dims=moments, about="Means, then logarithms of variances."),)
-    axes = {"rows": _IMAGES, **_pixel_axes(vae_scale(vae)), "height": HEIGHT, "width": WIDTH}
+    axes = {"rows": _IMAGES, **pixel_axes(vae_scale(vae)), "height": HEIGHT, "width": WIDTH}
     module = _Encoder(vae, precision)
     return Graph("vae_encoder", "vae_encoder", module, inputs, outputs, axes, precision, parameters, kept_in_fp32=kept)
 
@@ -71,7 +71,7 @@ def vision_graph(model: Any, parameters: Mapping[str, Tensor], precision: Precis
     )
 
 
-def _pixel_axes(scale: int) -> dict[str, Axis]:
+def pixel_axes(scale: int) -> dict[str, Axis]:
     def pixels(side: str, axis: Axis) -> Axis:
         least, usual, most = (scale * each for each in (axis.min, axis.opt, axis.max))
         return Axis(min=least, opt=usual, max=most, multiple=scale, about=f"{scale} pixels for each of {side}.")

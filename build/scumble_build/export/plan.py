@@ -29,6 +29,8 @@ from scumble_build.text import TextEncoder
 
 def component_of(name: str) -> str:
     """Whose weights a graph reads."""
+    if name.startswith("controlnet"):
+        return "controlnet"
     return {"kv_projection": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}.get(name, name.partition(".")[0])
 
 
@@ -36,6 +38,11 @@ _NORMS = "norms"
 _EMBEDDINGS = "embedding of time steps and sizes"
 _ATTENTION = "attention"
 _EVERYTHING = "everything"
+
+
+def kept_in_fp32(config: Any) -> tuple[str, ...]:
+    """Of a UNet, or a net of its kind, in half precision."""
+    return (_NORMS, _EMBEDDINGS, *((_ATTENTION,) if config.upcast_attention else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +90,8 @@ class BaseGraphs:
         if name == "kv_projection":
             return projection_graph(self.projection, self._of("unet"), self.precision)
         if name.startswith("unet."):
-            upcast = (_ATTENTION,) if half and self.denoiser.unet.config.upcast_attention else ()  # type: ignore[union-attr]
-            kept = (*norms, _EMBEDDINGS, *upcast) if half else ()
+            unet: Any = self.denoiser.unet
+            kept = kept_in_fp32(unet.config) if half else ()
             which = name.removeprefix("unet.")
             return denoiser_graph(which, self.denoiser, self.projection.slices, self._of("unet"), self.precision, kept)
         if name == "image_encoder":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import onnx
 from safetensors.torch import save_file
@@ -20,15 +21,27 @@ from torch import Tensor
 from scumble.errors import InvalidRequest
 from scumble_build.export.graph import Graph
 from scumble_build.export.manifest import SUFFIX, File, GraphManifest, KVPlace
-from scumble_build.export.plan import BaseGraphs, component_of
+from scumble_build.export.plan import component_of
 from scumble_build.export.provenance import code_digest, versions
 from scumble_build.export.trace import EXPORTER, OPSET, Place, locate, trace
 from scumble_registry.compatibility import Family
 from scumble_registry.formats.safetensors_header import read_header
 
 
+class Exportable(Protocol):
+    """The graphs of a base (`plan.BaseGraphs`) or of a ControlNet (`control.NetGraphs`)."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def states(self) -> Mapping[str, Mapping[str, Tensor]]: ...
+
+    def graph(self, name: str) -> Graph: ...
+
+
 def write_graphs(
-    graphs: BaseGraphs,
+    graphs: Exportable,
     names: Sequence[str],
     folder: Path,
     *,
@@ -38,7 +51,7 @@ def write_graphs(
 ) -> tuple[GraphManifest, ...]:
     """Those of `names`. `report` hears of each as it is done. Raises InvalidRequest for a name that is none."""
     if unknown := [name for name in names if name not in graphs.names]:
-        raise InvalidRequest(f"this base has no graph {unknown[0]!r}; it has {', '.join(graphs.names)}", field="part")
+        raise InvalidRequest(f"there is no graph {unknown[0]!r}; there are {', '.join(graphs.names)}", field="part")
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, File] = {}
     found = []

@@ -54,7 +54,8 @@ def largest(values: Array, axis: int) -> NDArray[np.float64]:
     """max |values| over `axis`; NaN counts as more than Inf."""
     if values.dtype not in _BITS:
         return np.asarray(np.abs(values).max(axis), np.float64)
-    return np.asarray(_magnitudes(values).max(axis).view(values.dtype), np.float64)
+    with np.errstate(invalid="ignore"):  # some NaN say so when they are widened
+        return np.asarray(_magnitudes(values).max(axis).view(values.dtype), np.float64)
 
 
 def _magnitudes(values: Array) -> NDArray[Any]:

@@ -68,6 +68,7 @@ class TorchUnionNet(_TorchNet):
     def __init__(self, graph: ControlNetUnion, like: Tensor, types: Sequence[int]) -> None:
         super().__init__(graph, like)
         self._types = tuple(types)
+        self._present = self._graph.present(self._types)
 
     @torch.inference_mode()
     def fuse(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
@@ -85,7 +86,7 @@ class TorchUnionNet(_TorchNet):
         kv_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         found = self._graph.residuals_of(
-            self._types,
+            self._present,
             sample.to(self._like),
             timestep,
             kv.to(self._like),

@@ -64,7 +64,7 @@ def test_a_union_net_equals_diffusers(tiny_base: Path, types: tuple[int, ...]) -
     )
     net = ControlNetUnion(model)
     hint = net.fuse(pictures, types, strengths).expand(4, -1, -1, -1)
-    found = net.residuals_of(types, sample, timestep, net.project(states), hint)
+    found = net.residuals_of(net.present(types), sample, timestep, net.project(states), hint)
     for mine, theirs in zip(found, (*down, middle), strict=True):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
         assert theirs.abs().max() >= 1e-2
@@ -81,7 +81,7 @@ def test_a_row_does_not_see_its_neighbours(tiny_base: Path) -> None:
     plain = ControlNet(make_net(unet, 1))
     for residuals, kv, hint in (
         (plain.residuals, plain.project(states), plain.embed(pictures)),
-        (lambda *rows: union.residuals_of([1], *rows), union.project(states), hints),
+        (lambda *rows: union.residuals_of(union.present([1]), *rows), union.project(states), hints),
     ):
         together = residuals(sample, timestep, kv, hint)
         for i in range(4):

@@ -224,6 +224,8 @@ HYPERNETWORKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("how", HYPERNETWORKS)
 def test_hypernetworks_of_the_webui(world: World, how: str) -> None:
+    if world.family != "sd1" and not how.startswith("norm"):
+        pytest.skip("the options are the same for all families")
     options = dict(HYPERNETWORKS[how])
     old = options.pop("old", False)
     unet = world.unet()

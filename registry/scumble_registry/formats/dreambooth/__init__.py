@@ -30,7 +30,7 @@ from scumble_registry.manifest import Manifest
 
 KIND = "dreambooth"
 _SCHEDULER = "scheduler/scheduler_config.json"
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 
 
 def recognises(source: Source) -> bool:

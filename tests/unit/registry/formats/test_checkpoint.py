@@ -149,6 +149,19 @@ def real_width() -> dict[str, Any]:
     return {name: torch.zeros(16, 768)}
 
 
+def test_the_folder_it_is_like_may_hold_one_precision_and_no_links(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_base, local_files_only=True)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    file = write(tiny_base, tmp_path / "one.safetensors", parts="u")
+    found(registry, file, hints=Hints(registry.folder_of(tmp_path / "half")))
+    assert "vae/diffusion_pytorch_model.safetensors" in registry.find("n/base").manifest.files
+    (tmp_path / "half/vae/secret.json").symlink_to("/etc/hostname")
+    with pytest.raises(Refused, match="is a link"):
+        registry.publish(file, "n/base", hints=Hints(registry.folder_of(tmp_path / "half")))
+
+
 def test_for_its_base_a_single_file_is_a_checkpoint_whose_unchanged_parts_are_the_bases(
     registry: Registry, tiny_base: Path, tmp_path: Path
 ) -> None:

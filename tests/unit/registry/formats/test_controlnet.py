@@ -304,3 +304,26 @@ def torch_load(file: Path) -> dict[str, Any]:
 def stored(registry: Registry, ref: str, folder: Path) -> Path:
     registry.pull(ref, folder)
     return folder / "diffusion_pytorch_model.safetensors"
+
+
+def test_an_lllite_fits_the_base_whose_modules_it_names(
+    registry: Registry, base: str, unet: Any, tmp_path: Path
+) -> None:
+    tiny_lllite = pytest.importorskip("tiny_lllite")
+    lites = tiny_lllite.make_lllite(unet, 1)
+    file = tiny_lllite.save_lllite(lites, unet, tmp_path / "a.safetensors")
+    found = published(registry, file, base=base)
+    assert (found.form, found.family, len(found.modules)) == ("lllite", "sd1", len(lites))
+    wider = {name: tiny_lllite.Lite(24, 0) for name in lites}
+    tiny_lllite.save_lllite(wider, unet, tmp_path / "b.safetensors")
+    with pytest.raises(Incompatible, match="reads 24 channels; this sd1 base has it as 16x16"):
+        registry.publish(tmp_path / "b.safetensors", "c/b", base=base)
+    with pytest.raises(Refused, match="not understood: more"):
+        registry.publish(add(file, more=torch.ones(2)), "c/c", base=base)
+
+
+def add(file: Path, **tensors: Any) -> Path:
+    from safetensors.torch import save_file
+
+    save_file(torch_load(file) | tensors, file)
+    return file

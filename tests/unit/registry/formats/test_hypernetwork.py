@@ -258,8 +258,7 @@ def test_a_damaged_pickle_is_refused_with_what_would_be_right(registry: Registry
         registry.publish(tmp_path / "ink.pt", "h/x")
 
 
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("activation", "norm"), [(each, i % 2 == 0) for i, each in enumerate(sorted(ACTIVATIONS))])
 def test_the_webuis_own_file_has_the_record_of_its_safetensors(
     registry: Registry, tmp_path: Path, activation: str, norm: bool
 ) -> None:

@@ -1,0 +1,81 @@
+"""A step of the denoiser by each executor that this machine has, over batches and ranks, side by side in one run.
+
+    python benches/executors.py --base demo/base [--rounds 7] [--rows 2 8] [--ranks 0 16 64]
+
+Prints JSON: median seconds of a step and the ratio to torch's. Rank 0 is a step without factors; otherwise each guided
+image (two rows) has a LoRA of its own over the small layout. The first round warms up and does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import onnxruntime
+import torch
+from measure import alternate, machine
+
+from scumble_build.adapted import Factors
+from scumble_build.export.command import find_base
+from scumble_build.families import FAMILIES
+from scumble_build.inputs import StepInputs
+from scumble_server.executors import Executor
+from scumble_server.executors.onnxruntime import OnnxRuntimeExecutor
+from scumble_server.executors.torch import TorchExecutor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=Path("demo/base"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, nargs="+", default=[2, 8, 16])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[0, 16, 64])
+    parser.add_argument("--side", type=int, default=16, help="height and width of the latents")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as cache:
+        found = find_base(str(arguments.base), Path(cache))
+        family = FAMILIES[found.family]
+        executors: dict[str, Executor] = {
+            "torch": TorchExecutor.load(found.folder, family),
+            "onnxruntime": OnnxRuntimeExecutor.load(found.folder, family, Path(cache)),
+        }
+        steps = [
+            measure(executors, rows, rank, arguments.side, arguments.rounds)
+            for rows in arguments.rows
+            for rank in arguments.ranks
+        ]
+    print(json.dumps({**machine(), "onnxruntime": onnxruntime.__version__, "steps": steps}, indent=1))
+
+
+def measure(executors: dict[str, Executor], rows: int, rank: int, side: int, rounds: int) -> dict[str, object]:
+    torch.manual_seed(0)
+    executor = executors["torch"]
+    sample, timestep = torch.randn(rows, 4, side, side), torch.full((rows,), 500.0)
+    width = sum(2 * place.width for place in executor.kv_slices)
+    inputs = StepInputs(torch.randn(rows, 77, width), factors=some_factors(executor, rows, rank) if rank else None)
+    runs = {name: (lambda each=each: each.denoise(sample, timestep, inputs)) for name, each in executors.items()}
+    results = {name: run() for name, run in runs.items()}
+    difference = float((results["torch"] - results["onnxruntime"]).abs().max())
+    seconds = alternate(runs, rounds)
+    ratio = round(seconds["onnxruntime"] / seconds["torch"], 3)
+    return {"rows": rows, "rank": rank, "seconds": seconds, "ratio": ratio, "difference": difference}
+
+
+def some_factors(executor: Executor, rows: int, rank: int) -> Factors:
+    """As the server stacks them: the two rows of a guided image share a slot."""
+    extent, slots = executor.step_layout.small, rows // 2
+    return Factors(
+        0.02 * torch.randn(slots, extent.total_in, rank),
+        0.02 * torch.randn(slots, extent.total_out, rank),
+        torch.arange(slots).repeat_interleave(2),
+        torch.ones(rows, rank),
+        2,
+    )
+
+
+if __name__ == "__main__":
+    main()
