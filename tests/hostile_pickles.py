@@ -308,6 +308,18 @@ def hostile() -> dict[str, tuple[bytes, str]]:
         "memo that is not there": (b"\x80\x02h\x07.", "where nothing is"),
         "half a character": (b"\x80\x02X\x03\x00\x00\x00\xed\xa0\x80.", "half a character"),
         "list as a key": (b"\x80\x02}]Ns.", "a key that cannot be one"),
+        "keys of one hash": (
+            b"\x80\x02}(" + b"".join(number(i * (2**61 - 1)) + b"N" for i in range(1, 20_000)) + b"u.",
+            "a key that cannot be one",
+        ),
+        "tuples of one hash": (
+            b"\x80\x02}(" + b"".join(number(i * (2**61 - 1)) + b"\x85N" for i in range(1, 20_000)) + b"u.",
+            "a key that cannot be one",
+        ),
+        "memo places of one hash": (
+            b"\x80\x02N" + b"".join(b"p%d\n" % (i * (2**61 - 1)) for i in range(1, 20_000)) + b".",
+            "a memo of 61 bits",
+        ),
         "tuple as a key": (b"\x80\x02})Ns.", "neither text nor a whole number"),
         "append to a number": (b"\x80\x02K\x01Na.", "appended to a int"),
         "nothing but plain values": (pickle.dumps({"a": [1, 2.5, None]}, 2), "no tensors"),

@@ -152,7 +152,10 @@ class Machine:
         self._push(self._top())
 
     def _remember(self, index: Any) -> None:
-        self._memo[len(self._memo) if index is None else int(index)] = self._top()
+        place = len(self._memo) if index is None else int(index)
+        if not 0 <= place < 2**32:
+            raise Unsound(f"a memo of {place.bit_length()} bits")
+        self._memo[place] = self._top()
 
     def _recall(self, index: Any) -> None:
         if int(index) not in self._memo:
@@ -279,10 +282,19 @@ def _opcodes(file: BytesIO) -> Iterator[tuple[str, Any]]:
 def _dict(flat: list[Any]) -> dict[Any, Any]:
     if len(flat) % 2:
         raise Unsound("a key without a value")
-    try:
-        return dict(zip(flat[::2], flat[1::2], strict=True))
-    except TypeError as error:
-        raise Unsound("a key that cannot be one") from error
+    return dict(zip(map(as_key, flat[::2]), flat[1::2], strict=True))
+
+
+def as_key(key: Any) -> Any:
+    """What may be a key of a dict: nothing whose hash its author chooses, or a dict of thousands takes hours to fill.
+
+    Text is hashed with a secret; whole numbers are their own hash, but beyond 61 bits they begin again.
+    """
+    is_number = isinstance(key, int) and key.bit_length() <= 61
+    is_words = isinstance(key, tuple) and all(isinstance(word, str) for word in key)
+    if is_number or is_words or key is None or isinstance(key, str | Global | Inert | View):
+        return key
+    raise Unsound(f"a {type(key).__name__} as a key that cannot be one")
 
 
 def _as_global(value: Any) -> Global:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from scumble_registry.formats.pickled.machine import Global, Inert, Storage, Unsound, View
+from scumble_registry.formats.pickled.machine import Global, Inert, Storage, Unsound, View, as_key
 
 _STORAGES = {
     "DoubleStorage": "F64",
@@ -160,10 +160,9 @@ def _ordered(*items: Any) -> dict[Any, Any]:
     pairs = items[0] if items else []
     if len(items) > 1 or not isinstance(pairs, list):
         raise Unsound("a dict of something else than pairs")
-    try:
-        return dict(pairs)
-    except (TypeError, ValueError) as error:
-        raise Unsound("a dict of something else than pairs") from error
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise Unsound("a dict of something else than pairs")
+    return {as_key(key): value for key, value in pairs}
 
 
 def _default_dict(*_: Any) -> dict[Any, Any]:

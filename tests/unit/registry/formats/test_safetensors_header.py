@@ -94,6 +94,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], Path], str]] = {
         "20001 tensors",
     ),
     "duplicate key": (duplicate, "stands twice"),
+    "half a million keys, the last twice": (
+        lambda p: file_of(p, b"{" + b"".join(b'"%d":0,' % i for i in range(500_000)) + b'"x":0,"x":0}'),
+        "'x' stands twice",
+    ),
     "nine dimensions": (lambda p: file_of(p, {"a": entry(shape=[1] * 9)}, b"0000"), "at most 8 dimensions"),
     "negative size": (lambda p: file_of(p, {"a": entry(shape=[-1])}, b"0000"), "no sound shape"),
     "boolean size": (lambda p: file_of(p, {"a": entry(shape=[True])}, b"0000"), "no sound shape"),
