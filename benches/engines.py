@@ -25,6 +25,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from measure import machine
 from memory import FAMILIES, FULL_VAE, Family
 from transformers import CLIPTextConfig
+from transformers.initialization import no_init_weights
 
 from scumble.errors import ScumbleError
 from scumble_build.engines import profiles
@@ -116,7 +117,9 @@ def random_models(family: Family, name: str) -> Models:
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=family.latents, **family.unet)
         vae = AutoencoderKL(**FULL_VAE, force_upcast=name == "sdxl")
-    texts = [kind(CLIPTextConfig(**config, max_position_embeddings=77)) for kind, config in family.texts]
+    with no_init_weights():
+        texts = [kind(CLIPTextConfig(**config, max_position_embeddings=77)) for kind, config in family.texts]
+    texts = [filled(text) for text in texts]
     torch.set_default_dtype(torch.float32)
     unet, vae = (filled(model.to_empty(device="cpu")) for model in (unet, vae))
     vae = vae.float() if name == "sdxl" else vae
@@ -127,7 +130,7 @@ def random_models(family: Family, name: str) -> Models:
 @torch.no_grad()
 def filled(model: Any) -> Any:
     noise = torch.randn(1 << 20).half() * 0.02
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in filter(torch.is_floating_point, (*model.parameters(), *model.buffers())):
         flat = tensor.view(-1)
         for start in range(0, flat.numel(), len(noise)):
             flat[start : start + len(noise)] = noise[: flat[start : start + len(noise)].numel()]

@@ -1,0 +1,99 @@
+"""Quantised products of a base in an exported graph; adapters stay as they are (docs/quantisation.md).
+
+Around each product of hidden states with a weight of the base, ModelOpt's form: `QuantizeLinear → DequantizeLinear` on
+the states, with one calibrated scale, and on the weight, with one scale for each output channel. TensorRT fuses it into
+one int8 product. Products of two computed operands (factors, attention's scores) have no weight and are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from scumble.errors import InvalidRequest
+
+LARGEST = 127.0
+_KEPT = ("conv_in", "conv_out", "time_emb", "time_embedding", "add_embedding")
+"""Little arithmetic, much error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """`products` are the weights' initializers of all that were quantised."""
+
+    model: ModelProto
+    products: tuple[str, ...]
+
+
+def quantise(model: ModelProto, weights: Mapping[str, NDArray[Any]], maxima: Mapping[str, float]) -> Quantised:
+    """int8 for every product whose weight is in `weights` (by initializer, `(out, in[, k, k])`), in place.
+
+    `maxima` has the largest magnitude of each product's input states, by the weight's initializer. Raises
+    InvalidRequest if one is missing or not above 0: a scale that was guessed would clip pictures in silence.
+    """
+    graph = model.graph
+    transposed = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
+    nodes: list[NodeProto] = []
+    added: list[TensorProto] = []
+    done: list[str] = []
+    for node in graph.node:
+        weight = _weight_of(node, weights, transposed)
+        if weight is None or any(part in weight for part in _KEPT):
+            nodes.append(node)
+            continue
+        if not maxima.get(weight, 0.0) > 0:
+            raise InvalidRequest(
+                f"there is no calibrated maximum for {weight}; calibrate with more prompts", field=weight
+            )
+        values = weights[weight].astype(np.float32)
+        of_channels = np.maximum(np.abs(values.reshape(len(values), -1)).max(1), 1e-8) / LARGEST
+        # A linear layer's weight is transposed before the product, so its output channels come last.
+        axis = 0 if node.op_type == "Conv" else 1
+        states = _between(node, 0, np.float32(maxima[weight] / LARGEST), None, weights[weight].dtype, nodes, added)
+        quantised = _between(node, 1, of_channels, axis, weights[weight].dtype, nodes, added)
+        changed = NodeProto()
+        changed.CopyFrom(node)
+        changed.input[0], changed.input[1] = states, quantised
+        nodes.append(changed)
+        done.append(weight)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(added)
+    return Quantised(model, tuple(done))
+
+
+def _weight_of(node: NodeProto, weights: Mapping[str, object], transposed: Mapping[str, str]) -> str | None:
+    if node.op_type not in {"MatMul", "Gemm", "Conv"} or len(node.input) < 2:
+        return None
+    name = transposed.get(node.input[1], node.input[1])
+    return name if name in weights else None
+
+
+def _between(
+    node: NodeProto,
+    place: int,
+    scale: NDArray[np.float32] | np.float32,
+    axis: int | None,
+    dtype: np.dtype[Any],
+    nodes: list[NodeProto],
+    added: list[TensorProto],
+) -> str:
+    """Q and DQ in front of one input; the name of what comes out of them."""
+    name = f"{node.output[0]}_q{place}"
+    added.append(numpy_helper.from_array(np.asarray(scale).astype(dtype), f"{name}_scale"))
+    added.append(numpy_helper.from_array(np.zeros(np.shape(scale), np.int8), f"{name}_zero"))
+    constants = [f"{name}_scale", f"{name}_zero"]
+    nodes.append(_node("QuantizeLinear", [node.input[place], *constants], f"{name}_int8", axis))
+    nodes.append(_node("DequantizeLinear", [f"{name}_int8", *constants], f"{name}_back", axis))
+    return f"{name}_back"
+
+
+def _node(kind: str, inputs: list[str], output: str, axis: int | None) -> NodeProto:
+    if axis is None:
+        return helper.make_node(kind, inputs, [output], output)
+    return helper.make_node(kind, inputs, [output], output, axis=axis)
