@@ -421,6 +421,6 @@ def _vae(sessions: Sessions) -> TorchVae:
         shell = kind.from_config(sessions.graphs.vae.config)
     shell.decoder = _Half(sessions, "vae_decoder", "latents")
     shell.encoder = _Half(sessions, "vae_encoder", "pixels")
-    shell.quant_conv = shell.post_quant_conv = None
+    shell.quant_conv = shell.post_quant_conv = nn.Identity()
     shell.eval()
     return TorchVae(shell)

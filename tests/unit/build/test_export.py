@@ -104,10 +104,9 @@ def test_every_part_of_a_family_equals_torch(bases: dict[str, Path], tmp_path: P
 
 def test_half_precision_keeps_norms_in_float32_and_stays_near(bases: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(2)
-    graphs, manifests = export(bases["sd2"], tmp_path, ["unet.bare", "vae_decoder"], "fp16")
+    graphs, manifests = export(bases["sd2"], tmp_path, ["unet.bare"], "fp16")
     for manifest in manifests:
-        assert "norms" in manifest.kept_in_fp32
-        assert ("attention" in manifest.kept_in_fp32) == (manifest.part == "denoiser")
+        assert {"norms", "attention"} <= set(manifest.kept_in_fp32)
         for sizes in SIZES:
             assert largest_difference(graphs, manifest, tmp_path, sizes) <= HALF_TOLERANCE, manifest.graph
 

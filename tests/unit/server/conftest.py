@@ -130,6 +130,12 @@ def published(
 
 
 @pytest.fixture(scope="session")
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported graphs of all tests: to trace one takes seconds."""
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="session")
 def running(published: tuple[Path, dict[str, Path]]) -> Iterator[Running]:
     home, files = published
     started = start(home, "tiny/base", files)
