@@ -46,13 +46,6 @@ class Example:
     control: Path | None = None
     """Its ready-made control picture, for a ControlNet."""
     style: str | None = None
-    replaced: tuple[str, ...] = ()
-    """The data's own captions, where others stand in their place in `texts`."""
-
-    @property
-    def own_texts(self) -> tuple[str, ...]:
-        """What the data say of it, whatever it is trained with."""
-        return self.replaced or self.texts
 
 
 def read_examples(data: Path, *, resolution: int) -> list[Example]:
@@ -108,9 +101,7 @@ def with_captions(examples: Sequence[Example], templates: Sequence[str]) -> list
     """The examples with `templates` in place of their own captions, if any are given: `{text}` and `{style}` in one
     are the example's. Raises InvalidRequest for a style that an example does not say.
     """
-    if not templates:
-        return list(examples)
-    return [replace(each, texts=_filled(each, templates), replaced=each.texts) for each in examples]
+    return [replace(example, texts=_filled(example, templates)) if templates else example for example in examples]
 
 
 def _filled(example: Example, templates: Sequence[str]) -> tuple[str, ...]:

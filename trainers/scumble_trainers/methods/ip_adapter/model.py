@@ -22,10 +22,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scumble.errors import InvalidRequest
 from scumble_trainers.dataset import Example
 from scumble_trainers.method import Condition, Material, Method, half
-from scumble_trainers.methods.ip_adapter.alignment import Said, align
 from scumble_trainers.methods.ip_adapter.layout import projection_tensors
 from scumble_trainers.methods.ip_adapter.settings import IpAdapterSettings
 from scumble_trainers.parent import Parent, Pipeline
@@ -61,28 +59,10 @@ class IpAdapter(Method[IpAdapterSettings]):
     @classmethod
     def check(cls, settings: IpAdapterSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
         encoder_folder(parent, settings.image_encoder)
-        if settings.align and settings.variant == "base":
-            raise InvalidRequest("--align needs --variant plus: 4 tokens do not hold a caption", field="align")
 
     def begin(self, material: Material, device: torch.device, report: Report) -> None:
         super().begin(material, device, report)
         self.seen.read(material.examples, report)
-        if self.settings.align:
-            self._align(material, device, report)
-
-    def _align(self, material: Material, device: torch.device, report: Report) -> None:
-        said = Said.read(self.text, [example.own_texts[0] for example in material.examples], self.tokens, device)
-        settings = self.settings
-        align(
-            self.projection,
-            self.seen,
-            said,
-            material.trained,
-            updates=settings.align,
-            learning_rate=settings.learning_rate,
-            seed=settings.seed,
-            report=report,
-        )
 
     def trained(self) -> dict[str, nn.Parameter]:
         """`projection.…`, then `INDEX.to_k_ip.…` and `INDEX.to_v_ip.…` as files count them."""

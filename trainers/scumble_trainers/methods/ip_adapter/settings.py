@@ -20,13 +20,6 @@ class IpAdapterSettings(TrainSettings):
     width: int | None = option(
         None, panel=MODEL, help="Of the resampler; by default the tower's.", ge=64, le=4096, multiple_of=64
     )
-    align: int = option(
-        0,
-        panel=TRAIN,
-        help="Updates beforehand that bring a picture's tokens near what the text encoder makes of the data's own "
-        "caption; with --variant plus.",
-        ge=0,
-    )
     image_dropout: float = option(0.1, panel=TRAIN, help="Share trained without picture.", ge=0, le=1)
     image_encoder: Path | None = option(
         None, panel=DATA, help="Folder of the vision tower; by default the base's image_encoder/."
