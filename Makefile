@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SCUMBLE_HOME ?= $(HOME)/.scumble
 
-.PHONY: setup bundled demo test check format lint types layers formats-table bench fuzz serve lock clean
+.PHONY: setup bundled demo test check format lint types layers formats-table bench engines-demo engines-sd15 engines-sdxl fuzz serve lock clean
 
 setup: $(READY)
 
@@ -59,6 +59,18 @@ fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -W ignore tests/fuzz_incoming.py --files 10000
 	for reader in zip pickle header; do \
 	  PYTHONPATH=tests $(BIN)/python tests/fuzz_guided.py $$reader -max_total_time=60 || exit 1; done
+
+# Engines without a GPU (TensorRT for RTX): all graphs of the demo base; real sizes with random weights, as a table.
+ENGINES := $(BIN)/python benches/engines.py --table
+engines-demo: setup
+	$(BIN)/scumble registry publish demo/base --name scumble/demo
+	$(BIN)/scumble build engine --base scumble/demo --flavour tensorrt_rtx --sm 89 --sm 120
+
+engines-sd15: setup
+	PYTHONPATH=tests nice -n 5 $(ENGINES) --family sd1.5 --profile deploy/profiles/sd15.toml
+
+engines-sdxl: setup
+	PYTHONPATH=tests nice -n 5 $(ENGINES) --family sdxl --profile deploy/profiles/sdxl.toml
 
 serve: setup
 	$(BIN)/scumble serve

@@ -32,7 +32,7 @@ style() {
   data "$1" --style "$1" --split train
   train lora "$1" "$1" pytorch_lora_weights.safetensors \
     --steps 1000 --batch-size 32 --learning-rate 2e-3 --warmup 20 --rank 8 --feed-forward \
-    --convolution --convolution-rank 4 --checkpoint-every 250 \
+    --convolution --convolution-rank 8 --checkpoint-every 250 \
     --trigger "$1 style" --license "$2" --description "The $1 drawing style"
 }
 

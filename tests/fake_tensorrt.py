@@ -170,6 +170,12 @@ class FakeContext:
             for port in self.engine.manifest.inputs
             for dim, size in zip(port.dims, self.shapes[port.name], strict=True)
         }
+        for pixel, axis in self.engine.manifest.axes.items():  # of a VAE: what it makes of latents, or reads
+            latent = pixel.removeprefix("pixel_")
+            if pixel in sizes:
+                sizes.setdefault(latent, sizes[pixel] // axis.multiple)
+            elif latent in sizes:
+                sizes[pixel] = sizes[latent] * axis.multiple
         port = next(port for port in self.engine.ports if port.name == name)
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in port.dims)
 

@@ -71,6 +71,7 @@ class Hub:
     repo: str = "ann/ink"
     wrong: set[str] = field(default_factory=set)
     """Files that come with other bytes than their digest says."""
+    says_no_sizes: bool = False
     served: list[str] = field(default_factory=list)
     """Paths of files whose bytes were fetched."""
     tokens_at_storage: list[str | None] = field(default_factory=list)
@@ -93,7 +94,10 @@ class Hub:
     def _info(self, handler: BaseHTTPRequestHandler, revision: str) -> None:
         if revision not in {"", "main", "refs/pr/1", self.commit}:
             return reply(handler, 404, {"X-Error-Code": "RevisionNotFound"})
-        siblings = [{"rfilename": name, "size": len(data), **self._lfs(name)} for name, data in self.files.items()]
+        siblings = [
+            {"rfilename": name, "size": None if self.says_no_sizes else len(data), **self._lfs(name)}
+            for name, data in self.files.items()
+        ]
         info = {"id": self.repo, "sha": self.commit, "siblings": siblings, "cardData": self.card}
         return reply(handler, 200, {"Content-Type": "application/json"}, json.dumps(info).encode())
 

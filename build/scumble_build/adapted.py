@@ -80,11 +80,18 @@ class Factors:
         return y
 
 
+class Change(Protocol):
+    def change(self, target: str, x: Tensor) -> Tensor:
+        """What the layer of this name reads in the stead of x, of x's shape."""
+
+
 @dataclass(slots=True)
 class FactorInput:
     """The one place from which all layers of a graph read this call's factors. Owned by one thread at a time."""
 
     factors: Carried | None = None
+    changes: tuple[Change, ...] = ()
+    """On what a layer reads, before anything else."""
 
 
 class Adapted(nn.Module):
@@ -98,6 +105,8 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `(rows, in)` or `(rows, N, in)` for a linear layer, `(rows, in, H, W)` for a convolution."""
+        for each in self.source.changes:
+            x = each.change(self.target.name, x)
         y: Tensor = self.base(x)
         factors = self.source.factors
         if factors is None or self.target.in_end > factors.A.shape[1]:

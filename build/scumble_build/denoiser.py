@@ -194,6 +194,7 @@ class Denoiser(nn.Module):
         """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → `(rows, 4, H/8, W/8)`."""
         self.input.inputs = inputs
         self.source.factors = inputs.factors
+        self.source.changes = inputs.lites
         self.input.places = _places(level_sizes(sample.shape[-2], sample.shape[-1], self.levels))
         *down, middle = inputs.residuals or (None,)
         prediction: Tensor = self.unet(

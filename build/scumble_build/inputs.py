@@ -6,6 +6,7 @@ keys and values may be absent, and then costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from scumble_build.adapted import Factors
 from scumble_build.hypernetwork import Hypernetwork
+from scumble_build.lllite import LLLite
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,32 @@ class ContextInputs:
 
 
 @dataclass(frozen=True, slots=True)
+class LiteInputs:
+    """A ControlNet-LLLite for m of the rows.
+
+    rows (m,) int64; embeddings (m, N, e) of each target; strength (m,).
+    """
+
+    rows: Tensor
+    net: LLLite
+    embeddings: Mapping[str, Tensor]
+    strength: Tensor
+
+    def change(self, target: str, x: Tensor) -> Tensor:
+        """x `(rows, N, in)`: what the matrix of this name reads."""
+        if target not in self.embeddings:
+            return x
+        added = self.net.change(target, x.index_select(0, self.rows), self.embeddings[target])
+        return x.index_add(0, self.rows, added * self.strength[:, None, None])
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """kv (rows, T, K), kv_mask (rows, T) bool or None, True where a key is.
 
     residuals: ControlNet's, for each skip connection and at last the middle block, (rows, C, h, w) each;
     features: T2I-Adapter's, for each down block, (rows, C, h, w) each; contexts: one for each chain of hypernetworks
-    that some of the rows have, a row in one at most.
+    that some of the rows have, a row in one at most; lites: one for each LLLite.
 
     pooled (rows, E) and sizes (rows, 6) are read by SDXL only: the pooled text; height and width of the original, top
     and left of the crop, height and width aimed at, in pixels.
@@ -62,6 +84,7 @@ class StepInputs:
     residuals: tuple[Tensor, ...] | None = None
     features: tuple[Tensor, ...] | None = None
     contexts: tuple[ContextInputs, ...] = ()
+    lites: tuple[LiteInputs, ...] = ()
     pooled: Tensor | None = None
     sizes: Tensor | None = None
 
@@ -85,6 +108,15 @@ class StepInputs:
             residuals=tuple(map(move, self.residuals)) if self.residuals is not None else None,
             features=tuple(map(move, self.features)) if self.features is not None else None,
             contexts=tuple(ContextInputs(move(c.rows), c.nets, move(c.strength)) for c in self.contexts),
+            lites=tuple(
+                LiteInputs(
+                    move(lite.rows),
+                    lite.net,
+                    {name: move(values) for name, values in lite.embeddings.items()},
+                    move(lite.strength),
+                )
+                for lite in self.lites
+            ),
             pooled=move(self.pooled) if self.pooled is not None else None,
             sizes=self.sizes.to(device) if self.sizes is not None else None,  # half precision has no 1537
         )

@@ -8,19 +8,23 @@ the same thing, and damage shows as soon as somebody hashes.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from scumble.errors import IntegrityError, NotFound, Unavailable
 
-_CHUNK = 1 << 20
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+_CHUNK = 1 << 18  # stays in the cache of a core: with a megabyte, writing took four times as long
 
 
 class Blob(BaseModel):
@@ -141,6 +145,32 @@ def copy_and_hash(source: BinaryIO, target: BinaryIO | None = None) -> Blob:
         if target is not None:
             target.write(chunk)
     return Blob(digest=f"sha256:{digest.hexdigest()}", size=size)
+
+
+def reading(chunks: Iterable[bytes | memoryview]) -> BinaryIO:
+    """What is made piece by piece, as a file to read from its beginning to its end."""
+    return io.BufferedReader(_Pieces(iter(chunks)), _CHUNK)
+
+
+class _Pieces(io.RawIOBase):
+    def __init__(self, chunks: Iterator[bytes | memoryview]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        target = memoryview(buffer).cast("B")
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        size = min(len(target), len(self._rest))
+        target[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
 
 
 def check(source: BinaryIO, blob: Blob, what: str) -> None:

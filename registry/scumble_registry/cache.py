@@ -98,7 +98,7 @@ class Cache:
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._blobs.open(blob) as source, path.open("xb") as copy:
-                shutil.copyfileobj(source, copy, 1 << 20)
+                shutil.copyfileobj(source, copy, 1 << 18)
             with path.open("rb") as written:
                 check(written, blob, name)
 
@@ -107,7 +107,7 @@ class Cache:
         old = [path for path in self._entries() if path.lstat().st_mtime < before]
         size = sum(_bytes_held(path) for path in old)
         for path in old if not dry_run else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         return Cleaned(len(old), size)
 
     def _entries(self) -> list[Path]:

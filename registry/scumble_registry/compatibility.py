@@ -286,7 +286,7 @@ class ControlNetCompatibility(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["controlnet"] = "controlnet"
-    form: Literal["net", "union", "t2i", "control_lora"]
+    form: Literal["net", "union", "t2i", "control_lora", "lllite"]
     family: Family | None
     """The base's, if one was named; else by the width of the text context, else None."""
     widths: tuple[int, ...]
@@ -304,15 +304,39 @@ class ControlNetCompatibility(BaseModel):
     pixels_per_latent: int = 8
     parameters: int
     """Numbers that it holds once it is loaded, beside those that it takes from the base."""
+    modules: dict[str, int] = Field(default_factory=dict)
+    """Of an LLLite: each module that it changes, by its name there → the width of what it reads."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_modules(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Other nets' manifests, and so their digests, are what they were before there were LLLites."""
+        data: dict[str, Any] = serialise(self)
+        return data if self.modules else {key: value for key, value in data.items() if key != "modules"}
 
     def fits(self, base: BaseCompatibility) -> None:
         """Raises Incompatible, naming what the net has and what the base has."""
+        if self.form == "lllite":
+            self._match_modules(base)
+            return
         t2i = self.form == "t2i"
         widths = feature_widths(base.targets) if t2i else residual_widths(base.targets)
         self._match("a text context of width", self.cross_attention_dim, base.cross_attention_dim, base)
         self._match("latents with channels", self.in_channels, base.latent_channels, base)
         self._match("pixels per latent", self.pixels_per_latent, base.vae_scale, base)
         self._match("features of widths" if t2i else "residuals of widths", self.widths, widths, base)
+
+    def _match_modules(self, base: BaseCompatibility) -> None:
+        from scumble_registry.formats.controlnet.lllite import canonical_names
+
+        names = canonical_names(base.targets)
+        for name, width in self.modules.items():
+            shape = base.targets.get(names.get(name, ""), ())
+            if len(shape) != 2 or shape[1] != width:
+                raise Incompatible(
+                    f"the net changes {name}, which reads {width} channels; this {base.family} base has "
+                    f"{f'it as {_show(shape)}' if shape else 'no such module'}; use the base that it was trained on",
+                    target=name,
+                )
 
     def _match(self, what: str, mine: object, its: object, base: BaseCompatibility) -> None:
         if mine is not None and mine != its:

@@ -56,13 +56,17 @@ def weights_of(files: Mapping[str, Path]) -> dict[str, Path]:
     return {name: file for name, file in files.items() if len(files) == 1 or file.suffix in _WEIGHTS}
 
 
-def hashes_of(files: Mapping[str, Path], known: Mapping[Path, Blob], record: Blob | None) -> frozenset[FileHash]:
-    """All of a publication: `files` as published, of which those in `known` need not be hashed again."""
-    weights = weights_of(files)
+def hashes_of(
+    files: Mapping[str, Path], known: Mapping[Path, Blob], record: Blob | None, tensors: Iterable[FileHash]
+) -> frozenset[FileHash]:
+    """All of a publication: `files` as published, of which those in `known` need not be hashed again, and what
+    `tensor_hashes` found in them.
+    """
     found = {
-        FileHash(HashKind.FILE, known[file].hex if file in known else file_sha256(file)) for file in weights.values()
+        FileHash(HashKind.FILE, known[file].hex if file in known else file_sha256(file))
+        for file in weights_of(files).values()
     }
-    found |= set(tensor_hashes(weights.values()))
+    found |= set(tensors)
     if record is not None:
         found.add(FileHash(HashKind.RECORD, record.hex))
     return frozenset(found)

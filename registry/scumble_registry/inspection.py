@@ -6,7 +6,6 @@ instead, because they are what one inspects for: keys that would be left out, an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -23,7 +22,7 @@ from scumble_registry.blobs import Blob, copy_and_hash
 from scumble_registry.catalogue import Match
 from scumble_registry.compatibility import Compatibility, check_fit
 from scumble_registry.formats.source import Draft, Hints, Source
-from scumble_registry.hashes import AUTO_V2, AUTO_V3, FileHash, HashKind, hashes_of
+from scumble_registry.hashes import AUTO_V2, AUTO_V3, FileHash, HashKind, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling
 from scumble_registry.publishing import Allowed, For, examined
 from scumble_registry.registry import Registry
@@ -99,8 +98,10 @@ def inspect(
         draft = found.draft
         files = {name: _hash(file) for name, file in found.source.files.items()}
         known = {file: files[name] for name, file in found.source.files.items()}
-        record = _blob(draft.record) if draft.record is not None else None
-        hashes = hashes_of(found.source.files, known, record)
+        opened = draft.open_record()
+        record = copy_and_hash(opened) if opened is not None else None
+        tensors = tensor_hashes(weights_of(found.source.files).values())
+        hashes = hashes_of(found.source.files, known, record, tensors)
         return Inspection(
             path=found.source.path,
             dialect=draft.dialect,
@@ -175,7 +176,3 @@ def _misfit(draft: Draft, base: Manifest) -> str | None:
 def _hash(file: Path) -> Blob:
     with file.open("rb") as source:
         return copy_and_hash(source)
-
-
-def _blob(data: bytes) -> Blob:
-    return Blob(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", size=len(data))

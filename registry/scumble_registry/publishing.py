@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from scumble_registry.compatibility import (
     check_fit,
 )
 from scumble_registry.formats.source import Draft, Hints, Source
-from scumble_registry.hashes import FileHash, hashes_of, weights_of
+from scumble_registry.hashes import FileHash, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling, canonical_json
 
 _MAX_WORDS, _MAX_WORD, _MAX_TEXT = 100, 200, 20_000
@@ -129,10 +129,9 @@ def store(
         if encoder is not None:
             _check_encoder(draft, encoder)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
-        files = {name: put_file(file, blobs) for name, file in draft.files.items()}
-        record = blobs.put(io.BytesIO(draft.record)) if draft.record is not None else None
+        files, record, tensors = _put_all(found, blobs)
         known = {file: files[name] for name, file in draft.files.items()}
-        hashes = hashes_of(found.source.files, known, record)
+        hashes = hashes_of(found.source.files, known, record, tensors)
     extra = {
         "base": base.digest if base else None,
         "image_encoder": encoder.digest if encoder else None,
@@ -143,6 +142,17 @@ def store(
         "leftover": draft.leftover,
     }
     return Stored(_manifest(draft, files, record, metadata | extra), hashes)
+
+
+def _put_all(found: Examined, blobs: BlobStore) -> tuple[dict[str, Blob], Blob | None, list[FileHash]]:
+    """Files and record, and the hashes of the tensors: side by side, for each is mostly hashing."""
+    opened = found.draft.open_record()
+    with ThreadPoolExecutor() as pool:
+        files = {name: pool.submit(put_file, file, blobs) for name, file in found.draft.files.items()}
+        record = pool.submit(blobs.put, opened) if opened is not None else None
+        tensors = pool.submit(tensor_hashes, weights_of(found.source.files).values())
+        stored = {name: future.result() for name, future in files.items()}
+        return stored, record.result() if record is not None else None, tensors.result()
 
 
 def _manifest(draft: Draft, files: dict[str, Blob], record: Blob | None, metadata: dict[str, Any]) -> Manifest:

@@ -20,6 +20,7 @@ from scumble_registry.artifacts import Artifact, ArtifactManifest
 from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors, sync_folder
 from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Match, Status, Version
+from scumble_registry.checking import Checked, check_all
 from scumble_registry.database import Database
 from scumble_registry.formats import dreambooth
 from scumble_registry.formats.source import Hints
@@ -383,13 +384,18 @@ class Registry:
             raise IntegrityError(text, damaged=damaged)
         return Verified(len(chosen), len(uses), sum(blob.size for blob in uses))
 
+    def check(self) -> Checked:
+        """Does what the registry says fit together? Hashes nothing; see `checking.py`. Raises Unavailable."""
+        with self._database.reading() as connection:
+            return check_all(connection, self._blobs)
+
     def collect(self, *, grace: float = 24 * 3600.0, dry_run: bool = False) -> Collected:
         """Remove what nothing needs and nothing touched for `grace` seconds (`dry_run`: only count it).
 
         Blobs of no version and no artifact, which publishers that died or were refused left, and artifacts that others
         took the place of; the cache's entries and unfinished work, while nobody else has the registry open. Safe beside
-        anybody: a publisher whose blobs went, because it took longer than `grace`, fails and may try again. Raises
-        IntegrityError, removing nothing, where a manifest cannot be read; Unavailable.
+        all who opened the registry for themselves: a publisher whose blobs went, because it took longer than `grace`,
+        fails and may try again. Raises IntegrityError, removing nothing, where a manifest cannot be read; Unavailable.
         """
         before = time.time() - grace
         with explain_os_errors(self._scratch), self._database.writing() as connection:
@@ -409,7 +415,7 @@ class Registry:
             cleaned = self._cache.clean(before, dry_run=dry_run)
             unfinished = [path for path in self._scratch.glob("*") if path.lstat().st_mtime < before]
             for path in unfinished if not dry_run else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         return Collected(len(idle), cleaned.entries, len(unfinished), size + cleaned.bytes)
 
     def close(self) -> None:

@@ -46,8 +46,8 @@ class Base:
     layouts: tuple[Layout, ...]
     """Of the graphs that take factors: text encoders, K/V projection, denoiser."""
     colours: LatentColours
-    runs_contexts: bool = True
-    """Its executor runs hypernetworks in self-attention, which change the graph."""
+    changes_graphs: bool = True
+    """Its executor runs what changes the graph: hypernetworks in self-attention, LLLite."""
     zero_negative: bool = False
     """An absent negative prompt is all zeros, not an empty text."""
     image_encoder: ImageEncoderCompatibility | None = None
@@ -102,7 +102,7 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
     folder = registry.materialise(version)
 
     def load() -> Executor:
-        return load_executor(registry.materialise(version), family, config)
+        return load_executor(registry, version, family, config)
 
     nbytes = executor_bytes(folder, family, config)
     with weights.open() as lease:
@@ -113,13 +113,13 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
             defaults=defaults,
             nbytes=nbytes,
             load=load,
-            max_rows=config.max_rows,
+            max_rows=executor.max_rows,
             tokenizers=load_tokenizers(folder, family),
             # As the file says it: what it leaves out, each scheduler class fills with its own defaults.
             scheduler_config=_json(folder / "scheduler" / "scheduler_config.json"),
             layouts=(*executor.text_layouts, executor.kv_layout, executor.step_layout),
             colours=fit(executor.vae.decode, compatibility.latent_channels),
-            runs_contexts=config.executor == "torch",
+            changes_graphs=executor.describe()["executor"] == "torch",
             zero_negative=bool(_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family.sizes)),
             image_encoder=_image_encoder(folder / "image_encoder"),
         )

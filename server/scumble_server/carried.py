@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scumble_build.hypernetwork import Hypernetwork
+from scumble_build.lllite import Embeddings, LLLite
 from scumble_server.executors import Executor, Net
 
 
@@ -95,6 +96,15 @@ class RowContexts:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowLite:
+    """One ControlNet-LLLite of one request, its picture embedded `(1, N, e)` for each target; strength `(rows,)`."""
+
+    net: LLLite
+    embeddings: Embeddings
+    strength: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Phase:
     """A stretch of a schedule in which the same adapters act and the same texts are read.
 
@@ -110,5 +120,6 @@ class Phase:
     nets: tuple[RowNet, ...] = ()
     features: tuple[Tensor, ...] | None = None
     contexts: RowContexts | None = None
+    lites: tuple[RowLite, ...] = ()
     pooled: Tensor | None = None
     sizes: tuple[int, ...] | None = None

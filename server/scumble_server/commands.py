@@ -34,6 +34,9 @@ def serve(
     executor: Annotated[
         ExecutorName | None, typer.Option(help="What runs the graphs. [SCUMBLE_EXECUTOR, else torch]")
     ] = None,
+    build_engines: Annotated[
+        bool, typer.Option("--build-engines", help="Build TensorRT engines that are missing before serving.")
+    ] = False,
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
     precision: Annotated[Precision, typer.Option(help="Numbers that the denoiser computes with.")] = "fp32",
     max_batch_images: Annotated[int, typer.Option(min=1, max=64, help="Images that share a step.")] = 8,
@@ -58,6 +61,7 @@ def serve(
         base=bases[0],
         more_bases=tuple(bases[1:]),
         executor=executor or default_executor(),
+        build_engines=build_engines,
         device=device,
         precision=precision,
         max_batch_images=max_batch_images,

@@ -220,6 +220,7 @@ def _phase(
         nets=controlnet.row_nets(context, controls, of_nets, text),
         features=controlnet.features(context, controls, of_nets),
         contexts=hypernetwork.row_contexts(chain, context.base),
+        lites=controlnet.row_lites(context, controls, of_nets),
         pooled=text.pooled if context.base.family.sizes else None,
         sizes=context.settings.sizes if context.base.family.sizes else None,
     )

@@ -14,7 +14,7 @@ from scumble_registry import default_home
 ENVIRONMENT_KEY = "SCUMBLE_SERVER_CONFIG"
 
 
-ExecutorName: TypeAlias = Literal["torch", "onnxruntime"]
+ExecutorName: TypeAlias = Literal["torch", "onnxruntime", "tensorrt", "tensorrt_rtx"]
 EXECUTOR_KEY = "SCUMBLE_EXECUTOR"
 
 
@@ -38,6 +38,9 @@ class ServerConfig(BaseModel):
     more_bases: tuple[str, ...] = ()
     """References of the others that requests may name."""
     executor: ExecutorName = Field(default_factory=default_executor)
+    """Where TensorRT has no engine that fits, torch serves, and the log says why."""
+    build_engines: bool = False
+    """Build engines that are missing while starting, which takes minutes to hours."""
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     max_batch_images: int = Field(default=8, ge=1, le=64)

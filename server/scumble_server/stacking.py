@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 
 from scumble_build.adapted import Factors
 from scumble_build.export.manifest import Include
-from scumble_build.inputs import ContextInputs, ImageInputs, StepInputs
-from scumble_server.carried import Phase, RowContexts, RowFactors, RowImages, RowNet
+from scumble_build.inputs import ContextInputs, ImageInputs, LiteInputs, StepInputs
+from scumble_server.carried import Phase, RowContexts, RowFactors, RowImages, RowLite, RowNet
 from scumble_server.executors import Net
 from scumble_server.rows import Row
 
@@ -53,6 +53,7 @@ def stack(phases: Sequence[Phase], device: str) -> StepInputs:
         _stack_images(_placed([phase.images for phase in phases], counts), device),
         features=_stack_features([phase.features for phase in phases], counts, device),
         contexts=_stack_contexts([phase.contexts for phase in phases], counts, device),
+        lites=_stack_lites(phases, device),
         pooled=_stack_pooled([phase.pooled for phase in phases], device),
         sizes=_stack_sizes([phase.sizes for phase in phases], counts, device),
     )
@@ -228,6 +229,29 @@ def _stack_contexts(
             torch.cat([contexts.strength.expand(len(rows), -1) for rows, contexts in members]).to(device),
         )
         for members in chains.values()
+    )
+
+
+def _stack_lites(phases: Sequence[Phase], device: str) -> tuple[LiteInputs, ...]:
+    """One for each LLLite; model rows on which it does not act are left out of it."""
+    starts = torch.tensor([0, *(phase.kv.shape[0] for phase in phases)]).cumsum(0).tolist()
+    asking: dict[int, list[tuple[Tensor, Tensor, RowLite]]] = {}
+    for start, phase in zip(starts, phases, strict=False):
+        for lite in phase.lites:
+            acts = lite.strength.nonzero()[:, 0]
+            if len(acts):
+                asking.setdefault(id(lite.net), []).append((start + acts, lite.strength[acts], lite))
+    return tuple(
+        LiteInputs(
+            torch.cat([rows for rows, _, _ in members]).to(device),
+            members[0][2].net,
+            {
+                target: torch.cat([lite.embeddings[target].expand(len(rows), -1, -1) for rows, _, lite in members])
+                for target in members[0][2].embeddings
+            },
+            torch.cat([strength for _, strength, _ in members]).to(device),
+        )
+        for members in asking.values()
     )
 
 

@@ -62,8 +62,13 @@ def add_column(out: Path, step: int, pictures: Sequence[Image.Image], rows: Sequ
         (f"step {moment}" if moment else "base", _pictures(path)) for moment, path in kept.items() if moment <= step
     ]
     sheet = grid(columns, rows)
-    sheet.save(out / "sample_grid.png")
+    save_sheet(sheet, out / "sample_grid.png")
     return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """In 256 colours: it travels with every published version."""
+    sheet.quantize(256).save(path, optimize=True)
 
 
 def grid(columns: Sequence[tuple[str, Sequence[Image.Image]]], rows: Sequence[str]) -> Image.Image:

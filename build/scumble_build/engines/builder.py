@@ -107,6 +107,14 @@ def build(
     )
 
 
+def parse_only(onnx: Path, manifest: GraphManifest, flavour: Flavour) -> None:
+    """Does TensorRT take the graph, and as its manifest says? Raises as `build` does."""
+    trt, said = load(flavour), Said()
+    keep = logger(trt, said)
+    builder = trt.Builder(keep)
+    _parse(trt, builder, onnx, manifest, keep, said)
+
+
 def _parse(trt: TensorRT, builder: Builder, onnx: Path, manifest: GraphManifest, keep: Any, said: Said) -> Network:
     # TensorRT 11 and TensorRT for RTX know no other kind of network; older ones must be told.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)

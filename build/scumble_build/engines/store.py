@@ -101,7 +101,7 @@ def pull(registry: Registry, stored: Stored) -> Pulled:
     """Fill the cache. Raises IntegrityError for bytes that are not what was published, Refused for a stale graph."""
     folder = registry.artifact_folder(stored.artifact)
     manifest = GraphManifest.read(folder / MANIFEST)
-    if manifest.graph != stored.key.part or manifest.precision != stored.key.precision:
+    if manifest.graph != stored.key.part:
         raise Refused(
             f"engine {stored.digest} is of {stored.key.part}, its manifest of {manifest.graph}; build it again"
         )

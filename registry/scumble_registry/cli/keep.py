@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from scumble.errors import IntegrityError
 from scumble_registry.cli.options import Home, Json, open_registry
 from scumble_registry.cli.printing import print_json
 
@@ -29,6 +30,20 @@ def gc(
     cached = "the cache was left alone (in use)" if done.cached is None else f"{done.cached} entries of the cache"
     what = f"{done.blobs} blobs, {cached}, {done.unfinished} unfinished: {done.bytes:,} bytes"
     typer.echo(f"{what} would be freed" if dry_run else f"{what} freed")
+
+
+@app.command()
+def fsck(home: Home = None, as_json: Json = False) -> None:
+    """Check that database, manifests and files fit together, without hashing. What is wrong exits with 5."""
+    with open_registry(home) as registry:
+        found = registry.check()
+    if found.problems:
+        raise IntegrityError("; ".join(found.problems), damaged=list(found.problems))
+    if as_json:
+        print_json(asdict(found))
+    else:
+        more = f"; {found.unneeded} blobs are needed by nothing (`gc`)" if found.unneeded else ""
+        typer.echo(f"{found.versions} versions, {found.blobs} blobs: all there{more}")
 
 
 @app.command()

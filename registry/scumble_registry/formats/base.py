@@ -16,7 +16,8 @@ from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, PredictionType, Shape
 from scumble_registry.formats import checkpoint
 from scumble_registry.formats.checkpoint.precision import one_precision
-from scumble_registry.formats.safetensors_header import Header, read_header
+from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, Unpacked, check_plain
 from scumble_registry.manifest import Defaults, Manifest
 
@@ -63,7 +64,10 @@ def in_diffusers_layout(source: Source) -> Unpacked:
 def examine(source: Source) -> tuple[BaseCompatibility, Defaults]:
     """What a folder in the diffusers layout holds. Raises Refused for what is none, or may not be in a registry."""
     check_plain(source)
-    folder = _Folder(source, {name: read_header(file) for name, file in source.weights().items()})
+    headers = {name: read_header(file) for name, file in source.weights().items()}
+    for name, header in headers.items():
+        check_finite(read_tensors(source.files[name], header))
+    folder = _Folder(source, headers)
     return folder.compatibility(), folder.defaults()
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import ImageEncoderCompatibility
-from scumble_registry.formats.safetensors_header import Header, read_header
+from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
 
@@ -42,7 +43,9 @@ def inspect(source: Source, prefix: str) -> ImageEncoderCompatibility:
     file = source.files.get(f"{prefix}model.safetensors")
     if file is None:
         raise Refused(f"the image encoder lacks {prefix}model.safetensors; save it with safe_serialization=True")
-    found = _sizes(read_header(file))
+    header = read_header(file)
+    check_finite(read_tensors(file, header))
+    found = _sizes(header)
     for name, value in found.items():
         said = config.get(name, _DEFAULTS[name])
         if said != value:

@@ -26,6 +26,7 @@ _PICKLES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2
 
 def with_safetensors(source: Source) -> Source:
     """`source` with every pickle converted. Raises Refused, naming file and reason."""
+    _check_size(source)
     files: dict[str, Path] = {}
     plain: dict[str, Plain] = {}
     for name, file in source.files.items():
@@ -41,6 +42,12 @@ def with_safetensors(source: Source) -> Source:
             files[new].parent.mkdir(parents=True, exist_ok=True)
             plain[new] = to_safetensors(file, files[new], source.limit(_LARGEST))
     return replace(source, files=dict(sorted(files.items())), plain=plain)
+
+
+def _check_size(source: Source) -> None:
+    size, limit = sum(file.stat().st_size for file in source.files.values()), source.limit(_LARGEST)
+    if size > limit:
+        raise Refused(f"{source.path} has {size:,} bytes, more than {limit:,}; --max-size lets more in", bytes=size)
 
 
 def safetensors_name(name: str) -> str:

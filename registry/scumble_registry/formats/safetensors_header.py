@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +39,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 Array = NDArray[Any]
+Buffer: TypeAlias = bytes | memoryview
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -60,10 +62,18 @@ class Header:
 def read_header(path: Path) -> Header:
     """Raises Refused, naming the file and the fault. After it, every tensor lies inside the file, none
     overlap.
+
+    Parsed once for as long as the file is not written to: publishing asks several times for thousands of tensors.
     """
+    stats = path.stat()
+    return _read_header(path, (stats.st_dev, stats.st_ino, stats.st_size, stats.st_mtime_ns, stats.st_ctime_ns))
+
+
+@lru_cache(maxsize=16)
+def _read_header(path: Path, stamp: tuple[int, ...]) -> Header:
+    size = stamp[2]
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, size - 8):
@@ -102,22 +112,32 @@ def read_tensors(path: Path, header: Header) -> dict[str, Array]:
     }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unwritten:
+    """A safetensors file that is not written yet, with one possible form (see `layout`). Its tensors may be mapped."""
+
+    tensors: dict[str, Array]
+    metadata: dict[str, str]
+
+    def chunks(self) -> Iterator[Buffer]:
+        """The file's bytes in turn; no more than one tensor is copied at a time, and none that lies in one piece."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        shapes = {name: (names[array.dtype], array.shape) for name, array in self.tensors.items()}
+        order, header = layout(shapes, self.metadata)
+        yield header
+        for name in order:
+            yield np.ascontiguousarray(self.tensors[name]).reshape(-1).view(np.uint8).data
+
+
 def write(tensors: dict[str, Array], metadata: dict[str, str]) -> bytes:
-    """A safetensors file with one possible form: see `layout`."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    shapes = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
-    order, header = layout(shapes, metadata)
-    return b"".join([header, *(np.ascontiguousarray(tensors[name]).tobytes() for name in order)])
+    """A whole file at once."""
+    return b"".join(Unwritten(tensors, metadata).chunks())
 
 
 def write_file(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
-    """The same into a new file, tensor by tensor: no more than one is in memory."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    order, header = layout({name: (names[array.dtype], array.shape) for name, array in tensors.items()}, metadata)
+    """The same into a new file, tensor by tensor."""
     with path.open("xb") as file:
-        file.write(header)
-        for name in order:
-            file.write(np.ascontiguousarray(tensors[name]).tobytes())
+        file.writelines(Unwritten(tensors, metadata).chunks())
 
 
 def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[list[str], bytes]:

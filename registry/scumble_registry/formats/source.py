@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import JsonValue
 
 from scumble.errors import NotFound, Refused
+from scumble_registry.blobs import reading
 from scumble_registry.compatibility import Compatibility, PredictionType
 from scumble_registry.formats.pickled.tree import Plain
+from scumble_registry.formats.safetensors_header import Unwritten
 from scumble_registry.manifest import Defaults, Sampling
 
 _MAX_FILES = 2000
@@ -113,7 +116,7 @@ class Draft:
 
     files: dict[str, Path]
     compatibility: Compatibility
-    record: bytes | None = None
+    record: bytes | Unwritten | None = None
     defaults: Defaults | None = None
     sampling: Sampling | None = None
     """How the files say that they were made to be sampled; the publisher's word goes before it."""
@@ -124,6 +127,12 @@ class Draft:
     """What `inspect` says beyond the compatibility: ranks, alphas and serving class by module, training metadata."""
     leftover: tuple[str, ...] = ()
     """Keys that were left out because `Source.allow_leftover` said so, sorted."""
+
+    def open_record(self) -> BinaryIO | None:
+        """The record's bytes, which may be made only while they are read."""
+        if self.record is None:
+            return None
+        return io.BytesIO(self.record) if isinstance(self.record, bytes) else reading(self.record.chunks())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """A VAE: what turns latents into pixels and back, for requests that name another than their base's.
 
-A folder as `AutoencoderKL.save_pretrained` writes it: `config.json` and `diffusion_pytorch_model.safetensors`.
+A folder as `AutoencoderKL.save_pretrained` writes it: `config.json` and `diffusion_pytorch_model.safetensors`. Or its
+weights alone, in diffusers' layout or the original one (`checkpoint/lone_vae.py`).
 """
 
 from __future__ import annotations
@@ -10,26 +11,35 @@ from typing import Any
 
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import VaeCompatibility
-from scumble_registry.formats.safetensors_header import read_header
-from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.formats.checkpoint import lone_vae
+from scumble_registry.formats.checkpoint.lone_vae import FILE_NAME
+from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.safetensors_header import read_header, read_tensors
+from scumble_registry.formats.source import Draft, Source, Unpacked, check_plain
 from scumble_registry.manifest import Manifest
 
 KIND = "vae"
-FILE_NAME = "diffusion_pytorch_model.safetensors"
 
 
 def recognises(source: Source) -> bool:
-    return "config.json" in source.files and _config(source).get("_class_name") == "AutoencoderKL"
+    if "config.json" in source.files:
+        return _config(source).get("_class_name") == "AutoencoderKL"
+    return lone_vae.layout_of(source) is not None
 
 
 def read(source: Source, base: Manifest | None) -> Draft:
     """Raises InvalidRequest, or Refused where weights and config disagree."""
     if base is not None:
         raise InvalidRequest("a VAE stands alone: leave --base out", field="base")
+    layout = lone_vae.layout_of(source)
+    whole = lone_vae.in_folder(source, layout) if layout else Unpacked(source, dialect="diffusers")
+    source = whole.source
     check_plain(source)
     if FILE_NAME not in source.files:
         raise Refused(f"the VAE lacks {FILE_NAME}; save it with diffusers, in one file")
-    tensors = read_header(source.files[FILE_NAME]).tensors
+    header = read_header(source.files[FILE_NAME])
+    check_finite(read_tensors(source.files[FILE_NAME], header))
+    tensors = header.tensors
     config = _config(source)
     entrance = tensors.get("decoder.conv_in.weight")
     channels = entrance.shape[1] if entrance is not None and len(entrance.shape) == 4 else 0
@@ -47,6 +57,9 @@ def read(source: Source, base: Manifest | None) -> Draft:
                 config.get("force_upcast")
             ),  # SDXL's say it; where nothing is said, diffusers' pipelines do not
         ),
+        dialect=whole.dialect,
+        details={"serving": "decodes and encodes pictures", **whole.details},
+        leftover=whole.leftover,
     )
 
 

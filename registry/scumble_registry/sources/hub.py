@@ -42,20 +42,24 @@ def fetch(source: HubSource, folder: Path, *, include: Collection[str] = (), max
         info = HfApi(endpoint=_endpoint()).model_info(
             source.repo, revision=source.revision, files_metadata=True, timeout=_TIMEOUT
         )
-        siblings = {each.rfilename: each for each in info.siblings or ()}
+        siblings = {each.rfilename: each for each in info.siblings or () if _stays_inside(each.rfilename)}
         names = choose(siblings, source.path, include)
-        _check_size([siblings[name] for name in names], LARGEST if max_bytes is None else max_bytes, source)
+        limit = LARGEST if max_bytes is None else max_bytes
+        _check_size(names, sum(siblings[name].size or 0 for name in names), limit, source)
         if not info.sha:
             raise Unavailable(f"{source.repo}: the Hub did not say which commit this is; try again later")
+        fetched = 0
         for name in names:
-            _fetch_file(source.repo, info.sha, siblings[name], folder)
+            fetched += _fetch_file(source.repo, info.sha, siblings[name], folder)
+            _check_size(names, fetched, limit, source)  # sizes need not be said, or true
     path = folder / source.path if source.path else folder
     if len(names) == 1 and source.path not in siblings:
         path = folder / names[0]
     return Fetched(path, _origin(source, info.sha, names, path), _licence(info))
 
 
-def _fetch_file(repo: str, commit: str, sibling: RepoSibling, folder: Path) -> None:
+def _fetch_file(repo: str, commit: str, sibling: RepoSibling, folder: Path) -> int:
+    """Returns its size."""
     path = Path(hf_hub_download(repo, sibling.rfilename, revision=commit, local_dir=folder, endpoint=_endpoint()))
     said = sibling.lfs.sha256 if sibling.lfs is not None else None
     if said is not None and (actual := file_sha256(path)) != said:
@@ -64,13 +68,17 @@ def _fetch_file(repo: str, commit: str, sibling: RepoSibling, folder: Path) -> N
             digest=f"sha256:{said}",
             actual=f"sha256:{actual}",
         )
+    return path.stat().st_size
 
 
-def _check_size(files: list[RepoSibling], limit: int, source: HubSource) -> None:
-    size = sum(file.size or 0 for file in files)
+def _stays_inside(name: str) -> bool:
+    return not {"", ".", ".."} & set(name.split("/")) and name.isprintable()
+
+
+def _check_size(names: list[str], size: int, limit: int, source: HubSource) -> None:
     if size > limit:
         raise Refused(
-            f"{source.repo}: the {len(files)} files that are needed have {size:,} bytes; "
+            f"{source.repo}: the {len(names)} files that are needed have {size:,} bytes; "
             f"at most {limit:,} are fetched (--max-size)",
             bytes=size,
         )

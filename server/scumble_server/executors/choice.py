@@ -1,21 +1,37 @@
-"""Which executor a server's configuration asks for."""
+"""Which executor a server's configuration asks for, and what serves where it cannot be had."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+from scumble.errors import IntegrityError, NotFound, Refused, Unavailable
+from scumble_build.engines.api import Flavour
 from scumble_build.families import Family
+from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
 from scumble_server.executors import Executor
 from scumble_server.executors.onnxruntime import OnnxRuntimeExecutor
+from scumble_server.executors.tensorrt import TensorRTExecutor
 from scumble_server.executors.torch import TorchExecutor, weights_bytes
 
+log = logging.getLogger(__name__)
 
-def load_executor(folder: Path, family: Family, config: ServerConfig) -> Executor:
-    """A base's, from its folder in the diffusers layout. Raises Unavailable, saying what is missing."""
+
+def load_executor(registry: Registry, version: Version, family: Family, config: ServerConfig) -> Executor:
+    """A base's. Raises Unavailable, saying what is missing.
+
+    Where TensorRT is asked for and there is no engine that may be loaded, torch serves, and the log says why.
+    """
+    folder = registry.materialise(version)
     if config.executor == "onnxruntime":
         cache = config.home / "cache" / "onnx"
         return OnnxRuntimeExecutor.load(folder, family, cache, config.device, config.precision, config.max_rows)
+    if config.executor != "torch":
+        try:
+            return TensorRTExecutor.load(registry, version, folder, family, Flavour(config.executor), config)
+        except (IntegrityError, NotFound, Refused, Unavailable) as error:
+            log.warning("%s is served by torch, not by %s: %s", version.ref, config.executor, error)
     return TorchExecutor.load(folder, family, config.device, config.precision, config.max_rows)
 
 

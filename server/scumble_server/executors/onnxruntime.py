@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from scumble_build.adapted import Factors
 from scumble_build.export.cached import GraphCache
 from scumble_build.export.denoiser import graph_for
 from scumble_build.export.graph import DTYPES, Graph
-from scumble_build.export.manifest import Include, Port, Precision
+from scumble_build.export.manifest import FactorLayout, Include, Port, Precision
 from scumble_build.export.plan import BaseGraphs
 from scumble_build.families import Family
 from scumble_build.inputs import ImageInputs, StepInputs
@@ -45,6 +45,36 @@ except ModuleNotFoundError:
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ALWAYS = ("kv_projection", "unet.bare", "vae_decoder")
+
+
+class AboutGraph(Protocol):
+    """What is asked of a graph: an exported one's manifest says the same."""
+
+    @property
+    def inputs(self) -> tuple[Port, ...]: ...
+    @property
+    def includes(self) -> tuple[Include, ...]: ...
+    @property
+    def factors(self) -> FactorLayout | None: ...
+    @property
+    def levels(self) -> int: ...
+
+
+class Session(Protocol):
+    """One graph with its weights, in whatever runs it. Called from one thread at a time."""
+
+    @property
+    def graph(self) -> AboutGraph: ...
+    def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        """All inputs by name; outputs in the graph's order."""
+
+
+class Sessions(Protocol):
+    """Those of one set of weights. Any thread may ask."""
+
+    @property
+    def graphs(self) -> BaseGraphs: ...
+    def __getitem__(self, name: str) -> Session: ...
 
 
 class _Session:
@@ -129,11 +159,17 @@ class _Fed:
 class OnnxRuntimeExecutor:
     """Owns sessions over the weights of one `TorchExecutor`."""
 
-    def __init__(self, weights: TorchExecutor, cache: GraphCache, parent: _Sessions | None = None) -> None:
-        """Exports what every request runs, if the cache has it not."""
+    def __init__(
+        self,
+        weights: TorchExecutor,
+        cache: GraphCache,
+        parent: _Sessions | None = None,
+        sessions: Sessions | None = None,
+    ) -> None:
+        """Exports what every request runs, if the cache has it not and no other `sessions` are given."""
         self._weights, self._cache = weights, cache
         self._device = torch.device(weights.device).type
-        self._sessions = _Sessions(weights.graphs, cache, self._device, parent)
+        self._sessions: Sessions = sessions or _Sessions(weights.graphs, cache, self._device, parent)
         self.step_layout, self.kv_layout = weights.step_layout, weights.kv_layout
         self.text_layouts, self.kv_slices = weights.text_layouts, weights.kv_slices
         self.max_rows = weights.max_rows
@@ -161,7 +197,8 @@ class OnnxRuntimeExecutor:
         return cls(TorchExecutor.load(folder, family, device, precision, max_rows), GraphCache(cache))
 
     def variant(self, changed: Changed, configs: Path | None = None) -> OnnxRuntimeExecutor:
-        return OnnxRuntimeExecutor(self._weights.variant(changed, configs), self._cache, self._sessions)
+        parent = self._sessions if isinstance(self._sessions, _Sessions) else None
+        return OnnxRuntimeExecutor(self._weights.variant(changed, configs), self._cache, parent)
 
     @property
     def device(self) -> str:
@@ -217,9 +254,9 @@ class OnnxRuntimeExecutor:
 
     @torch.inference_mode()
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
-        """Raises Refused for hypernetworks in self-attention, which change the graph; admission asks before."""
-        if inputs.contexts:
-            raise Refused("hypernetworks in self-attention need the torch executor: serve with --executor torch")
+        """Raises Refused for what changes the graph (self-attention hypernetworks, LLLite); admission asks before."""
+        if inputs.contexts or inputs.lites:
+            raise Refused("what changes the graph needs the torch executor: serve with --executor torch")
         which = f"unet.{graph_for(self._needs(inputs))}"
         if self._fed is None or not self._fed.is_of(inputs, which):
             self._fed = _Fed(inputs, which, self._stacked(which, inputs, sample))
@@ -360,7 +397,7 @@ def _zero_map(port: Port, sample: Tensor) -> Tensor:
     return torch.zeros(len(sample), int(channels), *sides, dtype=DTYPES[port.dtype])
 
 
-def _positions(graph: Graph, sample: Tensor) -> int:
+def _positions(graph: AboutGraph, sample: Tensor) -> int:
     height, width = sample.shape[2:]
     return sum(-(-height // 2**level) * -(-width // 2**level) for level in range(graph.levels))
 
@@ -368,7 +405,7 @@ def _positions(graph: Graph, sample: Tensor) -> int:
 class _Half(nn.Module):
     """The encoder or decoder of a VAE, as diffusers calls it."""
 
-    def __init__(self, sessions: _Sessions, name: str, takes: str) -> None:
+    def __init__(self, sessions: Sessions, name: str, takes: str) -> None:
         super().__init__()
         self.kept = nn.Parameter(torch.empty(0, device=sessions.graphs.vae.device), requires_grad=False)
         self._sessions, self._name, self._takes = sessions, name, takes
@@ -377,7 +414,7 @@ class _Half(nn.Module):
         return self._sessions[self._name]({self._takes: x})[0]
 
 
-def _vae(sessions: _Sessions) -> TorchVae:
+def _vae(sessions: Sessions) -> TorchVae:
     """diffusers' own, with its halves replaced: scaling and tiles stay what they are. It takes and gives float32."""
     with torch.device("meta"):
         kind: Any = AutoencoderKL

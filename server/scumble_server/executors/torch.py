@@ -69,10 +69,10 @@ class TorchExecutor:
         self.kv_slices = graphs.projection.slices
         self.text_layouts = tuple(text.layout for text in self._texts)
         self._stepping = stepping
-        self._captured = Captured(stepping, _computing(self.graphs.denoiser)) if stepping is not None else None
+        self._captured = Captured(stepping, _computing(graphs.denoiser)) if stepping is not None else None
         self._parameters = {
             (component, plain(name)): tensor
-            for component, state in self.graphs.states.items()
+            for component, state in graphs.states.items()
             for name, tensor in state.items()
         }
 

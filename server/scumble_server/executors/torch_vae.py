@@ -18,6 +18,9 @@ class TorchVae:
     def __init__(self, model: AutoencoderKL) -> None:
         self._model: Any = model
 
+    def move(self, device: torch.device) -> None:
+        self._model.to(device)
+
     @torch.inference_mode()
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         mean, deviation = self._scale(latents)

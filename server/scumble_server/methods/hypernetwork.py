@@ -67,7 +67,7 @@ def check(bound: Bound, base: Base) -> None:
             )
     networks = networks_of(bound)
     assert networks is not None
-    if not base.runs_contexts and set(networks.widths) & base.compatibility.self_attention_widths:
+    if not base.changes_graphs and set(networks.widths) & base.compatibility.self_attention_widths:
         raise Refused(
             f"{bound.spec.ref} is a hypernetwork on self-attention, which changes the graph, and this server's graphs "
             "are fixed; ask a server that runs with --executor torch",

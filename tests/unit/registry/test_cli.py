@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_people_see_no_escape_sequence_and_no_markup_of_a_file(
 
 def test_publish_says_what_was_derived(scumble: Scumble, write_lora: Callable[..., Path]) -> None:
     out = scumble("publish", write_lora(metadata={"trigger_words": "ink, wash"}), "--name", "styles/ink")[1]
-    assert out.splitlines()[1:] == ["lora, diffusers/PEFT", "trigger words: ink, wash"]
+    assert out.splitlines()[1:] == ["lora", "trigger words: ink, wash"]
 
 
 def test_find_tells_versions_by_hash(scumble: Scumble, lora: Path) -> None:
@@ -224,3 +225,27 @@ def test_import_takes_what_publish_takes(
     assert shown["base"]
     assert scumble("import", "http://example.org/a", "--name", "styles/oil")[0] == 2
     assert scumble("import", "https://127.0.0.1:9/a", "--name", "styles/oil")[0] == 4
+
+
+def test_gc_and_fsck_say_what_they_found(scumble: Scumble, home: Path, lora: Path) -> None:
+    scumble("publish", lora, "--name", "styles/ink")
+    FileStore(home / "registry").put(io.BytesIO(b"left behind"))
+    assert as_json(scumble("fsck", "--json"))["unneeded"] == 1
+    assert "1 blobs are needed by nothing" in scumble("fsck")[1]
+    assert as_json(scumble("gc", "--grace", "0", "--dry-run", "--json"))["blobs"] == 1
+    assert scumble("gc", "--grace", "0")[1].startswith("1 blobs, 0 entries of the cache, 0 unfinished: 11 bytes freed")
+    assert "all there\n" in scumble("fsck")[1]
+    for file in (home / "registry/blobs/sha256").glob("??/*"):
+        file.unlink()
+    status, out, _ = scumble("fsck", "--json")
+    assert (status, len(json.loads(out)["error"]["fields"]["damaged"])) == (5, 2)
+
+
+def test_export_writes_what_other_tools_read(scumble: Scumble, lora: Path, tmp_path: Path) -> None:
+    scumble("publish", lora, "--name", "styles/ink")
+    assert (
+        as_json(scumble("export", "styles/ink", "--layout", "peft", "-o", tmp_path / "out", "--json"))["version"] == 1
+    )
+    assert list((tmp_path / "out").rglob("adapter_config.json"))
+    status, _, said = scumble("export", "styles/ink", "--layout", "onnx", "-o", tmp_path / "more")
+    assert (status, "diffusers or kohya or peft or webui" in said) == (2, True)

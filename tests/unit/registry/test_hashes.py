@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from sqlalchemy import text
 
 from scumble.errors import InvalidRequest, NotFound
@@ -177,3 +179,27 @@ def test_hashes_are_those_that_a_webui_shows(registry: Registry, tmp_path: Path)
     registry.publish(file, "a/ones")
     assert refs(registry, hashlib.sha256(file.read_bytes()).hexdigest()[:10]) == ["a/ones@1"]
     assert refs(registry, hashlib.sha256(data).hexdigest()[:12]) == ["a/ones@1"]
+
+
+def test_a_pickle_is_found_by_the_hash_that_it_had_before_its_conversion(registry: Registry, tmp_path: Path) -> None:
+    vectors = torch.randn(2, 768)
+    torch.save({"string_to_param": {"*": vectors}, "name": "ink", "step": 3}, tmp_path / "ink.pt")
+    save_file({"emb_params": vectors}, tmp_path / "ink.safetensors")
+    pickled = registry.publish(tmp_path / "ink.pt", "word/pickled")
+    plain = registry.publish(tmp_path / "ink.safetensors", "word/plain")
+    assert refs(registry, sha256(tmp_path / "ink.pt")[:10]) == ["word/pickled@1"]
+    assert pickled.manifest.record is not None
+    assert pickled.manifest.record == plain.manifest.record
+    assert refs(registry, pickled.manifest.record.hex) == ["word/pickled@1", "word/plain@1"]
+    assert pickled.manifest.dialect == "webui"
+
+
+def test_two_files_of_one_content_are_one_version_known_by_both(registry: Registry, tmp_path: Path) -> None:
+    """What a pickle held beside its vectors is not kept: the files that are stored are the same."""
+    vectors = torch.ones(2, 768)
+    for step in (1, 2):
+        (tmp_path / str(step)).mkdir()
+        torch.save({"string_to_param": {"*": vectors}, "name": "ink", "step": step}, tmp_path / f"{step}/ink.pt")
+    first, second = (registry.publish(tmp_path / f"{step}/ink.pt", "word/ink") for step in (1, 2))
+    assert first == second
+    assert all(refs(registry, sha256(tmp_path / f"{step}/ink.pt")) == ["word/ink@1"] for step in (1, 2))

@@ -22,15 +22,17 @@ from diffusers import (
     StableDiffusionXLControlNetUnionPipeline,
     StableDiffusionXLPipeline,
 )
-from formats_table import note
+from formats_table import TOLERANCE, note
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_families import make_tiny_sd2, make_tiny_sdxl
 from tiny_hypernetwork import WebuiAttention, WebuiHypernetwork, save_webui
 from tiny_ip import FACE, make_image_encoder, make_ip_adapter
+from tiny_lllite import apply_lllite, make_lllite, save_lllite
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
+from scumble.errors import InvalidRequest
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_registry.formats.source import Hints
@@ -75,10 +77,10 @@ class World:
             version = registry.publish(path, name, base="the/base", **how)
         return version.ref
 
-    def draw(self, ref: str | None = None, **adapter: Any) -> Tensor:
+    def request(self, ref: str | None = None, **adapter: Any) -> Request:
         named = {"picture": PICTURE} if ref and "picture" in _names(adapter) else {}
         tensors = {name: values for name, values in FACES.items() if name in _names(adapter)}
-        asked = Request.parse(
+        return Request.parse(
             {
                 "prompt": PROMPT,
                 "seed": 7,
@@ -92,7 +94,9 @@ class World:
                 "tensors": tensors,
             }
         )
-        latents: Tensor = self.running.run([asked])[0].latents
+
+    def draw(self, ref: str | None = None, **adapter: Any) -> Tensor:
+        latents: Tensor = self.running.run([self.request(ref, **adapter)])[0].latents
         return latents
 
     def hold(self, what: str, found: Tensor, expected: Tensor, oracle: str = "diffusers") -> None:
@@ -220,6 +224,8 @@ HYPERNETWORKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("how", HYPERNETWORKS)
 def test_hypernetworks_of_the_webui(world: World, how: str) -> None:
+    if world.family != "sd1" and not how.startswith("norm"):
+        pytest.skip("the options are the same for all families")
     options = dict(HYPERNETWORKS[how])
     old = options.pop("old", False)
     unet = world.unet()
@@ -327,6 +333,30 @@ def test_t2i_adapters_in_the_original_layout(world: World) -> None:
     expected = drawn(world.pipeline(kind, adapter=adapter), image=IMAGE)
     found = world.draw(world.publish(write_t2i(adapter, world.file("t2iadapter.pth"))), images=("picture",))
     world.hold(f"T2I-Adapter, original{' (XL)' if world.is_xl else ''}", found, expected)
+
+
+def test_lllites(world: World) -> None:
+    if not world.is_xl:
+        pytest.skip("LLLites are SDXL's")
+    pipeline = world.pipeline()
+    lites = make_lllite(pipeline.unet, 5)
+    ref = world.publish(save_lllite(lites, pipeline.unet, world.file("lllite.safetensors")))
+    picture = torch.from_numpy(np.asarray(IMAGE).astype(np.float32) / 255).permute(2, 0, 1)[None]
+    apply_lllite(lites, pipeline.unet, picture, 0.7)
+    found = world.draw(ref, images=("picture",), weight=0.7)
+    world.hold("ControlNet-LLLite, kohya", found, drawn(pipeline), "sd-scripts' formula in diffusers")
+    with pytest.raises(InvalidRequest, match="LLLite"):
+        world.draw(ref, images=("picture",), mode="guess")
+    several = [
+        world.request(ref, images=("picture",), weight=0.7),
+        world.request(),
+        world.request(ref, images=("picture",), weight=0.7, end=0.5),
+        world.request(ref, images=("picture",), weight=0.7, mode="control"),
+    ]
+    together = [each.latents for each in world.running.run(several)]
+    alone = [found, world.plain, *(world.running.run([each])[0].latents for each in several[2:])]
+    assert max((a - b).abs().max().item() for a, b in zip(together, alone, strict=True)) <= TOLERANCE
+    assert all((found - other).abs().max() > 10 * TOLERANCE for other in alone[1:])
 
 
 def test_union_nets_without_a_config(world: World) -> None:

@@ -13,7 +13,7 @@ from scumble.request import Adapter, Request
 from scumble_trainers.emoji.captions import canonical_caption
 from scumble_trainers.emoji.concepts import BASE_STYLES, Concept, base_concepts
 from scumble_trainers.parent import Parent, native_resolution
-from scumble_trainers.sampling import grid
+from scumble_trainers.sampling import grid, save_sheet
 from scumble_trainers.serving import Served
 
 ADAPTER = "trained/adapter"
@@ -68,7 +68,7 @@ def _wanted(adapter: Adapter | None, images: Mapping[str, bytes]) -> dict[str, b
 def show(out: Path, columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str]) -> None:
     """Writes OUT/effect_grid.png: the first few of each column."""
     some = [(title, list(pictures)[:SHOWN]) for title, pictures in columns.items()]
-    grid(some, list(rows)[:SHOWN]).save(out / GRID)
+    save_sheet(grid(some, list(rows)[:SHOWN]), out / GRID)
 
 
 def some_concepts(count: int = COUNT) -> list[Concept]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from scumble_trainers.emoji.concepts import EXTRA_STYLES, STYLES, Concept, concepts
+from scumble_trainers.emoji.concepts import EXTRA_STYLES, STYLES, Concept, Style, concepts
 from scumble_trainers.emoji.icons import IconSet, read_icon_set
 from scumble_trainers.emoji.render import render
 
@@ -29,12 +30,12 @@ def render_extras(modules: Path) -> Extras:
     return Extras(np.stack([picture for pictures in drawn for picture in pictures]), np.array(rows))
 
 
-def extra_pictures(modules: Path, concept: Concept) -> list[NDArray[np.uint8]]:
-    """One concept as those hands drew it that have it."""
+def extra_pictures(modules: Path, concept: Concept, styles: Sequence[Style] = EXTRA_STYLES) -> list[NDArray[np.uint8]]:
+    """One concept as those of the hands drew it that have it."""
     named = [_icons(modules / style.package) for style in STYLES]
     svgs = [
         _first_svg(_icons(modules / style.package), [icons.codes.get(concept.code) for icons in named])
-        for style in EXTRA_STYLES
+        for style in styles
     ]
     return [render(svg) for svg in svgs if svg is not None]
 

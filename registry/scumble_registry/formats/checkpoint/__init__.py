@@ -21,8 +21,10 @@ from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import Family, PredictionType, Shape
 from scumble_registry.formats.checkpoint import configs
 from scumble_registry.formats.checkpoint.parts import V_PREDICTION, ZERO_SNR, Parts, is_whole, take_apart
+from scumble_registry.formats.checkpoint.precision import one_precision
 from scumble_registry.formats.checkpoint.text import plain
 from scumble_registry.formats.checkpoint.vocabulary import write_tokenizer
+from scumble_registry.formats.floats import is_finite
 from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors, write_file
 from scumble_registry.formats.source import Source, Unpacked
@@ -67,7 +69,7 @@ def unpack(source: Source) -> Unpacked:
     assert source.work is not None
     whole = source.work / "whole"
     whole.mkdir()
-    files = _take_over(like, parts) if like else {}
+    files = _take_over(like, parts, source.work) if like else {}
     files |= _write_configs(whole, parts, prediction, files)
     for component, tensors in parts.components.items():
         if not any(_component(name) == component and name.endswith(".safetensors") for name in files):
@@ -82,7 +84,6 @@ def unpack(source: Source) -> Unpacked:
         "unused": list[JsonValue](sorted(parts.unused)),
         "averaged_left_out": parts.averaged,
         "of_the_folder_it_is_like": list[JsonValue](sorted(taken)),
-        "metadata": dict(header.metadata),
     }
     made = replace(source, path=whole, files=dict(sorted(files.items())))
     return Unpacked(made, details, leftover, f"single file ({parts.family})")
@@ -104,7 +105,7 @@ def _check_values(parts: Parts) -> None:
         for name, values in tensors.items():
             if values.dtype.name not in {"float32", "float16", "bfloat16"}:
                 raise Refused(f"{component}: {name} is {values.dtype.name}; a checkpoint may be {', '.join(_TYPES)}")
-            if not np.isfinite(values).all():
+            if not is_finite(values):
                 raise Refused(f"{component}: {name} holds NaN or infinite values; the merge or training went wrong")
 
 
@@ -130,12 +131,12 @@ def _prediction(source: Source, header: Header, parts: Parts, like: Path | None)
     return "epsilon"
 
 
-def _take_over(like: Path, parts: Parts) -> dict[str, Path]:
+def _take_over(like: Path, parts: Parts, work: Path) -> dict[str, Path]:
     """Files of the folder that the checkpoint is like: all but the weights that it has itself.
 
     A component whose every weight equals that folder's stays that folder's. Raises Refused where structures differ.
     """
-    found = {file.relative_to(like).as_posix(): file for file in sorted(like.rglob("*")) if file.is_file()}
+    found = one_precision(replace(Source.scan(like), work=work)).source.files
     for component, tensors in parts.components.items():
         own = {name for name in found if _component(name) == component and ".safetensors" in name}
         if f"{component}/config.json" not in found:

@@ -9,6 +9,7 @@
 | `t2i`          | diffusers' T2IAdapter, with or without config.json           | config.json, `adapter.body`   |
 | `t2i`          | the original file: full, light, XL                           | `body.0.block1`, …            |
 | `control_lora` | Stability's control-LoRA                                     | `lora_controlnet`             |
+| `lllite`       | kohya's ControlNet-LLLite (`lllite.py`)                      | `lllite_unet_`                |
 
 There is no record: the server reads the files, through `read_weights` where they are not diffusers' own.
 (Zhang et al., 2302.05543; Mou et al., 2302.08453 for T2I-Adapter.)
@@ -18,16 +19,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from pydantic import JsonValue
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import ControlNetCompatibility
-from scumble_registry.formats.controlnet import bare, ldm, t2i
+from scumble_registry.formats.controlnet import bare, ldm, lllite, t2i
 from scumble_registry.formats.controlnet.adopt import Adopted, adopt, write_config
 from scumble_registry.formats.controlnet.derive import CLASSES, derive
 from scumble_registry.formats.controlnet.strangers import stranger
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, Weights, read_weights
+from scumble_registry.formats.floats import check_finite
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
@@ -53,6 +54,7 @@ def recognises(source: Source) -> bool:
 def _looks_like_net(header: Header) -> bool:
     names = header.tensors
     known = is_original(header) or bare.is_bare(names) or t2i.is_original(names) or t2i.is_bare(names)
+    known = known or lllite.is_lllite(names)
     return known or stranger(names, "") is not None
 
 
@@ -90,7 +92,10 @@ def read(source: Source, base: Manifest | None) -> Draft:
 
 
 def _details(compatibility: ControlNetCompatibility, adopted: Adopted, *, has_base: bool) -> dict[str, JsonValue]:
-    served = {"t2i": "features of a picture, once per request"}
+    served = {
+        "t2i": "features of a picture, once per request",
+        "lllite": "networks on what attention's matrices read, every step",
+    }
     return {
         "serving": served.get(compatibility.form, "residuals of a net, every step"),
         "left_out_of_the_base_in_the_file": adopted.of_base,
@@ -102,9 +107,7 @@ def _check_values(file: Path, header: Header) -> None:
     for name, info in header.tensors.items():
         if info.end > info.begin and info.dtype not in {"F32", "F16", "BF16"}:
             raise Refused(f"tensor {name} is {info.dtype}; a ControlNet may be F32, F16 or BF16", tensor=name)
-    for name, values in read_tensors(file, header).items():
-        if not np.isfinite(values).all():
-            raise Refused(f"tensor {name} holds NaN or infinite values; the training went wrong", tensor=name)
+    check_finite(read_tensors(file, header))
 
 
 def is_original(header: Header) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scumble_registry.compatibility import Shape
-from scumble_registry.formats.controlnet import bare, ldm, t2i
+from scumble_registry.formats.controlnet import bare, ldm, lllite, t2i
 from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.safetensors_header import Header, read_tensors, write_file
 from scumble_registry.formats.source import Source
@@ -45,6 +45,9 @@ def adopt(source: Source, file: Path, header: Header) -> Adopted:
         return _t2i(source, file, header)
     if t2i.is_bare(header.tensors):
         return Adopted(file, "diffusers, without its config", t2i.config(_shapes(header)))
+    if lllite.is_lllite(header.tensors):
+        leftover = leave_out(source, lllite.strangers(header.tensors), "in a ControlNet-LLLite")
+        return Adopted(file, "kohya, LLLite", leftover=leftover)
     return _original(source, file, header)
 
 

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility, Family, Shape
+from scumble_registry.formats.controlnet import lllite
 from scumble_registry.formats.controlnet.adopt import POOLS
 from scumble_registry.formats.controlnet.config import NetConfig, parse_net, parse_t2i
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, shapes_of
 from scumble_registry.formats.safetensors_header import Header
 from scumble_registry.manifest import Manifest
 
-Form = Literal["net", "union", "t2i", "control_lora"]
+Form = Literal["net", "union", "t2i", "control_lora", "lllite"]
 CLASSES: dict[str, Form] = {"ControlNetModel": "net", "ControlNetUnionModel": "union", "T2IAdapter": "t2i"}
 _FAMILIES: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _EMBEDDED = "controlnet_cond_embedding.blocks."
@@ -21,6 +22,8 @@ _EMBEDDED = "controlnet_cond_embedding.blocks."
 
 def derive(header: Header, name: str, config: dict[str, Any], base: Manifest | None) -> ControlNetCompatibility:
     """`name` is the class in config.json, or "" where there is none. Raises Refused."""
+    if lllite.is_lllite(header.tensors):
+        return _of_lllite(header, base)
     shapes = shapes_of(header)
     if name == "T2IAdapter":
         return _of_t2i(shapes, config, base)
@@ -90,6 +93,18 @@ def _of_t2i(shapes: dict[str, Shape], config: dict[str, Any], base: Manifest | N
         widths=found,
         # Those for SDXL begin at the second level, where the latents are halved.
         pixels_per_latent=parsed.downscale_factor // (2 if parsed.adapter_type == "full_adapter_xl" else 1),
+        parameters=_count(shapes),
+    )
+
+
+def _of_lllite(header: Header, base: Manifest | None) -> ControlNetCompatibility:
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    return ControlNetCompatibility(
+        form="lllite",
+        family=_family(base, None),
+        conditioning_channels=3,
+        widths=(),
+        modules=lllite.modules(shapes),
         parameters=_count(shapes),
     )
 

@@ -23,8 +23,6 @@ def stranger(names: Iterable[str], class_name: str) -> str | None:
     names = list(names)
     if class_name in _CLASSES:
         return _CLASSES[class_name]
-    if any(name.startswith("lllite_unet_") for name in names):
-        return "ControlNet-LLLite, which changes the UNet's attention from inside"
     if any(name.startswith(_NETS) for name in names):
         return next((what for mark, what in _MARKS.items() if any(mark in name for name in names)), None)
     return None

@@ -30,6 +30,7 @@ from scumble_registry.manifest import Manifest
 
 KIND = "dreambooth"
 _SCHEDULER = "scheduler/scheduler_config.json"
+_PIECE = 1 << 18
 
 
 def recognises(source: Source) -> bool:
@@ -163,11 +164,17 @@ def _tensors(component: Path) -> dict[str, Array]:
 
 
 def _is_same(file: Path, other: Path) -> bool:
+    """To the byte, read piece by piece."""
     try:
-        same_size = file.stat().st_size == other.stat().st_size
+        if file.stat().st_size != other.stat().st_size:
+            return False
+        with file.open("rb") as one, other.open("rb") as two:
+            while piece := one.read(_PIECE):
+                if piece != two.read(_PIECE):
+                    return False
     except FileNotFoundError:
         return False
-    return same_size and file.read_bytes() == other.read_bytes()
+    return True
 
 
 __all__ = [

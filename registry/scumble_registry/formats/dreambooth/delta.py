@@ -21,14 +21,14 @@ import numpy as np
 
 from scumble.errors import IntegrityError, Refused
 from scumble_registry.formats.checkpoint.text import plain
-from scumble_registry.formats.safetensors_header import DTYPES, Array, header_of, read_header, read_tensors, write
+from scumble_registry.formats.safetensors_header import DTYPES, Array, header_of, read_header, read_tensors, write_file
 
 SUFFIX = ".delta"
 _FORMAT = "scumble.delta.1"
 
 
 def write_delta(published: Path, base: Mapping[str, Array], target: Path) -> int:
-    """`base` are the base's tensors by plain name. Returns how many values differ from it or are new."""
+    """`base` are the base's tensors by plain name; `target` is new. Returns how many values differ or are new."""
     header = read_header(published)
     with published.open("rb") as file:
         parts: dict[str, Array] = {"header": np.frombuffer(file.read(header.data_start), np.uint8)}
@@ -44,7 +44,7 @@ def write_delta(published: Path, base: Mapping[str, Array], target: Path) -> int
         else:
             continue
         changed += values.size
-    target.write_bytes(write(parts, {"format": _FORMAT, "sha256": digest}))
+    write_file(target, parts, {"format": _FORMAT, "sha256": digest})
     return changed
 
 

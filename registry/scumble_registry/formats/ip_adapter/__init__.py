@@ -31,7 +31,7 @@ from scumble_registry.formats import image_encoder
 from scumble_registry.formats.floats import read_floats
 from scumble_registry.formats.ip_adapter.attentions import attentions
 from scumble_registry.formats.ip_adapter.projection import Projection, inspect
-from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record, write_record
+from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record, unwritten, write_record
 from scumble_registry.formats.leftover import leave_out, refuse_leftover
 from scumble_registry.formats.lora.record import LoraModule, make_module
 from scumble_registry.formats.safetensors_header import Array, Header, read_header
@@ -80,7 +80,7 @@ def read(source: Source, base: Manifest | None) -> Draft:
     return Draft(
         files=source.files if source.path.is_dir() else {name: file},
         compatibility=compatibility,
-        record=write_record(record),
+        record=unwritten(record),
         dialect=_dialect(tensors),
         details=_details(compatibility),
         leftover=leftover,

@@ -19,7 +19,7 @@ import numpy as np
 
 from scumble.errors import IntegrityError, Refused
 from scumble_registry.formats.lora.record import LoraModule, make_module
-from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors, write
+from scumble_registry.formats.safetensors_header import Array, Unwritten, read_header, read_tensors
 
 _METADATA = {"format": "scumble.ip_adapter.1"}
 _PROJECTION, _KEY, _VALUE, _ALPHA = "image_proj.", ".to_k_ip", ".to_v_ip", ".alpha"
@@ -44,13 +44,18 @@ class IpAdapterRecord:
 
 
 def write_record(record: IpAdapterRecord) -> bytes:
+    return b"".join(unwritten(record).chunks())
+
+
+def unwritten(record: IpAdapterRecord) -> Unwritten:
+    """What `write_record` writes, for whoever need not hold it whole."""
     tensors = {_PROJECTION + name: values for name, values in record.projection.items()}
     tensors |= {name + _KEY: values for name, values in record.keys.items()}
     tensors |= {name + _VALUE: values for name, values in record.values.items()}
     for target, module in record.lora.items():
         tensors[f"{target}.down"], tensors[f"{target}.up"] = module.down, module.up
         tensors[target + _ALPHA] = np.array(module.alpha, dtype="<f4")
-    return write(tensors, _METADATA)
+    return Unwritten(tensors, _METADATA)
 
 
 def read_record(path: Path) -> IpAdapterRecord:

@@ -8,25 +8,35 @@ back.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import JsonValue
 
-from scumble.errors import Refused
+from scumble.errors import Incompatible, Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, LoraCompatibility, norm_shapes
 from scumble_registry.formats.floats import read_floats
 from scumble_registry.formats.leftover import refuse_leftover
 from scumble_registry.formats.lora import about
-from scumble_registry.formats.lora.names import without_adapter_names
+from scumble_registry.formats.lora.names import Names, without_adapter_names
 from scumble_registry.formats.lora.parse import Parsed, parse
 from scumble_registry.formats.lora.peft import Scaling, parse_config, parse_metadata
-from scumble_registry.formats.lora.record import LoraModule, LoraRecord, Module, read_record, row_columns, write_record
+from scumble_registry.formats.lora.record import (
+    LoraModule,
+    LoraRecord,
+    Module,
+    read_record,
+    row_columns,
+    unwritten,
+    write_record,
+)
 from scumble_registry.formats.lora.speed import sampling_of
 from scumble_registry.formats.lora.strangers import known_stranger
 from scumble_registry.formats.safetensors_header import DTYPES, Array, Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.formats.standard import STANDARD, standard
 from scumble_registry.manifest import Manifest
 
 KIND = "lora"
@@ -56,18 +66,21 @@ def recognises(source: Source) -> bool:
 def read(source: Source, base: Manifest | None) -> Draft:
     if source.path.is_dir():
         check_plain(source)
-    of_base = _base_of(base)
     tensors, scalings, metadata = _read_all(source)
+    known = _base_of(base)
+    likely = _standards(tensors, scalings) if known is None else []
+    of_base = likely[0] if likely else known
     parsed = parse(tensors, scalings, of_base)
     _check_leftover(parsed, source, of_base)
+    family = known.family if known is not None else likely[0].family if len(likely) == 1 else None
     return Draft(
         files=source.files if source.path.is_dir() else {FILE_NAME: next(iter(_weights(source).values()))},
-        compatibility=_derive(parsed.record, of_base),
-        record=write_record(parsed.record),
+        compatibility=_derive(parsed.record, of_base, family),
+        record=unwritten(parsed.record),
         sampling=sampling_of(metadata, source.path.name),
         trigger_words=about.trigger_words(metadata),
         dialect=parsed.dialect,
-        details=_details(parsed, metadata, of_base),
+        details=_details(parsed, metadata, "the base" if known else "its modules" if likely else "the width of text"),
         leftover=parsed.leftover,
     )
 
@@ -139,8 +152,8 @@ def _check_leftover(parsed: Parsed, source: Source, base: BaseCompatibility | No
         stranger = known_stranger(flat)
         refuse_leftover(flat if stranger else (), "", of=stranger)
         raise Refused(
-            "this LoRA is in kohya's layout, whose names can only be read with the base at hand: "
-            "publish it with --base REF"
+            "this LoRA is in kohya's layout, whose names can only be read with the base at hand, and it is for none of "
+            "Stable Diffusion's own sizes: publish it with --base REF"
         )
     if source.allow_leftover and parsed.record:
         return
@@ -148,7 +161,24 @@ def _check_leftover(parsed: Parsed, source: Source, base: BaseCompatibility | No
     refuse_leftover(parsed.leftover, hint, of=known_stranger(parsed.leftover))
 
 
-def _derive(record: LoraRecord, base: BaseCompatibility | None) -> LoraCompatibility:
+def _standards(tensors: Mapping[str, Array], scalings: Mapping[str, Scaling]) -> list[BaseCompatibility]:
+    """Stable Diffusion's own families that a file fits whose names cannot be read without a base: often one, none for a
+    file that is made for another size, two where only shapes that SD 1.x and 2.x share are changed.
+    """
+    keys = [key for key in tensors if key.startswith((*_FLAT, "diffusion_model."))]
+    found = []
+    for base in map(standard, STANDARD) if keys else ():
+        names = Names(base)
+        if not all(names.read(key) for key in keys):
+            continue
+        with contextlib.suppress(Refused, Incompatible):
+            _derive(parse(tensors, scalings, base).record, base, None).fits(base)
+            found.append(base)
+    return found
+
+
+def _derive(record: LoraRecord, base: BaseCompatibility | None, family: Family | None) -> LoraCompatibility:
+    """`base` has the shapes that a file does not tell; None where they are all told."""
     shapes = {**norm_shapes(base), **base.targets} if base is not None else {}
     requires = {}
     for target, module in record.items():
@@ -160,7 +190,7 @@ def _derive(record: LoraRecord, base: BaseCompatibility | None) -> LoraCompatibi
         target: columns for target, module in record.items() if (columns := row_columns(target, module)) is not None
     }
     return LoraCompatibility(
-        family=base.family if base is not None else _guess_family(requires),
+        family=family or _guess_family(requires),
         requires=requires,
         ranks=in_rows,
         magnitudes=any(about.serving(target, record[target]) == "row with gain" for target in in_rows),
@@ -176,8 +206,7 @@ def _guess_family(requires: Mapping[str, tuple[int, ...]]) -> Family | None:
     return None
 
 
-def _details(parsed: Parsed, metadata: Mapping[str, str], base: BaseCompatibility | None) -> dict[str, JsonValue]:
-    rests_on = "the base" if base is not None else "the width of the text that cross-attention reads"
+def _details(parsed: Parsed, metadata: Mapping[str, str], rests_on: str) -> dict[str, JsonValue]:
     return {
         "counts": about.counts(parsed.record, parsed.algorithms),
         "modules": about.modules(parsed.record, parsed.algorithms),

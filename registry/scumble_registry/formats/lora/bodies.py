@@ -6,6 +6,7 @@ that it understands; what is left is for the caller to refuse.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -31,6 +32,9 @@ from scumble_registry.formats.lora.record import (
 )
 from scumble_registry.formats.lora.rotation import cayley, neumann, packed_skew, unshuffled
 from scumble_registry.formats.safetensors_header import Array
+
+_ROOM, _LARGEST = 4, 1 << 27
+"""How much larger than a weight what is computed of its parts may be, and how large where the base is not known."""
 
 
 @dataclass(slots=True)
@@ -87,6 +91,13 @@ class Parts:
         check_scale(self.target, scale)
         return scale
 
+    def check_size(self, *shape: int) -> None:
+        """Before something of this shape is computed: a small file may speak of a large product. Raises Refused."""
+        room = _ROOM * int(np.prod(self.shape)) if self.shape is not None else _LARGEST
+        if math.prod(shape) > room:
+            said = "x".join(map(str, shape))
+            raise Refused(f"{self.target}: its parts make {said}, more than its weight can be", target=self.target)
+
     def weight(self) -> Shape:
         """Raises Refused where only the base could tell, and is not known."""
         if self.shape is None:
@@ -102,17 +113,19 @@ def build(parts: Parts) -> tuple[Module, str] | None:
     for needed, name, read in _READERS:
         if parts.has(*needed):
             module = read(parts)
-            check_module(parts.target, module)
+            check_module(parts.target, module, parts.shape)
             return module, name
     if parts.has("diff_b") and has_bias(parts.target):
-        return Dense(None, bias=_vector(parts, "diff_b")), "bias"
+        module = Dense(None, bias=_vector(parts, "diff_b"))
+        check_module(parts.target, module, parts.weight())
+        return module, "bias"
     return None
 
 
 def _lora(parts: Parts) -> Module:
     down, up, mid = parts.need("down"), parts.need("up"), parts.take("mid")
     if mid is not None:
-        down = _tucker(parts.target, down, mid)
+        down = _tucker(parts, down, mid)
     rank = down.shape[0] if down.ndim else 0
     alpha = parts.alpha(rank)
     bias = _bias(parts)
@@ -123,9 +136,11 @@ def _lora(parts: Parts) -> Module:
     return make_module(parts.target, down, up, alpha, magnitude, bias=bias)
 
 
-def _tucker(target: str, down: Array, mid: Array) -> Array:
+def _tucker(parts: Parts, down: Array, mid: Array) -> Array:
+    target = parts.target
     if mid.ndim != 4 or down.ndim not in {2, 4} or mid.shape[1] != down.shape[0] or down.shape[2:] not in {(), (1, 1)}:
         raise Refused(f"{target}: mid {mid.shape} does not go behind down {down.shape}", target=target)
+    parts.check_size(mid.shape[0], down.shape[1], *mid.shape[2:])
     return algebra.tucker(down, mid)
 
 
@@ -134,7 +149,7 @@ def _loha(parts: Parts) -> Module:
     for half in "12":
         up, down, mid = parts.need(f"hada_w{half}_a"), parts.need(f"hada_w{half}_b"), parts.take(f"hada_t{half}")
         if mid is not None:
-            _check_halves(parts.target, up.T, mid, down)
+            _check_halves(parts, up.T, mid, down)
             up, down = algebra.tucker_halves(mid, up, down)
         _check_product(parts.target, up, down)
         pairs.append((up, down))
@@ -146,6 +161,7 @@ def _loha(parts: Parts) -> Module:
     flat1, flat2 = down1.reshape(len(down1), -1), down2.reshape(len(down2), -1)
     if up2.shape[0] != out or flat2.shape[1] != flat1.shape[1]:
         raise Refused(f"{parts.target}: the halves of its product are of different shapes", target=parts.target)
+    parts.check_size(*shape)
     scale, magnitude, bias = parts.scale(rank), _magnitude(parts, out, into), _bias(parts)
     if not algebra.worth_it(rank * up2.shape[1], shape):
         return Product(Pair(up1, flat1), Pair(up2, flat2), float(np.float32(scale * rank)), shape, magnitude, bias)
@@ -155,6 +171,8 @@ def _loha(parts: Parts) -> Module:
 
 def _lokr(parts: Parts) -> Module:
     left, rank_left = _half(parts, "lokr_w1")
+    if left[1].ndim != 2:
+        raise Refused(f"{parts.target}: the left side of a Kronecker product has no kernel", target=parts.target)
     right, rank_right = _half(parts, "lokr_w2", columns=left[1].shape[1])
     rank = rank_right or rank_left
     if rank is None:
@@ -166,6 +184,7 @@ def _lokr(parts: Parts) -> Module:
         scale = parts.scale(rank)
     (up1, down1), (up2, down2) = left, right
     shape = (len(up1) * len(up2), down1.shape[1] * down2.shape[1], *down2.shape[2:])
+    parts.check_size(*shape)
     magnitude, bias = _magnitude(parts, shape[0], shape[1]), _bias(parts)
     if algebra.worth_it(len(down1) * len(down2), shape):
         up, down = algebra.kronecker_factors(up1, down1, up2, down2)
@@ -181,13 +200,13 @@ def _half(parts: Parts, name: str, columns: int | None = None) -> tuple[tuple[Ar
     """
     whole = parts.take(name)
     if whole is not None:
-        if whole.ndim not in {2, 4} or 0 in whole.shape:
+        if whole.ndim not in ({2} if name == "lokr_w1" else {2, 4}) or 0 in whole.shape:
             raise Refused(f"{parts.target}: {name} of shape {whole.shape} is no matrix", target=parts.target)
         return algebra.halves(whole), None
     up, down = parts.need(f"{name}_a"), parts.need(f"{name}_b")
     mid = parts.take("lokr_t2") if name == "lokr_w2" else None
     if mid is not None:
-        _check_halves(parts.target, up.T, mid, down)
+        _check_halves(parts, up.T, mid, down)
         up, down = algebra.tucker_halves(mid, up, down)
     _check_product(parts.target, up, down)
     rank = int(down.shape[0])
@@ -217,9 +236,11 @@ def _check_product(target: str, up: Array, down: Array) -> None:
         raise Refused(f"{target}: {up.shape} and {down.shape} are no factors of one matrix", target=target)
 
 
-def _check_halves(target: str, up: Array, mid: Array, down: Array) -> None:
+def _check_halves(parts: Parts, up: Array, mid: Array, down: Array) -> None:
+    target = parts.target
     if mid.ndim != 4 or up.ndim != 2 or down.ndim != 2 or mid.shape[:2] != (up.shape[1], down.shape[0]):
         raise Refused(f"{target}: {up.shape}, {mid.shape} and {down.shape} are no factors of one kernel", target=target)
+    parts.check_size(mid.shape[0], down.shape[1], *mid.shape[2:])
 
 
 def _full(parts: Parts) -> Module:
@@ -261,7 +282,7 @@ def _glora(parts: Parts) -> Module:
     if not (a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0]):
         a1, a2, b1, b2 = a2, a1, b2, b1
     mid = parts.take("glora_bm")
-    down = b2 if mid is None else _tucker(parts.target, b2, mid)
+    down = b2 if mid is None else _tucker(parts, b2, mid)
     if down.ndim == 4 and down.shape[2:] == (1, 1):
         down, b1 = down.reshape(down.shape[:2]), b1.reshape(b1.shape[:2])
     inner = Pair(a1.reshape(a1.shape[:2]), a2.reshape(a2.shape[:2]))
@@ -269,10 +290,10 @@ def _glora(parts: Parts) -> Module:
 
 
 def _oft(parts: Parts) -> Module:
-    blocks = parts.need("oft_blocks")
+    blocks = _blocks(parts, "oft_blocks")
     alpha = parts.number("alpha") or 0.0
-    out = int(np.prod(blocks.shape[-3:-1])) if blocks.ndim in {3, 4} else 0
-    turned = cayley(blocks, alpha * out if alpha > 0 or parts.clamped else None) if out else blocks
+    limit = alpha * blocks.shape[-3] * blocks.shape[-2]
+    turned = cayley(blocks, limit if alpha > 0 or parts.clamped else None)
     # OFT multiplies from the other side than a butterfly's stages do, and shuffles nothing.
     if blocks.ndim == 4 and len(blocks) == 1 and blocks.shape[-1] % 2 == 0:
         turned = unshuffled(turned)
@@ -281,9 +302,17 @@ def _oft(parts: Parts) -> Module:
 
 def _oft_diag(parts: Parts) -> Module:
     """Old LyCORIS: the rotation itself."""
-    blocks = parts.need("oft_diag")
+    blocks = algebra.wide(_blocks(parts, "oft_diag"))
     parts.take("alpha")
-    return _rotation(parts, algebra.wide(blocks).swapaxes(1, 2)[None] if blocks.ndim == 3 else blocks, axis=0)
+    return _rotation(parts, blocks.swapaxes(1, 2)[None] if blocks.ndim == 3 else blocks, axis=0)
+
+
+def _blocks(parts: Parts, name: str) -> Array:
+    blocks = parts.need(name)
+    if blocks.ndim not in {3, 4} or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
+        raise Refused(f"{parts.target}: blocks of shape {blocks.shape} are no square ones", target=parts.target)
+    parts.check_size(*blocks.shape[-2:])
+    return blocks
 
 
 def _peft_oft(parts: Parts) -> Module:
@@ -298,6 +327,7 @@ def _peft_oft(parts: Parts) -> Module:
     block = round((1 + (1 + 8 * packed.shape[1]) ** 0.5) / 2)
     if block * (block - 1) != 2 * packed.shape[1]:
         raise Refused(f"{parts.target}: rows of {packed.shape[1]} make no triangle", target=parts.target)
+    parts.check_size(block, block)
     skew = packed_skew(packed, block)
     # Cayley's (I − Q)(I + Q)⁻¹, of Q that counts once.
     turned = neumann(skew, config.neumann_terms) if config.neumann_terms else cayley(skew / -2)
@@ -307,7 +337,7 @@ def _peft_oft(parts: Parts) -> Module:
 
 
 def _peft_boft(parts: Parts) -> Module:
-    blocks, rescale = parts.need("peft_boft"), parts.take("peft_boft_s")
+    blocks, rescale = _blocks(parts, "peft_boft"), parts.take("peft_boft_s")
     if blocks.ndim != 4 or len(blocks) != 1 or parts.weight()[2:] not in {(), (1, 1)}:
         raise Refused(
             f"{parts.target}: of PEFT's BOFT only boft_n_butterfly_factor 1 on linear layers and 1x1 convolutions can "

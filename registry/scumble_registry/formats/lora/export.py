@@ -73,9 +73,6 @@ def _diffusers(record: LoraRecord) -> tuple[dict[str, Array], dict[str, Any]]:
     numbers: dict[str, Any] = {}
     for component, modules in _by_component(record, "diffusers").items():
         numbers |= {f"{component}.{name}": value for name, value in _config(modules).items()}
-        # diffusers takes these numbers for the whole of PEFT's config
-        numbers[f"{component}.target_modules"] = sorted(map(_any_transformers, modules))
-        numbers[f"{component}.use_dora"] = any(module.magnitude is not None for module in modules.values())
         # diffusers overlooks a text encoder's magnitudes unless they are called so.
         suffix = "" if component == "unet" else ".weight"
         for name, module in modules.items():
@@ -98,7 +95,6 @@ def _peft(record: LoraRecord, folder: Path, metadata: dict[str, str]) -> None:
         config = {
             **_config(modules),
             "peft_type": "LORA",
-            "use_dora": any(module.magnitude is not None for module in modules.values()),
             "use_rslora": False,
             "bias": "none",
             "inference_mode": True,
@@ -131,6 +127,7 @@ def _config(modules: Mapping[str, LoraModule]) -> dict[str, Any]:
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
     return {
         "target_modules": sorted(ranks),
+        "use_dora": any(module.magnitude is not None for module in modules.values()),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},

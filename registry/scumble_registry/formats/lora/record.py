@@ -34,7 +34,8 @@ import numpy as np
 
 from scumble.errors import IntegrityError, Refused
 from scumble_registry.compatibility import Shape
-from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors, write
+from scumble_registry.formats.floats import largest
+from scumble_registry.formats.safetensors_header import Array, Unwritten, read_header, read_tensors
 
 _METADATA = {"format": "scumble.lora.1"}
 _MAX_SCALE = 1e3
@@ -228,9 +229,12 @@ def check_scale(target: str, scale: float, what: str = "its scale") -> None:
         raise Refused(f"{target}: {what} must be within ±{_MAX_SCALE:g}, not 0", target=target)
 
 
-def check_module(target: str, module: Module) -> None:
-    """Magnitudes and bias have the length of what they belong to. Raises Refused."""
-    shape = module.shape
+def check_module(target: str, module: Module, shape: Shape | None = None) -> None:
+    """Magnitudes and bias have the length of what they belong to; `shape` is the base's where the module has none.
+
+    Raises Refused.
+    """
+    shape = module.shape or shape
     if module.magnitude is not None and shape is not None:
         lengths = module.magnitude.lengths
         if len(shape) < 2 or lengths.shape != (shape[module.magnitude.axis],):
@@ -246,8 +250,8 @@ def check_module(target: str, module: Module) -> None:
 def _check_size(target: str, down: Array, up: Array, scale: float) -> None:
     """Half precision must hold what is added: a bound on it, without multiplying it out."""
     with np.errstate(over="ignore"):
-        columns = np.abs(up.reshape(len(up), -1)).max(0).astype(np.float64)
-        rows = np.abs(down.reshape(len(down), -1)).max(1).astype(np.float64)
+        columns = largest(up.reshape(len(up), -1), 0)
+        rows = largest(down.reshape(len(down), -1), 1)
     if not columns @ rows * scale <= _MAX_CHANGE:
         raise Refused(
             f"{target}: what it adds to the weight may be as large as {columns @ rows * scale:g}, beyond half "
@@ -257,10 +261,15 @@ def _check_size(target: str, down: Array, up: Array, scale: float) -> None:
 
 
 def write_record(record: LoraRecord) -> bytes:
+    return b"".join(unwritten(record).chunks())
+
+
+def unwritten(record: LoraRecord) -> Unwritten:
+    """What `write_record` writes, for whoever need not hold it whole."""
     tensors: dict[str, Array] = {}
     for target, module in record.items():
         tensors |= {f"{target}.{part}": values for part, values in _parts(module).items()}
-    return write(tensors, _METADATA)
+    return Unwritten(tensors, _METADATA)
 
 
 def _parts(module: Module) -> dict[str, Array]:

@@ -20,7 +20,7 @@ from scumble_registry.formats.safetensors_header import DTYPES, MAX_DIMS, MAX_HE
 Spans = Mapping[str, tuple[int, int]]
 """Storage key → where its bytes begin and end in the file."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _MAX_COPIES = 4  # of what several tensors share: safetensors shares nothing
 
 
@@ -98,7 +98,7 @@ def _copy(source: Input, target: BinaryIO, begin: int, size: int) -> None:
 
 
 def _gather(view: View, spans: Spans, source: Input, target: BinaryIO, *, big_endian: bool) -> None:
-    """In the order of the tensor, turned to little-endian; a megabyte at a time."""
+    """In the order of the tensor, turned to little-endian; a little at a time."""
     if math.prod(view.shape) == 0:
         return
     begin, end = spans[view.storage.key]

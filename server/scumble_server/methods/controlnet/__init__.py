@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scumble_registry.formats.controlnet import KIND
 from scumble_server.methods.controlnet.checks import FIELDS, check, check_together, describe, idle
-from scumble_server.methods.controlnet.nets import Control, features, maps, prepare, row_nets
+from scumble_server.methods.controlnet.nets import Control, features, maps, prepare, row_lites, row_nets
 
 
 def read_record(path: Path) -> None:
@@ -29,5 +29,6 @@ __all__ = [
     "maps",
     "prepare",
     "read_record",
+    "row_lites",
     "row_nets",
 ]

@@ -30,8 +30,14 @@ CONTROL_TYPES = {
 """The kinds of control of xinsir's union nets, by the place that each has there."""
 
 
-def check(bound: Bound, base: Base) -> None:  # noqa: ARG001 - the protocol's
+def check(bound: Bound, base: Base) -> None:
     """Raises InvalidRequest naming the field, or Refused."""
+    if not base.changes_graphs and compatibility(bound).form == "lllite":
+        raise Refused(
+            f"{bound.spec.ref} is a ControlNet-LLLite, which changes the graph, and this server's graphs are fixed; "
+            "ask a server that runs with --executor torch",
+            ref=bound.spec.ref,
+        )
     _check_net(bound)
     _check_pictures(bound)
     _check_mode(bound)
@@ -43,7 +49,9 @@ def check(bound: Bound, base: Base) -> None:  # noqa: ARG001 - the protocol's
 def check_together(adapters: Sequence[Bound], base: Base, settings: Settings) -> None:
     """Any number of nets may act at once. Raises InvalidRequest for a size that one of them cannot look at."""
     for bound in adapters:
-        unit = 8 if compatibility(bound).form != "t2i" else _unit(bound, base)
+        unit = {"t2i": _unit(bound, base), "lllite": 8 * 2 ** (base.blocks.levels - 1)}.get(
+            compatibility(bound).form, 8
+        )
         if settings.width % unit or settings.height % unit:
             raise _invalid(
                 bound,
@@ -149,6 +157,8 @@ def _check_pictures(bound: Bound) -> None:
 
 
 def _check_mode(bound: Bound) -> None:
+    if compatibility(bound).form == "lllite" and mode(bound) not in {"balanced", "control"}:
+        raise _invalid(bound, "mode", "is an LLLite, which has no residuals to scale; use balanced or control")
     if compatibility(bound).form == "t2i" and mode(bound) == "guess":
         raise _invalid(bound, "mode", "is a T2I-Adapter, which has no guess mode; use balanced, prompt or control")
 

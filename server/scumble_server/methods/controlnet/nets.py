@@ -7,7 +7,7 @@ is resident finds it. Rows of one net object share its run, so a net is one obje
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 from scumble_build.control_models import load_net, load_t2i, load_union
 from scumble_build.controlnet import ControlNet, ControlNetUnion
 from scumble_build.inputs import level_sizes
+from scumble_build.lllite import Embeddings, LLLite, load_lllite
 from scumble_build.preprocess import Pixels, control_map
 from scumble_server.bound import Bound
-from scumble_server.carried import RowNet, spread
+from scumble_server.carried import RowLite, RowNet, spread
 from scumble_server.context import Context, Text
 from scumble_server.executors.torch_net import TorchNet, TorchUnion, TorchUnionNet
 from scumble_server.methods.controlnet.checks import (
@@ -29,32 +30,30 @@ from scumble_server.methods.controlnet.checks import (
     picture_scales,
     preprocessor,
 )
-from scumble_server.methods.controlnet.scales import of_features, of_residuals
+from scumble_server.methods.controlnet.scales import of_features, of_lite, of_residuals
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Control:
     """One adapter of a request, whatever its weight in a phase.
 
-    A net with its hint `(1, C, H/8, W/8)`; or a T2I-Adapter's features, `(1, C, h, w)` for each down block.
+    A net with its hint `(1, C, H/8, W/8)`; or a T2I-Adapter's features, `(1, C, h, w)` for each down block; or an
+    LLLite with its embedded picture.
     """
 
     bound: Bound
     net: TorchNet | TorchUnionNet | None = None
     hint: Tensor | None = None
     features: tuple[Tensor, ...] = ()
+    lite: LLLite | None = None
+    embeddings: Embeddings = field(default_factory=dict)
 
 
 def prepare(context: Context, adapters: Sequence[Bound]) -> tuple[Control, ...]:
     """What of them does not depend on the prompts. Raises Refused for files that make no net."""
     executor = context.executor
     like = torch.empty(0, dtype=executor.dtype, device=executor.device)
-    return tuple(
-        Control(bound, features=_features(context, bound, like))
-        if compatibility(bound).form == "t2i"
-        else _control(context, bound, like)
-        for bound in adapters
-    )
+    return tuple(_control(context, bound, like) for bound in adapters)
 
 
 def row_nets(context: Context, controls: Sequence[Control], weights: Sequence[float], text: Text) -> tuple[RowNet, ...]:
@@ -86,6 +85,16 @@ def features(context: Context, controls: Sequence[Control], weights: Sequence[fl
     return tuple(part if len(part) == 1 else spread(part, context.rows) for part in total) or None
 
 
+def row_lites(context: Context, controls: Sequence[Control], weights: Sequence[float]) -> tuple[RowLite, ...]:
+    """The LLLites that act in a phase."""
+    found = []
+    for control, weight in zip(controls, weights, strict=True):
+        if weight and control.lite is not None:
+            strength = spread(of_lite(mode(control.bound), weight, context.sides), context.rows)
+            found.append(RowLite(control.lite, control.embeddings, strength))
+    return tuple(found)
+
+
 def maps(context: Context, adapters: Sequence[Bound]) -> tuple[Pixels, ...]:
     """The control maps that were made of pictures here, in the order of adapters and their images."""
     return tuple(
@@ -94,8 +103,31 @@ def maps(context: Context, adapters: Sequence[Bound]) -> tuple[Pixels, ...]:
 
 
 def _control(context: Context, bound: Bound, like: Tensor) -> Control:
+    form = compatibility(bound).form
+    if form == "t2i":
+        return Control(bound, features=_features(context, bound, like))
+    if form == "lllite":
+        return _lite(context, bound, like)
     net = _net(context, bound, like)
     return Control(bound, net, _hint(context, bound, net, like))
+
+
+def _lite(context: Context, bound: Bound, like: Tensor) -> Control:
+    def load() -> LLLite:
+        folder = context.registry.materialise(bound.version)
+        return load_lllite(folder, context.base.compatibility.targets).to_like(like)
+
+    key = ("lllite", bound.version.digest, context.base.version.digest)
+    lite = context.device.get(key, compatibility(bound).parameters * like.element_size(), load)
+    settings = context.settings
+    nbytes = lite.embedded_values(settings.height, settings.width) * like.element_size()
+
+    @torch.inference_mode()
+    def embed() -> Embeddings:
+        return lite.embed(_pixels(context, bound).to(like))
+
+    embeddings = context.device.get(("lllite picture", _picture_key(context, bound)), nbytes, embed)
+    return Control(bound, lite=lite, embeddings=embeddings)
 
 
 def _of_text(context: Context, bound: Bound, net: TorchNet | TorchUnionNet, text: Text) -> tuple[Tensor, Tensor | None]:

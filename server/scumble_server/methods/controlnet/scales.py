@@ -38,6 +38,12 @@ def of_features(mode: str, weight: float, count: int, rows: int) -> Tensor:
     return prompt[None]
 
 
+def of_lite(mode: str, weight: float, rows: int) -> Tensor:
+    """The same for an LLLite, `(rows,)`: in `control` mode the negative half is left alone."""
+    negative = 0.0 if mode == "control" else weight
+    return torch.tensor([negative, weight][2 - rows :])
+
+
 def _factors(mode: str, count: int, *, pools: bool) -> Tensor:
     if mode in {"prompt", "control"}:
         return _SOFT ** torch.arange(count - 1, -1, -1.0)

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from scumble.errors import Refused
 from scumble_registry import Registry
 from scumble_registry.compatibility import BaseCompatibility
+from scumble_registry.formats.safetensors_header import write
 
 BaseWriter = Callable[..., Path]
 
@@ -99,7 +101,13 @@ def add_hidden_pickle(folder: Path) -> None:
     (folder / "README.md").write_bytes(b"\x80\x04 a pickle in disguise")
 
 
+def add_nan(folder: Path) -> None:
+    bad = write({"conv.weight": np.full((1, 1), np.nan, np.float16)}, {})
+    (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(bad)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a value that is none": (add_nan, "tensor conv.weight holds NaN"),
     "other weights": (add_pickle, "publish one of the two"),
     "no weights": (lambda f: (f / "unet/more.bin").write_bytes(b"nothing"), "neither safetensors nor a pickle"),
     "a pickle called README": (add_hidden_pickle, "a pickle, of which nothing was executed"),

@@ -149,6 +149,19 @@ def real_width() -> dict[str, Any]:
     return {name: torch.zeros(16, 768)}
 
 
+def test_the_folder_it_is_like_may_hold_one_precision_and_no_links(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_base, local_files_only=True)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    file = write(tiny_base, tmp_path / "one.safetensors", parts="u")
+    found(registry, file, hints=Hints(registry.folder_of(tmp_path / "half")))
+    assert "vae/diffusion_pytorch_model.safetensors" in registry.find("n/base").manifest.files
+    (tmp_path / "half/vae/secret.json").symlink_to("/etc/hostname")
+    with pytest.raises(Refused, match="is a link"):
+        registry.publish(file, "n/base", hints=Hints(registry.folder_of(tmp_path / "half")))
+
+
 def test_for_its_base_a_single_file_is_a_checkpoint_whose_unchanged_parts_are_the_bases(
     registry: Registry, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -232,3 +245,64 @@ def test_weights_named_by_their_precision_get_the_plain_name(
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), pipeline.unet.parameters(), strict=True))
     if shards:
         assert len(list((tmp_path / "pulled/unet").glob("*-of-*.safetensors"))) > 1
+
+
+def test_a_ckpt_of_lightning_is_what_its_safetensors_file_is(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    like = Hints(lambda: tiny_base)
+    plain = registry.publish(write(tiny_base, tmp_path / "one.safetensors"), "n/plain", hints=like)
+    pickled = registry.publish(write(tiny_base, tmp_path / "two.ckpt", lightning=True), "n/pickled", hints=like)
+    assert pickled.manifest.files == plain.manifest.files
+    assert pickled.manifest.compatibility == plain.manifest.compatibility
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("conditioner.embedders.0.model.text_projection", "SDXL's refiner"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "FLUX"),
+        ("model.diffusion_model.input_blocks.1.1.time_stack.0.attn1.to_q.weight", "Stable Video Diffusion"),
+        ("edm_mean", "Playground"),
+    ],
+)
+def test_other_models_are_refused_by_name(registry: Registry, tmp_path: Path, key: str, says: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file({key: torch.zeros(2, 2), "model.diffusion_model.a.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(Refused, match=says):
+        registry.publish(tmp_path / "a.safetensors", "n/a")
+
+
+def test_a_folder_of_a_transformer_is_refused_by_name(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "flux").mkdir()
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "flux/model_index.json").write_text(json.dumps(index))
+    with pytest.raises(Refused, match="FluxPipeline"):
+        registry.publish(tmp_path / "flux", "n/a")
+
+
+def test_instruct_pix2pix_is_refused_by_name(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    file = add(write(tiny_base, tmp_path / "a.safetensors"), {name: torch.randn(16, 8, 3, 3)})
+    with pytest.raises(Refused, match="in_channels 8"):
+        registry.publish(file, "n/a", hints=Hints(lambda: tiny_base))
+    import shutil
+
+    shutil.copytree(tiny_base, tmp_path / "pix2pix")
+    unet = diffusers.UNet2DConditionModel.from_config(
+        {**diffusers.UNet2DConditionModel.load_config(tiny_base / "unet"), "in_channels": 8}
+    )
+    unet.save_pretrained(tmp_path / "pix2pix/unet")
+    with pytest.raises(Refused, match="InstructPix2Pix"):
+        registry.publish(tmp_path / "pix2pix", "n/a")
+
+
+def test_a_single_file_for_inpainting_is_a_base_for_inpainting(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    from tiny_families import make_tiny_inpainting
+
+    folder = make_tiny_inpainting(tiny_base, tmp_path / "inpainting")
+    assert found(registry, write(folder, tmp_path / "a.safetensors"), hints=Hints(lambda: folder)).in_channels == 9

@@ -127,7 +127,7 @@ def test_a_config_that_says_otherwise(
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        ({"lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight": (2, 2)}, "LLLite"),
+        ({"lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight": (2, 2)}, "is not whole"),
         ({"control_model.zero_convs.0.0.weight": (2, 2), "control_model.a.lora_layer.up.weight": (2, 2)}, "CtrlLoRA"),
         ({"controlnet_cond_embedding.a.weight": (2,), "down_blocks.0.motion_modules.a.weight": (2,)}, "SparseCtrl"),
         ({"controlnet_cond_embedding.a.weight": (2,), "d.temporal_res_block.a": (2,)}, "Stable Video Diffusion"),
@@ -209,7 +209,7 @@ def test_the_config_of_a_real_net_is_told_from_its_shapes(family: str, union: bo
     }
     more = of_union if union else {}
     with torch.device("meta"):
-        real = kind(**REAL[family], **more)
+        real = kind(**{**REAL[family], **more})
         shapes = {name: tuple(values.shape) for name, values in real.state_dict().items()}
         told = net_config(shapes, None, pools=False)
         made = kind.from_config(told)
@@ -257,7 +257,7 @@ def test_a_net_without_a_config_needs_its_base_where_its_widths_are_no_ones(
     with pytest.raises(Refused, match="--base REF"):
         registry.publish(file, "c/alone")
     version = registry.publish(file, "c/net", base=base)
-    assert version.manifest.dialect == "diffusers, without its config"
+    assert "config.json" in version.manifest.files
     registry.pull("c/net", tmp_path / "pulled")
     told = json.loads((tmp_path / "pulled" / CONFIG).read_text())
     assert told["attention_head_dim"] == net.config.attention_head_dim
@@ -304,3 +304,26 @@ def torch_load(file: Path) -> dict[str, Any]:
 def stored(registry: Registry, ref: str, folder: Path) -> Path:
     registry.pull(ref, folder)
     return folder / "diffusion_pytorch_model.safetensors"
+
+
+def test_an_lllite_fits_the_base_whose_modules_it_names(
+    registry: Registry, base: str, unet: Any, tmp_path: Path
+) -> None:
+    tiny_lllite = pytest.importorskip("tiny_lllite")
+    lites = tiny_lllite.make_lllite(unet, 1)
+    file = tiny_lllite.save_lllite(lites, unet, tmp_path / "a.safetensors")
+    found = published(registry, file, base=base)
+    assert (found.form, found.family, len(found.modules)) == ("lllite", "sd1", len(lites))
+    wider = {name: tiny_lllite.Lite(24, 0) for name in lites}
+    tiny_lllite.save_lllite(wider, unet, tmp_path / "b.safetensors")
+    with pytest.raises(Incompatible, match="reads 24 channels; this sd1 base has it as 16x16"):
+        registry.publish(tmp_path / "b.safetensors", "c/b", base=base)
+    with pytest.raises(Refused, match="not understood: more"):
+        registry.publish(add(file, more=torch.ones(2)), "c/c", base=base)
+
+
+def add(file: Path, **tensors: Any) -> Path:
+    from safetensors.torch import save_file
+
+    save_file(torch_load(file) | tensors, file)
+    return file

@@ -13,8 +13,11 @@ from scumble.errors import Incompatible, IntegrityError, Refused
 from scumble_registry import Registry
 from scumble_registry.compatibility import ContextNetworks, HypernetworkCompatibility, WeightPredictor
 from scumble_registry.formats.hypernetwork import context, context_record, predictor, read_record
+from scumble_registry.formats.hypernetwork.context_record import ACTIVATIONS
 from scumble_registry.formats.hypernetwork.predictor import PredictorConfig, PredictorRecord
 from scumble_registry.formats.safetensors_header import Array, write
+
+tiny_hypernetwork = pytest.importorskip("tiny_hypernetwork")
 
 WIDTH, SELF = 8, 4  # of the text and of the hidden states in the base of conftest.py
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -253,3 +256,25 @@ def test_a_damaged_pickle_is_refused_with_what_would_be_right(registry: Registry
     (tmp_path / "ink.pt").write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(Refused, match=r"as if it were cut off; fetch it again.*Use a safetensors file"):
         registry.publish(tmp_path / "ink.pt", "h/x")
+
+
+@pytest.mark.parametrize(("activation", "norm"), [(each, i % 2 == 0) for i, each in enumerate(sorted(ACTIVATIONS))])
+def test_the_webuis_own_file_has_the_record_of_its_safetensors(
+    registry: Registry, tmp_path: Path, activation: str, norm: bool
+) -> None:
+    how: dict[str, Any] = {"activation": activation, "norm": norm, "structure": (1, 1.5, 1), "dropout": (0, 0.3, 0)}
+    theirs = tiny_hypernetwork.WebuiHypernetwork([WIDTH], seed=1, **how)
+    plain = registry.publish(theirs.save(tmp_path / "a.safetensors"), "h/plain")
+    pickled = registry.publish(tiny_hypernetwork.save_webui(theirs, tmp_path / "a.pt"), "h/pickled")
+    assert pickled.manifest.record == plain.manifest.record
+    assert pickled.manifest.compatibility == plain.manifest.compatibility
+    registry.pull("h/pickled", tmp_path / "pulled")
+    again = registry.publish(tmp_path / "pulled/hypernetwork.safetensors", "h/pickled")
+    assert again.manifest.record == pickled.manifest.record
+
+
+def test_keys_beside_a_hypernetwork_may_be_left_out(registry: Registry, tmp_path: Path) -> None:
+    file = save(tmp_path / "a.safetensors", plain(WIDTH) | {"more": np.ones(2, np.float32)}, RELU)
+    with pytest.raises(Refused, match="not understood: more"):
+        registry.publish(file, "h/a")
+    assert registry.publish(file, "h/a", allow_leftover=True).manifest.leftover == ("more",)

@@ -14,6 +14,7 @@ from scumble.errors import Refused
 from scumble_registry import Registry
 from scumble_registry.formats.incoming import safetensors_name, with_safetensors
 from scumble_registry.formats.pickled import Leaf
+from scumble_registry.formats.safetensors_header import read_header
 from scumble_registry.formats.source import Source
 
 VECTOR = torch.arange(8.0)
@@ -82,6 +83,20 @@ def test_two_files_that_would_have_one_name_are_refused(tmp_path: Path) -> None:
         incoming(tmp_path, tmp_path / "work")
 
 
+def test_a_file_that_is_two_things_is_read_as_what_it_begins_with(tmp_path: Path) -> None:
+    """torch and zip tools look at different ends of a file."""
+    zip_inside = torch.frombuffer(bytearray(saved({"t": VECTOR})), dtype=torch.uint8)
+    save_file({"<ink>": zip_inside}, tmp_path / "a.pt")
+    source = incoming(tmp_path / "a.pt", tmp_path / "work")
+    assert source.plain == {}
+    assert list(read_header(source.files["a.safetensors"]).tensors) == ["<ink>"]
+    save_file({"<ink>": VECTOR}, tmp_path / "b.pt")
+    with (tmp_path / "b.pt").open("ab") as file:
+        file.write(saved({"t": VECTOR}))
+    with pytest.raises(Refused, match="after its header"):
+        read_header(incoming(tmp_path / "b.pt", tmp_path / "work").files["b.safetensors"])
+
+
 def test_what_would_be_run_is_named_and_nothing_is_published(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,5 +111,5 @@ def test_what_would_be_run_is_named_and_nothing_is_published(
 def test_the_publishers_limit_goes_before_the_sound_one(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(saved(VECTOR))
     source = replace(Source.scan(tmp_path / "a.pt"), work=tmp_path / "work", max_bytes=100)
-    with pytest.raises(Refused, match="larger than 100 bytes"):
+    with pytest.raises(Refused, match="more than 100; --max-size lets more in"):
         with_safetensors(source)

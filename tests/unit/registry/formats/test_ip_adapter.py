@@ -16,6 +16,7 @@ from scumble_registry.compatibility import BaseCompatibility, ImageEncoderCompat
 from scumble_registry.formats.ip_adapter import read_record, write_record
 from scumble_registry.formats.ip_adapter.attentions import attentions
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors, write
+from scumble_registry.formats.source import Hints
 
 tiny_ip = pytest.importorskip("tiny_ip")
 diffusers = pytest.importorskip("diffusers")
@@ -168,6 +169,35 @@ def test_the_shortcut_of_plusv2(
     based.pull("ip/a", tmp_path / "out")
     (pulled,) = (tmp_path / "out").iterdir()
     assert publish(based, pulled).digest == version.digest, "what was pulled publishes as what it was"
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_the_publishers_word_on_the_shortcut_goes_first(
+    based: Registry, tiny_base: Path, tmp_path: Path, *, shortcut: bool
+) -> None:
+    file = adapter(tiny_base, tmp_path, "faceid_plus", "plusv2.safetensors")
+    version = publish(based, file, hints=Hints(shortcut=shortcut))
+    assert compatibility(version).shortcut is shortcut
+    with pytest.raises(InvalidRequest, match="leave --shortcut out"):
+        publish(based, adapter(tiny_base, tmp_path, "plus"), hints=Hints(shortcut=shortcut))
+
+
+def test_instantids_file_reads_faces(based: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    found = compatibility(publish(based, adapter(tiny_base, tmp_path, "instantid", tokens=16)))
+    assert (found.projection, found.tokens, found.picture_width, found.embedding_width) == (
+        "face_resampler",
+        16,
+        None,
+        512,
+    )
+
+
+def test_a_training_checkpoints_unet_may_be_left_out(based: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    file = adapter(tiny_base, tmp_path, "base")
+    whole = rewrite(file, {"unet.conv_in.weight": np.ones((2, 2), np.float32)})
+    with pytest.raises(Refused, match=r"unet\.conv_in\.weight"):
+        publish(based, whole)
+    assert publish(based, whole, allow_leftover=True).manifest.leftover == ("unet.conv_in.weight",)
 
 
 def test_nobody_else_has_a_shortcut(based: Registry, tiny_base: Path, tmp_path: Path) -> None:

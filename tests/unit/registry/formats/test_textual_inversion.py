@@ -165,3 +165,57 @@ def test_a_damaged_pickle_is_refused_with_what_would_be_right(registry: Registry
 
 def test_a_vector_may_come_alone() -> None:
     assert make_record({"text_encoder": ones(WIDTH)})["text_encoder"].shape == (1, WIDTH)
+
+
+torch = pytest.importorskip("torch")
+
+
+def pickled(file: Path, content: Any) -> Path:
+    torch.save(content, file)
+    return file
+
+
+def webui(*names: str) -> dict[str, Any]:
+    return {
+        "string_to_token": dict.fromkeys(names, 265),
+        "string_to_param": {name: torch.ones(2, WIDTH) for name in names},
+        "name": "inside",
+        "step": 3,
+    }
+
+
+def test_the_webuis_files_are_called_by_their_files_name(registry: Registry, tmp_path: Path) -> None:
+    found = published(registry, pickled(tmp_path / "EasyNegative.pt", webui("*")))
+    assert (found.token, found.vectors) == ("EasyNegative", 2)
+    registry.pull("e/0", tmp_path / "pulled")
+    again = registry.publish(tmp_path / "pulled/EasyNegative.safetensors", "e/0")
+    assert again.manifest.record == registry.find("e/0@1").manifest.record
+
+
+def test_several_embeddings_in_one_file_are_refused(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"2 embeddings \(a, b\)"):
+        registry.publish(pickled(tmp_path / "two.pt", webui("a", "b")), "e/x")
+
+
+def test_a_tensor_alone_must_be_named(registry: Registry, tmp_path: Path) -> None:
+    file = pickled(tmp_path / "vectors.pt", torch.ones(2, WIDTH))
+    with pytest.raises(Refused, match="--trigger WORD"):
+        registry.publish(file, "e/x")
+    assert published(registry, file, trigger_words=["ink"]).token == "ink"
+    registry.pull("e/0", tmp_path / "pulled")
+    again = registry.publish(tmp_path / "pulled/ink.safetensors", "e/0")
+    assert again.manifest.record == registry.find("e/0@1").manifest.record
+    assert again.manifest.trigger_words == ("ink",)
+
+
+def test_a_picture_that_may_carry_an_embedding_is_refused_by_name(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(60))
+    with pytest.raises(Refused, match="carry an embedding"):
+        registry.publish(tmp_path / "a.png", "e/x")
+
+
+def test_keys_beside_an_embedding_may_be_left_out(registry: Registry, tmp_path: Path) -> None:
+    file = save(tmp_path / "a.safetensors", emb_params=ones(2, WIDTH), more=ones(3))
+    with pytest.raises(Refused, match="not understood: more"):
+        registry.publish(file, "e/x")
+    assert registry.publish(file, "e/x", allow_leftover=True).manifest.leftover == ("more",)

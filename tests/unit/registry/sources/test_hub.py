@@ -122,6 +122,22 @@ def test_what_is_too_large_is_refused_before_a_byte_is_fetched(registry: Registr
     assert hub.served == []
 
 
+def test_what_is_too_large_and_does_not_say_so_is_refused_when_it_has_come(registry: Registry, hub: Hub) -> None:
+    hub.says_no_sizes = True
+    with at(hub), pytest.raises(Refused, match="--max-size"):
+        import_from(registry, "hf:ann/ink", "styles/ink", max_bytes=10)
+    assert registry.names() == ()
+
+
+def test_names_that_lead_out_of_the_folder_are_not_taken(registry: Registry, hub: Hub, home: Path) -> None:
+    hub.files["../../evil.safetensors"] = hub.files[WEIGHTS]
+    with at(hub):
+        import_from(registry, "hf:ann/ink", "styles/ink")
+        with pytest.raises(NotFound, match="nothing matches"):
+            import_from(registry, "hf:ann/ink", "styles/ink", include=["*evil*"])
+    assert not list(home.parent.rglob("evil*"))
+
+
 def test_bytes_that_are_not_those_of_the_commit_are_not_published(registry: Registry, hub: Hub, home: Path) -> None:
     hub.wrong.add(WEIGHTS)
     with at(hub), pytest.raises(IntegrityError, match="came with sha256"):

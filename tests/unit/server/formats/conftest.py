@@ -41,8 +41,9 @@ class Bench:
         """A copy, to be changed."""
         if family not in self.pipelines:
             self.pipelines[family] = DiffusionPipeline.from_pretrained(self.folders[family], local_files_only=True)
-        loaded = self.pipelines[family]
-        return type(loaded)(**{name: copy.deepcopy(part) for name, part in loaded.components.items()})
+        parts = self.pipelines[family].components
+        adapted = {name: copy.deepcopy(parts[name]) for name in parts if name == "unet" or name.startswith("text_")}
+        return type(self.pipelines[family])(**{**parts, **adapted})
 
     def publish(self, family: str, path: Path, **options: Any) -> Version:
         with Registry.open(self.running.home) as registry:

@@ -1,0 +1,323 @@
+"""One script for a machine with a GPU: at most ten minutes, no network, random weights. Prints JSON with aims.
+
+    python benches/gpu.py                 SD 1.5 at 512² and SDXL at 1024² on CUDA
+    python benches/gpu.py --tiny          the same script on a CPU with toy sizes: that it works, not how fast
+
+What is measured, each against an aim (`aims` in the output says which are met):
+
+* correctness: a mixed step in the serving precision against fp32 on the CPU
+* bare: our graph without adapters against diffusers' own UNet
+* mixed: 8 rows with 8 sets of LoRAs against 8 bare rows, and against what the arithmetic of the factors adds
+* switch: a set that is on the device joins a batch (warm); it comes from host memory (cold)
+* traffic: images with adapters of their own, drawn by us as one batch, by diffusers with PEFT one after the other
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from engines import random_models
+from measure import count_flops, machine
+from memory import FAMILIES, Family
+from peft import LoraConfig
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from scumble_build.families import FAMILIES as OURS
+from scumble_build.inputs import StepInputs
+from scumble_build.models import Models
+from scumble_server import stacking
+from scumble_server.carried import BoundSet, Phase, RowFactors
+from scumble_server.executors.device import Stepping, Uploads
+from scumble_server.executors.torch import TorchExecutor
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+RANKS = (16, 64)
+SETS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn: `latents` is the side of a square; `context` the width of text states."""
+
+    name: str
+    models: Callable[[], Models]
+    family: str
+    latents: int
+    context: int
+    steps: int
+    images: int
+    aim_traffic: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, with toy sizes")
+    parser.add_argument("--minutes", type=float, default=10.0, help="what does not fit into this time is left out")
+    arguments = parser.parse_args()
+    if not arguments.tiny and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device; --tiny shows on a CPU that this script works")
+    device = torch.device("cpu" if arguments.tiny else "cuda")
+    end = time.monotonic() + 60 * arguments.minutes
+    plans = [tiny_plan()] if arguments.tiny else [real_plan("sd1.5", 4.0), real_plan("sdxl", 2.0)]
+    found: dict[str, Any] = {"machine": machine() | about(device), "bases": {}, "left_out": []}
+    for plan in plans:
+        results = found["bases"][plan.name] = {}
+        bench = Bench(plan, device)
+        for section in (bench.correctness, bench.bare, bench.mixed, bench.switch, bench.traffic):
+            if time.monotonic() > end:
+                found["left_out"].append(f"{plan.name}: {section.__name__}")
+                continue
+            results[section.__name__] = section()
+        del bench
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    found["aims"] = aims(found["bases"], {plan.name: plan.aim_traffic for plan in plans})
+    print(json.dumps(found, indent=2))
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {"device": "cpu"}
+    properties = torch.cuda.get_device_properties(device)
+    return {"device": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+
+
+class Bench:
+    """One base on one device: our executor, diffusers' UNet beside it with the same weights, sets of LoRAs."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.dtype = torch.float16 if device.type == "cuda" else torch.float32
+        models = plan.models()
+        self.theirs: Any = copy.deepcopy(models.unet).to(device, self.dtype).eval().requires_grad_(requires_grad=False)
+        family = OURS[plan.family]  # type: ignore[index]
+        self.reference = models if plan.family == "sd1" else None
+        ours = copy.deepcopy(models)
+        for model in (ours.unet, *ours.texts.values()):
+            model.to(self.dtype)
+        self.executor = TorchExecutor(ours, family, device, self.dtype, 64, Stepping.on(device))
+        self.kv_width = sum(2 * each.width for each in self.executor.kv_slices)
+
+    # What is measured
+
+    def correctness(self) -> dict[str, Any]:
+        """Two rows with factors, in the serving precision and in fp32 on the CPU. SDXL's would take minutes there."""
+        if self.reference is None:
+            return {"left_out": "fp32 on the CPU is measured for SD 1.5 only"}
+        models = Models(
+            self.reference.unet.float(),
+            {name: text.float() for name, text in self.reference.texts.items()},
+            self.reference.vae.float(),
+        )
+        family = OURS[self.plan.family]  # type: ignore[index]
+        exact = TorchExecutor(models, family, torch.device("cpu"), torch.float32, 64)
+        sample, timestep, inputs = self.batch(2, sets=2, rank=16)
+        found = self.executor.denoise(sample, timestep, inputs).cpu()
+        moved = inputs.to(torch.device("cpu"), torch.float32)
+        expected = exact.denoise(sample.cpu().float(), timestep.cpu(), moved)
+        self.reference = None
+        return {"relative_error": float((found - expected).norm() / expected.norm())}
+
+    def bare(self) -> dict[str, Any]:
+        """Eight rows without adapters, against diffusers' UNet on the same rows."""
+        sample, timestep, inputs = self.batch(SETS)
+        states = torch.randn(SETS, 77, self.plan.context, device=self.device, dtype=self.dtype)
+        added = {"text_embeds": inputs.pooled, "time_ids": inputs.sizes}
+        typed = sample.to(self.dtype)
+
+        def plain() -> None:
+            self.theirs(typed, timestep, states, added_cond_kwargs=added, return_dict=False)
+
+        ours, theirs = self.timed(lambda: self.executor.denoise(sample, timestep, inputs)), self.timed(plain)
+        return {"ours_s": ours, "diffusers_s": theirs, "ratio": ours / theirs}
+
+    def mixed(self) -> dict[str, Any]:
+        """Each of eight rows has a set of its own; the floor is what the factors' arithmetic adds."""
+        sample, timestep, inputs = self.batch(SETS)
+        bare = self.timed(lambda: self.executor.denoise(sample, timestep, inputs))
+        bare_flops = self.flops(sample, timestep, inputs)
+        found: dict[str, Any] = {"bare_s": bare, "bare_flops": bare_flops}
+        for rank in RANKS:
+            _, _, carried = self.batch(SETS, sets=SETS, rank=rank)
+            seconds = self.timed(lambda carried=carried: self.executor.denoise(sample, timestep, carried))
+            added = self.flops(sample, timestep, carried) / bare_flops
+            found[f"rank_{rank}"] = {
+                "seconds": seconds,
+                "of_bare_throughput": bare / seconds,
+                "cost": seconds / bare - 1,
+                "arithmetic": added - 1,
+            }
+        return found
+
+    def switch(self) -> dict[str, Any]:
+        """From one composition of a batch to another with a new set of rank 64, until its first step may start."""
+        sets = [self.bound(64) for _ in range(3)]
+        on_host = BoundSet(sets[0].A.cpu(), sets[0].B.cpu(), sets[0].ranks)
+        uploads = Uploads(self.device)
+
+        def join(bound: BoundSet) -> None:
+            self.executor.denoise(*self.batch(1, bound=[bound]))
+
+        def cold() -> None:
+            A, B = uploads.send(on_host.A, on_host.B)
+            join(BoundSet(A, B, on_host.ranks))
+
+        join(sets[0])
+        base = self.batch(1, bound=[sets[0]])
+        step = self.timed(lambda: self.executor.denoise(*base))
+        warm = self.timed(lambda: [join(each) for each in sets]) / len(sets)
+        nbytes = on_host.A.nbytes + on_host.B.nbytes
+        return {"set_bytes": nbytes, "warm_s": max(warm - step, 0.0), "cold_s": max(self.timed(cold) - step, 0.0)}
+
+    def traffic(self) -> dict[str, Any]:
+        """Guided images with a LoRA each, from noise to pixels: one batch of ours, diffusers one after the other."""
+        plan, images = self.plan, self.plan.images
+        sample, timestep, inputs = self.batch(2 * images, sets=images, rank=16, rows_each=2)
+        latents = torch.randn(images, 4, plan.latents, plan.latents, device=self.device)
+        decode = self.executor.vae.decode
+
+        def ours() -> None:
+            for _ in range(plan.steps):
+                self.executor.denoise(sample, timestep, inputs)
+            for each in latents:
+                decode(each[None])
+
+        names = [f"a{index}" for index in range(images)]
+        for name in names:
+            self.theirs.add_adapter(LoraConfig(r=16, target_modules=TARGETS, init_lora_weights=False), name)
+        self.theirs.to(self.device, self.dtype)
+        states = torch.randn(2, 77, plan.context, device=self.device, dtype=self.dtype)
+        added = {
+            "text_embeds": None if inputs.pooled is None else inputs.pooled[:2],
+            "time_ids": None if inputs.sizes is None else inputs.sizes[:2],
+        }
+        typed = sample[:2].to(self.dtype)
+
+        def theirs() -> None:
+            for name, each in zip(names, latents, strict=True):
+                self.theirs.set_adapters(name)
+                for _ in range(plan.steps):
+                    self.theirs(typed, timestep[:2], states, added_cond_kwargs=added, return_dict=False)
+                decode(each[None])
+
+        mine, others = self.timed(ours, rounds=1), self.timed(theirs, rounds=1)
+        return {"images": images, "steps": plan.steps, "ours_s": mine, "diffusers_s": others, "speedup": others / mine}
+
+    # What it is measured with
+
+    def batch(
+        self, rows: int, *, sets: int = 0, rank: int = 16, rows_each: int = 1, bound: list[BoundSet] | None = None
+    ) -> tuple[Tensor, Tensor, StepInputs]:
+        """Rows as the loop stacks them: the first `sets` images carry a set each."""
+        carried = bound if bound is not None else [self.bound(rank) for _ in range(sets)]
+        side, device = self.plan.latents, self.device
+        phases = []
+        for index in range(rows // rows_each):
+            kv = torch.randn(rows_each, 77, self.kv_width, device=device, dtype=self.dtype)
+            factors = None
+            if index < len(carried):
+                factors = RowFactors(carried[index], torch.ones(carried[index].rank))
+            xl = self.plan.family == "sdxl"
+            pooled = torch.randn(rows_each, 1280, device=device, dtype=self.dtype) if xl else None
+            sizes = (1024, 1024, 0, 0, 1024, 1024) if xl else None
+            phases.append(Phase(self.executor, kv, factors, pooled=pooled, sizes=sizes))
+        sample = torch.randn(rows, 4, side, side, device=device)
+        return sample, torch.full((rows,), 500.0, device=device), stacking.stack(phases, self.executor.device)
+
+    def bound(self, rank: int) -> BoundSet:
+        extent = self.executor.step_layout.small
+        A, B = (
+            torch.randn(size, rank, device=self.device, dtype=self.dtype) * 0.01
+            for size in (extent.total_in, extent.total_out)
+        )
+        return BoundSet(A, B, (rank,))
+
+    def flops(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> int:
+        with torch.inference_mode(mode=False), count_flops() as counted:
+            self.executor.graphs.denoiser(sample.to(self.dtype), timestep, inputs.to(self.device, self.dtype))
+        return counted[0]
+
+    def timed(self, run: Callable[[], object], rounds: int = 5) -> float:
+        """Median seconds after a warm-up, with the device's work done."""
+        measured = []
+        with torch.inference_mode():
+            for _ in range(rounds + 1):
+                start = time.perf_counter()
+                run()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                measured.append(time.perf_counter() - start)
+        return statistics.median(measured[1:])
+
+
+def aims(bases: dict[str, Any], traffic: dict[str, float]) -> dict[str, bool]:
+    """The issue's numbers; what was left out has no entry."""
+    found: dict[str, bool] = {}
+    for name, each in bases.items():
+        if "relative_error" in each.get("correctness", {}):
+            found[f"{name}: a mixed step within 2 % of fp32"] = each["correctness"]["relative_error"] <= 0.02
+        if "bare" in each:
+            found[f"{name}: the bare graph at most 1.03x diffusers'"] = each["bare"]["ratio"] <= 1.03
+        for rank in RANKS if "mixed" in each else ():
+            at = each["mixed"][f"rank_{rank}"]
+            found[f"{name}: rank {rank}, 8 sets, 90 % of the bare batch"] = at["of_bare_throughput"] >= 0.9
+            found[f"{name}: rank {rank} costs at most 1.5x its arithmetic"] = at["cost"] <= 1.5 * at["arithmetic"]
+        if "switch" in each:
+            found[f"{name}: a warm switch in 15 ms"] = each["switch"]["warm_s"] <= 0.015
+        if "traffic" in each:
+            found[f"{name}: {traffic[name]:g}x diffusers on mixed traffic"] = (
+                each["traffic"]["speedup"] >= traffic[name]
+            )
+    return found
+
+
+def real_plan(name: str, aim: float) -> Plan:
+    family: Family = FAMILIES[name]
+    ours = {"sd1.5": "sd1", "sdxl": "sdxl"}[name]
+    return Plan(
+        name, lambda: random_models(family, name), ours, family.latents, family.unet["cross_attention_dim"], 20, 4, aim
+    )
+
+
+def tiny_plan() -> Plan:
+    def models() -> Models:
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+            )
+        )
+        return Models(unet, {"text_encoder": text}, vae)
+
+    return Plan("tiny", models, "sd1", 8, 32, 2, 2, 1.0)
+
+
+if __name__ == "__main__":
+    main()

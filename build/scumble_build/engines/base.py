@@ -1,0 +1,98 @@
+"""A base's graphs → engines, one by one: exported first, so that the networks are gone while TensorRT builds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scumble.errors import InvalidRequest
+from scumble_build.engines import profiles
+from scumble_build.engines.api import Flavour, load
+from scumble_build.engines.builder import Options, Report, build
+from scumble_build.engines.key import EngineKey
+from scumble_build.engines.profiles import Profile
+from scumble_build.engines.progress import Tell
+from scumble_build.export.manifest import SUFFIX, GraphManifest, Precision
+from scumble_registry.manifest import canonical_json, digest_of
+
+DEFAULT = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What engines are built for."""
+
+    flavour: Flavour
+    sm: tuple[int, ...]
+    precision: Precision
+    profiles: tuple[Profile, ...] = ()
+    options: Options = DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """`report` is None for an engine that was there already."""
+
+    key: EngineKey
+    manifest: Path
+    plan: Path
+    report: Report | None
+
+
+def read_manifests(folder: Path, graphs: Sequence[str]) -> tuple[GraphManifest, ...]:
+    return tuple(GraphManifest.read(folder / f"{graph}{SUFFIX}") for graph in graphs)
+
+
+def key_of(manifest: GraphManifest, target: Target) -> EngineKey:
+    """Raises Unavailable if the flavour is not installed, InvalidRequest for a profile that the graph never has."""
+    factors = manifest.factors.model_dump(mode="json") if manifest.factors is not None else None
+    chosen = profiles.of(manifest, target.profiles)
+    for profile in chosen:
+        profile.shapes(manifest)
+    return EngineKey(
+        part=manifest.graph,
+        graph=digest_of(f"{manifest.onnx.sha256} {manifest.weights.sha256}".encode()),
+        base=manifest.base,
+        flavour=target.flavour,
+        version=load(target.flavour).__version__,
+        sm=target.sm,
+        precision=target.precision,
+        layout=digest_of(canonical_json(factors)),
+        profiles=profiles.described(manifest, chosen),
+        flags=target.options.flags(),
+    )
+
+
+def build_graphs(
+    folder: Path,
+    manifests: Sequence[GraphManifest],
+    target: Target,
+    out: Path,
+    *,
+    known: Callable[[EngineKey], bool] = lambda _key: False,
+    tell: Callable[[str], Tell] = lambda _graph: lambda _phase, _done: None,
+) -> Iterator[Built]:
+    """Engines of exported graphs, each as soon as it is done; `known` are left out. Raises as `build` does.
+
+    All that is wrong with the target is said before the first is built.
+    """
+    if not manifests:
+        raise InvalidRequest("there is no graph to build", field="part")
+    keys = [key_of(manifest, target) for manifest in manifests]
+    out.mkdir(parents=True, exist_ok=True)
+    for manifest, key in zip(manifests, keys, strict=True):
+        plan = out / f"{manifest.graph}.plan"
+        report = None
+        if not known(key):
+            report = build(
+                folder / manifest.onnx.name,
+                manifest,
+                plan,
+                flavour=target.flavour,
+                sm=target.sm,
+                profiles=profiles.of(manifest, target.profiles),
+                options=target.options,
+                tell=tell(manifest.graph),
+            )
+        yield Built(key, folder / f"{manifest.graph}{SUFFIX}", plan, report)

@@ -1,0 +1,243 @@
+"""`scumble build engine`, `engines`, `pull`: engines of a published base, into the registry and out of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from scumble.errors import InvalidRequest, NotFound, Refused
+from scumble_build.engines import profiles, store
+from scumble_build.engines.api import Flavour, load
+from scumble_build.engines.base import Target, build_graphs
+from scumble_build.engines.builder import Options, current_sm
+from scumble_build.engines.key import EngineKey, Machine, check_sm
+from scumble_build.engines.profiles import Profile
+from scumble_build.engines.progress import Tell
+from scumble_build.engines.store import Stored
+from scumble_build.export.manifest import GraphManifest, Precision
+from scumble_registry import Registry, Version, default_home
+
+Base = Annotated[str, typer.Option(help="The published base: ns/name, ns/name@7, …")]
+Sm = Annotated[
+    list[int] | None,
+    typer.Option(help="Compute capability, e.g. 89; may be repeated (TensorRT for RTX). [default: of the GPU here]"),
+]
+Home = Annotated[Path | None, typer.Option(help="Where the registry is. [SCUMBLE_HOME]")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+GIB = 1 << 30
+_EVERY = 2.0
+"""Seconds between two lines of progress."""
+
+
+def engine(
+    base: Base,
+    flavour: Annotated[Flavour, typer.Option(help="Which TensorRT.")] = Flavour.TENSORRT,
+    sm: Sm = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Only this graph (unet.small, vae_decoder, …); may be repeated.")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="TOML with the shapes to build for (docs/gpu.md).")] = None,
+    precision: Annotated[Precision, typer.Option(help="What the graphs compute in.")] = "fp16",
+    level: Annotated[int, typer.Option(min=0, max=5, help="How long TensorRT looks for the quickest kernels.")] = 3,
+    workspace: Annotated[float | None, typer.Option(min=0.0, help="GiB of scratch memory for a kernel.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Build also what is there already.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Build engines of a base's graphs and publish them beside it."""
+    load(flavour)  # before minutes of work
+    found = build_into(
+        base,
+        home or default_home(),
+        flavour,
+        _capabilities(sm),
+        precision,
+        part=part,
+        wanted=profiles.read(profile) if profile is not None else (),
+        options=Options(optimization_level=level, workspace=None if workspace is None else int(workspace * GIB)),
+        again=again,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps({"engines": [_entry(each) for each in found]}, indent=2))
+
+
+def build_into(
+    base: str,
+    home: Path,
+    flavour: Flavour,
+    sm: tuple[int, ...],
+    precision: Precision,
+    *,
+    part: list[str] | None = None,
+    wanted: tuple[Profile, ...] = (),
+    options: Options | None = None,
+    again: bool = False,
+    quiet: bool = True,
+) -> list[Stored]:
+    """Export a base's graphs, build what its registry has not yet, publish each engine as it is done."""
+    options = options or Options()
+    if not flavour.is_rtx:
+        options = replace(options, timing_cache=home / "cache" / "timing.cache")
+    target = Target(flavour, sm, precision, wanted, options)
+    found: list[Stored] = []
+    with Registry.open(home) as registry, tempfile.TemporaryDirectory(prefix="scumble-engines-") as work:
+        version = registry.resolve(base)
+        there = {each.key.digest: each for each in store.listed(registry, version)}
+        graphs, plans = Path(work) / "graphs", Path(work) / "plans"
+        manifests = _export(version.ref, home, graphs, part, precision, tell=_say(quiet))
+        if part is None:
+            profiles.check_names(wanted, manifests)
+        for built in build_graphs(
+            graphs,
+            manifests,
+            target,
+            plans,
+            known=lambda key: not again and key.digest in there,
+            tell=lambda graph: _progress(graph, quiet=quiet),
+        ):
+            if built.report is None:
+                stored = there[built.key.digest]
+            else:
+                stored = store.publish(registry, version, built.key, built.plan, built.manifest, built.report)
+                built.plan.unlink()
+            found.append(stored)
+            if not quiet:
+                print(_line(stored, fresh=built.report is not None))
+    return found
+
+
+def engines(
+    base: Annotated[str | None, typer.Option(help="Only those of this base.")] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """List the engines in the registry, newest first."""
+    with Registry.open(home or default_home()) as registry:
+        found = store.listed(registry, registry.resolve(base) if base is not None else None)
+        names = {each.artifact.manifest.of: _name(registry, each.artifact.manifest.of) for each in found}
+    if as_json:
+        print(json.dumps([_entry(each) for each in found], indent=2))
+        return
+    table = Table("graph", "base", "flavour", "version", "SM", "precision", "MB", "built (UTC)", box=None)
+    for each in found:
+        key = each.key
+        sizes = (f"{each.artifact.size / 1e6:,.0f}", f"{each.artifact.created:%Y-%m-%d %H:%M}")
+        where = (key.flavour, key.version, " ".join(map(str, key.sm)), key.precision)
+        table.add_row(key.part, names[each.artifact.manifest.of], *where, *sizes)
+    Console().print(table)
+
+
+def pull(
+    base: Base,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A new or empty folder.")],
+    flavour: Annotated[Flavour, typer.Option(help="Which TensorRT.")] = Flavour.TENSORRT,
+    sm: Sm = None,
+    precision: Annotated[Precision, typer.Option(help="What the graphs compute in.")] = "fp16",
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Write the plans and manifests that fit one machine into a folder, checked on the way."""
+    capabilities = _capabilities(sm)
+    if len(capabilities) != 1:
+        raise InvalidRequest("a machine has one compute capability; name one --sm", field="sm")
+    if out.exists() and any(out.iterdir()):
+        raise Refused(f"{out} is not an empty folder; choose another, nothing was overwritten")
+    with Registry.open(home or default_home()) as registry:
+        version = registry.resolve(base)
+        machine = Machine(flavour, load(flavour).__version__, capabilities[0])
+        fitting = store.fitting(store.listed(registry, version), machine, version.digest, precision)
+        if not fitting:
+            raise NotFound(
+                f"{version.ref} has no engine for {flavour} {machine.version}, SM{machine.sm}, {precision}; "
+                "build one with `scumble build engine`"
+            )
+        pulled = [store.pull(registry, each) for each in fitting.values()]
+        out.mkdir(parents=True, exist_ok=True)
+        for each in pulled:
+            shutil.copyfile(each.plan, out / f"{each.manifest.graph}.plan")
+            each.manifest.write(out / f"{each.manifest.graph}.json")
+    if as_json:
+        print(json.dumps([_entry(each.stored) for each in pulled], indent=2))
+    else:
+        print(f"{len(pulled)} engines in {out}")
+
+
+def _export(
+    ref: str, home: Path, folder: Path, part: list[str] | None, precision: Precision, *, tell: Any
+) -> tuple[GraphManifest, ...]:
+    from scumble_build.export.command import find_base, open_base
+    from scumble_build.export.write import write_graphs
+
+    found = find_base(ref, home)
+    graphs = open_base(found, precision)
+    return write_graphs(graphs, part or graphs.names, folder, base=found.digest, family=found.family, report=tell)
+
+
+def _capabilities(sm: list[int] | None) -> tuple[int, ...]:
+    if sm:
+        return tuple(dict.fromkeys(check_sm(each) for each in sm))
+    here = current_sm()
+    if here is None:
+        raise InvalidRequest("there is no GPU here to build for; say which compute capability: --sm 89", field="sm")
+    return (here,)
+
+
+def _say(quiet: bool) -> Any:
+    def say(manifest: GraphManifest) -> None:
+        if not quiet:
+            print(f"{manifest.graph}: exported", file=sys.stderr)
+
+    return say
+
+
+def _progress(graph: str, *, quiet: bool) -> Tell:
+    last = 0.0
+
+    def tell(phase: str, done: float) -> None:
+        nonlocal last
+        if not quiet and time.monotonic() - last >= _EVERY:
+            last = time.monotonic()
+            print(f"{graph}: {phase}, {done:.0%}", file=sys.stderr)
+
+    return tell
+
+
+def _line(stored: Stored, *, fresh: bool) -> str:
+    about = stored.artifact.manifest.provenance
+    if not fresh:
+        return f"{stored.key.part}: there already ({stored.digest[:19]}…)"
+    seconds, peak = about["build_seconds"], about["peak_bytes"]
+    assert isinstance(seconds, float | int) and isinstance(peak, int)
+    size = stored.artifact.size / 1e6
+    return f"{stored.key.part}: {size:,.1f} MB in {seconds:.0f} s, peak {peak / GIB:.1f} GiB ({stored.digest[:19]}…)"
+
+
+def _entry(stored: Stored) -> dict[str, Any]:
+    key: EngineKey = stored.key
+    return {
+        "digest": stored.digest,
+        "of": stored.artifact.manifest.of,
+        "created": stored.artifact.created.isoformat(),
+        "bytes": stored.artifact.size,
+        "key": key.to_dict(),
+        "report": stored.artifact.manifest.provenance,
+    }
+
+
+def _name(registry: Registry, digest: str) -> str:
+    try:
+        version: Version = registry.resolve_digest(digest)
+    except (NotFound, Refused):
+        return digest[:19]
+    return version.ref

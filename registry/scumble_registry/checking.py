@@ -1,0 +1,109 @@
+"""`fsck`: does everything that the registry says fit together? Quick, as it hashes no file (`verify` does).
+
+Each check gives sentences that name what is wrong; an empty list is a sound registry.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, select
+
+from scumble.errors import IntegrityError, Refused
+from scumble_registry import artifacts
+from scumble_registry.blobs import Blob, BlobStore
+from scumble_registry.manifest import Manifest
+from scumble_registry.tables import ALIASES, NAMES, VERSIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    versions: int
+    blobs: int
+    unneeded: int
+    """Blobs that no version and no artifact needs: `gc` removes them, when they are old enough."""
+    problems: tuple[str, ...]
+
+
+def check_all(connection: Connection, blobs: BlobStore) -> Checked:
+    """The caller holds a transaction; what is published meanwhile is not looked at."""
+    manifests, problems = _manifests(connection)
+    needed = {blob: f"{word} of {ref}" for ref, each in manifests.items() for word, blob in each.blobs.items()}
+    found, more = _artifacts(connection)
+    needed = {**found, **needed}
+    problems += more
+    problems += _database(connection)
+    problems += _names(connection, manifests)
+    problems += _bases(manifests)
+    stored = {blob.digest: blob for blob, _ in blobs.stored()}
+    problems += [problem for blob, use in needed.items() if (problem := _blob(stored, blob, use))]
+    unneeded = stored.keys() - {blob.digest for blob in needed}
+    return Checked(len(manifests), len(needed), len(unneeded), tuple(problems))
+
+
+def _manifests(connection: Connection) -> tuple[dict[str, Manifest], list[str]]:
+    query = select(NAMES.c.name, VERSIONS.c.version, VERSIONS.c.digest, VERSIONS.c.manifest)
+    found: dict[str, Manifest] = {}
+    problems: list[str] = []
+    for row in connection.execute(query.join(NAMES).order_by(NAMES.c.name, VERSIONS.c.version)):
+        ref = f"{row.name}@{row.version}"
+        try:
+            found[ref] = Manifest.parse(row.manifest.encode(), row.digest)
+        except (IntegrityError, Refused) as error:
+            problems.append(f"{ref}: {error.message}")
+    return found, problems
+
+
+def _artifacts(connection: Connection) -> tuple[dict[Blob, str], list[str]]:
+    try:
+        listed = artifacts.listed(connection)
+    except (IntegrityError, Refused) as error:
+        return {}, [error.message]
+    return {
+        blob: f"{name} of the {each.manifest.kind} {each.digest}"
+        for each in listed
+        for name, blob in each.manifest.files.items()
+    }, []
+
+
+def _database(connection: Connection) -> list[str]:
+    said = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
+    problems = [f"the database: {text}" for text in said if text != "ok"]
+    rows = connection.exec_driver_sql("PRAGMA foreign_key_check")
+    return problems + [f"the database: a row of {row[0]} belongs to nothing in {row[2]}" for row in rows]
+
+
+def _names(connection: Connection, manifests: dict[str, Manifest]) -> Iterator[str]:
+    """Versions without gaps, of one kind; aliases that stay with their name."""
+    kinds = {row.name: row.kind for row in connection.execute(select(NAMES.c.name, NAMES.c.kind))}
+    numbers = defaultdict[str, list[int]](list)
+    for row in connection.execute(select(NAMES.c.name, VERSIONS.c.version).join(NAMES)):
+        numbers[row.name].append(row.version)
+    for name, found in sorted(numbers.items()):
+        if sorted(found) != list(range(1, len(found) + 1)):
+            yield f"{name} has versions {', '.join(map(str, sorted(found)))}, which have gaps"
+    for ref, manifest in manifests.items():
+        if manifest.kind != kinds[ref.partition("@")[0]]:
+            yield f"{ref} is a {manifest.kind} under a name of kind {kinds[ref.partition('@')[0]]}"
+    strays = select(ALIASES.c.alias, VERSIONS.c.id).join(VERSIONS).where(VERSIONS.c.name_id != ALIASES.c.name_id)
+    for row in connection.execute(strays):
+        yield f"the alias {row.alias} points at a version of another name"
+
+
+def _bases(manifests: dict[str, Manifest]) -> Iterator[str]:
+    """A checkpoint is only whole with its base."""
+    here = {manifest.digest for manifest in manifests.values()}
+    for ref, manifest in manifests.items():
+        if manifest.kind == "dreambooth" and manifest.base not in here:
+            yield f"{ref} is a difference to the base {manifest.base}, which is not here; publish it again"
+
+
+def _blob(stored: dict[str, Blob], blob: Blob, use: str) -> str | None:
+    found = stored.get(blob.digest)
+    if found is None:
+        return f"{use} ({blob.digest}) is missing; publish the same file again or restore a backup"
+    if found.size != blob.size:
+        return f"{use} ({blob.digest}) has {found.size} bytes instead of {blob.size}; publish the same file again"
+    return None

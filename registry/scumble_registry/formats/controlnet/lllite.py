@@ -1,0 +1,71 @@
+"""ControlNet-LLLite: small networks on what attention's matrices read (kohya-ss, sd-scripts' control_net_lllite).
+
+For each matrix W that it changes, by its original name with `_` for `.`:
+
+    lllite_unet_<module>.conditioning1.{0,2[,4]}   convolutions: the picture (-1…1) → an embedding of each place
+    lllite_unet_<module>.down.0                    (d, in)
+    lllite_unet_<module>.mid.0                     (d, d + e)
+    lllite_unet_<module>.up.0                      (in, d)
+
+    W reads    x + strength · up(relu(mid([embedding, relu(down(x))])))
+
+Its convolutions step as far as their kernels reach, so their kernels say how often the picture is halved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from scumble.errors import Refused
+from scumble_registry.compatibility import Shape
+from scumble_registry.formats.ldm import original_names
+
+PREFIX = "lllite_unet_"
+_KEY = re.compile(rf"({PREFIX}\w+)\.(conditioning1\.[024]|down\.0|mid\.0|up\.0)\.(weight|bias)")
+
+
+def is_lllite(names: Iterable[str]) -> bool:
+    return any(_KEY.fullmatch(name) for name in names)
+
+
+def strangers(names: Iterable[str]) -> set[str]:
+    return {name for name in names if not _KEY.fullmatch(name)}
+
+
+def canonical_names(targets: Iterable[str]) -> dict[str, str]:
+    """What an LLLite calls a UNet's modules (by their original names, or diffusers') → their canonical names."""
+    own = [name.removeprefix("unet.") for name in targets if name.startswith("unet.")]
+    names = dict(zip(own, own, strict=True)) | {theirs: ours for ours, theirs in original_names(own).items()}
+    return {PREFIX + name.replace(".", "_"): f"unet.{ours}" for name, ours in names.items()}
+
+
+def parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Each module → its own names of tensors (`down.0.weight`) → theirs in the file."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if match := _KEY.fullmatch(name):
+            found.setdefault(match[1], {})[f"{match[2]}.{match[3]}"] = name
+    return found
+
+
+def modules(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Each module's name → the width of what it reads. Raises Refused where parts are missing or do not fit."""
+    return {
+        module: _width(module, {own: shapes[name] for own, name in names.items()})
+        for module, names in sorted(parts(shapes).items())
+    }
+
+
+def _width(name: str, shapes: Mapping[str, Shape]) -> int:
+    down, mid, up = (shapes.get(f"{part}.0.weight", ()) for part in ("down", "mid", "up"))
+    last = shapes.get("conditioning1.4.weight", shapes.get("conditioning1.2.weight", ()))
+    first = shapes.get("conditioning1.0.weight", ())
+    biases = {key.replace(".weight", ".bias") for key in shapes if key.endswith(".weight")}
+    if len(down) != 2 or len(first) != 4 or len(last) != 4 or biases - shapes.keys():
+        raise Refused(f"{name} is not whole, or changes a convolution; only matrices are served", tensor=name)
+    inner, width = down
+    expected = {"mid": (inner, inner + last[0]), "up": (width, inner)}
+    if {"mid": mid, "up": up} != expected or first[1] != 3:
+        raise Refused(f"{name} has mid {mid} and up {up}; {expected} would fit its down {down}", tensor=name)
+    return width

@@ -1,0 +1,64 @@
+"""The demo base's graphs, and tiny ones of the other families, as TensorRT for RTX reads and builds them.
+
+What it refuses breaks this, and so does a name, a dtype or a shape that is not what the manifest says. The larger
+graphs of the denoiser are read but not built, which takes minutes; `make engines-demo` builds them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_families import make_tiny_sd2, make_tiny_sdxl
+from tiny_sd import make_tiny_base
+
+from scumble_build.engines import api
+from scumble_build.engines.api import Flavour
+from scumble_build.engines.base import Target, build_graphs
+from scumble_build.engines.builder import parse_only
+from scumble_build.engines.profiles import Profile, Range
+from scumble_build.export.command import find_base, open_base
+from scumble_build.export.manifest import GraphManifest, Precision
+from scumble_build.export.write import write_graphs
+
+pytestmark = pytest.mark.skipif(
+    not api.installed(Flavour.TENSORRT_RTX), reason="tensorrt_rtx is not installed (no wheel for this platform)"
+)
+DEMO = Path(__file__).parents[4] / "demo" / "base"
+SMALL = Profile({"rows": Range(1, 2, 8), "slots": Range(1, 1, 8), "rank": Range(8, 16, 64)})
+BUILT = ("text_encoder", "kv_projection", "unet.small", "vae_decoder", "vae_encoder")
+
+
+def exported(base: Path, folder: Path, graphs: tuple[str, ...], precision: Precision) -> list[GraphManifest]:
+    found = find_base(str(base), folder)
+    opened = open_base(found, precision)
+    names = [name for name in graphs or opened.names if name in opened.names]
+    return list(write_graphs(opened, names, folder, base=found.digest, family=found.family))
+
+
+def test_the_demo_bases_parts_build_for_two_generations_of_gpu(tmp_path: Path) -> None:
+    manifests = exported(DEMO, tmp_path, BUILT, "fp16")
+    target = Target(Flavour.TENSORRT_RTX, (89, 120), "fp16", (SMALL,))
+    for built in build_graphs(tmp_path, manifests, target, tmp_path / "plans"):
+        assert built.plan.stat().st_size > 0
+        assert built.report is not None
+        assert built.report.memory["weights_bytes"] > 0
+        assert built.key.sm == (89, 120)
+
+
+@pytest.mark.parametrize(
+    ("make", "graphs", "precision"),
+    [
+        (make_tiny_base, ("unet.guided", "unet.full"), "fp16"),
+        (make_tiny_base, ("unet.small", "text_encoder", "vae_decoder"), "bf16"),
+        (make_tiny_base, ("unet.bare",), "fp32"),
+        (make_tiny_sd2, ("unet.small",), "fp16"),
+        (make_tiny_sdxl, ("text_encoder_2", "unet.small", "vae_decoder"), "fp16"),
+    ],
+)
+def test_other_graphs_families_and_precisions_are_read_as_their_manifests_say(
+    tmp_path: Path, make: Callable[[Path], Path], graphs: tuple[str, ...], precision: Precision
+) -> None:
+    for manifest in exported(make(tmp_path / "base"), tmp_path, graphs, precision):
+        parse_only(tmp_path / manifest.onnx.name, manifest, Flavour.TENSORRT_RTX)

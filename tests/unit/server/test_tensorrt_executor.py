@@ -1,0 +1,193 @@
+"""A server on engines draws what it draws on torch; where there is none that may be loaded, torch serves.
+
+`FakeTensorRT` computes with ONNX Runtime at the addresses that it is given: feeds, buffers, shapes, profiles and
+threads are the executor's own. What only a GPU can show is not shown here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_tensorrt import FakeTensorRT, make_plan
+
+from scumble.errors import IntegrityError, NotFound, Refused
+from scumble.request import Adapter, Request
+from scumble_build.engines import store
+from scumble_build.engines.api import Flavour
+from scumble_build.engines.builder import Report
+from scumble_build.engines.key import EngineKey, Machine
+from scumble_build.engines.profiles import Profile, Range
+from scumble_build.engines.store import Pulled, Stored
+from scumble_build.export.command import find_base, open_base
+from scumble_build.export.manifest import GraphManifest
+from scumble_build.export.provenance import code_digest
+from scumble_build.export.write import write_graphs
+from scumble_build.families import FAMILIES
+from scumble_registry import Registry
+from scumble_server.config import ServerConfig
+from scumble_server.executors import choice, tensorrt
+from scumble_server.executors.device import Buffers, Graphs, Stepping, uncaptured
+from scumble_server.executors.tensorrt import Engines, TensorRTExecutor
+from scumble_server.executors.torch import TorchExecutor
+
+Running = Any
+CPU = torch.device("cpu")
+GRAPHS = ("text_encoder", "kv_projection", "unet.small", "vae_decoder", "vae_encoder")
+SIX_ROWS = Profile({"rows": Range(1, 2, 6)})
+
+
+@pytest.fixture(scope="module")
+def pulled(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pulled]:
+    folder = tmp_path_factory.mktemp("graphs")
+    base = find_base(str(tiny_base), folder)
+    found = {}
+    for manifest in write_graphs(open_base(base, "fp32"), GRAPHS, folder, base=base.digest, family=base.family):
+        plan = folder / f"{manifest.graph}.plan"
+        make_plan(folder / manifest.onnx.name, manifest, (SIX_ROWS,), plan)
+        key = EngineKey(manifest.graph, "g", base.digest, Flavour.TENSORRT, "11", (89,), "fp32", "l", [], {})
+        found[manifest.graph] = Pulled(Stored(key, None), manifest, plan)  # type: ignore[arg-type]
+    return found
+
+
+def executor(base: Path, pulled: dict[str, Pulled]) -> TensorRTExecutor:
+    weights = TorchExecutor.load(base, FAMILIES["sd1"])
+    lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
+    engines = Engines(weights.graphs, pulled, FakeTensorRT(), lent, CPU)  # type: ignore[arg-type]
+    return TensorRTExecutor(weights, engines, CPU, {"executor": "tensorrt"})
+
+
+def draw(*adapters: Adapter, seed: int = 1) -> Request:
+    return Request(prompt="a b", adapters=adapters, steps=3, width=64, height=64, seed=seed, negative_prompt="c")
+
+
+def test_strangers_are_drawn_on_engines_as_on_torch(
+    tiny_base: Path,
+    pulled: dict[str, Pulled],
+    running: Running,
+    published: tuple[Path, dict[str, Path]],
+    start: Callable[..., Running],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = executor(tiny_base, pulled)
+    monkeypatch.setattr(choice.TensorRTExecutor, "load", lambda *_: made)
+    home, files = published
+    engines = start(home, "tiny/base", files, executor="tensorrt")
+    requests = [
+        draw(Adapter(ref="l/a")),
+        draw(Adapter(ref="l/b", end=0.5), Adapter(ref="l/plain", weight=0.5), seed=2),
+        draw(seed=3),
+        draw(Adapter(ref="l/mixed"), seed=4),
+    ]
+    try:
+        assert made.max_rows == 6
+        for found, expected in zip(engines.run(requests), running.run(requests), strict=True):
+            assert torch.allclose(found.latents, expected.latents, atol=1e-3)
+            assert abs(found.done.images.astype(int) - expected.done.images.astype(int)).max() <= 1
+            assert found.done.receipt["engine"]["executor"] == "tensorrt"
+        with pytest.raises(Refused, match=r"graph unet\.full, and this base has no engine of it"):
+            engines.run([draw(Adapter(ref="l/full"))])
+    finally:
+        engines.service.close()
+
+
+def test_a_denoiser_without_its_smallest_engine_runs_the_next_larger_one(
+    tiny_base: Path, pulled: dict[str, Pulled]
+) -> None:
+    engines = executor(tiny_base, pulled)._engines
+    assert engines["unet.bare"] is engines["unet.small"]
+    with pytest.raises(Refused, match=r"scumble build engine --part unet\.guided"):
+        engines["unet.guided"]
+
+
+def test_a_part_without_an_engine_is_named(tiny_base: Path, pulled: dict[str, Pulled]) -> None:
+    some = {name: each for name, each in pulled.items() if name in {"text_encoder", "vae_decoder", "vae_encoder"}}
+    with pytest.raises(NotFound, match=r"no engine of kv_projection, unet\.small"):
+        executor(tiny_base, some)
+
+
+def test_other_weights_than_the_bases_are_refused(tiny_base: Path, pulled: dict[str, Pulled]) -> None:
+    with pytest.raises(Refused, match="engines hold theirs"):
+        executor(tiny_base, pulled).variant({})
+
+
+def test_without_a_gpu_torch_serves_and_the_log_says_why(
+    published: tuple[Path, dict[str, Path]], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ServerConfig(home=published[0], base="tiny/base", executor="tensorrt_rtx")
+    with Registry.open(published[0]) as registry:
+        found = choice.load_executor(registry, registry.resolve("tiny/base"), FAMILIES["sd1"], config)
+    assert isinstance(found, TorchExecutor)
+    assert "tiny/base@1 is served by torch, not by tensorrt_rtx: TensorRT needs a CUDA device" in caplog.text
+
+
+def publish(registry: Registry, folder: Path, manifest: GraphManifest, **changed: Any) -> Stored:
+    version = registry.resolve("tiny/base")
+    fields = {
+        "part": manifest.graph,
+        "graph": "g",
+        "base": version.digest,
+        "flavour": Flavour.TENSORRT,
+        "version": "11",
+        "sm": (89,),
+        "precision": "fp32",
+        "layout": "l",
+        "profiles": [],
+        "flags": {},
+    }
+    (folder / "plan").write_bytes(b"plan")
+    manifest.write(folder / "manifest.json")
+    key = EngineKey(**(fields | changed))
+    return store.publish(registry, version, key, folder / "plan", folder / "manifest.json", Report(0, 0, 0, 0, 0))
+
+
+def test_only_engines_of_this_machine_and_of_these_graphs_are_pulled(
+    tiny_base: Path, tmp_path: Path, pulled: dict[str, Pulled], caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = Machine(Flavour.TENSORRT, "11", 89)
+    config = ServerConfig(home=tmp_path / "home", base="tiny/base")
+    manifest = pulled["unet.small"].manifest
+    with Registry.open(tmp_path / "home", create=True) as registry:
+        version = registry.publish(tiny_base, "tiny/base")
+        publish(registry, tmp_path, manifest, sm=(120,))
+        publish(registry, tmp_path, manifest.model_copy(update={"code": "older"}))
+        with pytest.raises(NotFound, match="tiny/base@1 has no engine for tensorrt 11 on SM89 in fp32"):
+            tensorrt.pull_fitting(registry, version, machine, config)
+        assert "is stale" in caplog.text
+        fresh = publish(registry, tmp_path, manifest)
+        assert manifest.code == code_digest()
+        assert tensorrt.pull_fitting(registry, version, machine, config)["unet.small"].stored == fresh
+
+
+def test_a_missing_engine_is_built_if_the_configuration_says_so(
+    tiny_base: Path, tmp_path: Path, pulled: dict[str, Pulled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    with Registry.open(tmp_path / "home", create=True) as registry:
+        version = registry.publish(tiny_base, "tiny/base")
+
+        def build_into(*arguments: Any) -> None:
+            asked.append(arguments)
+            publish(registry, tmp_path, pulled["unet.small"].manifest)
+
+        monkeypatch.setattr("scumble_build.engines.command.build_into", build_into)
+        config = ServerConfig(home=tmp_path / "home", base="tiny/base", build_engines=True)
+        found = tensorrt.pull_fitting(registry, version, Machine(Flavour.TENSORRT, "11", 89), config)
+    assert set(found) == {"unet.small"}
+    assert asked == [("tiny/base@1", tmp_path / "home", Flavour.TENSORRT, (89,), "fp32")]
+
+
+def test_a_damaged_engine_is_not_loaded(tiny_base: Path, tmp_path: Path, pulled: dict[str, Pulled]) -> None:
+    with Registry.open(tmp_path / "home", create=True) as registry:
+        version = registry.publish(tiny_base, "tiny/base")
+        stored = publish(registry, tmp_path, pulled["unet.small"].manifest)
+        blob = stored.artifact.manifest.files[store.PLAN]
+        path = tmp_path / "home/registry/blobs/sha256" / blob.hex[:2] / blob.hex
+        path.chmod(0o644)
+        path.write_bytes(b"flan")
+        config = ServerConfig(home=tmp_path / "home", base="tiny/base")
+        with pytest.raises(IntegrityError):
+            tensorrt.pull_fitting(registry, version, Machine(Flavour.TENSORRT, "11", 89), config)
