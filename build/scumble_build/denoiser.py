@@ -126,10 +126,17 @@ class SelfAttention:
 
 def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention in float32 where the model asks for it: SD 2.1's scores overflow half precision."""
+    if mask is not None and torch.onnx.is_in_onnx_export():
+        mask = added_mask(mask, torch.float32 if attn.upcast_attention else query.dtype)
     if not attn.upcast_attention:
         return scaled_dot_product_attention(query, key, value, mask)
     mixed = scaled_dot_product_attention(query.float(), key.float(), value.float(), mask)
     return mixed.to(query.dtype)
+
+
+def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask (True: seen) as what is added to scores. The exporter would make it float32, and all behind it too."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def cross_attentions(unet: nn.Module) -> Iterator[tuple[str, Attention]]:

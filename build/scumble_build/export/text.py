@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scumble_build.denoiser import KVProjection
+from scumble_build.denoiser import KVProjection, added_mask
 from scumble_build.export.graph import Graph
 from scumble_build.export.manifest import FLOAT, Axis, FactorLayout, Include, Part, Port, Precision
 from scumble_build.export.ports import FACTOR_AXES, ROWS, TOKENS, factor_ports, kv_port, take_factors
@@ -81,8 +81,9 @@ class _Text(nn.Module):
         length = tokens.shape[1]
         seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & mask[:, None, None]
         every = [states]
+        added = added_mask(seen, states.dtype)
         for layer in tower.get_submodule("encoder.layers").children():
-            states = layer(states, seen)
+            states = layer(states, added)
             every.append(states)
         # Of the layers that may be left out, the last first.
         last = len(every) - 1 - self.encoder.penultimate

@@ -72,6 +72,10 @@ def trace(graph: Graph) -> Traced:
             },
         )
     model = onnx.load_model_from_string(buffer.getvalue())
+    for node in model.graph.node:
+        for attribute in node.attribute if node.op_type == "Cast" else ():
+            if attribute.i == TensorProto.COMPLEX128:  # what the exporter calls bfloat16 where it scales attention
+                attribute.i = TensorProto.BFLOAT16
     return Traced(model, _weights_aside(model, graph))
 
 
