@@ -117,7 +117,7 @@ def test_what_shares_memory_is_evicted_together() -> None:
 
 def test_bytes_are_told_before_loading(all_three: Running) -> None:
     for base in all_three.service.bases:
-        states = base.load()._states  # type: ignore[attr-defined]
+        states = base.load().graphs.states  # type: ignore[attr-defined]
         loaded = sum(tensor.nbytes for state in states.values() for tensor in state.values() if torch.is_tensor(tensor))
         assert base.nbytes == loaded
 
@@ -128,9 +128,9 @@ def test_a_vae_that_overflows_half_precision_stays_in_float32(home: Path, precis
         folder = registry.materialise(registry.resolve("tiny/sdxl"))
     executor = TorchExecutor.load(folder, FAMILIES["sdxl"], "cpu", precision)
     assert executor.vae._model.dtype == kept
-    assert executor._denoiser.unet.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert executor.graphs.denoiser.unet.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     assert weights_bytes(folder, FAMILIES["sdxl"], precision) == sum(
-        tensor.nbytes for state in executor._states.values() for tensor in state.values()
+        tensor.nbytes for state in executor.graphs.states.values() for tensor in state.values()
     )
 
 
