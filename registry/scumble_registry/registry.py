@@ -220,7 +220,10 @@ class Registry:
         Versions older than these hashes are hashed when nothing else is found. Raises InvalidRequest, NotFound.
         """
         digits = parse_prefix(prefix)
-        if found := self._matches(digits) or (self.hash_older() and self._matches(digits)):
+        if found := self._matches(digits):
+            return found
+        self.hash_older()
+        if found := self._matches(digits):  # also where another process has hashed them meanwhile
             return found
         raise NotFound(f"no version here is known by the hash {digits}", hash=digits)
 
