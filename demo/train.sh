@@ -63,8 +63,8 @@ one() {
     ip-adapter/emoji)
       data gallery --gallery
       train ip-adapter emoji gallery ip-adapter.safetensors \
-        --variant plus --tokens 32 --caption "an emoji, {style} style" --caption-dropout 0.3 \
-        --steps 2400 --batch-size 32 --learning-rate 1e-3 --warmup 100 --checkpoint-every 600 --validation 0.01 \
+        --variant plus --tokens 16 --caption "an emoji, {style} style" --caption-dropout 0.3 \
+        --steps 2200 --batch-size 32 --learning-rate 1e-3 --warmup 100 --checkpoint-every 550 --validation 0.01 \
         --license Apache-2.0 --description "Pictures as prompts, for the demo base"
       ;;
     controlnet/canny)
