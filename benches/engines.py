@@ -129,11 +129,16 @@ def random_models(family: Family, name: str) -> Models:
 
 @torch.no_grad()
 def filled(model: Any) -> Any:
+    """No two tensors are alike: TensorRT keeps such weights once, and a plan would be too small."""
     noise = torch.randn(1 << 20).half() * 0.02
+    place = 0
     for tensor in filter(torch.is_floating_point, (*model.parameters(), *model.buffers())):
         flat = tensor.view(-1)
-        for start in range(0, flat.numel(), len(noise)):
-            flat[start : start + len(noise)] = noise[: flat[start : start + len(noise)].numel()]
+        start = 0
+        while start < flat.numel():
+            count = min(flat.numel() - start, len(noise) - place)
+            flat[start : start + count] = noise[place : place + count]
+            start, place = start + count, (place + count + 1) % len(noise)
     return model
 
 

@@ -1,6 +1,6 @@
 """A step of the denoiser by each executor that this machine has, over batches and ranks, side by side in one run.
 
-    python benches/executors.py --base demo/base [--rounds 7] [--rows 2 8] [--ranks 0 16 64]
+    PYTHONPATH=tests python benches/executors.py --base demo/base [--rounds 7] [--rows 2 8] [--ranks 0 16 64]
 
 Prints JSON: median seconds of a step and the ratio to torch's. Rank 0 is a step without factors; otherwise each guided
 image (two rows) has a LoRA of its own over the small layout. The first round warms up and does not count.
@@ -16,6 +16,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 from measure import alternate, machine
+from paging import some_factors
 
 from scumble_build.adapted import Factors
 from scumble_build.export.command import find_base
@@ -56,7 +57,7 @@ def measure(executors: dict[str, Executor], rows: int, rank: int, side: int, rou
     executor = executors["torch"]
     sample, timestep = torch.randn(rows, 4, side, side), torch.full((rows,), 500.0)
     width = sum(2 * place.width for place in executor.kv_slices)
-    inputs = StepInputs(torch.randn(rows, 77, width), factors=some_factors(executor, rows, rank) if rank else None)
+    inputs = StepInputs(torch.randn(rows, 77, width), factors=factors(executor, rows, rank) if rank else None)
     runs = {name: (lambda each=each: each.denoise(sample, timestep, inputs)) for name, each in executors.items()}
     results = {name: run() for name, run in runs.items()}
     difference = float((results["torch"] - results["onnxruntime"]).abs().max())
@@ -65,16 +66,10 @@ def measure(executors: dict[str, Executor], rows: int, rank: int, side: int, rou
     return {"rows": rows, "rank": rank, "seconds": seconds, "ratio": ratio, "difference": difference}
 
 
-def some_factors(executor: Executor, rows: int, rank: int) -> Factors:
-    """As the server stacks them: the two rows of a guided image share a slot."""
-    extent, slots = executor.step_layout.small, rows // 2
-    return Factors(
-        0.02 * torch.randn(slots, extent.total_in, rank),
-        0.02 * torch.randn(slots, extent.total_out, rank),
-        torch.arange(slots).repeat_interleave(2),
-        torch.ones(rows, rank),
-        2,
-    )
+def factors(executor: Executor, rows: int, rank: int) -> Factors:
+    """As the server stacks them: the two rows of a guided image share a set."""
+    sets = [row // 2 for row in range(rows)]
+    return some_factors(executor.step_layout, sets, rank, size=0.02, scale=1.0, rows_per_set=2)
 
 
 if __name__ == "__main__":

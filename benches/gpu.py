@@ -34,11 +34,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from scumble_build.families import FAMILIES as OURS
 from scumble_build.inputs import StepInputs
+from scumble_build.layout import PAGE, pages_for
 from scumble_build.models import Models
 from scumble_server import stacking
-from scumble_server.carried import BoundSet, Phase, RowFactors
-from scumble_server.executors.device import Stepping, Uploads
+from scumble_server.carried import BoundSet, Phase, RowFactors, hold, let_go
+from scumble_server.executors.device import Stepping
 from scumble_server.executors.torch import TorchExecutor
+from scumble_server.pool import PageSet, Pool
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 RANKS = (16, 64)
@@ -107,6 +109,8 @@ class Bench:
             model.to(self.dtype)
         self.executor = TorchExecutor(ours, family, device, self.dtype, 64, Stepping.on(device))
         self.kv_width = sum(2 * each.width for each in self.executor.kv_slices)
+        layout = self.executor.step_layout
+        self.pools = [Pool(extent, device, self.dtype) for extent in (layout.small, layout.rest)]
 
     # What is measured
 
@@ -162,21 +166,21 @@ class Bench:
     def switch(self) -> dict[str, Any]:
         """From one composition of a batch to another with a new set of rank 64, until its first step may start."""
         sets = [self.bound(64) for _ in range(3)]
-        on_host = BoundSet(sets[0].A.cpu(), sets[0].B.cpu(), sets[0].ranks)
-        uploads = Uploads(self.device)
+        on_host = self.on_host(64)
 
         def join(bound: BoundSet) -> None:
             self.executor.denoise(*self.batch(1, bound=[bound]))
 
         def cold() -> None:
-            A, B = uploads.send(on_host.A, on_host.B)
-            join(BoundSet(A, B, on_host.ranks))
+            bound = hold(on_host, self.pools)
+            join(bound)
+            let_go(bound)
 
         join(sets[0])
         base = self.batch(1, bound=[sets[0]])
         step = self.timed(lambda: self.executor.denoise(*base))
         warm = self.timed(lambda: [join(each) for each in sets]) / len(sets)
-        nbytes = on_host.A.nbytes + on_host.B.nbytes
+        nbytes = sum(tensor.nbytes for tensor in on_host.small.holder.tensors)
         return {"set_bytes": nbytes, "warm_s": max(warm - step, 0.0), "cold_s": max(self.timed(cold) - step, 0.0)}
 
     def traffic(self) -> dict[str, Any]:
@@ -235,12 +239,15 @@ class Bench:
         return sample, torch.full((rows,), 500.0, device=device), stacking.stack(phases, self.executor.device)
 
     def bound(self, rank: int) -> BoundSet:
+        return hold(self.on_host(rank), self.pools)
+
+    def on_host(self, rank: int) -> BoundSet:
         extent = self.executor.step_layout.small
         A, B = (
-            torch.randn(size, rank, device=self.device, dtype=self.dtype) * 0.01
+            0.01 * torch.randn(pages_for(rank), PAGE * size).to(self.dtype)
             for size in (extent.total_in, extent.total_out)
         )
-        return BoundSet(A, B, (rank,))
+        return BoundSet(PageSet.own(A, B), None, (rank,))
 
     def flops(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> int:
         with torch.inference_mode(mode=False), count_flops() as counted:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from measure import against, count_flops, machine
 from memory import FAMILIES
+from paging import some_factors
 from torch import Tensor
 
 from scumble_build.adapted import Factors
@@ -137,17 +139,17 @@ class Steps:
         return StepInputs(self.kv, **self.of_xl, **parts)
 
     def _factors(self, layout: str, rank: int, images: int, *, stretch: bool = False) -> Factors:
-        """Every target of the layout, each image with a slot of its own."""
-        extent = getattr(self.denoiser.layout, layout)
-        m = images * self.per_image
-        return Factors(
-            torch.randn(images, extent.total_in, rank),
-            torch.randn(images, extent.total_out, rank),
-            torch.arange(images).repeat_interleave(self.per_image),
-            torch.full((m, rank), 1e-3),
-            rows_per_slot=self.per_image,
-            stretch_out=torch.randn(m, extent.total_out) * 0.01 if stretch else None,
+        """Every target of the layout, each image with a set of its own."""
+        found = some_factors(
+            self.denoiser.layout,
+            [image for image in range(images) for _ in range(self.per_image)],
+            rank,
+            full=layout == "full",
+            scale=1e-3,
+            rows_per_set=self.per_image,
+            stretch=0.01 if stretch else 0.0,
         )
+        return replace(found, stretch_in=None)
 
     def _pictures(self, tokens: int, images: int) -> ImageInputs:
         m = images * self.per_image

@@ -1,9 +1,9 @@
 """Layers that take low-rank factors as an input. The base's weights stay where they are and are only read.
 
-For row i with slot s = slot[i]:   y[i] = W x[i] + bias + B[s] (scale[i] ⊙ (A[s]ᵀ x[i]))
+For row i with the columns A and B of its pages:   y[i] = W x[i] + bias + Bᵀ (scale[i] ⊙ (A x[i]))
 
 (Hu et al., LoRA, 2106.09685, with α/r folded into B and the request's weights in `scale`.) For a k×k convolution
-A[s]ᵀ x is a convolution to R channels with the base's stride and padding, and B a 1×1 convolution (LoCon).
+A x is a convolution to R channels with the base's stride and padding, and Bᵀ a 1×1 convolution (LoCon).
 
 A DoRA (Liu et al., 2402.09353) also stretches W itself, by row or by column. With what is added to 1, o and i:
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from scumble_build.layout import Layout, Shape, Target
+from scumble_build.layout import PAGE, Layout, Shape, Target
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -29,29 +29,43 @@ Layer = nn.Linear | nn.Conv2d
 class Carried(Protocol):
     """Factors in one of the forms that a graph may be given them in."""
 
-    @property
-    def A(self) -> Tensor:  # noqa: N802 - the name of the literature
-        """`(slots, Σin, R)`"""
+    def reach(self, target: Target) -> bool:
+        """Are there any for this layer?"""
 
     def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
         """y = base(x) with what the factors make of x; y may be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
-    """What the first `m` rows of a batch carry; rows from `m` on carry nothing and cost nothing.
+class Pages:
+    """Rank pages of one part of a layout, and which of them each row reads: n of them, in the order of its columns.
 
-    A (slots, Σin, R), B (slots, Σout, R) over the small or the full layout, slot (m,) int64, scale (m, R).
-    `rows_per_slot` is g where slot is 0…0 1…1 2…2 with g rows each, else 0: then slots are gathered row by row.
-    stretch_out (m, Σout) and stretch_in (m, Σin) are DoRA's o and i, 0 where there is none; None costs nothing.
-    An input channel of a convolution stands k·k times in Σin; the first of them counts.
+    A (P, PAGE·Σin), B (P, PAGE·Σout) as in `layout.py`; table (m, n) int64.
     """
 
     A: Tensor
     B: Tensor
-    slot: Tensor
+    table: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Pages:
+        return Pages(self.A.to(device, dtype), self.B.to(device, dtype), self.table.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What the first `m` rows of a batch carry; rows from `m` on carry nothing and cost nothing.
+
+    `small` holds the small layout's pages, `rest` those of what stands behind it, or None if no row has any; scale
+    (m, PAGE·n), 0 for a column that acts not. `rows_per_set` is g if rows of one set stand side by side, g of each,
+    else 0: then pages are gathered row by row. stretch_out (m, Σout) and stretch_in (m, Σin) over the full or the small
+    layout are DoRA's o and i, 0 where there is none; None costs nothing. An input channel of a convolution stands k·k
+    times in Σin; the first of them counts.
+    """
+
+    small: Pages
+    rest: Pages | None
     scale: Tensor
-    rows_per_slot: int = 0
+    rows_per_set: int = 0
     stretch_out: Tensor | None = None
     stretch_in: Tensor | None = None
 
@@ -59,13 +73,15 @@ class Factors:
         """The same, computed in `dtype`; nothing is copied that is there already."""
         return replace(
             self,
-            A=self.A.to(device, dtype),
-            B=self.B.to(device, dtype),
-            slot=self.slot.to(device),
+            small=self.small.to(device, dtype),
+            rest=None if self.rest is None else self.rest.to(device, dtype),
             scale=self.scale.to(device, dtype),
             stretch_out=None if self.stretch_out is None else self.stretch_out.to(device, dtype),
             stretch_in=None if self.stretch_in is None else self.stretch_in.to(device, dtype),
         )
+
+    def reach(self, target: Target) -> bool:
+        return self.rest is not None or PAGE * target.in_end <= self.small.A.shape[1]
 
     def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
         """In place."""
@@ -78,6 +94,11 @@ class Factors:
         else:
             _add_linear(x, y, target, self)
         return y
+
+    @property
+    def rows(self) -> int:
+        """m"""
+        return self.scale.shape[0]
 
 
 class Change(Protocol):
@@ -109,14 +130,14 @@ class Adapted(nn.Module):
             x = each.change(self.target.name, x)
         y: Tensor = self.base(x)
         factors = self.source.factors
-        if factors is None or self.target.in_end > factors.A.shape[1]:
+        if factors is None or not factors.reach(self.target):
             return y
         return factors.add_to(y, x, self.base, self.target)
 
 
 def _stretch(x: Tensor, y: Tensor, base: Layer, target: Target, factors: Factors) -> None:
     """What DoRA adds to y = Wx + bias, in place. Channels come second in a convolution, last in a linear layer."""
-    rows = factors.slot.shape[0]
+    rows = factors.rows
     bias = 0 if base.bias is None else by_channel(base.bias[None], y, base)
     if factors.stretch_out is not None:
         values = by_channel(factors.stretch_out[:, target.out_offset : target.out_end], y, base)
@@ -134,33 +155,30 @@ def by_channel(values: Tensor, like: Tensor, base: Layer) -> Tensor:
 
 def _add_linear(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
     """Add the factors' part to the rows of y `(rows, N, out)` that carry any."""
-    rows = factors.slot.shape[0]
-    A, B = _slice(target, factors)
-    # Rows of one slot lie side by side: together they are one product, and nothing is copied.
+    rows = factors.rows
+    A, B = _gather(target, factors)
+    # Rows of one set lie side by side: together they are one product.
     batch = A.shape[0]
-    hidden = torch.bmm(x[:rows].reshape(batch, -1, x.shape[-1]), A)
+    hidden = torch.bmm(x[:rows].reshape(batch, -1, x.shape[-1]), A.transpose(1, 2))
     hidden.view(rows, -1, hidden.shape[-1]).mul_(factors.scale[:, None])
-    y[:rows].view(batch, -1, y.shape[-1]).baddbmm_(hidden, B.transpose(1, 2))
+    y[:rows].view(batch, -1, y.shape[-1]).baddbmm_(hidden, B)
 
 
 def _add_convolution(x: Tensor, y: Tensor, base: nn.Conv2d, target: Target, factors: Factors) -> None:
     """The same for x `(rows, in, H, W)` and y `(rows, out, H', W')`."""
-    rows = factors.slot.shape[0]
-    A, B = _slice(target, factors)
+    rows = factors.rows
+    A, B = _gather(target, factors)
     group = rows // A.shape[0]
     if group > 1:
         A, B = A.repeat_interleave(group, 0), B.repeat_interleave(group, 0)
     x = x[:rows]
-    if base.kernel_size == (1, 1):
-        hidden = torch.bmm(A.transpose(1, 2), x.flatten(2))
-    else:
-        hidden = _convolve(x, A, base, y.shape[2:]).flatten(2)
+    hidden = torch.bmm(A, x.flatten(2)) if base.kernel_size == (1, 1) else _convolve(x, A, base, y.shape[2:]).flatten(2)
     hidden = hidden.mul_(factors.scale[:, :, None])
-    y[:rows].view(rows, y.shape[1], -1).baddbmm_(B, hidden)
+    y[:rows].view(rows, y.shape[1], -1).baddbmm_(B.transpose(1, 2), hidden)
 
 
 def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d, size: torch.Size) -> Tensor:
-    """x `(m, in, H, W)`, A `(m, k·k·in, R)` → `(m, R, H', W')`: a convolution with kernels of each row's own.
+    """x `(m, in, H, W)`, A `(m, R, k·k·in)` → `(m, R, H', W')`: a convolution with kernels of each row's own.
 
     One product to k·k·R channels, then k·k shifted, strided slices are summed: exact at any stride, and nothing
     but products and slices, which every executor knows.
@@ -168,8 +186,8 @@ def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d, size: torch.Size) -> Tensor
     (kernel, _), (stride, _), padding = base.kernel_size, base.stride, base.padding[0]
     assert not isinstance(padding, str)
     rows, channels, height, width = x.shape
-    rank = A.shape[-1]
-    taps = A.view(rows, kernel * kernel, channels, rank).transpose(2, 3).reshape(rows, -1, channels)
+    rank = A.shape[1]
+    taps = A.view(rows, rank, kernel * kernel, channels).transpose(1, 2).reshape(rows, -1, channels)
     product = torch.bmm(taps, x.flatten(2)).view(rows, kernel, kernel, rank, height, width)
     product = pad(product, (padding, padding, padding, padding))
     reach = [stride * (side - 1) + 1 for side in size]
@@ -184,16 +202,27 @@ def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d, size: torch.Size) -> Tensor
     return total
 
 
-def _slice(target: Target, factors: Factors) -> tuple[Tensor, Tensor]:
-    """A `(b, in, R)` and B `(b, out, R)` of one layer: for each slot where rows lie slot by slot, else for each row.
+def _gather(target: Target, factors: Factors) -> tuple[Tensor, Tensor]:
+    """A `(b, R, in)` and B `(b, R, out)` of one layer: for each set where rows lie set by set, else for each row.
 
-    Sliced before the gather: gathering first would copy every layer's factors for every row.
+    Sliced before the gather, which copies nothing: gathering first would copy every layer's for every row.
     """
-    A = factors.A[:, target.in_offset : target.in_end]
-    B = factors.B[:, target.out_offset : target.out_end]
-    if factors.rows_per_slot:
-        return A, B
-    return A.index_select(0, factors.slot), B.index_select(0, factors.slot)
+    pages, in_offset, out_offset = factors.small, target.in_offset, target.out_offset
+    in_small, out_small = (tensor.shape[1] // PAGE for tensor in (pages.A, pages.B))
+    if in_offset >= in_small:
+        assert factors.rest is not None
+        pages, in_offset, out_offset = factors.rest, in_offset - in_small, out_offset - out_small
+    table = pages.table[:: factors.rows_per_set or 1]
+    return (
+        _columns(pages.A, in_offset, target.fan_in, table),
+        _columns(pages.B, out_offset, target.fan_out, table),
+    )
+
+
+def _columns(pages: Tensor, offset: int, size: int, table: Tensor) -> Tensor:
+    """One layer's, out of `(P, PAGE·Σ)` and table `(b, n)` → `(b, PAGE·n, size)`."""
+    here = pages[:, PAGE * offset : PAGE * (offset + size)]
+    return here.index_select(0, table.flatten()).view(table.shape[0], -1, size)
 
 
 def find_layers(module: nn.Module, prefix: str) -> dict[str, Layer]:

@@ -1,30 +1,39 @@
-"""The flat layout of factors: where each target's rows stand in one tensor over all targets.
+"""The flat layout of factors: where each target's stand in a page, and which layers are targets.
 
-A graph's LoRA inputs are two tensors, however many layers it has:
+Factors are kept in *rank pages*: of an ordered set of LoRAs, a page has PAGE columns for every target. A page is flat,
 
-    A  (slots, Σ in,  R)      rows `in_offset  … + fan_in`  belong to one target
-    B  (slots, Σ out, R)      rows `out_offset … + fan_out` belong to one target
+    A  (pages, PAGE · Σ in)       at PAGE · in_offset  a block (PAGE, fan_in)
+    B  (pages, PAGE · Σ out)      at PAGE · out_offset a block (PAGE, fan_out)
 
-so binding an adapter is two copies, and one graph serves every set of adapters. A k×k convolution has k·k·in
-rows in A, tap by tap.
+so a graph's LoRA inputs are a few tensors, however many layers it has, binding an adapter is copies of whole pages, and
+a set takes as many pages as its rank needs, whatever the rank of its neighbours. A k×k convolution has k·k·in numbers
+in a column of A, tap by tap. Targets begin at multiples of ALIGN, so that a graph can gather units of PAGE · ALIGN
+numbers.
 
-The *small* layout (layers inside attention blocks, which most LoRAs keep to) is a prefix of the *full* one (every
-layer with weights): tensors with fewer rows mean that no row of the batch needs the layers behind.
+The *small* layout (layers inside attention blocks, which most LoRAs keep to) comes before the *rest* (every other layer
+with weights), which has pages of its own: a set that touches none of the rest has none of them. Both together are the
+*full* one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 
 from scumble.errors import Refused
 
 RANK_BUCKETS = (8, 16, 32, 64, 128, 256)
+PAGE = 8
+"""Columns of a page."""
+ALIGN = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A layer that can take factors: its canonical name (`unet.…`, `text_encoder.…`) and its rows in A and B."""
+    """A layer that can take factors: its canonical name (`unet.…`, `text_encoder.…`), and how many numbers a column of
+    A and of B has for it.
+    """
 
     name: str
     fan_in: int
@@ -34,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A layer of the layout and where its rows stand."""
+    """A layer of the layout and where it stands, counted over the full one."""
 
     name: str
     fan_in: int
@@ -53,19 +62,29 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How many rows A and B have."""
+    """How many numbers a column of A and of B has, over all targets."""
 
     total_in: int
     total_out: int
 
+    def __sub__(self, other: Extent) -> Extent:
+        return Extent(self.total_in - other.total_in, self.total_out - other.total_out)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All targets of one graph, in the order in which their rows stand."""
+    """All targets of one graph, in their order."""
 
     targets: dict[str, Target]
     small: Extent
     full: Extent
+    digest: str
+    """Of the targets and where they stand: what is laid out for one layout fits every other with the same digest."""
+
+    @property
+    def rest(self) -> Extent:
+        """Of what stands behind the small layout."""
+        return self.full - self.small
 
     @classmethod
     def of(cls, shapes: Iterable[Shape]) -> Layout:
@@ -73,15 +92,24 @@ class Layout:
         small = full = Extent(0, 0)
         for shape in sorted(shapes, key=lambda shape: not shape.small):
             targets[shape.name] = Target(shape.name, shape.fan_in, shape.fan_out, full.total_in, full.total_out)
-            full = Extent(full.total_in + shape.fan_in, full.total_out + shape.fan_out)
+            full = Extent(_aligned(full.total_in + shape.fan_in), _aligned(full.total_out + shape.fan_out))
             if shape.small:
                 small = full
-        return cls(targets, small, full)
+        return cls(targets, small, full, sha256(repr(targets).encode()).hexdigest())
 
     def extent(self, names: Iterable[str]) -> Extent:
         """The smaller of the two layouts that holds all of `names` that are targets here."""
         targets = [self.targets[name] for name in names if name in self.targets]
         return self.small if all(target.in_end <= self.small.total_in for target in targets) else self.full
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def pages_for(rank: int) -> int:
+    """How many hold so many columns."""
+    return -(-rank // PAGE)
 
 
 def rank_bucket(rank: int) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from scumble_build.hypernetwork import Hypernetwork
+from scumble_build.layout import PAGE
 from scumble_build.lllite import Embeddings, LLLite
 from scumble_server.executors import Executor, Net
+from scumble_server.pool import PageSet, Pool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,25 +25,45 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BoundSet:
-    """The factors of an ordered set of LoRAs: A (Σin, R), B (Σout, R), R a rank bucket.
+    """The factors of an ordered set of LoRAs, in rank pages; `rest` is None if none of them reaches beyond the small
+    layout.
 
     `ranks[i]` columns belong to LoRA i; the columns behind the last are zero. `stretches[i]` is None unless LoRA i
     is a DoRA.
     """
 
-    A: Tensor
-    B: Tensor
+    small: PageSet
+    rest: PageSet | None
     ranks: tuple[int, ...]
     stretches: tuple[Stretch | None, ...] = ()
 
     @property
     def rank(self) -> int:
-        return self.A.shape[1]
+        return PAGE * len(self.small.pages)
+
+
+def hold(bound: BoundSet, pools: Sequence[Pool]) -> BoundSet:
+    """The same in pools: of the small layout, and of the rest. Raises OutOfMemory, Refused; then nothing is held."""
+    small_pool, rest_pool = pools
+    small = small_pool.put(*bound.small.holder.tensors)
+    try:
+        rest = None if bound.rest is None else rest_pool.put(*bound.rest.holder.tensors)
+    except BaseException:
+        small_pool.drop(small)
+        raise
+    return replace(bound, small=small, rest=rest)
+
+
+def let_go(bound: BoundSet | None) -> None:
+    """What pools hold of a set that nobody steps with any more."""
+    for part in (bound.small, bound.rest) if bound is not None else ():
+        if part is not None and isinstance(part.holder, Pool):
+            part.holder.drop(part)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowFactors:
-    """What the rows of one request carry into a graph: a bound set and its scale per column, (R,) float32.
+    """What the rows of one request carry into a graph: a bound set and its scale per column, (rank,) float32.
 
     `stretch` is that of all its DoRAs at their strengths, or None.
     """

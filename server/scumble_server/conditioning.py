@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
+import torch
 from torch import Tensor
 
 from scumble.events import Pixels
@@ -20,12 +21,13 @@ from scumble_server import beginning
 from scumble_server.admission import Admitted
 from scumble_server.beginning import Beginning
 from scumble_server.bound import Bound
-from scumble_server.carried import BoundSet, Phase
+from scumble_server.carried import BoundSet, Phase, hold, let_go
 from scumble_server.context import Context, Text, read_record
 from scumble_server.encoding import Encoder, together
 from scumble_server.executors import Vae
 from scumble_server.executors.device import uploads
 from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter, lora, textual_inversion
+from scumble_server.pool import PageSet, Pools
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
 from scumble_server.stacking import brings, factors_of
@@ -67,6 +69,7 @@ class Conditioner:
     def __init__(self, registry: Registry, host: Residency) -> None:
         self._registry = registry
         self._host = host
+        self._pools = Pools()
 
     def condition(self, admitted: Admitted, device: Lease, weights: Lease) -> Conditioned:
         """`device` pins what the rows carry, and `weights` what they are drawn with, until the request has ended."""
@@ -89,6 +92,7 @@ class Conditioner:
                 held_weights=weights,
                 weights_key=base.key,
                 rows=admitted.reading.rows,
+                pools=self._pools,
             )
             drawn_with = on_checkpoint(context, admitted.adapters)
             return _condition(with_vae(drawn_with, admitted.vae), admitted)
@@ -175,25 +179,39 @@ def _factors(context: Context, loras: Sequence[Bound], without: frozenset[str]) 
         (tuple(lora.identity(context, each) for each in loras), without),
         tuple(_bind(context, f"text {i}", layout, loras, without) for i, layout in enumerate(executor.text_layouts)),
         _bind(context, "kv", executor.kv_layout, loras, without),
-        _bind(context, "step", executor.step_layout, loras, without),
+        _bind(context, "step", executor.step_layout, loras, without, pooled=True),
     )
 
 
 def _bind(
-    context: Context, graph: str, layout: Layout, loras: Sequence[Bound], without: frozenset[str]
+    context: Context,
+    graph: str,
+    layout: Layout,
+    loras: Sequence[Bound],
+    without: frozenset[str],
+    *,
+    pooled: bool = False,
 ) -> BoundSet | None:
+    """`pooled`: in the pools that batches read, or in memory of its own."""
+    executor = context.executor
+
     def bind() -> BoundSet | None:
         pieces = [lora.Piece(lora.record_of(context, each), each.blocks) for each in loras]
-        bound = lora.bind(layout, pieces, context.executor.weight, without)
+        bound = lora.bind(layout, pieces, executor.weight, without)
         if bound is None:
             return None
-        A, B = uploads(context.executor.device).send(bound.A, bound.B, dtype=context.executor.dtype)
-        return replace(bound, A=A, B=B)
+        if not pooled:
+            sent = uploads(executor.device).send(*bound.small.holder.tensors, dtype=executor.dtype)
+            return replace(bound, small=PageSet.own(*sent))
+        device, dtype = torch.device(executor.device), executor.dtype
+        parts = zip((layout.small, layout.rest), executor.most_pages, strict=True)
+        return hold(bound, [context.pools.of(extent, device, dtype, most) for extent, most in parts])
 
     of_weights = context.weights if any(map(lora.depends_on_weights, loras)) else None
-    key = ("factors", graph, of_weights, without, *(lora.identity(context, each) for each in loras))
-    nbytes = lora.bound_bytes(layout, loras, context.executor.dtype.itemsize, without)
-    return context.device.get(key, nbytes, bind)
+    identities = (lora.identity(context, each) for each in loras)
+    key = ("factors", graph, layout.digest, executor.dtype, of_weights, without, *identities)
+    nbytes = lora.bound_bytes(layout, loras, executor.dtype.itemsize, without)
+    return context.device.get(key, nbytes, bind, drop=let_go if pooled else None)
 
 
 def _phase(

@@ -14,6 +14,7 @@ from scumble_registry import Registry, Version
 from scumble_server.base import Base
 from scumble_server.bound import Bound
 from scumble_server.executors import Executor, Vae
+from scumble_server.pool import Pools
 from scumble_server.residency import Lease
 from scumble_server.settings import Settings
 
@@ -58,6 +59,8 @@ class Context:
     """Of `executor`, among the weights that are loaded."""
     rows: int
     """Model rows of one image: the prompt alone, or the negative prompt first and then prompts."""
+    pools: Pools
+    """Where batches read factors."""
 
     def record(self, bound: Bound, read: Callable[[Path], Record]) -> Record:
         """An adapter's normalised record, read once for all requests that ask while it is resident."""

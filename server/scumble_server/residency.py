@@ -27,12 +27,14 @@ _POLL = 0.05
 class _Entry:
     """`ready` once it is made; until then its bytes are reserved, and others who ask for it wait.
 
-    `of` is the key of the entry that it shares memory with, which does not go before it.
+    `of` is the key of the entry that it shares memory with, which does not go before it. `drop` is called with the
+    value when it goes.
     """
 
     nbytes: int
     of: Hashable = None
     holders: set[Lease] = field(default_factory=set)
+    drop: Callable[[Any], None] | None = None
     value: Any = None
     ready: bool = False
 
@@ -73,9 +75,17 @@ class Residency:
                 **counts,
             }
 
-    def _get(self, lease: Lease, key: Hashable, nbytes: int, make: Callable[[], Value], of: Hashable) -> Value:
+    def _get(
+        self,
+        lease: Lease,
+        key: Hashable,
+        nbytes: int,
+        make: Callable[[], Value],
+        of: Hashable,
+        drop: Callable[[Value], None] | None,
+    ) -> Value:
         with self._changed:
-            entry = self._find_or_reserve(lease, key, nbytes, of)
+            entry = self._find_or_reserve(lease, key, _Entry(nbytes, of, {lease}, drop))
             if entry.ready:
                 value: Value = entry.value
                 return value
@@ -92,8 +102,8 @@ class Residency:
             self._changed.notify_all()
         return made
 
-    def _find_or_reserve(self, lease: Lease, key: Hashable, nbytes: int, of: Hashable) -> _Entry:
-        """The entry, held by `lease`: made, or reserved for the caller to make."""
+    def _find_or_reserve(self, lease: Lease, key: Hashable, new: _Entry) -> _Entry:
+        """The entry, held by `lease`: made, or `new`, reserved for the caller to make."""
         waited = False
         try:
             while True:
@@ -105,11 +115,11 @@ class Residency:
                     self._entries.move_to_end(key)
                     entry.holders.add(lease)
                     return entry
-                if entry is None and self._has_room(lease, nbytes):
+                if entry is None and self._has_room(lease, new.nbytes):
                     self._counts["misses"] += 1
-                    entry = self._entries[key] = _Entry(nbytes, of, {lease})
-                    self._used += nbytes
-                    return entry
+                    self._entries[key] = new
+                    self._used += new.nbytes
+                    return new
                 self._counts["waits"] += not waited
                 waited = True
                 self._wait(lease, for_room=entry is None)
@@ -142,8 +152,11 @@ class Residency:
             return
         for other in [other for other, entry in self._entries.items() if entry.of == key]:
             self._evict(other)
-        self._used -= self._entries.pop(key).nbytes
+        entry = self._entries.pop(key)
+        self._used -= entry.nbytes
         self._counts["evictions"] += 1
+        if entry.drop is not None:
+            entry.drop(entry.value)
 
     def _wait(self, lease: Lease, *, for_room: bool) -> None:
         """Who waits for room waits on all that others hold; who waits for a value, on the one who makes it (and may
@@ -172,15 +185,23 @@ class Lease:
         self._residency = residency
         self.check = check
 
-    def get(self, key: Hashable, nbytes: int, make: Callable[[], Value], of: Hashable = None) -> Value:
+    def get(
+        self,
+        key: Hashable,
+        nbytes: int,
+        make: Callable[[], Value],
+        of: Hashable = None,
+        drop: Callable[[Value], None] | None = None,
+    ) -> Value:
         """The value of `key`, held until the release; made by `make` if it is not there, once however many ask.
 
         `of` is the key of another value, held by this lease, that it shares memory with: the two are evicted together.
+        `drop` is called with the value when it is evicted, under the residency's lock.
 
         `nbytes` is reserved before `make` runs. What `make` raises is raised, nothing is kept, and others who waited
         for it make it themselves. Raises Refused (it can never fit), QueueFull, Unavailable, or what `check` raises.
         """
-        return self._residency._get(self, key, nbytes, make, of)  # noqa: SLF001 - two classes, one lock
+        return self._residency._get(self, key, nbytes, make, of, drop)  # noqa: SLF001 - two classes, one lock
 
     def release(self) -> None:
         """Let everything go; again does nothing."""

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scumble_build.adapted import Factors
+from scumble_build.adapted import Factors, Pages
 from scumble_build.export.manifest import Include
 from scumble_build.inputs import ContextInputs, ImageInputs, LiteInputs, StepInputs
+from scumble_build.layout import PAGE, rank_bucket
 from scumble_server.carried import Phase, RowContexts, RowFactors, RowImages, RowLite, RowNet
 from scumble_server.executors import Net
+from scumble_server.pool import PageSet, table
 from scumble_server.rows import Row
 
 
@@ -61,11 +63,11 @@ def stack(phases: Sequence[Phase], device: str) -> StepInputs:
 
 def brings(phase: Phase) -> frozenset[Include]:
     """What its rows carry into a step, of what a graph may be without."""
-    factors, small = phase.factors, phase.executor.step_layout.small
+    factors = phase.factors
     stretch = factors.stretch if factors is not None else None
     found: dict[Include, bool] = {
         "factors": factors is not None,
-        "full": factors is not None and len(factors.bound.A) > small.total_in,
+        "full": factors is not None and factors.bound.rest is not None,
         "stretch_out": stretch is not None and stretch.out is not None,
         "stretch_in": stretch is not None and stretch.into is not None,
         "images": phase.images is not None,
@@ -98,32 +100,46 @@ def _stack_text(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def stack_factors(carried: Sequence[RowFactors | None], counts: Sequence[int], device: str) -> Factors | None:
-    """One slot per distinct bound set, in the order of the rows; `carried` has equal sets side by side.
-
-    A smaller slot is padded with zeros to the batch's rank (columns) and layout (rows, behind the small layout).
-    """
+    """Which pages each row reads; `carried` has equal sets side by side, and all sets are in one pool."""
     present = [(factors, count) for factors, count in zip(carried, counts, strict=True) if factors is not None]
     if not present:
         return None
-    bound = {id(factors.bound): factors.bound for factors, _ in present}
-    slots = {key: slot for slot, key in enumerate(bound)}
-    rank = max(each.rank for each in bound.values())
-    scale = torch.cat([_pad(factors.scale, 0, rank).expand(count, -1) for factors, count in present])
-    slot = torch.cat([torch.full((count,), slots[id(factors.bound)]) for factors, count in present])
-    rows_of_slot = slot.bincount()
-    A = _stack_padded([each.A for each in bound.values()], rank)
-    B = _stack_padded([each.B for each in bound.values()], rank)
+    rank = rank_bucket(max(factors.bound.rank for factors, _ in present))
+    of_rows = torch.tensor([count for _, count in present])
+    small = _stack_pages([factors.bound.small for factors, _ in present], of_rows, rank, device)
+    rest = _stack_pages([factors.bound.rest for factors, _ in present], of_rows, rank, device)
+    assert small is not None
+    parts = [small] if rest is None else [small, rest]
     out = [(factors.stretch.out if factors.stretch else None, count) for factors, count in present]
     into = [(factors.stretch.into if factors.stretch else None, count) for factors, count in present]
     return Factors(
-        A.to(device),
-        B.to(device),
-        slot.to(device),
-        scale.to(device),
-        rows_per_slot=int(rows_of_slot[0]) if (rows_of_slot == rows_of_slot[0]).all() else 0,
-        stretch_out=_stack_stretches(out, B.shape[1], device),
-        stretch_in=_stack_stretches(into, A.shape[1], device),
+        small,
+        rest,
+        torch.cat(
+            [pad(factors.scale, (0, rank - len(factors.scale))).expand(count, -1) for factors, count in present]
+        ).to(device),
+        rows_per_set=_rows_per_set(present),
+        stretch_out=_stack_stretches(out, sum(part.B.shape[1] for part in parts) // PAGE, device),
+        stretch_in=_stack_stretches(into, sum(part.A.shape[1] for part in parts) // PAGE, device),
     )
+
+
+def _stack_pages(sets: Sequence[PageSet | None], counts: Tensor, rank: int, device: str) -> Pages | None:
+    """None if no set has any."""
+    holder = next((each.holder for each in sets if each is not None), None)
+    if holder is None:
+        return None
+    assert all(each is None or each.holder is holder for each in sets), "sets of two pools in one batch"
+    return Pages(*holder.tensors, table(sets, rank // PAGE).repeat_interleave(counts, 0).to(device))
+
+
+def _rows_per_set(present: Sequence[tuple[RowFactors, int]]) -> int:
+    """g, if every set has g rows, else 0."""
+    rows: dict[int, int] = {}
+    for factors, count in present:
+        rows[id(factors.bound)] = rows.get(id(factors.bound), 0) + count
+    sizes = set(rows.values())
+    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def _stack_stretches(carried: Sequence[tuple[Tensor | None, int]], length: int, device: str) -> Tensor | None:
@@ -135,15 +151,6 @@ def _stack_stretches(carried: Sequence[tuple[Tensor | None, int]], length: int, 
         for vector, count in carried
     ]
     return torch.cat(rows).to(device)
-
-
-def _stack_padded(tensors: Sequence[Tensor], rank: int) -> Tensor:
-    height = max(len(tensor) for tensor in tensors)
-    return torch.stack([_pad(tensor, height - len(tensor), rank) for tensor in tensors])
-
-
-def _pad(tensor: Tensor, rows: int, rank: int) -> Tensor:
-    return pad(tensor, (0, rank - tensor.shape[-1], *((0, rows) if rows else ())))
 
 
 def factors_of(carried: RowFactors | None, rows: int, device: str) -> Factors | None:

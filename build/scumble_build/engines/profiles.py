@@ -9,7 +9,7 @@ an engine tuned for what is drawn most is quicker there and takes less memory:
     width = [64, 64, 96]
 
     [[profile]]
-    graphs = ["unet.bare"]       # left out: every graph
+    graphs = ["unet.bare"]       # or patterns, as in vae_*; left out: every graph
     rows = 2                     # never anything else
     height = 128
     width = 128
@@ -22,6 +22,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,13 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """`axes` of those that are narrowed; `graphs` that it is for, or None for all."""
+    """`axes` of those that are narrowed; names of the `graphs` that it is for, or patterns; None for all."""
 
     axes: Mapping[str, Range]
     graphs: frozenset[str] | None = None
 
     def is_for(self, graph: str) -> bool:
-        return self.graphs is None or graph in self.graphs
+        return self.graphs is None or any(fnmatchcase(graph, pattern) for pattern in self.graphs)
 
     def ranges(self, manifest: GraphManifest) -> dict[str, Range]:
         """Of every axis of a graph that follows no other. Raises InvalidRequest for sizes that the graph never has."""
@@ -107,10 +108,10 @@ def check_names(wanted: Iterable[Profile], manifests: Iterable[GraphManifest]) -
     axes = {name for manifest in manifests for name, axis in manifest.axes.items() if axis.of is None}
     graphs = {manifest.graph for manifest in manifests}
     for profile in wanted:
-        for what, unknown, known in (
-            ("axis", set(profile.axes) - axes, axes),
-            ("graph", (profile.graphs or frozenset()) - graphs, graphs),
-        ):
+        nothing = {
+            pattern for pattern in profile.graphs or () if not any(fnmatchcase(name, pattern) for name in graphs)
+        }
+        for what, unknown, known in (("axis", set(profile.axes) - axes, axes), ("graph", nothing, graphs)):
             if unknown:
                 raise InvalidRequest(
                     f"the profile names the {what} {min(unknown)}, which no graph here has; there are "

@@ -27,7 +27,6 @@ from scumble_build.denoiser import Denoiser, KVSlice
 from scumble_build.export.graph import Graph
 from scumble_build.export.manifest import FLOAT, Axis, DType, FactorLayout, Include, Port, Precision
 from scumble_build.export.ports import (
-    FACTOR_AXES,
     HEIGHT,
     MASK,
     ROWS,
@@ -35,6 +34,7 @@ from scumble_build.export.ports import (
     TIMESTEP,
     TOKENS,
     WIDTH,
+    factor_axes,
     factor_ports,
     kv_port,
     kv_width,
@@ -75,10 +75,10 @@ def denoiser_graph(
     """One of GRAPHS, around a denoiser whose weights are in `precision`."""
     includes, dtype = GRAPHS[which], FLOAT[precision]
     layout = FactorLayout.of(denoiser.layout, full="full" in includes) if "factors" in includes else None
-    module = _Denoiser(denoiser, includes)
+    module = _Denoiser(denoiser, includes, layout)
     inputs = _inputs(denoiser, slices, includes, layout, dtype)
     named = {dim for port in inputs for dim in port.dims if isinstance(dim, str)}
-    axes = {"rows": ROWS, "tokens": TOKENS, "height": HEIGHT, "width": WIDTH, **FACTOR_AXES, **IMAGE_AXES}
+    axes = {"rows": ROWS, "tokens": TOKENS, "height": HEIGHT, "width": WIDTH, **factor_axes(layout), **IMAGE_AXES}
     axes = {name: axis for name, axis in axes.items() if name in named} | level_axes(denoiser.levels, named)
     out = Port(
         name="prediction",
@@ -107,10 +107,11 @@ def denoiser_graph(
 class _Denoiser(nn.Module):
     """Flat inputs in, as `_inputs` lists them; float32 in and out for what the loop keeps in float32."""
 
-    def __init__(self, denoiser: Denoiser, includes: tuple[Include, ...]) -> None:
+    def __init__(self, denoiser: Denoiser, includes: tuple[Include, ...], layout: FactorLayout | None) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.includes = includes
+        self.layout = layout
         self.sizes = _reads_sizes(denoiser)
         self.residuals = len(residual_places(denoiser)) if "residuals" in includes else 0
         self.features = len(feature_places(denoiser)) if "features" in includes else 0
@@ -118,7 +119,7 @@ class _Denoiser(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, kv: Tensor, kv_mask: Tensor, *more: Tensor) -> Tensor:
         rest = iter(more)
         pooled, sizes = (next(rest), next(rest)) if self.sizes else (None, None)
-        factors = take_factors(rest, self.includes) if "factors" in self.includes else None
+        factors = take_factors(rest, self.layout, self.includes) if self.layout is not None else None
         images = None
         if "images" in self.includes:
             image_kv, tokens, areas = next(rest), next(rest), next(rest)

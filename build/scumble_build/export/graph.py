@@ -43,7 +43,7 @@ class Graph:
 
     def examples(self) -> tuple[Tensor, ...]:
         """Inputs to trace with: every axis has a size of its own, none is 0 or 1, and none is even at every level."""
-        known = dict(zip(self.axes, _EXAMPLES, strict=False)) | {"rows": 2, "height": 9, "width": 11, "slots": 3}
+        known = dict(zip(self.axes, _EXAMPLES, strict=False)) | {"rows": 2, "height": 9, "width": 11, "rank_pages": 2}
         for name, axis in self.axes.items():
             if axis.of is not None:
                 known[name] = -(-known[axis.of] // 2**axis.halvings)

@@ -14,8 +14,11 @@ It promises:
   profile is the shapes at `min`, `opt` and `max`.
 * The graph is strongly typed: an operator computes in the dtype of its inputs, casts stand in the graph, and
   `kept_in_fp32` says what is computed in float32 whatever `precision` is.
-* `factors` is the layout of the graph's A and B: target t reads the rows `in_offset … in_offset + fan_in` of A's middle
-  dim and `out_offset … out_offset + fan_out` of B's. A slot of zeros, or a scale of zeros, adds nothing.
+* `factors` is the layout of the graph's rank pages. A page of A has a block (page, fan_in) for target t at
+  `page · in_offset`, one of B a block (page, fan_out) at `page · out_offset`. A graph over the full layout has a second
+  pair, A_rest and B_rest, for targets whose offsets are not below `total_in` and `total_out`; they stand at what is
+  left of the offsets. `pages` names the pages that each row reads, in the order of its columns. A page of zeros, or a
+  scale of zeros, adds nothing.
 * `includes` says what a denoiser's graph takes beside text; a graph serves all batches that need no more than that.
 * `onnx.sha256` and `weights.sha256` are those of the files. `parameters` maps each initializer to the tensor of the
   component in the diffusers layout that it holds.
@@ -31,7 +34,7 @@ from typing import Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_build.layout import Layout
+from scumble_build.layout import PAGE, Layout
 
 SUFFIX = ".json"
 
@@ -92,11 +95,16 @@ class FactorTarget(_Model):
 
 
 class FactorLayout(_Model):
-    """Where each layer's factors stand; A has `total_in` rows and B `total_out`."""
+    """Where each layer's factors stand. A page of A has page · total_in numbers, one of B page · total_out; those of
+    A_rest and B_rest page · rest_in and page · rest_out, 0 for a graph without.
+    """
 
     targets: tuple[FactorTarget, ...]
+    page: int
     total_in: int
     total_out: int
+    rest_in: int = 0
+    rest_out: int = 0
 
     @classmethod
     def of(cls, layout: Layout, *, full: bool) -> Self:
@@ -114,8 +122,11 @@ class FactorLayout(_Model):
                 )
                 for each in targets
             ),
-            total_in=extent.total_in,
-            total_out=extent.total_out,
+            page=PAGE,
+            total_in=layout.small.total_in,
+            total_out=layout.small.total_out,
+            rest_in=layout.rest.total_in if full else 0,
+            rest_out=layout.rest.total_out if full else 0,
         )
 
 

@@ -6,48 +6,77 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from scumble_build.adapted import Pages
 from scumble_build.denoiser import KVSlice
 from scumble_build.export.manifest import Axis, DType, FactorLayout, Include, Port
-from scumble_build.export.slots import SlotFactors
+from scumble_build.export.paged import PagedFactors
+from scumble_build.layout import RANK_BUCKETS, Extent
 
 ROWS = Axis(min=1, opt=8, max=64, about="Model rows of a call; a guided image is two.")
 TOKENS = Axis(min=1, opt=77, max=616, about="Tokens of the longest text.")
 HEIGHT = Axis(min=1, opt=64, max=256, about="Of the latents: pixels / 8.")
 WIDTH = Axis(min=1, opt=64, max=256, about="Of the latents: pixels / 8.")
-FACTOR_AXES = {
-    "slots": Axis(min=1, opt=8, max=64, about="Sets of LoRAs in this batch."),
-    "rank": Axis(min=8, opt=32, max=256, multiple=8, about="Rank bucket of the widest set: 8, 16, 32, 64, 128 or 256."),
-}
+_MOST_PAGES = 1024
+_MOST_NUMBERS = 2**31 - 1
+"""In one tensor, for runtimes that index with 32 bits."""
+
+
+def factor_axes(layout: FactorLayout | None) -> dict[str, Axis]:
+    """Of `factor_ports`."""
+    if layout is None:
+        return {}
+    axes = {"resident": _resident(layout.page, layout.total_in, layout.total_out)}
+    if layout.rest_in:
+        axes["resident_rest"] = _resident(layout.page, layout.rest_in, layout.rest_out)
+    about = "Pages of the widest set in the batch: its rank / 8, in buckets."
+    return axes | {"rank_pages": Axis(min=1, opt=4, max=RANK_BUCKETS[-1] // layout.page, about=about)}
+
+
+def _resident(page: int, width_in: int, width_out: int) -> Axis:
+    most = min(_MOST_PAGES, _MOST_NUMBERS // (page * max(width_in, width_out)))
+    return Axis(min=1, opt=min(64, most), max=most, about="Rank pages in memory, of all LoRAs.")
 
 
 def factor_ports(layout: FactorLayout, dtype: DType, includes: Sequence[Include]) -> tuple[Port, ...]:
-    """A, B, slot, scale, and the stretches among `includes`, in the order in which `take_factors` reads them."""
-    ports = [
-        Port(name="A", dtype=dtype, dims=("slots", layout.total_in, "rank"), about="Down factors of every slot, flat."),
-        Port(
-            name="B",
-            dtype=dtype,
-            dims=("slots", layout.total_out, "rank"),
-            about="Up factors of every slot, flat; alpha / rank and block weights are in them.",
-        ),
-        Port(name="slot", dtype="int64", dims=("rows",), about="Which slot each row reads."),
-        Port(
-            name="scale", dtype=dtype, dims=("rows", "rank"), about="Weight of each rank column; 0 for what acts not."
-        ),
-    ]
+    """Pages, which of them rows read, scale, and the stretches among `includes`, as `take_factors` reads them."""
+    ports = [*_pages(layout.page, layout.total_in, layout.total_out, dtype)]
+    if layout.rest_in:
+        ports += _pages(layout.page, layout.rest_in, layout.rest_out, dtype, "_rest")
+    about = "Weight of each rank column; 0 for what acts not."
+    ports.append(Port(name="scale", dtype=dtype, dims=("rows", "rank_pages", layout.page), about=about))
     if "stretch_out" in includes:
         about = "What DoRAs add to the 1 that each output channel of W is multiplied by."
-        ports.append(Port(name="stretch_out", dtype=dtype, dims=("rows", layout.total_out), about=about))
+        width = layout.total_out + layout.rest_out
+        ports.append(Port(name="stretch_out", dtype=dtype, dims=("rows", width), about=about))
     if "stretch_in" in includes:
         about = "The same for input channels; of a convolution the first of each channel's taps counts."
-        ports.append(Port(name="stretch_in", dtype=dtype, dims=("rows", layout.total_in), about=about))
+        width = layout.total_in + layout.rest_in
+        ports.append(Port(name="stretch_in", dtype=dtype, dims=("rows", width), about=about))
     return tuple(ports)
 
 
-def take_factors(tensors: Iterator[Tensor], includes: Sequence[Include]) -> SlotFactors:
-    A, B, slot, scale = (next(tensors) for _ in range(4))
+def _pages(page: int, width_in: int, width_out: int, dtype: DType, name: str = "") -> list[Port]:
+    resident = f"resident{name}"
+    return [
+        Port(
+            name=f"A{name}", dtype=dtype, dims=(resident, page * width_in), about="Down factors, a rank page in a row."
+        ),
+        Port(
+            name=f"B{name}",
+            dtype=dtype,
+            dims=(resident, page * width_out),
+            about="Up factors, likewise; alpha / rank and block weights are in them.",
+        ),
+        Port(name=f"pages{name}", dtype="int64", dims=("rows", "rank_pages"), about="Which of them each row reads."),
+    ]
+
+
+def take_factors(tensors: Iterator[Tensor], layout: FactorLayout, includes: Sequence[Include]) -> PagedFactors:
+    small = Pages(next(tensors), next(tensors), next(tensors))
+    rest = Pages(next(tensors), next(tensors), next(tensors)) if layout.rest_in else None
+    scale = next(tensors)
     out, into = (next(tensors) if each in includes else None for each in ("stretch_out", "stretch_in"))
-    return SlotFactors(A, B, slot, scale, out, into)
+    return PagedFactors(Extent(layout.total_in, layout.total_out), small, rest, scale, out, into)
 
 
 def kv_port(slices: Sequence[KVSlice], dtype: DType, name: str = "kv") -> Port:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scumble_build.denoiser import KVProjection, added_mask
 from scumble_build.export.graph import Graph
 from scumble_build.export.manifest import FLOAT, Axis, FactorLayout, Include, Part, Port, Precision
-from scumble_build.export.ports import FACTOR_AXES, ROWS, TOKENS, factor_ports, kv_port, take_factors
+from scumble_build.export.ports import ROWS, TOKENS, factor_axes, factor_ports, kv_port, take_factors
 from scumble_build.text import TextEncoder
 
 _STRETCHED: tuple[Include, ...] = ("factors", "stretch_out", "stretch_in")
@@ -56,17 +56,18 @@ def text_graph(
         outputs.append(
             Port(name="pooled", dtype=dtype, dims=("rows", int(config.projection_dim)), about="Of the whole text.")
         )
-    axes = {"rows": ROWS, **FACTOR_AXES}
-    module = _Text(encoder, projects=projects)
+    axes = {"rows": ROWS, **factor_axes(layout)}
+    module = _Text(encoder, layout, projects=projects)
     return Graph(
         part, part, module, inputs, tuple(outputs), axes, precision, parameters, _STRETCHED, layout, kept_in_fp32=kept
     )
 
 
 class _Text(nn.Module):
-    def __init__(self, encoder: TextEncoder, *, projects: bool) -> None:
+    def __init__(self, encoder: TextEncoder, layout: FactorLayout, *, projects: bool) -> None:
         super().__init__()
         self.encoder = encoder
+        self.layout = layout
         self.projects = projects
 
     def forward(
@@ -74,7 +75,7 @@ class _Text(nn.Module):
     ) -> tuple[Tensor, ...]:
         rest = iter(more)
         pool = next(rest) if self.projects else None
-        self.encoder.source.factors = take_factors(rest, _STRETCHED)
+        self.encoder.source.factors = take_factors(rest, self.layout, _STRETCHED)
         self.encoder.override_input.overrides = DenseOverrides(vectors, overridden)
         tower: nn.Module = self.encoder.tower
         states = tower.get_submodule("embeddings")(tokens)
@@ -109,9 +110,9 @@ def projection_graph(projection: KVProjection, parameters: Mapping[str, Tensor],
         ),
         *factor_ports(layout, dtype, _STRETCHED),
     )
-    axes: dict[str, Axis] = {"rows": ROWS, "tokens": TOKENS, **FACTOR_AXES}
+    axes: dict[str, Axis] = {"rows": ROWS, "tokens": TOKENS, **factor_axes(layout)}
     outputs = (kv_port(projection.slices, dtype),)
-    module = _Projection(projection)
+    module = _Projection(projection, layout)
     kv = tuple(projection.slices)
     return Graph(
         "kv_projection", "kv_projection", module, inputs, outputs, axes, precision, parameters, _STRETCHED, layout, kv
@@ -119,10 +120,11 @@ def projection_graph(projection: KVProjection, parameters: Mapping[str, Tensor],
 
 
 class _Projection(nn.Module):
-    def __init__(self, projection: KVProjection) -> None:
+    def __init__(self, projection: KVProjection, layout: FactorLayout) -> None:
         super().__init__()
         self.projection = projection
+        self.layout = layout
 
     def forward(self, states: Tensor, of_values: Tensor, *more: Tensor) -> Tensor:
-        kv: Tensor = self.projection(states, take_factors(iter(more), _STRETCHED), of_values)
+        kv: Tensor = self.projection(states, take_factors(iter(more), self.layout, _STRETCHED), of_values)
         return kv

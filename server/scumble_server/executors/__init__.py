@@ -94,6 +94,10 @@ class Executor(Protocol):
     def max_rows(self) -> int:
         """How many rows `denoise` takes at once."""
 
+    @property
+    def most_pages(self) -> tuple[int | None, int | None]:
+        """How many rank pages of the small layout, and of the rest, `denoise` takes at most; None: any number."""
+
     def encode(
         self,
         encoder: int,

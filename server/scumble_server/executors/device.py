@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -57,10 +57,7 @@ class Buffers:
         self._filled.pop(name, None)
         with faults(f"{nbytes} bytes for {name}"):
             self.allocations += 1
-            size = -(-nbytes // ALIGNMENT) * ALIGNMENT
-            memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=self._device)
-        start = -memory.data_ptr() % ALIGNMENT
-        self._held[name] = memory[start : start + size]
+            self._held[name] = aligned(-(-nbytes // ALIGNMENT) * ALIGNMENT, self._device)
         return True
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -70,7 +67,12 @@ class Buffers:
         return self._held[name][:nbytes].view(dtype).view(shape)
 
     def fill(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A view that holds `values`, which nobody writes to: the same tensor again is not copied again."""
+        """A view that holds `values`, which nobody writes to: the same tensor again is not copied again.
+
+        A `torch.nn.Buffer`, as a pool's pages are, stays where it is and is read there.
+        """
+        if isinstance(values, torch.nn.Buffer) and values.dtype == (dtype or values.dtype):
+            return values
         view = self.take(name, tuple(values.shape), dtype or values.dtype)
         known = self._filled.get(name)
         if known is None or known() is not values:
@@ -82,6 +84,13 @@ class Buffers:
         """Give everything back."""
         self._held.clear()
         self._filled.clear()
+
+
+def aligned(nbytes: int, device: torch.device) -> Tensor:
+    """So many bytes that begin where TensorRT and CUDA want it; whatever stands there."""
+    memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + nbytes]
 
 
 class Graphs:
@@ -159,10 +168,31 @@ class Uploads:
         with faults(f"{sum(tensor.nbytes for tensor in tensors)} bytes to upload"):
             if self._stream is None:
                 return tuple(tensor.to(self._device, dtype or tensor.dtype) for tensor in tensors)
-            with torch.cuda.stream(self._stream):
-                sent = tuple(self._start(tensor, dtype or tensor.dtype) for tensor in tensors)
-            self._stream.synchronize()  # the sender waits, not the step
-            return sent
+            with self._beside_steps():
+                return tuple(self._start(tensor, dtype or tensor.dtype) for tensor in tensors)
+
+    def write(self, into: Sequence[Tensor], values: Sequence[Tensor], rows: Sequence[int]) -> None:
+        """values[i] (n, …) to those n rows of into[i] (N, …), which nobody reads yet. Raises OutOfMemory."""
+        sent = [self.send(each, dtype=target.dtype)[0] for each, target in zip(values, into, strict=True)]
+        index = torch.tensor(rows, device=self._device)
+        with self._beside_steps():
+            for target, each in zip(into, sent, strict=True):
+                target.index_copy_(0, index, each)
+
+    @contextmanager
+    def _beside_steps(self) -> Iterator[None]:
+        """On the stream beside; it has arrived behind the block."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()  # the sender waits, not the step
+
+    def after_steps(self) -> None:
+        """What is sent from now on comes behind the steps so far, whose memory it may be given."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _start(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if tensor.device == self._device:

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from torch.utils.dlpack import from_dlpack
 
 from scumble.errors import Refused, Unavailable
-from scumble_build.adapted import Factors
+from scumble_build.adapted import Factors, Pages
 from scumble_build.export.cached import GraphCache
 from scumble_build.export.denoiser import graph_for
 from scumble_build.export.graph import DTYPES, Graph
@@ -31,7 +31,7 @@ from scumble_build.export.manifest import FactorLayout, Include, Port, Precision
 from scumble_build.export.plan import BaseGraphs
 from scumble_build.families import Family
 from scumble_build.inputs import ImageInputs, StepInputs
-from scumble_build.layout import RANK_BUCKETS
+from scumble_build.layout import PAGE
 from scumble_build.models import load_autoencoder
 from scumble_build.text import Encoded, Overrides
 from scumble_server.executors import Changed
@@ -172,7 +172,7 @@ class OnnxRuntimeExecutor:
         self._sessions: Sessions = sessions or _Sessions(weights.graphs, cache, self._device, parent)
         self.step_layout, self.kv_layout = weights.step_layout, weights.kv_layout
         self.text_layouts, self.kv_slices = weights.text_layouts, weights.kv_slices
-        self.max_rows = weights.max_rows
+        self.max_rows, self.most_pages = weights.max_rows, weights.most_pages
         self._texts = tuple(weights.graphs.texts)
         self._fed: _Fed | None = None
         for name in (*self._texts, *_ALWAYS):
@@ -231,7 +231,6 @@ class OnnxRuntimeExecutor:
             places = overrides.row.cpu(), overrides.position.cpu()
             vectors[places] = overrides.vectors.to("cpu", self.dtype)
             overridden[places] = True
-        layout = text.layout.full
         found = self._sessions[name](
             {
                 "tokens": tokens,
@@ -240,17 +239,16 @@ class OnnxRuntimeExecutor:
                 "overridden": overridden,
                 "skip": torch.tensor([skip]),
                 "pool": _pooled_place(tokens, config.eos_token_id),
-                **_factor_feeds(factors, rows, layout.total_in, layout.total_out),
+                **_factor_feeds(factors, rows, self._sessions[name].graph.factors),
             }
         )
         return Encoded(found[0], found[1] if len(found) > 1 else None)
 
     @torch.inference_mode()
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
-        layout = self.kv_layout.full
+        session = self._sessions["kv_projection"]
         feeds = {"states": states, "of_values": states if of_values is None else of_values}
-        feeds |= _factor_feeds(factors, len(states), layout.total_in, layout.total_out)
-        return self._sessions["kv_projection"](feeds)[0]
+        return session(feeds | _factor_feeds(factors, len(states), session.graph.factors))[0]
 
     @torch.inference_mode()
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
@@ -268,7 +266,7 @@ class OnnxRuntimeExecutor:
         factors = inputs.factors
         found: dict[Include, bool] = {
             "factors": factors is not None,
-            "full": factors is not None and factors.A.shape[1] > self.step_layout.small.total_in,
+            "full": factors is not None and factors.rest is not None,
             "stretch_out": factors is not None and factors.stretch_out is not None,
             "stretch_in": factors is not None and factors.stretch_in is not None,
             "images": inputs.images is not None,
@@ -285,8 +283,7 @@ class OnnxRuntimeExecutor:
         feeds = {"kv": inputs.kv.to(dtype), "kv_mask": mask}
         if inputs.pooled is not None and inputs.sizes is not None:
             feeds |= {"pooled": inputs.pooled.to(dtype), "sizes": inputs.sizes}
-        if graph.factors is not None:
-            feeds |= _factor_feeds(inputs.factors, rows, graph.factors.total_in, graph.factors.total_out)
+        feeds |= _factor_feeds(inputs.factors, rows, graph.factors)
         if "images" in takes:
             feeds |= _image_feeds(inputs.images, rows, inputs.kv.shape[-1], _positions(graph, sample))
         if "features" in takes:
@@ -336,29 +333,39 @@ def _pooled_place(tokens: Tensor, end: int) -> Tensor:
     return tokens.argmax(-1) if end == 2 else (tokens == end).int().argmax(-1)
 
 
-def _factor_feeds(factors: Factors | None, rows: int, total_in: int, total_out: int) -> dict[str, Tensor]:
-    """For all rows: behind those that have factors, and where the layout is larger, zeros."""
-    if factors is None:
-        rank = RANK_BUCKETS[0]
-        found = {"A": torch.zeros(1, total_in, rank), "B": torch.zeros(1, total_out, rank)}
-        found |= {"slot": torch.zeros(rows, dtype=torch.int64), "scale": torch.zeros(rows, rank)}
-        stretches: tuple[Tensor | None, Tensor | None] = None, None
-    else:
-        more = rows - len(factors.slot)
-        found = {
-            "A": pad(factors.A, (0, 0, 0, total_in - factors.A.shape[1])),
-            "B": pad(factors.B, (0, 0, 0, total_out - factors.B.shape[1])),
-            "slot": pad(factors.slot, (0, more)),
-            "scale": pad(factors.scale, (0, 0, 0, more)),
-        }
-        stretches = factors.stretch_out, factors.stretch_in
-    for name, given, width in zip(("stretch_out", "stretch_in"), stretches, (total_out, total_in), strict=True):
+def _factor_feeds(factors: Factors | None, rows: int, layout: FactorLayout | None) -> dict[str, Tensor]:
+    """For all rows: behind those that have factors, and where the layout is larger, zeros. Pages are read where they
+    are.
+    """
+    if layout is None:
+        return {}
+    scale = torch.zeros(rows, PAGE) if factors is None else pad(factors.scale, (0, 0, 0, rows - factors.rows))
+    found = {"scale": scale.unflatten(1, (-1, PAGE))}
+    found |= _page_feeds(None if factors is None else factors.small, found["scale"], layout.total_in, layout.total_out)
+    if layout.rest_in:
+        rest = None if factors is None else factors.rest
+        of_rest = _page_feeds(rest, found["scale"], layout.rest_in, layout.rest_out)
+        found |= {f"{name}_rest": tensor for name, tensor in of_rest.items()}
+    for name, width in (
+        ("stretch_out", layout.total_out + layout.rest_out),
+        ("stretch_in", layout.total_in + layout.rest_in),
+    ):
+        given: Tensor | None = getattr(factors, name, None)
         found[name] = (
             torch.zeros(rows, width)
             if given is None
             else pad(given, (0, width - given.shape[1], 0, rows - given.shape[0]))
         )
     return found
+
+
+def _page_feeds(pages: Pages | None, scale: Tensor, width_in: int, width_out: int) -> dict[str, Tensor]:
+    """`scale` (rows, n, PAGE) says for how many rows and pages."""
+    rows, count, page = scale.shape
+    if pages is None:
+        A, B = torch.zeros(1, page * width_in), torch.zeros(1, page * width_out)
+        return {"A": A, "B": B, "pages": torch.zeros(rows, count, dtype=torch.int64)}
+    return {"A": pages.A, "B": pages.B, "pages": pad(pages.table, (0, 0, 0, rows - len(pages.table)))}
 
 
 def _image_feeds(images: ImageInputs | None, rows: int, width: int, positions: int) -> dict[str, Tensor]:

@@ -114,10 +114,12 @@ class Engines:
             )
         return found
 
-    def max_rows(self) -> int:
-        """What every denoiser's engine takes at once."""
+    def most(self, port: str) -> int | None:
+        """What every denoiser's engine that has this input takes of its first dim; None if none has it."""
         found = [self[name].engine.limits for name in self.pulled if name.startswith("unet.")]
-        return min(max(limits.most["sample"][0] for limits in each) for each in found)
+        return min(
+            (max(one.most[port][0] for one in limits) for limits in found if port in limits[0].most), default=None
+        )
 
     def keep_runtime_caches(self) -> None:
         for session in self._loaded.values():
@@ -138,7 +140,8 @@ class TensorRTExecutor(OnnxRuntimeExecutor):
         """Loads every engine, so that a corrupt one is found now."""
         self._engines, self._place, self._about = engines, device, dict(about)
         super().__init__(weights, GraphCache(Path("unused")), sessions=engines)
-        self.max_rows = min(weights.max_rows, engines.max_rows())
+        self.max_rows = min(weights.max_rows, engines.most("sample") or weights.max_rows)
+        self.most_pages = engines.most("A"), engines.most("A_rest")
 
     @classmethod
     def load(  # type: ignore[override] # engines come from the registry, graphs from a cache

@@ -46,6 +46,8 @@ class _Step:
 class TorchExecutor:
     """Owns one set of weights, which it only ever reads. On CUDA its steps are captured as graphs."""
 
+    most_pages: tuple[int | None, int | None] = (None, None)
+
     def __init__(
         self,
         models: Models,

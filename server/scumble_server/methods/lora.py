@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from scumble.errors import Refused
-from scumble_build.layout import Extent, Layout, Target, rank_bucket
+from scumble_build.layout import PAGE, Extent, Layout, Target, pages_for, rank_bucket
 from scumble_registry.compatibility import IpAdapterCompatibility, LoraCompatibility
 from scumble_registry.formats import ip_adapter
 from scumble_registry.formats.lora import KIND, LoraModule, Module, read_record
@@ -30,6 +30,7 @@ from scumble_server.bound import Bound
 from scumble_server.carried import BoundSet, RowFactors, Stretch
 from scumble_server.changes import gains, tensor
 from scumble_server.context import Context
+from scumble_server.pool import PageSet
 from scumble_server.settings import Settings
 
 FIELDS = frozenset({"text_weight", "blocks", "start", "end"})
@@ -106,7 +107,7 @@ def bound_bytes(layout: Layout, adapters: Sequence[Bound], itemsize: int, withou
     needed = columns(layout, adapters, without)
     extent = layout.extent(names)
     stretches = 4 * sum(depends_on_weights(bound) for bound in adapters)
-    return (extent.total_in + extent.total_out) * (rank_bucket(needed) * itemsize + stretches)
+    return (extent.total_in + extent.total_out) * (PAGE * max(pages_for(needed), 1) * itemsize + stretches)
 
 
 def columns(layout: Layout, adapters: Sequence[Bound], without: frozenset[str] = frozenset()) -> int:
@@ -141,8 +142,8 @@ def bind(
     weight_of: Callable[[str], Tensor] | None = None,
     without: frozenset[str] = frozenset(),
 ) -> BoundSet | None:
-    """Lay a set out for one graph, all but the targets `without`; None if none of it touches the graph. `weight_of` a
-    target, where something depends on it.
+    """Lay a set out for one graph, in pages of its own, float32 in host memory; all but the targets `without`. None if
+    none of it touches the graph. `weight_of` a target, where something depends on it.
 
     Raises Refused if the set needs more columns than the largest rank bucket.
     """
@@ -153,9 +154,10 @@ def bind(
     if not any(own):
         return None
     widths = tuple(max((module.columns or 0 for module in modules.values()), default=0) for modules in own)
-    bucket = rank_bucket(sum(widths))
+    rank_bucket(sum(widths))  # refused here, not in the batch that it would join
     extent = layout.extent(name for modules in own for name in modules)
-    A, B = torch.zeros(extent.total_in, bucket), torch.zeros(extent.total_out, bucket)
+    count = max(pages_for(sum(widths)), 1)
+    A, B = torch.zeros(count, PAGE * extent.total_in), torch.zeros(count, PAGE * extent.total_out)
     start = 0
     stretches = []
     for piece, modules, width in zip(pieces, own, widths, strict=True):
@@ -172,16 +174,25 @@ def bind(
                 gain = gains(weight_of(name), module).cpu()
                 stretch.add(target, module.magnitude.axis, (gain - 1) * block)
                 down, up = _stretched(down, up, gain, module.magnitude.axis)
-            here = slice(start, start + down.shape[1])
-            A[target.in_offset : target.in_end, here] = down
-            B[target.out_offset : target.out_end, here] = up * block
+            _place(A, target.in_offset, start, down)
+            _place(B, target.out_offset, start, up.T * block)
         start += width
         stretches.append(stretch.done())
-    return BoundSet(A, B, widths, tuple(stretches))
+    small_in, small_out = PAGE * layout.small.total_in, PAGE * layout.small.total_out
+    rest = None if extent == layout.small else PageSet.own(A[:, small_in:], B[:, small_out:])
+    return BoundSet(PageSet.own(A[:, :small_in], B[:, :small_out]), rest, widths, tuple(stretches))
+
+
+def _place(pages: Tensor, offset: int, start: int, columns: Tensor) -> None:
+    """columns (r, size) of one layer into `(n, PAGE·Σ)`, from column `start` on."""
+    count, size = columns.shape
+    block = pages[:, PAGE * offset : PAGE * (offset + size)].unflatten(1, (PAGE, size))
+    places = torch.arange(start, start + count)
+    block[places // PAGE, places % PAGE] = columns
 
 
 def _columns(module: LoraModule, target: Target, weight_of: Callable[[str], Tensor] | None) -> tuple[Tensor, Tensor]:
-    """down (k·k·in, columns), tap by tap, and up (out, columns), α/r folded in; a GLoRA's W a₁ a₂ beside its own."""
+    """down (columns, k·k·in), tap by tap, and up (out, columns), α/r folded in; a GLoRA's W a₁ a₂ beside its own."""
     down, up = _rows(module.down), _rows(module.up) * module.scale
     if module.inner is not None:
         assert weight_of is not None
@@ -191,7 +202,7 @@ def _columns(module: LoraModule, target: Target, weight_of: Callable[[str], Tens
     if down.shape[1] < target.fan_in:  # the first convolution of a base that reads more channels (inpainting)
         taps = module.down.shape[2] * module.down.shape[3]
         down = pad(down.unflatten(1, (taps, -1)), (0, (target.fan_in - down.shape[1]) // taps)).flatten(1)
-    return down.T, up
+    return down, up
 
 
 class _Stretching:
@@ -215,10 +226,10 @@ class _Stretching:
 
 
 def _stretched(down: Tensor, up: Tensor, gain: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """down (k·k·in, r), tap by tap, or up (out, r), times the gain of its axis."""
+    """down (r, k·k·in), tap by tap, or up (out, r), times the gain of its axis."""
     if axis == 0:
         return down, up * gain[:, None]
-    return down * gain.repeat(len(down) // len(gain))[:, None], up
+    return down * gain.repeat(down.shape[1] // len(gain)), up
 
 
 def row_factors(bound: BoundSet | None, weights: Sequence[float]) -> RowFactors | None:

@@ -34,13 +34,22 @@ HALF_TOLERANCE = 2e-2
 """Of the largest output: half precision, rounded at other places."""
 
 SIZES = (
-    {"rows": 1, "height": 8, "width": 8, "tokens": 77, "slots": 1, "rank": 8, "groups": 1, "image_tokens": 1},
-    {"rows": 5, "height": 10, "width": 7, "tokens": 154, "slots": 4, "rank": 32, "groups": 3, "image_tokens": 9},
+    {"rows": 1, "height": 8, "width": 8, "tokens": 77, "resident": 1, "rank_pages": 1, "groups": 1, "image_tokens": 1},
+    {
+        "rows": 5,
+        "height": 10,
+        "width": 7,
+        "tokens": 154,
+        "resident": 6,
+        "rank_pages": 4,
+        "groups": 3,
+        "image_tokens": 9,
+    },
 )
 
 
 def some(port: Port, shape: Sequence[int], sizes: dict[str, int]) -> Tensor:
-    """Random, and sound: a slot that is there, a mask that leaves something."""
+    """Random, and sound: a page that is there, a mask that leaves something."""
     dtype = DTYPES[port.dtype]
     if dtype.is_floating_point:
         return (0.2 * torch.randn(*shape)).to(dtype)
@@ -48,7 +57,7 @@ def some(port: Port, shape: Sequence[int], sizes: dict[str, int]) -> Tensor:
         there = torch.rand(*shape) > 0.3
         there[..., 0] = True
         return there
-    below = {"slot": sizes.get("slots", 1), "skip": 2, "pool": 77, "kinds": 2}.get(port.name, 500)
+    below = {"pages": sizes.get("resident", 1), "pages_rest": 64, "skip": 2, "pool": 77, "kinds": 2}.get(port.name, 500)
     return torch.randint(0, below, tuple(shape))
 
 
@@ -145,7 +154,8 @@ def test_the_manifest_says_what_the_file_is(bases: dict[str, Path], tmp_path: Pa
         dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         assert (value.name, dims) == (port.name, list(port.dims))
     layout = graphs.projection.layout
-    assert manifest.factors is not None and manifest.factors.total_in == layout.full.total_in
+    assert manifest.factors is not None
+    assert manifest.factors.total_in + manifest.factors.rest_in == layout.full.total_in
     assert {each.name for each in manifest.factors.targets} == set(layout.targets)
 
 

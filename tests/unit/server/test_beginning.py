@@ -78,7 +78,12 @@ def request(
 
 
 @pytest.fixture(scope="module")
-def many(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Running]) -> Iterator[Running]:
+def many(
+    tiny_base: Path,
+    make_lora: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    start: Callable[..., Running],
+) -> Iterator[Running]:
     home, made = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("bases")
     files = {
         "tiny/base": tiny_base,
@@ -90,6 +95,7 @@ def many(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, start: Calla
         for name, folder in files.items():
             registry.publish(folder, name=name)
         registry.publish(made / "net", name="net/one", base="tiny/base")
+        registry.publish(make_lora(tiny_base, made / "lora", seed=5, full=True), name="lora/full", base="tiny/base")
         for name, config in {"other": {"scaling_factor": 0.3}, "wide": {"latent_channels": 8}}.items():
             make_vae(seed=5, **config).save_pretrained(made / name)
             registry.publish(made / name, name=f"vae/{name}")
@@ -329,3 +335,15 @@ def test_a_picture_that_is_not_there_is_named(many: Running) -> None:
     asked = request("tiny/base", image="photo").model_copy(update={"images": {}})
     with pytest.raises(InvalidRequest, match=r"options\.image names 'photo'"):
         many.run([asked])
+
+
+def test_one_lora_on_two_bases_of_one_family_is_laid_out_for_each(many: Running, start: Callable[..., Running]) -> None:
+    """A first convolution that reads nine channels moves every layer behind it."""
+    for base in ("tiny/base", "tiny/nine"):
+        asked = request(base, adapters=({"ref": "lora/full"},), image="photo", mask="mask")
+        bare = many.run([request(base, image="photo", mask="mask")])[0].latents
+        found = many.run([asked])[0].latents
+        alone = start(many.home, base, {})
+        assert (found - alone.run([asked])[0].latents).abs().max() <= 1e-5
+        assert (found - bare).abs().max() > 1e-2
+        alone.service.close()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scumble.errors import OutOfMemory
 from scumble.request import Adapter, Request
-from scumble_build.adapted import Factors
+from scumble_build.adapted import Factors, Pages
 from scumble_build.inputs import StepInputs
 from scumble_server.executors import device
 from scumble_server.executors.device import Buffers, Captured, Graphs, Stepping, Uploads
@@ -24,17 +24,8 @@ CPU = torch.device("cpu")
 
 
 def inputs(rows: int = 2, rank: int = 8, *, factors: bool = True) -> StepInputs:
-    carried = (
-        Factors(
-            torch.randn(1, 6, rank),
-            torch.randn(1, 5, rank),
-            torch.zeros(rows, dtype=torch.int64),
-            torch.ones(rows, rank),
-            rows_per_slot=rows,
-        )
-        if factors
-        else None
-    )
+    pages = Pages(torch.randn(3, 6), torch.randn(3, 5), torch.ones(rows, rank // 8, dtype=torch.int64))
+    carried = Factors(pages, None, torch.ones(rows, rank), rows_per_set=rows) if factors else None
     return StepInputs(torch.randn(rows, 3, 4), None, carried, residuals=(torch.randn(rows, 2), torch.randn(rows, 1)))
 
 
@@ -68,13 +59,22 @@ def test_a_buffer_that_was_made_anew_is_filled_again() -> None:
     assert buffers.fill("x", values).sum() == 3
 
 
+def test_a_pool_is_read_where_it_is() -> None:
+    buffers = Buffers(CPU)
+    pool = torch.nn.Buffer(torch.ones(3), persistent=False)
+    assert buffers.fill("x", pool) is pool
+    assert buffers.fill("x", pool, torch.float16).dtype == torch.float16
+    assert buffers.allocations == 1
+
+
 def test_tensors_are_named_by_their_paths_and_can_be_put_back() -> None:
     record = inputs()
     named = dict(device.tensors_of(record))
-    assert set(named) == {"kv", "factors.A", "factors.B", "factors.slot", "factors.scale", "residuals.0", "residuals.1"}
+    of_factors = {f"factors.{name}" for name in ("small.A", "small.B", "small.table", "scale")}
+    assert set(named) == {"kv", *of_factors, "residuals.0", "residuals.1"}
     again = device.with_tensors(record, {name: tensor + 1 for name, tensor in named.items()})
     assert torch.equal(again.residuals[1], record.residuals[1] + 1)  # type: ignore[index]
-    assert again.factors is not None and again.factors.rows_per_slot == 2
+    assert again.factors is not None and again.factors.rows_per_set == 2
     assert again.kv_mask is None
 
 
@@ -116,7 +116,7 @@ class Step:
 
 def compute(record: StepInputs) -> Tensor:
     total = record.kv.sum() * 2
-    return total if record.factors is None else total + record.factors.A.sum()
+    return total if record.factors is None else total + record.factors.small.A.sum()
 
 
 def test_a_step_of_a_known_structure_is_replayed_with_new_values_and_allocates_nothing() -> None:

@@ -103,7 +103,9 @@ def swap_two_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def swapped(*arguments: Any) -> Factors | None:
         factors = stack(*arguments)
-        return None if factors is None else replace(factors, A=factors.A.flip(0), B=factors.B.flip(0))
+        if factors is None:
+            return None
+        return replace(factors, small=replace(factors.small, table=factors.small.table.flip(0)))
 
     monkeypatch.setattr(scumble_server.stacking, "stack_factors", swapped)
 
@@ -117,8 +119,8 @@ def keep_a_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
         factors = stack(*arguments)
         if factors is None:
             return None
-        old = first.setdefault((factors.A.shape, factors.B.shape), factors)
-        return replace(factors, A=old.A, B=old.B)
+        old = first.setdefault(factors.small.table.shape, factors)
+        return replace(factors, small=replace(factors.small, table=old.small.table))
 
     monkeypatch.setattr(scumble_server.stacking, "stack_factors", stale)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from paging import some_factors
 from tiny_families import make_tiny_sdxl
 from torch import Tensor
 
@@ -52,20 +53,9 @@ def sd1(tiny_base: Path, graph_cache: Path) -> Pair:
     return make_pair(tiny_base, "sd1", graph_cache)
 
 
-def some_factors(
-    layout: Layout, rows: int, rank: int, *, slots: int, full: bool = False, stretch: bool = False
-) -> Factors:
-    extent = layout.full if full else layout.small
-    total_in, total_out = extent.total_in, extent.total_out
-    return Factors(
-        0.2 * torch.randn(slots, total_in, rank),
-        0.2 * torch.randn(slots, total_out, rank),
-        torch.arange(rows) % slots,
-        torch.rand(rows, rank),
-        0,
-        0.3 * torch.randn(rows, total_out) if stretch else None,
-        0.3 * torch.randn(rows, total_in) if stretch else None,
-    )
+def factors(layout: Layout, rows: int, rank: int, *, sets: int, full: bool = False, stretch: bool = False) -> Factors:
+    chosen = [row % sets for row in range(rows)]
+    return some_factors(layout, chosen, rank, full=full, size=0.2, stretch=0.3 if stretch else 0.0)
 
 
 def some_images(pair: Pair, rows: Tensor, size: tuple[int, int], *, groups: int) -> ImageInputs:
@@ -101,10 +91,10 @@ def step_inputs(pair: Pair, rows: int, size: tuple[int, int], kind: str, tokens:
     changes: dict[str, Any] = {
         "bare": {},
         "mask": {"kv_mask": torch.arange(tokens) < torch.randint(1, tokens, (rows, 1))},
-        "small": {"factors": some_factors(layout, some, 8, slots=2)},
-        "wide": {"factors": some_factors(layout, rows, 64, slots=min(rows, 3))},
-        "full": {"factors": some_factors(layout, some, 16, slots=2, full=True)},
-        "dora": {"factors": some_factors(layout, some, 8, slots=1, full=True, stretch=True)},
+        "small": {"factors": factors(layout, some, 8, sets=2)},
+        "wide": {"factors": factors(layout, rows, 64, sets=min(rows, 3))},
+        "full": {"factors": factors(layout, some, 16, sets=2, full=True)},
+        "dora": {"factors": factors(layout, some, 8, sets=1, full=True, stretch=True)},
         "images": {"images": some_images(pair, torch.arange(rows)[-some:], size, groups=2)},
         "residuals": {"residuals": some_maps(residual_places(denoiser), rows, size)},
         "features": {"features": some_maps(feature_places(denoiser), rows, size)},
@@ -143,17 +133,17 @@ def test_text_equals_torch(sd1: Pair, skip: int) -> None:
     mask[0, 60:] = 0
     overrides = Overrides(torch.randn(2, 32), torch.tensor([0, 2]), torch.tensor([4, 9]))
     layout = sd1.torch.text_layouts[0]
-    for factors in (None, some_factors(layout, 3, 8, slots=3, full=True)):
-        expected = sd1.torch.encode(0, tokens, factors, overrides, skip, mask)
-        found = sd1.onnx.encode(0, tokens, factors, overrides, skip, mask)
+    for carried in (None, factors(layout, 3, 8, sets=3)):
+        expected = sd1.torch.encode(0, tokens, carried, overrides, skip, mask)
+        found = sd1.onnx.encode(0, tokens, carried, overrides, skip, mask)
         assert (found.states - expected.states).abs().max() <= TOLERANCE
 
 
 def test_keys_and_values_equal_torch(sd1: Pair) -> None:
     torch.manual_seed(6)
     states, of_values = torch.randn(2, 77, 32), torch.randn(2, 77, 32)
-    factors = some_factors(sd1.torch.kv_layout, 2, 16, slots=1, full=True)
-    for given in ((states, None, None), (states, factors, of_values)):
+    carried = factors(sd1.torch.kv_layout, 2, 16, sets=1)
+    for given in ((states, None, None), (states, carried, of_values)):
         assert (sd1.onnx.project(*given) - sd1.torch.project(*given)).abs().max() <= TOLERANCE
 
 

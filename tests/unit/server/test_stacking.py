@@ -14,8 +14,10 @@ from torch import Tensor
 from scumble_build.denoiser import Denoiser, KVProjection
 from scumble_build.hypernetwork import Hypernetwork
 from scumble_build.inputs import StepInputs, level_sizes
+from scumble_build.layout import PAGE, Extent
 from scumble_registry.formats.hypernetwork.context_record import Layer, Sides
-from scumble_server.carried import BoundSet, Phase, RowContexts, RowFactors, RowImages, RowNet
+from scumble_server.carried import BoundSet, Phase, RowContexts, RowFactors, RowImages, RowNet, hold
+from scumble_server.pool import PageSet, Pool
 from scumble_server.stacking import stack, stack_nets, with_residuals
 
 SIZE = (9, 6)  # levels round up
@@ -30,6 +32,8 @@ class Graph:
         self.denoiser = Denoiser(unet, self.projection.slices)
         self.channels = unet.config.block_out_channels
         self.generator = torch.Generator().manual_seed(0)
+        layout = self.denoiser.layout
+        self.pools = [Pool(extent, torch.device("cpu"), torch.float32) for extent in (layout.small, layout.rest)]
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -38,9 +42,14 @@ class Graph:
         return self.projection(self.random(rows, tokens, 32))
 
     def factors(self, rank: int, *, full: bool) -> RowFactors:
-        extent = self.denoiser.layout.full if full else self.denoiser.layout.small
-        A, B = self.random(extent.total_in, rank), self.random(extent.total_out, rank)
-        return RowFactors(BoundSet(A * 0.05, B * 0.05, (rank,)), self.random(rank))
+        def pages(extent: Extent) -> PageSet:
+            sizes = ((rank // PAGE, PAGE * width) for width in (extent.total_in, extent.total_out))
+            A, B = (0.05 * self.random(*size) for size in sizes)
+            return PageSet.own(A, B)
+
+        layout = self.denoiser.layout
+        own = BoundSet(pages(layout.small), pages(layout.rest) if full else None, (rank,))
+        return RowFactors(hold(own, self.pools), self.random(rank))
 
     def images(self, rows: int, groups: int, tokens: int, *, areas: bool = False) -> RowImages:
         places = sum(height * width for height, width in level_sizes(*SIZE, self.denoiser.levels))
@@ -122,7 +131,7 @@ def test_every_mix_is_denoised_as_alone(graph: Graph) -> None:
     phases = [
         Phase(executor, graph.kv(2), shared),
         Phase(executor, graph.kv(2), shared, graph.images(2, 1, 4)),
-        Phase(executor, graph.kv(1), graph.factors(4, full=True), graph.images(1, 3, 16, areas=True)),
+        Phase(executor, graph.kv(1), graph.factors(24, full=True), graph.images(1, 3, 16, areas=True)),
         Phase(executor, graph.kv(2), graph.factors(8, full=False), contexts=graph.contexts(first, second)),
         Phase(executor, graph.kv(2), None, graph.images(2, 2, 4), (net(one, 2, skips_negative=True), net(two, 2))),
         Phase(executor, graph.kv(2, 154), nets=(net(one, 2, 154), net(one, 2, 154)), features=graph.features()),
@@ -166,7 +175,7 @@ def test_a_group_of_scale_zero_is_the_picture_without_it(graph: Graph) -> None:
 
 def test_inputs_are_computed_in_the_executors_type(graph: Graph) -> None:
     executor: Any = None
-    phase = Phase(executor, graph.kv(1), graph.factors(4, full=False), graph.images(1, 2, 4, areas=True))
+    phase = Phase(executor, graph.kv(1), graph.factors(24, full=False), graph.images(1, 2, 4, areas=True))
     inputs = stack([phase], "cpu").to(torch.device("cpu"), torch.bfloat16)
     assert isinstance(inputs, StepInputs)
     assert inputs.images is not None
@@ -175,5 +184,5 @@ def test_inputs_are_computed_in_the_executors_type(graph: Graph) -> None:
     assert inputs.images.tokens is not None
     assert inputs.images.tokens.dtype is torch.bool
     assert inputs.images.rows.dtype is torch.int64
-    floats = (inputs.kv, inputs.images.kv, inputs.images.scale, inputs.images.areas, inputs.factors.A)
+    floats = (inputs.kv, inputs.images.kv, inputs.images.scale, inputs.images.areas, inputs.factors.small.A)
     assert {tensor.dtype for tensor in floats} == {torch.bfloat16}

@@ -37,7 +37,7 @@ from scumble_server.executors.torch import TorchExecutor
 Running = Any
 CPU = torch.device("cpu")
 GRAPHS = ("text_encoder", "kv_projection", "unet.small", "vae_decoder", "vae_encoder")
-SIX_ROWS = Profile({"rows": Range(1, 2, 6)})
+SIX_ROWS = Profile({"rows": Range(1, 2, 6), "resident": Range(1, 8, 20)})
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,7 @@ def test_strangers_are_drawn_on_engines_as_on_torch(
     ]
     try:
         assert made.max_rows == 6
+        assert made.most_pages == (20, None)
         for found, expected in zip(engines.run(requests), running.run(requests), strict=True):
             assert torch.allclose(found.latents, expected.latents, atol=1e-3)
             assert abs(found.done.images.astype(int) - expected.done.images.astype(int)).max() <= 1

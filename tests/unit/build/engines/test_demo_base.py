@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     not api.installed(Flavour.TENSORRT_RTX), reason="tensorrt_rtx is not installed (no wheel for this platform)"
 )
 DEMO = Path(__file__).parents[4] / "demo" / "base"
-SMALL = Profile({"rows": Range(1, 2, 8), "slots": Range(1, 1, 8), "rank": Range(8, 16, 64)})
+SMALL = Profile({"rows": Range(1, 2, 8), "resident": Range(1, 8, 64), "rank_pages": Range(1, 2, 8)})
 BUILT = ("text_encoder", "kv_projection", "unet.small", "vae_decoder", "vae_encoder")
 
 
@@ -50,7 +50,7 @@ def test_the_demo_bases_parts_build_for_two_generations_of_gpu(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("make", "graphs", "precision"),
     [
-        (make_tiny_base, ("unet.guided", "unet.full"), "fp16"),
+        (make_tiny_base, ("unet.guided", "unet.full", "unet.every"), "fp16"),
         (make_tiny_base, ("unet.small", "text_encoder", "vae_decoder"), "bf16"),
         (make_tiny_base, ("unet.bare",), "fp32"),
         (make_tiny_sd2, ("unet.small",), "fp16"),

@@ -44,6 +44,18 @@ def test_a_profile_may_be_for_some_graphs_and_others_keep_their_whole_range(
     assert [each.axes["rows"] for each in profiles.of(other, wanted)] == [Range(2, 2, 2), Range(4, 4, 4)]
 
 
+def test_graphs_may_be_patterns(tmp_path: Path, manifest: GraphManifest) -> None:
+    (wanted,) = profiles.read(write(tmp_path, '[[profile]]\nrows = 2\ngraphs = ["vae_*"]\n'))
+    named = {name: manifest.model_copy(update={"graph": name}) for name in ("vae_decoder", "vae_encoder", "unet.bare")}
+    assert [name for name, each in named.items() if profiles.of(each, [wanted]) == (wanted,)] == [
+        "vae_decoder",
+        "vae_encoder",
+    ]
+    profiles.check_names([wanted], named.values())
+    with pytest.raises(InvalidRequest, match=r"the graph vae_\*"):
+        profiles.check_names([wanted], [named["unet.bare"]])
+
+
 def test_what_stands_in_a_key_is_every_range_written_out(manifest: GraphManifest) -> None:
     assert profiles.described(manifest, (WHOLE,)) == [{"rows": [1, 2, 8], "tokens": [4, 8, 64]}]
 

@@ -1,0 +1,96 @@
+"""Factors as an exported graph takes them: pages that stay where they are, and for each row which of them it reads.
+
+Every row of a batch carries factors here; for one that has none the scale is zero. That keeps the graph free of sizes
+that only its callers know (`Factors` counts the rows that have any), and what it reads lies at addresses that stay: to
+load an adapter is to copy it into pages. Nothing is done in place, for a traced graph knows values, not memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from scumble_build.adapted import Layer, Pages, by_channel
+from scumble_build.layout import ALIGN, PAGE, Extent, Target
+
+UNIT = PAGE * ALIGN
+"""Numbers that are gathered at once: every layer's part of a page begins with one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PagedFactors:
+    """Pages as in `Factors`, for every row; scale (rows, n, PAGE); `small` is the extent of the small layout's pages.
+
+    stretch_out (rows, Σout) and stretch_in (rows, Σin) as in `Factors`; None is a graph without.
+    """
+
+    small: Extent
+    pages: Pages
+    rest: Pages | None
+    scale: Tensor
+    stretch_out: Tensor | None = None
+    stretch_in: Tensor | None = None
+
+    def reach(self, target: Target) -> bool:
+        return self.rest is not None or target.in_end <= self.small.total_in
+
+    def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
+        pages, in_offset, out_offset = self.pages, target.in_offset, target.out_offset
+        if in_offset >= self.small.total_in:
+            assert self.rest is not None
+            pages = self.rest
+            in_offset, out_offset = in_offset - self.small.total_in, out_offset - self.small.total_out
+        A = _columns(pages.A, in_offset, target.fan_in, pages.table)
+        B = _columns(pages.B, out_offset, target.fan_out, pages.table)
+        scale = self.scale.flatten(1)
+        y = self._stretched(y, x, base, target)
+        if isinstance(base, nn.Conv2d):
+            hidden = torch.matmul(A, x.flatten(2)) if base.kernel_size == (1, 1) else _convolve(x, A, base).flatten(2)
+            return y + torch.matmul(B.transpose(1, 2), hidden * scale[:, :, None]).view_as(y)
+        states = x[:, None] if x.ndim == 2 else x
+        added = torch.matmul(torch.matmul(states, A.transpose(1, 2)) * scale[:, None], B)
+        return y + (added[:, 0] if x.ndim == 2 else added)
+
+    def _stretched(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
+        bias = 0 if base.bias is None else by_channel(base.bias[None], y, base)
+        found = y
+        if self.stretch_out is not None:
+            values = by_channel(self.stretch_out[:, target.out_offset : target.out_end], y, base)
+            found = found + values * (y - bias)
+        if self.stretch_in is not None:
+            values = self.stretch_in[:, target.in_offset : target.in_offset + base.weight.shape[1]]
+            found = found + base(x * by_channel(values, x, base)) - bias
+        return found
+
+
+def _columns(pages: Tensor, offset: int, size: int, table: Tensor) -> Tensor:
+    """One layer's part of pages `(P, PAGE·Σ)` for table `(rows, n)` → `(rows, PAGE·n, size)`.
+
+    Gathered by units out of all pages at once. A slice before the gather would be a copy of the layer's part of every
+    page that is resident, in runtimes whose slices are copies.
+    """
+    units = -(-PAGE * size // UNIT)
+    first = table * (pages.shape[1] // UNIT) + PAGE * offset // UNIT
+    index = first[:, :, None] + torch.arange(units)
+    found = pages.view(-1, UNIT).index_select(0, index.flatten())
+    found = found.view(table.shape[0], table.shape[1], units * UNIT)
+    if units * UNIT != PAGE * size:
+        found = found[:, :, : PAGE * size]
+    return found.reshape(table.shape[0], -1, size)
+
+
+def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d) -> Tensor:
+    """x `(rows, in, H, W)`, A `(rows, R, k·k·in)` → `(rows, R, H', W')`: a convolution with kernels of each row's own.
+
+    One product to R·k·k channels; then a fixed kernel of ones and zeros moves the k·k taps of each of R channels to
+    where they belong and sums them. Exact at any stride, and few operators, which every runtime knows.
+    """
+    (kernel, _), rows = base.kernel_size, A.shape[0]
+    product = torch.matmul(A.reshape(rows, -1, base.in_channels), x.flatten(2))
+    maps = product.view(-1, kernel * kernel, x.shape[2], x.shape[3])
+    gather = torch.eye(kernel * kernel, dtype=x.dtype).view(1, kernel * kernel, kernel, kernel)
+    summed = conv2d(maps, gather, stride=base.stride, padding=base.padding)
+    return summed.view(rows, -1, summed.shape[2], summed.shape[3])
