@@ -213,16 +213,10 @@ def _gather(target: Target, factors: Factors) -> tuple[Tensor, Tensor]:
         assert factors.rest is not None
         pages, in_offset, out_offset = factors.rest, in_offset - in_small, out_offset - out_small
     table = pages.table[:: factors.rows_per_set or 1]
-    return (
-        _columns(pages.A, in_offset, target.fan_in, table),
-        _columns(pages.B, out_offset, target.fan_out, table),
-    )
-
-
-def _columns(pages: Tensor, offset: int, size: int, table: Tensor) -> Tensor:
-    """One layer's, out of `(P, PAGE·Σ)` and table `(b, n)` → `(b, PAGE·n, size)`."""
-    here = pages[:, PAGE * offset : PAGE * (offset + size)]
-    return here.index_select(0, table.flatten()).view(table.shape[0], -1, size)
+    batch, read = table.shape[0], table.flatten()
+    A = pages.A[:, PAGE * in_offset : PAGE * (in_offset + target.fan_in)].index_select(0, read)
+    B = pages.B[:, PAGE * out_offset : PAGE * (out_offset + target.fan_out)].index_select(0, read)
+    return A.view(batch, -1, target.fan_in), B.view(batch, -1, target.fan_out)
 
 
 def find_layers(module: nn.Module, prefix: str) -> dict[str, Layer]:
