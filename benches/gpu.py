@@ -1,6 +1,7 @@
 """One script for a machine with a GPU: at most ten minutes, no network, random weights. Prints JSON with aims.
 
     python benches/gpu.py                 SD 1.5 at 512² and SDXL at 1024² on CUDA
+    python benches/gpu.py --engines       on TensorRT too
     python benches/gpu.py --tiny          the same script on a CPU with toy sizes: that it works, not how fast
 
 What is measured, each against an aim (`aims` in the output says which are met):
@@ -10,6 +11,8 @@ What is measured, each against an aim (`aims` in the output says which are met):
 * mixed: 8 rows with 8 sets of LoRAs against 8 bare rows, and against what the arithmetic of the factors adds
 * switch: a set that is on the device joins a batch (warm); it comes from host memory (cold)
 * traffic: images with adapters of their own, drawn by us as one batch, by diffusers with PEFT one after the other
+* exported (with `--engines`, which builds them first and takes longer): steps on our engines against an engine of
+  diffusers' UNet exported as it is, and what a graph that takes factors costs a batch without any
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ import argparse
 import copy
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import exported
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from engines import random_models
@@ -32,6 +38,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from scumble_build.export.manifest import Precision
 from scumble_build.families import FAMILIES as OURS
 from scumble_build.inputs import StepInputs
 from scumble_build.layout import PAGE, pages_for
@@ -64,6 +71,7 @@ class Plan:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="on a CPU, with toy sizes")
+    parser.add_argument("--engines", action="store_true", help="build TensorRT engines and measure them too")
     parser.add_argument("--minutes", type=float, default=10.0, help="what does not fit into this time is left out")
     arguments = parser.parse_args()
     if not arguments.tiny and not torch.cuda.is_available():
@@ -75,7 +83,8 @@ def main() -> None:
     for plan in plans:
         results = found["bases"][plan.name] = {}
         bench = Bench(plan, device)
-        for section in (bench.correctness, bench.bare, bench.mixed, bench.switch, bench.traffic):
+        sections = [bench.correctness, bench.bare, bench.mixed, bench.switch, bench.traffic]
+        for section in [*sections, bench.exported] if arguments.engines or arguments.tiny else sections:
             if time.monotonic() > end:
                 found["left_out"].append(f"{plan.name}: {section.__name__}")
                 continue
@@ -217,6 +226,31 @@ class Bench:
         mine, others = self.timed(ours, rounds=1), self.timed(theirs, rounds=1)
         return {"images": images, "steps": plan.steps, "ours_s": mine, "diffusers_s": others, "speedup": others / mine}
 
+    def exported(self) -> dict[str, Any]:
+        """The bare graph, eight sets, and eight rows whose factors are all of scale 0, on what runs exported graphs."""
+        models = self.plan.models()
+        for model in (models.unet, *models.texts.values()):
+            model.to(self.dtype)
+        precision: Precision = "fp16" if self.dtype == torch.float16 else "fp32"
+        sample, timestep, inputs = self.batch(SETS)
+        states = torch.randn(SETS, 77, self.plan.context, device=self.device, dtype=self.dtype)
+        feeds = {"sample": sample, "timestep": timestep, "states": states}
+        if inputs.pooled is not None and inputs.sizes is not None:
+            feeds |= {"pooled": inputs.pooled, "sizes": inputs.sizes}
+        with tempfile.TemporaryDirectory(prefix="scumble-exported-") as folder:
+            start = time.monotonic()
+            made = exported.make(models, self.plan.family, precision, self.plan.latents, self.device, Path(folder))
+            found: dict[str, Any] = {"runtime": made.runtime, "made_in_s": time.monotonic() - start}
+            carried = {"bare": inputs} | {f"rank_{r}": self.batch(SETS, sets=SETS, rank=r)[2] for r in RANKS}
+            silent = carried["rank_16"]
+            assert silent.factors is not None
+            factors = replace(silent.factors, scale=torch.zeros_like(silent.factors.scale))
+            carried["empty"] = replace(silent, factors=factors)
+            found["plain_s"] = self.timed(lambda: made.plain(feeds))
+            for name, each in carried.items():
+                found[f"{name}_s"] = self.timed(lambda each=each: made.executor.denoise(sample, timestep, each))
+        return found
+
     # What it is measured with
 
     def batch(
@@ -279,6 +313,15 @@ def aims(bases: dict[str, Any], traffic: dict[str, float]) -> dict[str, bool]:
             at = each["mixed"][f"rank_{rank}"]
             found[f"{name}: rank {rank}, 8 sets, 90 % of the bare batch"] = at["of_bare_throughput"] >= 0.9
             found[f"{name}: rank {rank} costs at most 1.5x its arithmetic"] = at["cost"] <= 1.5 * at["arithmetic"]
+        if "exported" in each:
+            at = each["exported"]
+            found[f"{name}: the bare graph exported at most 1.03x a plain export"] = (
+                at["bare_s"] <= 1.03 * at["plain_s"]
+            )
+            for rank in RANKS:
+                found[f"{name}: rank {rank} exported, 90 % of the bare batch"] = (
+                    at["bare_s"] >= 0.9 * at[f"rank_{rank}_s"]
+                )
         if "switch" in each:
             found[f"{name}: a warm switch in 15 ms"] = each["switch"]["warm_s"] <= 0.015
         if "traffic" in each:
