@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, embedding
 
 from scumble_build.adapted import Layer, Pages, by_channel
 from scumble_build.layout import ALIGN, PAGE, Extent, Target
@@ -21,37 +21,83 @@ UNIT = PAGE * ALIGN
 
 
 @dataclass(frozen=True, slots=True)
+class Units:
+    """Pages of A or B as units (P·units of a page, UNIT), and with which unit each page that a row reads begins: starts
+    (rows, n, 1).
+    """
+
+    units: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, pages: Tensor, table: Tensor) -> Units:
+        """pages (P, PAGE·Σ), table (rows, n)."""
+        return cls(pages.view(-1, UNIT), (table * (pages.shape[1] // UNIT))[:, :, None])
+
+    def columns(self, offset: int, size: int) -> Tensor:
+        """One layer's, `(rows, PAGE·n, size)`.
+
+        Gathered out of all pages at once. A slice before the gather would be a copy of the layer's part of every page
+        that is resident, in runtimes whose slices are copies.
+        """
+        count = -(-PAGE * size // UNIT)
+        found = embedding(self.starts + (torch.arange(count) + PAGE * offset // UNIT), self.units)
+        rows = self.starts.shape[0]
+        if count * UNIT != PAGE * size:
+            found = found.reshape(rows, -1, count * UNIT)[:, :, : PAGE * size]
+        return found.reshape(rows, -1, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The small layout, or what stands behind it; `before` is what stands before it."""
+
+    A: Units
+    B: Units
+    before: Extent
+
+    @classmethod
+    def of(cls, pages: Pages, before: Extent) -> Part:
+        return cls(Units.of(pages.A, pages.table), Units.of(pages.B, pages.table), before)
+
+    def columns(self, target: Target) -> tuple[Tensor, Tensor]:
+        """A (rows, R, in) and B (rows, R, out) of one layer."""
+        return (
+            self.A.columns(target.in_offset - self.before.total_in, target.fan_in),
+            self.B.columns(target.out_offset - self.before.total_out, target.fan_out),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PagedFactors:
-    """Pages as in `Factors`, for every row; scale (rows, n, PAGE); `small` is the extent of the small layout's pages.
+    """Pages for every row; scale (rows, PAGE·n); `small_extent` is where the rest begins.
 
     stretch_out (rows, Σout) and stretch_in (rows, Σin) as in `Factors`; None is a graph without.
     """
 
-    small: Extent
-    pages: Pages
-    rest: Pages | None
+    small: Part
+    rest: Part | None
+    small_extent: Extent
     scale: Tensor
     stretch_out: Tensor | None = None
     stretch_in: Tensor | None = None
 
     def reach(self, target: Target) -> bool:
-        return self.rest is not None or target.in_end <= self.small.total_in
+        return self._part(target) is not None
+
+    def _part(self, target: Target) -> Part | None:
+        return self.small if target.in_offset < self.small_extent.total_in else self.rest
 
     def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
-        pages, in_offset, out_offset = self.pages, target.in_offset, target.out_offset
-        if in_offset >= self.small.total_in:
-            assert self.rest is not None
-            pages = self.rest
-            in_offset, out_offset = in_offset - self.small.total_in, out_offset - self.small.total_out
-        A = _columns(pages.A, in_offset, target.fan_in, pages.table)
-        B = _columns(pages.B, out_offset, target.fan_out, pages.table)
-        scale = self.scale.flatten(1)
+        part = self._part(target)
+        assert part is not None
+        A, B = part.columns(target)
         y = self._stretched(y, x, base, target)
         if isinstance(base, nn.Conv2d):
             hidden = torch.matmul(A, x.flatten(2)) if base.kernel_size == (1, 1) else _convolve(x, A, base).flatten(2)
-            return y + torch.matmul(B.transpose(1, 2), hidden * scale[:, :, None]).view_as(y)
+            return y + torch.matmul(B.transpose(1, 2), hidden * self.scale[:, :, None]).view_as(y)
         states = x[:, None] if x.ndim == 2 else x
-        added = torch.matmul(torch.matmul(states, A.transpose(1, 2)) * scale[:, None], B)
+        added = torch.matmul(torch.matmul(states, A.transpose(1, 2)) * self.scale[:, None], B)
         return y + (added[:, 0] if x.ndim == 2 else added)
 
     def _stretched(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
@@ -64,22 +110,6 @@ class PagedFactors:
             values = self.stretch_in[:, target.in_offset : target.in_offset + base.weight.shape[1]]
             found = found + base(x * by_channel(values, x, base)) - bias
         return found
-
-
-def _columns(pages: Tensor, offset: int, size: int, table: Tensor) -> Tensor:
-    """One layer's part of pages `(P, PAGE·Σ)` for table `(rows, n)` → `(rows, PAGE·n, size)`.
-
-    Gathered by units out of all pages at once. A slice before the gather would be a copy of the layer's part of every
-    page that is resident, in runtimes whose slices are copies.
-    """
-    units = -(-PAGE * size // UNIT)
-    first = table * (pages.shape[1] // UNIT) + PAGE * offset // UNIT
-    index = first[:, :, None] + torch.arange(units)
-    found = pages.view(-1, UNIT).index_select(0, index.flatten())
-    found = found.view(table.shape[0], table.shape[1], units * UNIT)
-    if units * UNIT != PAGE * size:
-        found = found[:, :, : PAGE * size]
-    return found.reshape(table.shape[0], -1, size)
 
 
 def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d) -> Tensor:

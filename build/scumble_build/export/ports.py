@@ -9,7 +9,7 @@ from torch import Tensor
 from scumble_build.adapted import Pages
 from scumble_build.denoiser import KVSlice
 from scumble_build.export.manifest import Axis, DType, FactorLayout, Include, Port
-from scumble_build.export.paged import PagedFactors
+from scumble_build.export.paged import PagedFactors, Part
 from scumble_build.layout import RANK_BUCKETS, Extent
 
 ROWS = Axis(min=1, opt=8, max=64, about="Model rows of a call; a guided image is two.")
@@ -72,11 +72,16 @@ def _pages(page: int, width_in: int, width_out: int, dtype: DType, name: str = "
 
 
 def take_factors(tensors: Iterator[Tensor], layout: FactorLayout, includes: Sequence[Include]) -> PagedFactors:
-    small = Pages(next(tensors), next(tensors), next(tensors))
-    rest = Pages(next(tensors), next(tensors), next(tensors)) if layout.rest_in else None
-    scale = next(tensors)
+    extent = Extent(layout.total_in, layout.total_out)
+    small = Part.of(_take_pages(tensors), Extent(0, 0))
+    rest = Part.of(_take_pages(tensors), extent) if layout.rest_in else None
+    scale = next(tensors).flatten(1)
     out, into = (next(tensors) if each in includes else None for each in ("stretch_out", "stretch_in"))
-    return PagedFactors(Extent(layout.total_in, layout.total_out), small, rest, scale, out, into)
+    return PagedFactors(small, rest, extent, scale, out, into)
+
+
+def _take_pages(tensors: Iterator[Tensor]) -> Pages:
+    return Pages(next(tensors), next(tensors), next(tensors))
 
 
 def kv_port(slices: Sequence[KVSlice], dtype: DType, name: str = "kv") -> Port:
