@@ -63,7 +63,8 @@ def test_the_dockerfile_and_compose_start_the_server_with_options_that_it_has(
 def test_compose_publishes_what_the_dockerfile_exposes_and_keeps_the_registry(service: dict[str, Any]) -> None:
     exposed = re.search(r"^EXPOSE (.+)$", DOCKERFILE, re.MULTILINE)
     assert exposed is not None
-    assert [port.split(":")[1] for port in service["ports"]] == exposed[1].split()
+    assert [str(port["target"]) for port in service["ports"]] == exposed[1].split()
+    assert {port["host_ip"] for port in service["ports"]} == {"${SCUMBLE_BIND:-127.0.0.1}"}
     assert service["volumes"] == ["data:/data"]
     assert service["build"] == {"context": "..", "dockerfile": "deploy/Dockerfile"}
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
