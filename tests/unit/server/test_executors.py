@@ -24,6 +24,9 @@ from scumble_server.executors.onnxruntime import OnnxRuntimeExecutor, check_avai
 from scumble_server.executors.torch import TorchExecutor
 
 TOLERANCE = 1e-4
+HALF_TOLERANCE = 2e-2
+"""Of the largest value: half precision, rounded at other places."""
+DEMO = Path(__file__).parents[3] / "demo" / "base"
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,17 @@ def test_a_step_of_every_kind_equals_torch(sd1: Pair, kind: str) -> None:
     for rows, size in ((1, (8, 8)), (3, (9, 6)), (6, (8, 12))):
         inputs = step_inputs(sd1, rows, size, kind)
         assert difference(sd1, inputs, size) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "tolerance"),
+    [("small", "fp32", TOLERANCE), ("everything", "fp32", TOLERANCE), ("small", "fp16", HALF_TOLERANCE)],
+)
+def test_a_step_of_the_demo_base_equals_torch(graph_cache: Path, kind: str, precision: str, tolerance: float) -> None:
+    torch.manual_seed(11)
+    pair = make_pair(DEMO, "sd1", graph_cache, precision)
+    for rows, size in ((1, (16, 16)), (3, (12, 20))):
+        assert difference(pair, step_inputs(pair, rows, size, kind), size) <= tolerance
 
 
 def test_a_batch_is_stacked_once_and_anew_when_it_changes(sd1: Pair) -> None:
