@@ -20,8 +20,10 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/scumble demo --out demo/out
 
+# A process for each core that a small machine has; each has one thread.
+WORKERS ?= 2
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 check: setup format lint types layers test
 
