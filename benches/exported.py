@@ -28,7 +28,7 @@ from scumble_build.models import Models
 from scumble_server.executors.device import Stepping
 from scumble_server.executors.engine import RunningEngine
 from scumble_server.executors.onnxruntime import OnnxRuntimeExecutor
-from scumble_server.executors.tensorrt import Engines, TensorRTExecutor
+from scumble_server.executors.tensorrt import Engines, Runtime, TensorRTExecutor
 from scumble_server.executors.torch import TorchExecutor
 
 NO_BASE = "sha256:" + "0" * 64
@@ -59,10 +59,10 @@ def make(models: Models, family: str, precision: Precision, latents: int, device
     trt = api.load(Flavour.TENSORRT)
     names = (*weights.graphs.texts, "kv_projection", "unet.bare", "unet.small", "vae_decoder", "vae_encoder")
     engines = _engines(weights.graphs, names, family, precision, latents, work)
-    running = Engines(weights.graphs, engines, trt, lambda: Stepping.on(device), device)
+    running = Engines(weights.graphs, engines, Runtime.on(trt, device, lambda: Stepping.on(device)))
     (pulled,) = _engines(plain, plain.names, family, precision, latents, work).values()
     engine = RunningEngine(trt, pulled, Stepping.on(device), device)
-    return Exported(f"tensorrt {trt.__version__}", TensorRTExecutor(weights, running, device, {}), engine.run)
+    return Exported(f"tensorrt {trt.__version__}", TensorRTExecutor(weights, running, {}), engine.run)
 
 
 def _engines(

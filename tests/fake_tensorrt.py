@@ -176,6 +176,9 @@ class FakeContext:
                 sizes.setdefault(latent, sizes[pixel] // axis.multiple)
             elif latent in sizes:
                 sizes[pixel] = sizes[latent] * axis.multiple
+        for level, axis in self.engine.manifest.axes.items():
+            if axis.of in sizes:
+                sizes.setdefault(level, -(-sizes[axis.of] // 2**axis.halvings))
         port = next(port for port in self.engine.ports if port.name == name)
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in port.dims)
 

@@ -51,7 +51,7 @@ def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
             for component, tensors in read_changed(stored, base).items()
         }
         tokenizers = load_tokenizers(stored, context.base.family)
-        return _Checkpoint(context.of_base.variant(changed, stored), tokenizers)
+        return _Checkpoint(context.of_base.variant(changed, stored, bound.version), tokenizers)
 
     key = ("checkpoint", context.base.version.digest, bound.version.digest)
     nbytes = sum(dreambooth.compatibility_of(bound).changed.values()) * context.executor.dtype.itemsize

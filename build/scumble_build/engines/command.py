@@ -26,8 +26,10 @@ from scumble_build.engines.progress import Tell
 from scumble_build.engines.store import Stored
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_registry import Registry, Version, default_home
+from scumble_registry.compatibility import ControlNetCompatibility
 
-Base = Annotated[str, typer.Option(help="The published base: ns/name, ns/name@7, …")]
+Base = Annotated[str, typer.Option(help="The published base or checkpoint: ns/name, ns/name@7, …")]
+Net = Annotated[str | None, typer.Option(help="A published ControlNet for the base, instead of the base itself.")]
 Sm = Annotated[
     list[int] | None,
     typer.Option(help="Compute capability, e.g. 89; may be repeated (TensorRT for RTX). [default: of the GPU here]"),
@@ -41,6 +43,7 @@ _EVERY = 2.0
 
 def engine(
     base: Base,
+    controlnet: Net = None,
     flavour: Annotated[Flavour, typer.Option(help="Which TensorRT.")] = Flavour.TENSORRT,
     sm: Sm = None,
     part: Annotated[
@@ -54,7 +57,7 @@ def engine(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Build engines of a base's graphs and publish them beside it."""
+    """Build engines of a base's, a checkpoint's or a ControlNet's graphs and publish them beside it."""
     load(flavour)  # before minutes of work
     found = build_into(
         base,
@@ -62,6 +65,7 @@ def engine(
         flavour,
         _capabilities(sm),
         precision,
+        controlnet=controlnet,
         part=part,
         wanted=profiles.read(profile) if profile is not None else (),
         options=Options(optimization_level=level, workspace=None if workspace is None else int(workspace * GIB)),
@@ -79,24 +83,34 @@ def build_into(
     sm: tuple[int, ...],
     precision: Precision,
     *,
+    controlnet: str | None = None,
     part: list[str] | None = None,
     wanted: tuple[Profile, ...] = (),
     options: Options | None = None,
     again: bool = False,
     quiet: bool = True,
 ) -> list[Stored]:
-    """Export a base's graphs, build what its registry has not yet, publish each engine as it is done."""
+    """Export the graphs of a base, of a checkpoint, or of a ControlNet for it, build what the registry has not yet,
+    publish each engine as it is done.
+    """
     options = options or Options()
     if not flavour.is_rtx:
         options = replace(options, timing_cache=home / "cache" / "timing.cache")
     target = Target(flavour, sm, precision, wanted, options)
     found: list[Stored] = []
     with Registry.open(home) as registry, tempfile.TemporaryDirectory(prefix="scumble-engines-") as work:
-        version = registry.resolve(base)
+        version = registry.resolve(controlnet or base)
+        about = version.manifest.compatibility
+        if isinstance(about, ControlNetCompatibility) and about.form == "control_lora":
+            raise Refused(
+                f"{version.ref} is a control-LoRA: its encoder is that of whatever a request is drawn with, so it runs "
+                "in torch and needs no engine",
+                ref=version.ref,
+            )
         there = {each.key.digest: each for each in store.listed(registry, version)}
         graphs, plans = Path(work) / "graphs", Path(work) / "plans"
-        manifests = _export(version.ref, home, graphs, part, precision, tell=_say(quiet))
-        if part is None:
+        manifests = _export(base, controlnet, home, graphs, part, precision, tell=_say(quiet))
+        if part is None and controlnet is None:
             profiles.check_names(wanted, manifests)
         for built in build_graphs(
             graphs,
@@ -118,7 +132,7 @@ def build_into(
 
 
 def engines(
-    base: Annotated[str | None, typer.Option(help="Only those of this base.")] = None,
+    base: Annotated[str | None, typer.Option(help="Only those of this base, checkpoint or ControlNet.")] = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
@@ -141,6 +155,7 @@ def engines(
 def pull(
     base: Base,
     out: Annotated[Path, typer.Option("-o", "--out", help="A new or empty folder.")],
+    controlnet: Net = None,
     flavour: Annotated[Flavour, typer.Option(help="Which TensorRT.")] = Flavour.TENSORRT,
     sm: Sm = None,
     precision: Annotated[Precision, typer.Option(help="What the graphs compute in.")] = "fp16",
@@ -154,7 +169,7 @@ def pull(
     if out.exists() and any(out.iterdir()):
         raise Refused(f"{out} is not an empty folder; choose another, nothing was overwritten")
     with Registry.open(home or default_home()) as registry:
-        version = registry.resolve(base)
+        version = registry.resolve(controlnet or base)
         machine = Machine(flavour, load(flavour).__version__, capabilities[0])
         fitting = store.fitting(store.listed(registry, version), machine, version.digest, precision)
         if not fitting:
@@ -174,14 +189,25 @@ def pull(
 
 
 def _export(
-    ref: str, home: Path, folder: Path, part: list[str] | None, precision: Precision, *, tell: Any
+    ref: str,
+    controlnet: str | None,
+    home: Path,
+    folder: Path,
+    part: list[str] | None,
+    precision: Precision,
+    *,
+    tell: Any,
 ) -> tuple[GraphManifest, ...]:
-    from scumble_build.export.command import find_base, open_base
-    from scumble_build.export.write import write_graphs
+    from scumble_build.export.command import find_base, open_base, open_net
+    from scumble_build.export.write import Exportable, write_graphs
 
     found = find_base(ref, home)
-    graphs = open_base(found, precision)
-    return write_graphs(graphs, part or graphs.names, folder, base=found.digest, family=found.family, report=tell)
+    graphs: Exportable
+    if controlnet is not None:
+        graphs, digest = open_net(controlnet, found, home, precision)
+    else:
+        graphs, digest = open_base(found, precision), found.digest
+    return write_graphs(graphs, part or graphs.names, folder, base=digest, family=found.family, report=tell)
 
 
 def _capabilities(sm: list[int] | None) -> tuple[int, ...]:

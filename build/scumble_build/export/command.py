@@ -21,14 +21,16 @@ from scumble_build.export.write import Exportable, write_graphs
 from scumble_build.families import FAMILIES
 from scumble_build.models import Models
 from scumble_registry import Registry, default_home
-from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility, Family
+from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility, DreamboothCompatibility, Family
 from scumble_registry.formats import base as base_format
 from scumble_registry.formats.source import Source
 
 
 @dataclass(frozen=True, slots=True)
 class BaseFolder:
-    """A base on disk, in the diffusers layout; `digest` is its version's, or its files' if it is of no registry."""
+    """A base, or a checkpoint, on disk in the diffusers layout; `digest` is its version's, or its files' if it is of no
+    registry.
+    """
 
     folder: Path
     digest: str
@@ -36,7 +38,7 @@ class BaseFolder:
 
 
 def export(
-    base: Annotated[str, typer.Option(help="The base: a reference, or a folder in the diffusers layout.")],
+    base: Annotated[str, typer.Option(help="The base or checkpoint: a reference, or a diffusers folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; made if it is not there.")],
     part: Annotated[
         list[str] | None,
@@ -81,8 +83,10 @@ def find_base(ref: str, home: Path) -> BaseFolder:
     with Registry.open(home) as registry:
         version = registry.resolve(ref)
         about = version.manifest.compatibility
-        if not isinstance(about, BaseCompatibility):
-            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base", ref=ref)
+        if not isinstance(about, BaseCompatibility | DreamboothCompatibility):
+            raise Refused(
+                f"{version.ref} is a {version.manifest.kind}, not a base or a checkpoint; name one of these", ref=ref
+            )
         return BaseFolder(registry.materialise(version), version.digest, about.family)
 
 
@@ -101,7 +105,7 @@ def open_net(ref: str, base: BaseFolder, home: Path, precision: Precision) -> tu
     with Registry.open(home) as registry:
         version = registry.resolve(ref)
         about = version.manifest.compatibility
-        if not isinstance(about, ControlNetCompatibility) or about.form == "t2i":
+        if not isinstance(about, ControlNetCompatibility) or about.form in {"t2i", "lllite"}:
             raise Refused(f"{version.ref} is no ControlNet; name one, or leave --controlnet out", ref=ref)
         folder = registry.materialise(version)
     model = load_union(folder) if about.form == "union" else load_net(folder, lambda: base.folder / "unet")

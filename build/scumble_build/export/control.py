@@ -52,6 +52,14 @@ class NetGraphs:
         more = ("controlnet_condition",) if reads_sizes else ()
         return ("controlnet", "controlnet_kv", "controlnet_hint", *more)
 
+    def graph_state(self, _name: str) -> Mapping[str, Tensor]:
+        """Of the component that a graph is of, as of a base's."""
+        return self.states["controlnet"]
+
+    def config(self, _name: str) -> dict[str, Any]:
+        """With the code, all that a graph's structure depends on."""
+        return {key: value for key, value in self._config.items() if not key.startswith("_")}
+
     def graph(self, name: str) -> Graph:
         """One of `names`."""
         makers = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import torch
+from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor
 
 from scumble_build.adapted import Factors
@@ -16,7 +17,9 @@ from scumble_build.export.manifest import Include
 from scumble_build.inputs import StepInputs
 from scumble_build.layout import Layout
 from scumble_build.text import Encoded, Overrides
+from scumble_registry import Version
 
+NetModel: TypeAlias = ControlNetModel | ControlNetUnionModel
 Changed: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """By component (`unet`, `vae`, the text encoders) and by the name in its file, with or without `text_model.`."""
 
@@ -42,11 +45,18 @@ class Vae(Protocol):
 class Net(Protocol):
     """A ControlNet. `residuals` is called by the loop's thread, the others by the one that conditions."""
 
+    @property
+    def kv_width(self) -> int:
+        """K of the keys and values that `project` gives."""
+
     def project(self, states: Tensor) -> Tensor:
         """Text states `(rows, T, C)` → the net's own keys and values `(rows, T, K)`."""
 
-    def embed(self, control: Tensor) -> Tensor:
-        """Control pictures `(n, 3, H, W)` in 0…1 → what the net adds to its first layer, `(n, C, H/8, W/8)`."""
+    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
+        """Control pictures `(n, 3, H, W)` in 0…1 → what the net adds to its first layer, `(1, C, H/8, W/8)`.
+
+        Of a union net's pictures each counts as strongly as `strengths` say; other nets have one, and read none.
+        """
 
     def condition(self, pooled: Tensor, sizes: Tensor) -> Tensor | None:
         """Pooled text `(rows, E)` and sizes `(rows, 6)` → what they add to the embedded time; None if it reads none."""
@@ -63,6 +73,15 @@ class Net(Protocol):
         """sample `(rows, 4, H/8, W/8)` → one for each skip connection, the middle block's last, `(rows, C, h, w)`.
 
         kv_mask `(rows, T)` is True where a key is; None: there are no others.
+        """
+
+
+class Nets(Protocol):
+    """A ControlNet in memory. Called by the thread that conditions."""
+
+    def of(self, kinds: tuple[int, ...]) -> Net:
+        """As a union net that looks at pictures of these kinds; () for other nets. The same object for the same kinds,
+        so that rows share its run.
         """
 
 
@@ -133,15 +152,19 @@ class Executor(Protocol):
         Raises Refused for one that is not there.
         """
 
-    def variant(self, changed: Changed, configs: Path | None = None) -> Executor:
+    def variant(self, changed: Changed, configs: Path | None = None, of: Version | None = None) -> Executor:
         """An executor with some other weights; all that is not in `changed` is shared with this one, not copied.
 
-        `configs` is a folder with configs of its components, in the diffusers layout; None: this one's own.
+        `of` is the checkpoint whose they are, if they are one's. `configs` is a folder with configs of its components,
+        in the diffusers layout; None: this one's own.
         Raises Refused for a tensor that has no place here.
         """
 
     def load_vae(self, folder: Path) -> Vae:
         """Another one, in the diffusers layout, on the same device and in the same precision."""
+
+    def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:
+        """The ControlNet that `load` reads, if its weights are needed here; it is then nobody else's."""
 
     def weights_digest(self) -> str:
         """sha256 over every weight as it is now: proof that nothing was patched."""

@@ -24,14 +24,16 @@ from scumble_build.families import Family
 from scumble_build.inputs import StepInputs
 from scumble_build.models import Models, Text, load_autoencoder, text_class, vae_dtype
 from scumble_build.text import Encoded, Overrides
+from scumble_registry import Version
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
-from scumble_server.executors import Changed
+from scumble_server.executors import Changed, NetModel, Nets
 from scumble_server.executors.device import Captured, Stepping, faults
+from scumble_server.executors.torch_net import torch_nets
 from scumble_server.executors.torch_vae import TorchVae
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-_PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in PRECISIONS.items()}
+PRECISION_OF: dict[torch.dtype, Precision] = {dtype: name for name, dtype in PRECISIONS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class TorchExecutor:
             self._place(model)
         components = {"unet": models.unet, **models.texts, "vae": models.vae}
         self._configs = {name: model.config for name, model in components.items()}
-        self.graphs = graphs = BaseGraphs.of(models, family, _PRECISIONS[dtype])
+        self.graphs = graphs = BaseGraphs.of(models, family, PRECISION_OF[dtype])
         self.vae = TorchVae(graphs.vae)
         self._texts = list(graphs.texts.values())
         self.step_layout = graphs.denoiser.layout
@@ -90,7 +92,12 @@ class TorchExecutor:
         with faults(f"the weights of {folder.name}"):
             return cls(Models.load(folder, family, dtype), family, place, dtype, max_rows, stepping)
 
-    def variant(self, changed: Changed, configs: Path | None = None) -> Self:
+    def variant(
+        self,
+        changed: Changed,
+        configs: Path | None = None,
+        of: Version | None = None,  # noqa: ARG002 - what engines go by
+    ) -> Self:
         states = {component: dict(state) for component, state in self.graphs.states.items()}
         for component, tensors in changed.items():
             if component not in states:
@@ -174,6 +181,10 @@ class TorchExecutor:
     def prepare(self, includes: frozenset[Include]) -> None:
         """Eager graphs take anything at once."""
 
+    def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:  # noqa: ARG002 - what engines go by
+        with faults("a ControlNet's weights"):
+            return torch_nets(load(), torch.empty(0, dtype=self._dtype, device=self._device))
+
     def load_vae(self, folder: Path) -> TorchVae:
         return TorchVae(self._place(load_autoencoder(folder, self._dtype)))
 
@@ -195,7 +206,7 @@ class TorchExecutor:
         return digest.hexdigest()
 
     def describe(self) -> dict[str, str]:
-        precision = _PRECISIONS[self._dtype]
+        precision = PRECISION_OF[self._dtype]
         return {"executor": "torch", "device": self.device, "precision": precision}
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from diffusers import ControlNetUnionModel
 from torch import Tensor
 
 from scumble_build.controlnet import ControlledEncoder, ControlNet, ControlNetUnion
+from scumble_server.executors import NetModel
 
 
 class _TorchNet:
@@ -32,8 +34,8 @@ class _TorchNet:
         return self._graph.condition(pooled.to(self._like), sizes.to(self._like.device))
 
     @torch.inference_mode()
-    def embed(self, control: Tensor) -> Tensor:
-        return self._graph.embed(control.to(self._like))
+    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:  # noqa: ARG002 - a union net's
+        return self._graph.embed(controls.to(self._like))
 
     def _moved(self, added: Tensor | None) -> Tensor | None:
         return None if added is None else added.to(self._like)
@@ -43,6 +45,9 @@ class TorchNet(_TorchNet):
     """A net for one kind of control."""
 
     _graph: ControlNet
+
+    def of(self, kinds: tuple[int, ...]) -> TorchNet:  # noqa: ARG002 - a union net's
+        return self
 
     @torch.inference_mode()
     def residuals(
@@ -71,8 +76,7 @@ class TorchUnionNet(_TorchNet):
         self._present = self._graph.present(self._types)
 
     @torch.inference_mode()
-    def fuse(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
-        """controls `(n, 3, H, W)`, one for each kind → hint `(1, C, H/8, W/8)`."""
+    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
         return self._graph.fuse(controls.to(self._like), self._types, strengths)
 
     @torch.inference_mode()
@@ -104,8 +108,14 @@ class TorchUnion:
         self._graph, self._like = graph, like
         self._nets: dict[tuple[int, ...], TorchUnionNet] = {}
 
-    def net(self, types: tuple[int, ...]) -> TorchUnionNet:
-        """The same object for the same kinds, so that rows share its run. Asked by one thread."""
-        if types not in self._nets:
-            self._nets[types] = TorchUnionNet(self._graph, self._like, types)
-        return self._nets[types]
+    def of(self, kinds: tuple[int, ...]) -> TorchUnionNet:
+        if kinds not in self._nets:
+            self._nets[kinds] = TorchUnionNet(self._graph, self._like, kinds)
+        return self._nets[kinds]
+
+
+def torch_nets(model: NetModel, like: Tensor) -> TorchNet | TorchUnion:
+    """On `like`'s device, in its precision."""
+    if isinstance(model, ControlNetUnionModel):
+        return TorchUnion(ControlNetUnion(model), like)
+    return TorchNet(ControlNet(model), like)

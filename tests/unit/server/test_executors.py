@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from control_nets import load_unet, make_net, make_union
 from paging import some_factors
 from tiny_families import make_tiny_sdxl
 from torch import Tensor
@@ -20,7 +22,9 @@ from scumble_build.inputs import ContextInputs, ImageInputs, StepInputs, level_s
 from scumble_build.layout import Layout
 from scumble_build.text import Overrides
 from scumble_server.config import ServerConfig
-from scumble_server.executors.onnxruntime import OnnxRuntimeExecutor, check_available
+from scumble_server.executors import NetModel
+from scumble_server.executors.onnxruntime import OnnxRuntimeExecutor
+from scumble_server.executors.onnxruntime_sessions import check_available
 from scumble_server.executors.torch import TorchExecutor
 
 TOLERANCE = 1e-4
@@ -132,6 +136,42 @@ def test_a_step_of_the_demo_base_equals_torch(graph_cache: Path, kind: str, prec
         assert difference(pair, step_inputs(pair, rows, size, kind), size) <= tolerance
 
 
+def check_near(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() / expected.abs().max().clamp(min=1) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("make", [make_net, make_union])
+def test_a_controlnet_equals_torch(
+    sd1: Pair, tmp_path: Path, graph_cache: Path, family: str, make: Callable[..., NetModel]
+) -> None:
+    torch.manual_seed(12)
+    base = sd1.folder if family == "sd1" else make_tiny_sdxl(tmp_path / "base")
+    pair = sd1 if family == "sd1" else make_pair(base, "sdxl", graph_cache)
+    version: Any = None
+    kinds, pictures = ((1, 3), 2) if make is make_union else ((), 1)
+    ours, theirs = (each.load_net(version, lambda: make(load_unet(base), 5)) for each in (pair.onnx, pair.torch))
+    assert ours.of(kinds) is ours.of(kinds)
+    mine, reference = ours.of(kinds), theirs.of(kinds)
+    assert mine.kv_width == reference.kv_width
+    for rows, (height, width) in ((1, (8, 8)), (3, (9, 6))):
+        states = torch.randn(rows, 80, load_unet(base).config.cross_attention_dim)
+        controls, strengths = torch.rand(pictures, 3, 8 * height, 8 * width), [0.7] * pictures
+        kv, hint = mine.project(states), mine.embed(controls, strengths)
+        check_near(kv, reference.project(states))
+        check_near(hint, reference.embed(controls, strengths))
+        pooled, sizes = torch.randn(rows, 40), torch.full((rows, 6), 1024.0)
+        added = mine.condition(pooled, sizes)
+        assert (added is None) == (reference.condition(pooled, sizes) is None) == (family == "sd1")
+        sample, timestep = torch.randn(rows, 4, height, width), torch.randint(0, 999, (rows,)).float()
+        mask = torch.arange(80) < torch.randint(1, 80, (rows, 1))
+        for there in (None, mask):
+            inputs = sample, timestep, kv, hint.expand(rows, -1, -1, -1), added, there
+            for found, expected in zip(mine.residuals(*inputs), reference.residuals(*inputs), strict=True):
+                check_near(found, expected)
+
+
 def test_a_batch_is_stacked_once_and_anew_when_it_changes(sd1: Pair) -> None:
     torch.manual_seed(4)
     one, other = (step_inputs(sd1, 2, (8, 8), "small") for _ in range(2))
@@ -209,7 +249,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         check_available("cuda", "fp32")
     with pytest.raises(Unavailable, match="bfloat16"):
         check_available("cpu", "bf16")
-    monkeypatch.setattr("scumble_server.executors.onnxruntime.ort", None)
+    monkeypatch.setattr("scumble_server.executors.onnxruntime_sessions.ort", None)
     with pytest.raises(Unavailable, match="not installed"):
         check_available("cpu", "fp32")
 

@@ -6,13 +6,18 @@ threads are the executor's own. What only a GPU can show is not shown here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from control_nets import load_unet, make_net
+from every_kind import coarse_png
 from fake_tensorrt import FakeTensorRT, make_plan
+from tiny_variant import make_checkpoint
 
 from scumble.errors import IntegrityError, NotFound, Refused
 from scumble.request import Adapter, Request
@@ -20,18 +25,19 @@ from scumble_build.engines import store
 from scumble_build.engines.api import Flavour
 from scumble_build.engines.builder import Report
 from scumble_build.engines.key import EngineKey, Machine
-from scumble_build.engines.profiles import Profile, Range
+from scumble_build.engines.profiles import WHOLE, Profile, Range
 from scumble_build.engines.store import Pulled, Stored
 from scumble_build.export.command import find_base, open_base
+from scumble_build.export.control import NetGraphs
 from scumble_build.export.manifest import GraphManifest
 from scumble_build.export.provenance import code_digest
 from scumble_build.export.write import write_graphs
 from scumble_build.families import FAMILIES
-from scumble_registry import Registry
+from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
 from scumble_server.executors import choice, tensorrt
 from scumble_server.executors.device import Buffers, Graphs, Stepping, uncaptured
-from scumble_server.executors.tensorrt import Engines, TensorRTExecutor
+from scumble_server.executors.tensorrt import Engines, Runtime, TensorRTExecutor
 from scumble_server.executors.torch import TorchExecutor
 
 Running = Any
@@ -56,8 +62,8 @@ def pulled(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def executor(base: Path, pulled: dict[str, Pulled]) -> TensorRTExecutor:
     weights = TorchExecutor.load(base, FAMILIES["sd1"])
     lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
-    engines = Engines(weights.graphs, pulled, FakeTensorRT(), lent, CPU)  # type: ignore[arg-type]
-    return TensorRTExecutor(weights, engines, CPU, {"executor": "tensorrt"})
+    engines = Engines(weights.graphs, pulled, Runtime.on(FakeTensorRT(), CPU, lent))  # type: ignore[arg-type]
+    return TensorRTExecutor(weights, engines, {"executor": "tensorrt"})
 
 
 def draw(*adapters: Adapter, seed: int = 1) -> Request:
@@ -110,9 +116,111 @@ def test_a_part_without_an_engine_is_named(tiny_base: Path, pulled: dict[str, Pu
         executor(tiny_base, some)
 
 
-def test_other_weights_than_the_bases_are_refused(tiny_base: Path, pulled: dict[str, Pulled]) -> None:
-    with pytest.raises(Refused, match="engines hold theirs"):
+def test_merged_weights_are_refused(tiny_base: Path, pulled: dict[str, Pulled]) -> None:
+    with pytest.raises(Refused, match="engines hold their own"):
         executor(tiny_base, pulled).variant({})
+
+
+class Shop:
+    """A registry with a base, a net and a checkpoint, and their engines, which the executor takes from it."""
+
+    def __init__(self, base: Path, folder: Path) -> None:
+        self.home = folder / "home"
+        make_net(load_unet(base), 1).save_pretrained(folder / "net")
+        make_checkpoint(base, folder / "tuned", seed=3, components=("unet",))
+        with Registry.open(self.home, create=True) as registry:
+            self.base = registry.publish(base, "tiny/base")
+            self.net = registry.publish(folder / "net", "c/net", base="tiny/base")
+            self.tuned = registry.publish(folder / "tuned", "d/tuned", base="tiny/base")
+            whole = registry.materialise(self.tuned)
+        self.engines: dict[str, dict[str, Pulled]] = {}
+        self._build(folder / "net-graphs", NetGraphs.of(make_net(load_unet(base), 1), "fp32"), self.net)
+        found = find_base(str(base), folder)
+        self._build(folder / "base-graphs", open_base(found, "fp32"), self.base, ON_BASE)
+        self._build(folder / "graphs", open_base(replace(found, folder=whole), "fp32"), self.tuned, ON_UNET)
+
+    def _build(self, folder: Path, graphs: Any, of: Version, names: tuple[str, ...] = ()) -> None:
+        for manifest in write_graphs(graphs, names or graphs.names, folder, base=of.digest, family="sd1"):
+            plan = folder / f"{manifest.graph}.plan"
+            make_plan(folder / manifest.onnx.name, manifest, (WHOLE,), plan)
+            key = EngineKey(manifest.graph, "g", of.digest, Flavour.TENSORRT, "11", (89,), "fp32", "l", [], {})
+            stored = Stored(key, SimpleNamespace(digest=f"sha256:{of.name}"))  # type: ignore[arg-type]
+            self.engines.setdefault(of.digest, {})[manifest.graph] = Pulled(stored, manifest, plan)
+
+    def executor(self, folder: Path) -> TensorRTExecutor:
+        weights = TorchExecutor.load(folder, FAMILIES["sd1"])
+        lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
+        runtime = Runtime.on(FakeTensorRT(), CPU, lent)  # type: ignore[arg-type]
+        engines = Engines(weights.graphs, self.engines[self.base.digest], runtime)
+        return TensorRTExecutor(
+            weights, engines, {"executor": "tensorrt"}, lambda version: self.engines.get(version.digest, {})
+        )
+
+
+ON_UNET = ("kv_projection", "unet.guided")
+ON_BASE = ("text_encoder", "vae_decoder", "vae_encoder", *ON_UNET)
+
+
+@pytest.fixture(scope="module")
+def shop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tiny_base, tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture
+def both(
+    shop: Shop, tiny_base: Path, start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Running, Running]]:
+    """On engines, and on torch."""
+    monkeypatch.setattr(choice.TensorRTExecutor, "load", lambda *_: shop.executor(tiny_base))
+    started = [start(shop.home, "tiny/base", {}, executor=name) for name in ("tensorrt", "torch")]
+    yield started[0], started[1]
+    for each in started:
+        each.service.close()
+
+
+def with_net(seed: int) -> Request:
+    return draw(Adapter(ref="c/net", images=("a",)), seed=seed).model_copy(update={"images": {"a": coarse_png(4, 64)}})
+
+
+def test_a_net_runs_on_engines_of_its_own(
+    both: tuple[Running, Running], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = [with_net(1), draw(seed=2), with_net(3)]
+    monkeypatch.setattr("scumble_server.executors.tensorrt.torch_nets", None)
+    expected = both[1].run(requests)
+    for found, theirs in zip(both[0].run(requests), expected, strict=True):
+        assert torch.allclose(found.latents, theirs.latents, atol=1e-3)
+    assert (expected[0].latents - both[1].run([draw(seed=1)])[0].latents).abs().max() > 1e-2
+    assert "in torch" not in caplog.text
+
+
+def test_a_net_without_engines_runs_in_torch_and_the_log_says_so(
+    both: tuple[Running, Running], shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(shop.engines, shop.net.digest, {})
+    found, expected = (running.run([with_net(1)])[0].latents for running in both)
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert "c/net@1 runs in torch beside the engines" in caplog.text
+
+
+def test_a_checkpoint_runs_on_engines_of_its_own_and_the_bases(both: tuple[Running, Running]) -> None:
+    requests = [draw(Adapter(ref="d/tuned")), draw(seed=1)]
+    found, expected = both[0].run(requests), both[1].run(requests)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine.latents, theirs.latents, atol=1e-3)
+    assert (expected[0].latents - expected[1].latents).abs().max() > 1e-2
+    assert found[0].done.receipt["engine"]["engine unet.guided"] == "sha256:d/tuned"
+    assert found[0].done.receipt["engine"]["engine text_encoder"] == "sha256:tiny/base"
+
+
+def test_a_checkpoint_without_an_engine_of_what_it_changes_is_refused(
+    both: tuple[Running, Running], shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = {name: each for name, each in shop.engines[shop.tuned.digest].items() if name != "kv_projection"}
+    monkeypatch.setitem(shop.engines, shop.tuned.digest, some)
+    with pytest.raises(Refused, match=r"of kv_projection; run `scumble build engine --base d/tuned@1`"):
+        both[0].run([draw(Adapter(ref="d/tuned"))])
+    assert both[0].run([draw(seed=2)])[0].latents.isfinite().all()
 
 
 def test_without_a_gpu_torch_serves_and_the_log_says_why(

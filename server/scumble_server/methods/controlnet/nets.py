@@ -15,14 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from scumble_build.control_models import load_net, load_t2i, load_union
-from scumble_build.controlnet import ControlNet, ControlNetUnion
 from scumble_build.inputs import level_sizes
 from scumble_build.lllite import Embeddings, LLLite, load_lllite
 from scumble_build.preprocess import Pixels, control_map
 from scumble_server.bound import Bound
 from scumble_server.carried import RowLite, RowNet, spread
 from scumble_server.context import Context, Text
-from scumble_server.executors.torch_net import TorchNet, TorchUnion, TorchUnionNet
+from scumble_server.executors import Net, NetModel
 from scumble_server.methods.controlnet.checks import (
     compatibility,
     control_types,
@@ -42,7 +41,7 @@ class Control:
     """
 
     bound: Bound
-    net: TorchNet | TorchUnionNet | None = None
+    net: Net | None = None
     hint: Tensor | None = None
     features: tuple[Tensor, ...] = ()
     lite: LLLite | None = None
@@ -130,7 +129,7 @@ def _lite(context: Context, bound: Bound, like: Tensor) -> Control:
     return Control(bound, lite=lite, embeddings=embeddings)
 
 
-def _of_text(context: Context, bound: Bound, net: TorchNet | TorchUnionNet, text: Text) -> tuple[Tensor, Tensor | None]:
+def _of_text(context: Context, bound: Bound, net: Net, text: Text) -> tuple[Tensor, Tensor | None]:
     """The net's own keys and values `(rows, T, K)` of the prompts, and what it adds to the time `(rows, E)`."""
     states = text.states
     key = ("net kv", bound.version.digest, context.base.version.digest, text.key)
@@ -143,7 +142,7 @@ def _of_text(context: Context, bound: Bound, net: TorchNet | TorchUnionNet, text
     return kv, added
 
 
-def _net(context: Context, bound: Bound, like: Tensor) -> TorchNet | TorchUnionNet:
+def _net(context: Context, bound: Bound, like: Tensor) -> Net:
     """One object for all requests that may share its run: for a union net, those with the same kinds of control."""
     about = compatibility(bound)
     # A control-LoRA changes the encoder of whatever the request is drawn with; other nets have their own.
@@ -154,29 +153,22 @@ def _net(context: Context, bound: Bound, like: Tensor) -> TorchNet | TorchUnionN
     def unet() -> Path:
         return context.registry.materialise(builds_on) / "unet"  # hashes the whole folder: only if it is read
 
-    def load() -> TorchNet:
-        return TorchNet(ControlNet(load_net(context.registry.materialise(bound.version), unet)), like)
+    def load() -> NetModel:
+        folder = context.registry.materialise(bound.version)
+        return load_union(folder) if about.form == "union" else load_net(folder, unet)
 
-    def load_all_kinds() -> TorchUnion:
-        return TorchUnion(ControlNetUnion(load_union(context.registry.materialise(bound.version))), like)
-
-    if about.form == "union":
-        return context.device.get(key, nbytes, load_all_kinds).net(control_types(bound))
-    return context.device.get(key, nbytes, load)
+    nets = context.device.get(key, nbytes, lambda: context.of_base.load_net(bound.version, load))
+    return nets.of(control_types(bound))
 
 
-def _hint(context: Context, bound: Bound, net: TorchNet | TorchUnionNet, like: Tensor) -> Tensor:
+def _hint(context: Context, bound: Bound, net: Net, like: Tensor) -> Tensor:
     scales = picture_scales(bound)
     strengths = [bound.spec.weight * scale for scale in scales] if len(scales) > 1 else [1.0]
     key = ("hint", _picture_key(context, bound), tuple(strengths), control_types(bound))
     height, width = level_sizes(context.settings.height // 8, context.settings.width // 8, 1)[0]
     nbytes = compatibility(bound).widths[0] * height * width * like.element_size()
 
-    def embed() -> Tensor:
-        controls = _pixels(context, bound)
-        return net.fuse(controls, strengths) if isinstance(net, TorchUnionNet) else net.embed(controls)
-
-    return context.device.get(key, nbytes, embed)
+    return context.device.get(key, nbytes, lambda: net.embed(_pixels(context, bound), strengths))
 
 
 def _features(context: Context, bound: Bound, like: Tensor) -> tuple[Tensor, ...]:

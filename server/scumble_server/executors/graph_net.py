@@ -1,0 +1,75 @@
+"""A ControlNet on its exported graphs (`scumble_build.export.control`), whatever runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scumble_server.executors.sessions import Named
+
+
+class GraphNets:
+    """A net, and for a union net one for each choice of kinds; all before the same graphs."""
+
+    def __init__(self, sessions: Named) -> None:
+        """`sessions` by the graphs' names; that of `controlnet_condition` is there for SDXL's nets only."""
+        self._sessions = sessions
+        self._nets: dict[tuple[int, ...], GraphNet] = {}
+
+    def of(self, kinds: tuple[int, ...]) -> GraphNet:
+        if kinds not in self._nets:
+            self._nets[kinds] = GraphNet(self._sessions, kinds)
+        return self._nets[kinds]
+
+
+class GraphNet:
+    """Owns nothing: several may stand before the same graphs."""
+
+    def __init__(self, sessions: Named, kinds: tuple[int, ...]) -> None:
+        self._sessions, self._kinds = sessions, kinds
+        self._step = sessions["controlnet"]
+        self._dims = {port.name: port.dims for port in self._step.graph.inputs}
+        self._present: dict[str, Tensor] = {}
+        if "kinds" in self._dims:
+            present = torch.zeros(int(self._dims["kinds"][0]))
+            present[list(kinds)] = 1
+            self._present = {"kinds": present}
+
+    @property
+    def kv_width(self) -> int:
+        return int(self._dims["kv"][-1])
+
+    @torch.inference_mode()
+    def project(self, states: Tensor) -> Tensor:
+        return self._sessions["controlnet_kv"]({"states": states})[0]
+
+    @torch.inference_mode()
+    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
+        feeds = {"control": controls}
+        if self._present:
+            feeds |= {"kinds": torch.tensor(self._kinds), "strength": torch.tensor(list(strengths))}
+        return self._sessions["controlnet_hint"](feeds)[0]
+
+    @torch.inference_mode()
+    def condition(self, pooled: Tensor, sizes: Tensor) -> Tensor | None:
+        if "added" not in self._dims:
+            return None
+        return self._sessions["controlnet_condition"]({"pooled": pooled, "sizes": sizes})[0]
+
+    @torch.inference_mode()
+    def residuals(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        kv: Tensor,
+        hint: Tensor,
+        added: Tensor | None = None,
+        kv_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        mask = torch.ones(kv.shape[:2], dtype=torch.bool) if kv_mask is None else kv_mask
+        feeds = {"sample": sample, "timestep": timestep, "kv": kv, "kv_mask": mask, "hint": hint, **self._present}
+        if added is not None:
+            feeds["added"] = added
+        return tuple(residual.float() for residual in self._step(feeds))

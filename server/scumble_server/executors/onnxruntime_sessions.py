@@ -1,0 +1,122 @@
+"""Exported graphs in ONNX Runtime, around weights that are torch's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from scumble.errors import Unavailable
+from scumble_build.export.cached import GraphCache
+from scumble_build.export.graph import DTYPES, Graph
+
+try:
+    import onnxruntime as ort
+except ModuleNotFoundError:
+    ort = None
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class Exported(Protocol):
+    """The graphs of a base, or of a ControlNet."""
+
+    def graph(self, name: str) -> Graph: ...
+    def graph_state(self, name: str) -> Mapping[str, Tensor]: ...
+    def config(self, name: str) -> Mapping[str, Any]: ...
+
+
+def check_available(device: str, precision: str) -> None:
+    """Raises Unavailable, saying what is missing."""
+    if ort is None:
+        raise Unavailable(
+            "the executor onnxruntime was asked for, but ONNX Runtime is not installed; "
+            "pip install 'scumble[server]', or use --executor torch"
+        )
+    if precision == "bf16":
+        raise Unavailable("ONNX Runtime computes little in bfloat16; use --precision fp32 or fp16, or --executor torch")
+    provider = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise Unavailable(
+            f"the executor onnxruntime was asked for on {device}, but this ONNX Runtime has no {provider} "
+            f"(it has {', '.join(ort.get_available_providers())}); install onnxruntime-gpu, or use --device cpu"
+        )
+
+
+def version() -> str:
+    return str(ort.__version__)
+
+
+Graphs = TypeVar("Graphs", bound=Exported)
+
+
+class _Session:
+    """One graph with its weights. Called from one thread at a time."""
+
+    def __init__(self, graph: Graph, session: Any, weights: Mapping[str, Any], device: str) -> None:
+        """`weights` must live as long as the session, which reads them where they are."""
+        self.graph, self._session, self._weights, self._device = graph, session, weights, device
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        """All inputs by name, cast to what the graph takes; outputs in the graph's order."""
+        binding = self._session.io_binding()
+        kept = []  # until it has run
+        for port in self.graph.inputs:
+            tensor = feeds[port.name].to(self._device, DTYPES[port.dtype]).contiguous()
+            kept.append(tensor)
+            binding.bind_input(port.name, self._device, 0, np.dtype(port.dtype), tuple(tensor.shape), tensor.data_ptr())
+        for output in self._session.get_outputs():
+            binding.bind_output(output.name, self._device)
+        self._session.run_with_iobinding(binding)
+        return [from_dlpack(value._get_c_value().to_dlpack()) for value in binding.get_outputs()]  # noqa: SLF001
+
+
+class OrtSessions(Generic[Graphs]):
+    """The sessions of one set of weights, each made once. Any thread may ask."""
+
+    def __init__(
+        self, graphs: Graphs, cache: GraphCache, device: str, parent: OrtSessions[Graphs] | None = None
+    ) -> None:
+        """A component whose tensors are all `parent`'s runs in its sessions."""
+        self.graphs, self._cache, self._device, self._parent = graphs, cache, device, parent
+        self._made: dict[str, _Session] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> _Session:
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = self._shared(name) or self._open(name)
+            return self._made[name]
+
+    def _shared(self, name: str) -> _Session | None:
+        parent = self._parent
+        if parent is None or not _same(self.graphs.graph_state(name), parent.graphs.graph_state(name)):
+            return None
+        return parent[name]
+
+    def _open(self, name: str) -> _Session:
+        graphs = self.graphs
+        graph: Graph = graphs.graph(name)
+        traced = self._cache.traced(lambda: graph, name, graph.precision, graphs.config(name))
+        weights = {
+            own: ort.OrtValue.ortvalue_from_numpy(graph.parameters[theirs].detach().cpu().contiguous().numpy())
+            for own, theirs in traced.parameters.items()
+        }
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that spin while they wait would take the cores from torch, which runs between two calls.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_mem_pattern = False  # sizes change from call to call
+        options.log_severity_level = 3
+        options.add_external_initializers(list(weights), list(weights.values()))
+        session = ort.InferenceSession(traced.model.SerializeToString(), options, providers=[PROVIDERS[self._device]])
+        return _Session(graph, session, weights, self._device)
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return all(tensor.data_ptr() == b[name].data_ptr() for name, tensor in a.items())
