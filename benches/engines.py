@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from measure import machine
 from memory import FAMILIES, FULL_VAE, Family
 from transformers import CLIPTextConfig
@@ -31,13 +31,16 @@ from scumble.errors import ScumbleError
 from scumble_build.engines import profiles
 from scumble_build.engines.api import Flavour
 from scumble_build.engines.base import Target, build_graphs, read_manifests
+from scumble_build.export.control import NetGraphs
+from scumble_build.export.denoiser import GRAPHS
 from scumble_build.export.plan import BaseGraphs
-from scumble_build.export.write import write_graphs
+from scumble_build.export.write import Exportable, write_graphs
 from scumble_build.families import FAMILIES as OURS
 from scumble_build.models import Models
 
 NAMES = {"sd1.5": "sd1", "sd2.1": "sd2", "sdxl": "sdxl"}
-GRAPHS = ("text_encoder", "kv_projection", "unet.bare", "unet.small", "vae_decoder", "vae_encoder")
+BASE_GRAPHS = ("kv_projection", *(f"unet.{name}" for name in GRAPHS), "vae_decoder", "vae_encoder")
+NET_GRAPHS = ("controlnet", "controlnet_kv", "controlnet_hint")
 GIB = 1 << 30
 NO_BASE = "sha256:" + "0" * 64
 
@@ -45,14 +48,16 @@ NO_BASE = "sha256:" + "0" * 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", choices=sorted(FAMILIES), default="sd1.5")
-    parser.add_argument("--graph", action="append", help=f"may be repeated [default: {', '.join(GRAPHS)}]")
+    parser.add_argument("--graph", action="append", help="may be repeated [default: all]")
     parser.add_argument("--sm", type=int, action="append")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--table", action="store_true", help="Markdown instead of JSON")
     parser.add_argument("--work", type=Path, help="Folder for graphs and plans, kept [default: a temporary one]")
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="scumble-engines-"))
-    graphs = arguments.graph or list(GRAPHS) + ["text_encoder_2"] * (arguments.family == "sdxl")
+    xl = arguments.family == "sdxl"
+    texts, more = (["text_encoder", "text_encoder_2"], ["controlnet_condition"]) if xl else (["text_encoder"], [])
+    graphs = arguments.graph or [*texts, *BASE_GRAPHS, *NET_GRAPHS, *more]
     rows = []
     try:
         for graph in graphs:
@@ -88,7 +93,11 @@ def alone(work: Any, *arguments: Any) -> dict[str, Any]:
 
 def export(family: str, graph: str, work: Path) -> dict[str, Any]:
     start = time.monotonic()
-    graphs = BaseGraphs.of(random_models(FAMILIES[family], family), OURS[NAMES[family]], "fp16")  # type: ignore[index]
+    graphs: Exportable
+    if graph.startswith("controlnet"):
+        graphs = NetGraphs.of(random_net(FAMILIES[family]), "fp16")
+    else:
+        graphs = BaseGraphs.of(random_models(FAMILIES[family], family), OURS[NAMES[family]], "fp16")  # type: ignore[index]
     (manifest,) = write_graphs(graphs, [graph], work, base=NO_BASE, family=NAMES[family])  # type: ignore[arg-type]
     return {
         "weights_bytes": manifest.weights.size,
@@ -125,6 +134,16 @@ def random_models(family: Family, name: str) -> Models:
     vae = vae.float() if name == "sdxl" else vae
     encoders = [part.encoder for part in OURS[NAMES[name]].texts]  # type: ignore[index]
     return Models(unet, dict(zip(encoders, texts, strict=True)), vae)  # type: ignore[arg-type]
+
+
+def random_net(family: Family) -> ControlNetModel:
+    torch.set_default_dtype(torch.float16)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=family.latents, **family.unet)
+        net = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    torch.set_default_dtype(torch.float32)
+    found: ControlNetModel = filled(net.to_empty(device="cpu"))
+    return found
 
 
 @torch.no_grad()

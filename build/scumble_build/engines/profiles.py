@@ -102,11 +102,15 @@ def read(file: Path) -> tuple[Profile, ...]:
     return tuple(_profile(entry, file) for entry in entries)
 
 
+OF_NETS = frozenset(("controlnet", "controlnet_kv", "controlnet_hint", "controlnet_condition"))
+"""One file may be for a base and its nets."""
+
+
 def check_names(wanted: Iterable[Profile], manifests: Iterable[GraphManifest]) -> None:
     """Raises InvalidRequest for an axis or a graph that there is not: a misspelt one would narrow nothing."""
     manifests = tuple(manifests)
     axes = {name for manifest in manifests for name, axis in manifest.axes.items() if axis.of is None}
-    graphs = {manifest.graph for manifest in manifests}
+    graphs = {manifest.graph for manifest in manifests} | OF_NETS
     for profile in wanted:
         nothing = {
             pattern for pattern in profile.graphs or () if not any(fnmatchcase(name, pattern) for name in graphs)
