@@ -19,6 +19,7 @@ from scumble_server.base import Base
 from scumble_server.beginning import Original
 from scumble_server.block_weights import block_weights
 from scumble_server.bound import Bound
+from scumble_server.executors.limits import check_all
 from scumble_server.methods import METHODS, dreambooth, textual_inversion
 from scumble_server.methods.method import check_fields
 from scumble_server.pictures import Picture, decode_all
@@ -131,7 +132,7 @@ def _second(first: Admitted, resolved: Sequence[Bound], max_pixels: int) -> Admi
     hires = request.options.hires
     assert hires is not None
     size = tuple(max(8, round(side * hires.scale / 8) * 8) for side in (settings.width, settings.height))
-    _check_size(size[0], size[1], max_pixels, "options.hires.scale")
+    _check_size(size[0], size[1], first.base, max_pixels, "options.hires.scale")
     asked = {"seed": settings.seed, "steps": hires.steps or settings.steps}
     return _admit(
         request.model_copy(update=asked), first.base, first.inputs, resolved, (size[0], size[1]), hires.strength
@@ -261,17 +262,20 @@ def _size(request: Request, base: Base, original: Original | None, max_pixels: i
         width, height = (max(8, side // 8 * 8) for side in original.picture.size)
         default = width, height
     width, height = _given_or(request.width, default[0]), _given_or(request.height, default[1])
-    _check_size(width, height, max_pixels, "width")
+    _check_size(width, height, base, max_pixels, "width")
     return width, height
 
 
-def _check_size(width: int, height: int, max_pixels: int, field: str) -> None:
+def _check_size(width: int, height: int, base: Base, max_pixels: int, field: str) -> None:
+    """Raises InvalidRequest, or Refused for what the base's engines were not built for."""
     if width * height > max_pixels:
         raise InvalidRequest(
             f"{width}x{height} is {width * height} pixels, this server makes at most {max_pixels}; "
             f"ask for a smaller {field}",
             field=field,
         )
+    scale = base.compatibility.vae_scale
+    check_all(base.limits, {"width": width // scale, "height": height // scale})
 
 
 def _settle(request: Request, base: Base, sampled: Sampling, size: tuple[int, int], strength: float) -> Settings:

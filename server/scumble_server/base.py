@@ -24,6 +24,7 @@ from scumble_registry.manifest import Defaults
 from scumble_server.config import ServerConfig
 from scumble_server.executors import Executor
 from scumble_server.executors.choice import executor_bytes, load_executor
+from scumble_server.executors.limits import GraphLimits
 from scumble_server.preview import LatentColours, fit
 from scumble_server.residency import Lease, Residency
 
@@ -46,6 +47,8 @@ class Base:
     layouts: tuple[Layout, ...]
     """Of the graphs that take factors: text encoders, K/V projection, denoiser."""
     colours: LatentColours
+    limits: tuple[GraphLimits, ...] = ()
+    """Of the graphs that draw, if they were built for some sizes only."""
     changes_graphs: bool = True
     """Its executor runs what changes the graph: hypernetworks in self-attention, LLLite."""
     zero_negative: bool = False
@@ -119,6 +122,7 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
             scheduler_config=_json(folder / "scheduler" / "scheduler_config.json"),
             layouts=(*executor.text_layouts, executor.kv_layout, executor.step_layout),
             colours=fit(executor.vae.decode, compatibility.latent_channels),
+            limits=executor.limits,
             changes_graphs=executor.describe()["executor"] == "torch",
             zero_negative=bool(_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family.sizes)),
             image_encoder=_image_encoder(folder / "image_encoder"),

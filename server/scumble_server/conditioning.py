@@ -30,7 +30,7 @@ from scumble_server.methods import METHODS, controlnet, hypernetwork, ip_adapter
 from scumble_server.pool import PageSet, Pools
 from scumble_server.residency import Lease, Residency
 from scumble_server.rows import Conditioning
-from scumble_server.stacking import brings, factors_of
+from scumble_server.stacking import brings, factors_of, sizes_of
 from scumble_server.variants import merged, on_checkpoint, to_merge, with_vae
 
 
@@ -242,7 +242,7 @@ def _phase(
         pooled=text.pooled if context.base.family.sizes else None,
         sizes=context.settings.sizes if context.base.family.sizes else None,
     )
-    context.executor.prepare(brings(phase))
+    context.executor.prepare(brings(phase), sizes_of(phase))
     return phase
 
 

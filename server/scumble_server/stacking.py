@@ -77,6 +77,16 @@ def brings(phase: Phase) -> frozenset[Include]:
     return frozenset(name for name, carried in found.items() if carried)
 
 
+def sizes_of(phase: Phase) -> dict[str, int]:
+    """What its rows alone ask of a graph's axes; a batch asks for no more than the most of its rows."""
+    found = {"tokens": phase.kv.shape[1]}
+    if phase.factors is not None:
+        found["rank_pages"] = rank_bucket(phase.factors.bound.rank) // PAGE
+    if phase.images is not None:
+        found["groups"], found["image_tokens"] = phase.images.kv.shape[1:3]
+    return found
+
+
 def _stack_pooled(pooled: Sequence[Tensor | None], device: str) -> Tensor | None:
     """(rows, E), or None: all rows of a batch are of one base."""
     present = [each for each in pooled if each is not None]

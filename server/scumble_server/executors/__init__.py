@@ -18,6 +18,7 @@ from scumble_build.inputs import StepInputs
 from scumble_build.layout import Layout
 from scumble_build.text import Encoded, Overrides
 from scumble_registry import Version
+from scumble_server.executors.limits import GraphLimits
 
 NetModel: TypeAlias = ControlNetModel | ControlNetUnionModel
 Changed: TypeAlias = Mapping[str, Mapping[str, Tensor]]
@@ -140,8 +141,15 @@ class Executor(Protocol):
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
         """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → prediction like sample."""
 
-    def prepare(self, includes: frozenset[Include]) -> None:
-        """Make ready for steps whose rows carry these, so that no step waits. Called by the conditioning thread."""
+    @property
+    def limits(self) -> tuple[GraphLimits, ...]:
+        """Of the graphs that draw, if they were built for some sizes only."""
+
+    def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
+        """Make ready for steps whose rows carry these, so that no step waits. Called by the conditioning thread.
+
+        Raises Refused for sizes that the graph does not take, by its axes' names.
+        """
 
     def weight(self, target: str) -> Tensor:
         """The weight of a layer `(out, in[, k, k])` or norm `(channels,)`, by its canonical name, to be read only."""

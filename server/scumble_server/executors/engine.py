@@ -26,6 +26,7 @@ from scumble_build.engines.progress import Said, logger
 from scumble_build.engines.store import Pulled
 from scumble_build.export.manifest import GraphManifest
 from scumble_server.executors.device import Stepping, faults
+from scumble_server.executors.limits import GraphLimits
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class RunningEngine:
         self._how = self._runtime_config() if rtx else trt.ExecutionContextAllocationStrategy.USER_MANAGED
         count = self._engine.num_optimization_profiles
         self.limits = tuple(self._limits(index) for index in range(count))
+        self.of_axes = GraphLimits(self.manifest.graph, tuple(self._of_axes(each) for each in self.limits))
         self._contexts: dict[int, ExecutionContext] = {}
         self._owner = object()
         weakref.finalize(self, stepping.graphs.drop, self._owner)
@@ -210,6 +212,14 @@ class RunningEngine:
             {name: tuple(least) for name, (least, _, _) in shapes.items()},
             {name: tuple(most) for name, (_, _, most) in shapes.items()},
         )
+
+    def _of_axes(self, limits: Limits) -> dict[str, range]:
+        return {
+            dim: range(limits.least[port.name][place], limits.most[port.name][place] + 1)
+            for port in self.manifest.inputs
+            for place, dim in enumerate(port.dims)
+            if isinstance(dim, str)
+        }
 
     def _context(self, index: int) -> ExecutionContext:
         """One for each profile, made when it is first needed."""

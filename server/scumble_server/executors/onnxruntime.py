@@ -9,7 +9,7 @@ T2I-Adapters, image encoders and hypernetworks on text run in torch beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class OnnxRuntimeExecutor:
         self._sessions: Sessions = sessions or OrtSessions(weights.graphs, cache, self._device, parent)
         self.step_layout, self.kv_layout = weights.step_layout, weights.kv_layout
         self.text_layouts, self.kv_slices = weights.text_layouts, weights.kv_slices
-        self.max_rows, self.most_pages = weights.max_rows, weights.most_pages
+        self.max_rows, self.most_pages, self.limits = weights.max_rows, weights.most_pages, weights.limits
         self._texts = tuple(weights.graphs.texts)
         self._fed: _Fed | None = None
         for name in (*self._texts, *_ALWAYS):
@@ -113,8 +113,8 @@ class OnnxRuntimeExecutor:
     def dtype(self) -> torch.dtype:
         return self._weights.dtype
 
-    def prepare(self, includes: frozenset[Include]) -> None:
-        self._sessions[f"unet.{graph_for(includes)}"]
+    def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
+        self._sessions[f"unet.{graph_for(includes)}"].limits.check(sizes)
 
     @torch.inference_mode()
     def encode(

@@ -14,6 +14,7 @@ from torch.utils.dlpack import from_dlpack
 from scumble.errors import Unavailable
 from scumble_build.export.cached import GraphCache
 from scumble_build.export.graph import DTYPES, Graph
+from scumble_server.executors.limits import GraphLimits
 
 try:
     import onnxruntime as ort
@@ -61,6 +62,7 @@ class _Session:
     def __init__(self, graph: Graph, session: Any, weights: Mapping[str, Any], device: str) -> None:
         """`weights` must live as long as the session, which reads them where they are."""
         self.graph, self._session, self._weights, self._device = graph, session, weights, device
+        self.limits = GraphLimits(graph.name, ({},))
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """All inputs by name, cast to what the graph takes; outputs in the graph's order."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scumble_build.export.manifest import FactorLayout, Include, Port
 from scumble_build.export.plan import BaseGraphs
+from scumble_server.executors.limits import GraphLimits
 
 
 class AboutGraph(Protocol):
@@ -29,6 +30,8 @@ class Session(Protocol):
 
     @property
     def graph(self) -> AboutGraph: ...
+    @property
+    def limits(self) -> GraphLimits: ...
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """All inputs by name; outputs in the graph's order."""
 

@@ -36,6 +36,7 @@ from scumble_server.executors import Changed, NetModel, Nets
 from scumble_server.executors.device import Stepping, faults
 from scumble_server.executors.engine import RunningEngine
 from scumble_server.executors.graph_net import GraphNets
+from scumble_server.executors.limits import GraphLimits
 from scumble_server.executors.onnxruntime import OnnxRuntimeExecutor
 from scumble_server.executors.torch import TorchExecutor
 from scumble_server.executors.torch_net import torch_nets
@@ -48,6 +49,10 @@ log = logging.getLogger(__name__)
 class _Session:
     graph: GraphManifest
     engine: RunningEngine
+
+    @property
+    def limits(self) -> GraphLimits:
+        return self.engine.of_axes
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """More rows than the engine takes are run in parts. Results are the caller's own: the engine's stay only until
@@ -169,6 +174,9 @@ class TensorRTExecutor(OnnxRuntimeExecutor):
         super().__init__(weights, GraphCache(Path("unused")), sessions=engines)
         self.max_rows = min(weights.max_rows, engines.most("sample") or weights.max_rows)
         self.most_pages = engines.most("A"), engines.most("A_rest")
+        self.limits = tuple(
+            engines[name].limits for name in engines.pulled if name.startswith("unet.") or name == "vae_decoder"
+        )
 
     @classmethod
     def load(  # type: ignore[override] # engines come from the registry, graphs from a cache

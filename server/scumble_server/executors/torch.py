@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,6 +29,7 @@ from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.executors import Changed, NetModel, Nets
 from scumble_server.executors.device import Captured, Stepping, faults
+from scumble_server.executors.limits import GraphLimits
 from scumble_server.executors.torch_net import torch_nets
 from scumble_server.executors.torch_vae import TorchVae
 
@@ -49,6 +50,7 @@ class TorchExecutor:
     """Owns one set of weights, which it only ever reads. On CUDA its steps are captured as graphs."""
 
     most_pages: tuple[int | None, int | None] = (None, None)
+    limits: tuple[GraphLimits, ...] = ()
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class TorchExecutor:
     def _cast(self, factors: Factors | None) -> Factors | None:
         return factors.to(self._device, self._dtype) if factors is not None else None
 
-    def prepare(self, includes: frozenset[Include]) -> None:
+    def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
         """Eager graphs take anything at once."""
 
     def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:  # noqa: ARG002 - what engines go by

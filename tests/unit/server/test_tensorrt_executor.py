@@ -59,6 +59,29 @@ def pulled(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
+NARROW = Profile(
+    {
+        "height": Range(4, 8, 9),
+        "width": Range(4, 8, 9),
+        "tokens": Range(77, 77, 77),
+        "rank_pages": Range(1, 1, 1),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def narrow(pulled: dict[str, Pulled], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pulled]:
+    """The same graphs, built for less."""
+    folder = tmp_path_factory.mktemp("narrow")
+    found = {}
+    for name, each in pulled.items():
+        plan = folder / f"{name}.plan"
+        profile = NARROW if name.startswith("unet.") else WHOLE
+        make_plan(each.plan.with_suffix(".onnx"), each.manifest, (profile,), plan)
+        found[name] = Pulled(each.stored, each.manifest, plan)
+    return found
+
+
 def executor(base: Path, pulled: dict[str, Pulled]) -> TensorRTExecutor:
     weights = TorchExecutor.load(base, FAMILIES["sd1"])
     lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
@@ -99,6 +122,36 @@ def test_strangers_are_drawn_on_engines_as_on_torch(
             engines.run([draw(Adapter(ref="l/full"))])
     finally:
         engines.service.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"width": 128}, r"width of the latents \(pixels / 8\) 16 is not within 4 to 9; ask for less"),
+        ({"options": {"hires": {"scale": 2.0}}}, r"width of the latents"),
+        ({"prompt": "a b " * 60}, r"tokens of the prompt 154 is not within 77 to 77"),
+        ({"adapters": (Adapter(ref="l/b"),)}, r"rank of the LoRAs together, in pages of 8, 2 is not within 1 to 1"),
+    ],
+)
+def test_what_engines_were_not_built_for_is_refused_before_any_step(
+    tiny_base: Path,
+    published: tuple[Path, dict[str, Path]],
+    start: Callable[..., Running],
+    monkeypatch: pytest.MonkeyPatch,
+    narrow: dict[str, Pulled],
+    change: dict[str, Any],
+    says: str,
+) -> None:
+    made = executor(tiny_base, narrow)
+    monkeypatch.setattr(choice.TensorRTExecutor, "load", lambda *_: made)
+    running = start(published[0], "tiny/base", {}, executor="tensorrt")
+    try:
+        with pytest.raises(Refused, match=says):
+            running.run([Request.parse({**draw().model_dump(exclude_none=True), **change})])
+        assert running.service.stats()["steps"] == running.service.stats()["failed_steps"] == 0
+        assert running.run([draw(Adapter(ref="l/a"))])[0].latents.isfinite().all()
+    finally:
+        running.service.close()
 
 
 def test_a_denoiser_without_its_smallest_engine_runs_the_next_larger_one(
