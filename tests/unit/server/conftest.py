@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ from diffusers import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from scumble.errors import Refused
 from scumble.events import Done, Event, Failed
 from scumble.request import Request
 from scumble_registry import Registry
-from scumble_server.config import ServerConfig
+from scumble_server.config import ServerConfig, default_executor
 from scumble_server.executors import Executor
 from scumble_server.service import Service
 
@@ -103,10 +106,6 @@ class Running:
         return [found[index] for index in range(len(requests))]
 
 
-def start(home: Path, base: str, files: dict[str, Path], **config: object) -> Running:
-    return Running(Service.open(ServerConfig(home=home, base=base, **config)), home, files)
-
-
 @pytest.fixture(scope="session")
 def published(
     tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, make_lora: object
@@ -136,7 +135,7 @@ def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def running(published: tuple[Path, dict[str, Path]]) -> Iterator[Running]:
+def running(published: tuple[Path, dict[str, Path]], start: Callable[..., Running]) -> Iterator[Running]:
     home, files = published
     started = start(home, "tiny/base", files)
     yield started
@@ -228,6 +227,45 @@ def _diffusers_alone() -> object:
     return diffusers_alone
 
 
-@pytest.fixture(scope="session", name="start")
-def _start() -> object:
-    return start
+EXECUTORS = ("torch", *(("onnxruntime",) if find_spec("onnxruntime") is not None else ()))
+"""Those that this machine has; engines need a GPU."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What is marked so runs over every executor, fixtures and all."""
+    marked = metafunc.definition.get_closest_marker("every_executor") is not None
+    if marked and "executor" in metafunc.fixturenames:
+        metafunc.parametrize("executor", EXECUTORS, indirect=True, scope="session")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """What only torch's graphs can do, others refuse by name, and say so: that is right too."""
+    try:
+        return (yield)
+    except Refused as error:
+        given = pyfuncitem.callspec.params.get("executor") if hasattr(pyfuncitem, "callspec") else None
+        if given in {None, "torch"} or not re.search("changes the graph.*--executor torch", error.message):
+            raise
+        return True
+
+
+@pytest.fixture(scope="session")
+def executor(request: pytest.FixtureRequest) -> str:
+    """What services run with that say nothing else: `SCUMBLE_EXECUTOR`, or each in turn (`every_executor`)."""
+    return str(getattr(request, "param", default_executor()))
+
+
+@pytest.fixture(scope="session")
+def start(executor: str, graph_cache: Path) -> Callable[..., Running]:
+    """Opens a service; graphs that ONNX Runtime needs are exported once for all tests."""
+
+    def begin(home: Path, base: str, files: dict[str, Path], **config: Any) -> Running:
+        chosen = ServerConfig(home=home, base=base, **{"executor": executor, **config})
+        kept = home / "cache" / "onnx"
+        if chosen.executor == "onnxruntime" and not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            kept.symlink_to(graph_cache)
+        return Running(Service.open(chosen), home, files)
+
+    return begin

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from .conftest import Running
 
+pytestmark = pytest.mark.every_executor
 TOLERANCE = 1e-3
 VISIBLE = 50 * TOLERANCE
 PLAIN = {"prompt": "a red apple", "negative_prompt": "", "seed": 7, "steps": 10, "guidance_scale": 5.0}

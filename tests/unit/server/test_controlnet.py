@@ -212,6 +212,7 @@ FEATURES = {
 }
 
 
+@pytest.mark.every_executor
 @pytest.mark.parametrize("name", NETS)
 def test_nets_equal_diffusers(running: Running, name: str) -> None:
     asked = NETS[name]
@@ -221,6 +222,7 @@ def test_nets_equal_diffusers(running: Running, name: str) -> None:
     assert (running.run([bare])[0].latents - expected).abs().max() >= VISIBLE, "the oracle shows nothing"
 
 
+@pytest.mark.every_executor
 @pytest.mark.parametrize("name", FEATURES)
 def test_t2i_adapters_equal_diffusers(running: Running, name: str) -> None:
     asked = FEATURES[name]
@@ -283,6 +285,7 @@ UNIONS = {
 }
 
 
+@pytest.mark.every_executor
 @pytest.mark.parametrize("name", UNIONS)
 def test_union_nets_equal_diffusers(running: Running, name: str) -> None:
     asked = UNIONS[name]
@@ -292,6 +295,7 @@ def test_union_nets_equal_diffusers(running: Running, name: str) -> None:
     assert (running.run([bare])[0].latents - expected).abs().max() >= VISIBLE, "the oracle shows nothing"
 
 
+@pytest.mark.every_executor
 def test_a_control_lora_equals_the_merged_net(running: Running, tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "diffusion_pytorch_model.safetensors").symlink_to(running.files["c/lora"])
@@ -307,6 +311,7 @@ def test_a_control_lora_equals_the_merged_net(running: Running, tmp_path: Path) 
     assert running.executor.weights_digest() == before, "the base is only read"
 
 
+@pytest.mark.every_executor
 @pytest.mark.parametrize("mode", ["prompt", "control"])
 @pytest.mark.parametrize("ref", ["c/one", "c/t2i"])
 def test_control_modes_are_the_formulas(running: Running, ref: str, mode: str) -> None:

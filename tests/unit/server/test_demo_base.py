@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .conftest import Running
 
+pytestmark = pytest.mark.every_executor
 DEMO = Path(__file__).parents[3] / "demo"
 STYLES = ("openmoji", "ink")
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from .conftest import Running
 
+pytestmark = pytest.mark.every_executor
 PLAIN = {"prompt": "a red apple", "seed": 7, "steps": 8, "guidance_scale": 5.0, "width": 64, "height": 64}
 FILES = ("dora/one", "dora/two", "dora/columns")
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .conftest import Running
 
+pytestmark = pytest.mark.every_executor
 LATENT_TOLERANCE = 1e-3
 PIXEL_TOLERANCE = 1.0
 VISIBLE = 50 * LATENT_TOLERANCE

@@ -107,6 +107,7 @@ MIXES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+@pytest.mark.every_executor
 @pytest.mark.parametrize("name", MIXES)
 def test_it_equals_diffusers(world: tuple[Running, EveryKind], name: str) -> None:
     running, every = world

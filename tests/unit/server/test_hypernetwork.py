@@ -144,6 +144,7 @@ def without(asked: Request, ref: str) -> Request:
     return asked.model_copy(update={"adapters": kept})
 
 
+@pytest.mark.every_executor
 @pytest.mark.parametrize("name", CASES)
 def test_alone_equals_the_formula_in_diffusers(world: World, name: str) -> None:
     asked = CASES[name]

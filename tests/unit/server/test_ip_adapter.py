@@ -267,6 +267,7 @@ def bare(world: World) -> Callable[[Request], torch.Tensor]:
     return draw
 
 
+@pytest.mark.every_executor
 @pytest.mark.parametrize("name", CASES)
 def test_alone_equals_diffusers(world: World, bare: Callable[[Request], torch.Tensor], name: str) -> None:
     ours = world.running.run([CASES[name]])[0]
@@ -275,6 +276,7 @@ def test_alone_equals_diffusers(world: World, bare: Callable[[Request], torch.Te
     assert (reference - bare(CASES[name])).abs().max() >= VISIBLE, "the oracle shows nothing"
 
 
+@pytest.mark.every_executor
 def test_strangers_in_a_batch_are_each_as_alone(world: World) -> None:
     names = ["base", "two pictures, plus", "masks", "faceid", "faceid plus v2", "scales by layer", "no guidance"]
     mixed = [CASES[name].model_copy(update={"seed": 50 + i}) for i, name in enumerate(names)]

@@ -40,7 +40,7 @@ from scumble_registry.formats.source import Hints
 PROMPT = "a red thing asleep"
 STEPS, GUIDANCE = 4, 5.0
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.every_executor]
 
 
 @dataclass

@@ -9,6 +9,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from .conftest import Running
 
+pytestmark = pytest.mark.every_executor
 PLAIN = {"prompt": "a red apple", "seed": 7, "steps": 8, "guidance_scale": 5.0, "width": 64, "height": 64}
 
 

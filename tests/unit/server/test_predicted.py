@@ -28,6 +28,7 @@ from scumble_build.predictor import Predictor
 from scumble_build.vision import ImageEncoder
 from scumble_registry import Registry
 
+pytestmark = pytest.mark.every_executor
 TOLERANCE = 1e-3
 VISIBLE = 50 * TOLERANCE
 PLAIN = {"prompt": "a red apple", "seed": 7, "steps": 8, "guidance_scale": 5.0, "width": 64, "height": 64}

@@ -23,7 +23,7 @@ VISIBLE = 50 * LATENT_TOLERANCE
 PLAIN = {"prompt": "a red apple", "seed": 7, "steps": 8, "guidance_scale": 5.0, "width": 64, "height": 64}
 WIDTH = 32
 
-pytestmark = pytest.mark.usefixtures("embeddings")
+pytestmark = [pytest.mark.usefixtures("embeddings"), pytest.mark.every_executor]
 
 Files = dict[str, "Path"]
 

@@ -83,6 +83,7 @@ CASES = {
 }
 
 
+@pytest.mark.every_executor
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_equals_diffusers(variants: Running, diffusers_alone: Callable[..., Any], name: str) -> None:
     asked = CASES[name]
@@ -106,6 +107,7 @@ def test_its_own_vae_makes_the_pixels(variants: Running) -> None:
     assert (torch.from_numpy(ours.done.images).float() - expected).abs().max() <= 1
 
 
+@pytest.mark.every_executor
 def test_strangers_on_base_and_checkpoints_are_drawn_as_alone(variants: Running) -> None:
     requests = [
         request(*refs, seed=i)
@@ -161,6 +163,7 @@ WIDE = {
 }
 
 
+@pytest.mark.every_executor
 @pytest.mark.parametrize("name", WIDE)
 def test_more_columns_than_factors_hold_are_merged(
     variants: Running, diffusers_alone: Callable[..., Any], name: str
@@ -172,6 +175,7 @@ def test_more_columns_than_factors_hold_are_merged(
     assert (theirs - bare).abs().max() >= VISIBLE
 
 
+@pytest.mark.every_executor
 def test_many_columns_on_a_checkpoint(variants: Running, diffusers_alone: Callable[..., Any]) -> None:
     asked = request("my/cat", Adapter(ref="l/wide", weight=0.1), Adapter(ref="l/wider", weight=0.05))
     theirs = reference(variants, diffusers_alone, asked, "my/cat")
