@@ -171,6 +171,10 @@ class Executor(Protocol):
     def load_vae(self, folder: Path) -> Vae:
         """Another one, in the diffusers layout, on the same device and in the same precision."""
 
+    @property
+    def copies(self) -> int:
+        """How often it holds the weights that it loads."""
+
     def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:
         """The ControlNet that `load` reads, if its weights are needed here; it is then nobody else's."""
 

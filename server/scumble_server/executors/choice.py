@@ -36,6 +36,6 @@ def load_executor(registry: Registry, version: Version, family: Family, config: 
 
 
 def executor_bytes(folder: Path, family: Family, config: ServerConfig) -> int:
-    """What its weights take once it is loaded. ONNX Runtime keeps them a second time, packed for its kernels."""
-    copies = 2 if config.executor == "onnxruntime" else 1
+    """What its weights take once it is loaded."""
+    copies = OnnxRuntimeExecutor.copies if config.executor == "onnxruntime" else TorchExecutor.copies
     return copies * weights_bytes(folder, family, config.precision)

@@ -59,6 +59,9 @@ class _Fed:
 class OnnxRuntimeExecutor:
     """Owns sessions over the weights of one `TorchExecutor`."""
 
+    copies = 2
+    """ONNX Runtime keeps weights a second time, packed for its kernels."""
+
     def __init__(
         self,
         weights: TorchExecutor,

@@ -163,6 +163,8 @@ Find: TypeAlias = Callable[[Version], Mapping[str, Pulled]]
 class TensorRTExecutor(OnnxRuntimeExecutor):
     """Feeds engines what ONNX Runtime would be fed."""
 
+    copies = 1
+
     def __init__(
         self, weights: TorchExecutor, engines: Engines, about: Mapping[str, str], find: Find = lambda _version: {}
     ) -> None:

@@ -51,6 +51,7 @@ class TorchExecutor:
 
     most_pages: tuple[int | None, int | None] = (None, None)
     limits: tuple[GraphLimits, ...] = ()
+    copies = 1
 
     def __init__(
         self,

@@ -148,7 +148,7 @@ def _net(context: Context, bound: Bound, like: Tensor) -> Net:
     # A control-LoRA changes the encoder of whatever the request is drawn with; other nets have their own.
     builds_on = context.drawn_with if about.form == "control_lora" else context.base.version
     key = ("net", bound.version.digest, builds_on.digest)
-    nbytes = about.parameters * like.element_size()
+    nbytes = about.parameters * like.element_size() * context.of_base.copies
 
     def unet() -> Path:
         return context.registry.materialise(builds_on) / "unet"  # hashes the whole folder: only if it is read
