@@ -23,7 +23,8 @@ import onnx
 
 from scumble_build.export.graph import Graph
 from scumble_build.export.provenance import code_digest, versions
-from scumble_build.export.trace import Traced, trace
+from scumble_build.export.trace import trace
+from scumble_build.export.traced import Traced
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import scumble_build
 
-_LIBRARIES = ("diffusers", "onnx", "torch", "transformers")
+_LIBRARIES = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 
 
 @cache

@@ -23,7 +23,8 @@ from scumble_build.export.graph import Graph
 from scumble_build.export.manifest import SUFFIX, File, GraphManifest, KVPlace
 from scumble_build.export.plan import component_of
 from scumble_build.export.provenance import code_digest, versions
-from scumble_build.export.trace import EXPORTER, OPSET, Place, locate, trace
+from scumble_build.export.trace import exporter_of, trace
+from scumble_build.export.traced import OPSET, Place, locate
 from scumble_registry.compatibility import Family
 from scumble_registry.formats.safetensors_header import read_header
 
@@ -93,7 +94,7 @@ def describe(
         precision=graph.precision,
         kept_in_fp32=graph.kept_in_fp32,
         opset=OPSET,
-        exporter=EXPORTER,
+        exporter=exporter_of(graph.part),
         made_with=versions(),
         code=code_digest(),
         inputs=graph.inputs,
