@@ -113,7 +113,8 @@ class ControlNetUnion(ControlledEncoder):
         for layer in self.model.transformer_layes:  # the model's own spelling
             tokens = layer(tokens[None])[0]
         shifted = hints + self.model.spatial_ch_projs(tokens)[..., None, None]
-        hint: Tensor = (shifted * strength[..., None, None]).sum(0, keepdim=True)
+        # The type is said, for an exported sum would else be of float32.
+        hint: Tensor = (shifted * strength[..., None, None]).sum(0, keepdim=True, dtype=shifted.dtype)
         return hint
 
     def residuals_of(

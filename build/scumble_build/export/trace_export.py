@@ -10,16 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from onnxscript.optimizer import optimize
 from torch.export import Dim
 
 from scumble_build.export.graph import Graph
-from scumble_build.export.manifest import Port
 from scumble_build.export.traced import OPSET, Traced, elsewhere, norms_in_float32
+
+_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+}
 
 
 def trace(graph: Graph) -> Traced:
@@ -98,22 +104,23 @@ def _make_names_unique(model: Any, graph: Graph) -> None:
 
 
 def _name_axes(model: ModelProto, graph: Graph) -> None:
-    """The exporter's symbols become the manifest's; between them, symbols say nothing that holds for both."""
+    """The exporter's symbols become the manifest's; in between, they would say nothing any more. What is not as the
+    graph's ports say is a mistake of ours or of the exporter's, found here.
+    """
     del model.graph.value_info[:]
     for values, ports in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
         for value, port in zip(values, ports, strict=True):
-            _check_name(value, port)
+            tensor = value.type.tensor_type
+            if (value.name, tensor.elem_type) != (port.name, _TYPES[port.dtype]):
+                raise AssertionError(f"the exporter made {value.name} of type {tensor.elem_type} of {port}")
             for place, dim in enumerate(port.dims):
-                shape = value.type.tensor_type.shape.dim[place]
+                shape = tensor.shape.dim[place]
                 if isinstance(dim, str):
+                    if not shape.dim_param:
+                        raise AssertionError(f"the exporter fixed {dim} of {port.name} at {shape.dim_value}")
                     shape.dim_param = dim
                 else:
                     shape.dim_value = dim
-
-
-def _check_name(value: onnx.ValueInfoProto, port: Port) -> None:
-    if value.name != port.name:
-        raise AssertionError(f"the exporter calls {port.name} {value.name}")
 
 
 @contextmanager
