@@ -19,7 +19,7 @@ from scumble_server.base import Base
 from scumble_server.beginning import Original
 from scumble_server.block_weights import block_weights
 from scumble_server.bound import Bound
-from scumble_server.executors.limits import check_all
+from scumble_server.executors.limits import check_any
 from scumble_server.methods import METHODS, dreambooth, textual_inversion
 from scumble_server.methods.method import check_fields
 from scumble_server.pictures import Picture, decode_all
@@ -275,7 +275,7 @@ def _check_size(width: int, height: int, base: Base, max_pixels: int, field: str
             field=field,
         )
     scale = base.compatibility.vae_scale
-    check_all(base.limits, {"width": width // scale, "height": height // scale})
+    check_any(base.limits, {"width": width // scale, "height": height // scale})
 
 
 def _settle(request: Request, base: Base, sampled: Sampling, size: tuple[int, int], strength: float) -> Settings:

@@ -48,7 +48,7 @@ class Base:
     """Of the graphs that take factors: text encoders, K/V projection, denoiser."""
     colours: LatentColours
     limits: tuple[GraphLimits, ...] = ()
-    """Of the graphs that draw, if they were built for some sizes only."""
+    """Of the denoiser's graphs, if they were built for some sizes only."""
     changes_graphs: bool = True
     """Its executor runs what changes the graph: hypernetworks in self-attention, LLLite."""
     zero_negative: bool = False

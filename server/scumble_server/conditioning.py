@@ -242,7 +242,7 @@ def _phase(
         pooled=text.pooled if context.base.family.sizes else None,
         sizes=context.settings.sizes if context.base.family.sizes else None,
     )
-    context.executor.prepare(brings(phase), sizes_of(phase))
+    context.executor.prepare(brings(phase), sizes_of(phase) | context.latents)
     return phase
 
 

@@ -67,6 +67,12 @@ class Context:
         return read_record(self.registry, self.records, bound, read)
 
     @property
+    def latents(self) -> dict[str, int]:
+        """Their size, by the names that graphs' axes have."""
+        scale = self.base.compatibility.vae_scale
+        return {"height": self.settings.height // scale, "width": self.settings.width // scale}
+
+    @property
     def sides(self) -> int:
         """1 where there is no negative prompt, else 2: what does not read the prompts is made once for each side."""
         return min(self.rows, 2)

@@ -171,11 +171,13 @@ def pull(
     with Registry.open(home or default_home()) as registry:
         version = registry.resolve(controlnet or base)
         machine = Machine(flavour, load(flavour).__version__, capabilities[0])
-        fitting = store.fitting(store.listed(registry, version), machine, version.digest, precision)
+        stored = store.listed(registry, version)
+        fitting = store.fitting(stored, machine, version.digest, precision)
         if not fitting:
+            kinds = {_kind(each.key) for each in stored}
             raise NotFound(
-                f"{version.ref} has no engine for {flavour} {machine.version}, SM{machine.sm}, {precision}; "
-                "build one with `scumble build engine`"
+                f"{version.ref} has no engine for {flavour} {machine.version} SM{machine.sm} {precision}, but for "
+                f"{', '.join(sorted(kinds)) or 'nothing'}; build one with `scumble build engine`"
             )
         pulled = [store.pull(registry, each) for each in fitting.values()]
         out.mkdir(parents=True, exist_ok=True)
@@ -208,6 +210,10 @@ def _export(
     else:
         graphs, digest = open_base(found, precision), found.digest
     return write_graphs(graphs, part or graphs.names, folder, base=digest, family=found.family, report=tell)
+
+
+def _kind(key: EngineKey) -> str:
+    return f"{key.flavour} {key.version} {' '.join(f'SM{each}' for each in key.sm)} {key.precision}"
 
 
 def _capabilities(sm: list[int] | None) -> tuple[int, ...]:

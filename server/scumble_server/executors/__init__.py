@@ -50,6 +50,9 @@ class Net(Protocol):
     def kv_width(self) -> int:
         """K of the keys and values that `project` gives."""
 
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raises Refused for sizes that its graph does not take, by its axes' names."""
+
     def project(self, states: Tensor) -> Tensor:
         """Text states `(rows, T, C)` → the net's own keys and values `(rows, T, K)`."""
 
@@ -143,7 +146,7 @@ class Executor(Protocol):
 
     @property
     def limits(self) -> tuple[GraphLimits, ...]:
-        """Of the graphs that draw, if they were built for some sizes only."""
+        """Of the denoiser's graphs, if they were built for some sizes only."""
 
     def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
         """Make ready for steps whose rows carry these, so that no step waits. Called by the conditioning thread.

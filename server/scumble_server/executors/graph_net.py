@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ class GraphNet:
     @property
     def kv_width(self) -> int:
         return int(self._dims["kv"][-1])
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        self._step.limits.check(sizes)
 
     @torch.inference_mode()
     def project(self, states: Tensor) -> Tensor:

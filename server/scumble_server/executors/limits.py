@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scumble.errors import Refused
@@ -45,7 +45,15 @@ class GraphLimits:
         ]
 
 
-def check_all(limits: Iterable[GraphLimits], sizes: Mapping[str, int]) -> None:
-    """Raises Refused."""
+def check_any(limits: Sequence[GraphLimits], sizes: Mapping[str, int]) -> None:
+    """Raises Refused if none of these graphs takes the sizes; which of them a request needs is known later."""
+    refused: Refused | None = None
     for each in limits:
-        each.check(sizes)
+        try:
+            each.check(sizes)
+        except Refused as error:
+            refused = refused or error
+        else:
+            return
+    if refused is not None:
+        raise refused

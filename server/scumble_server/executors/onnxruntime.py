@@ -117,7 +117,8 @@ class OnnxRuntimeExecutor:
         return self._weights.dtype
 
     def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
-        self._sessions[f"unet.{graph_for(includes)}"].limits.check(sizes)
+        for name in (f"unet.{graph_for(includes)}", "vae_decoder"):
+            self._sessions[name].limits.check(sizes)
 
     @torch.inference_mode()
     def encode(

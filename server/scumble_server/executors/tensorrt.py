@@ -176,9 +176,7 @@ class TensorRTExecutor(OnnxRuntimeExecutor):
         super().__init__(weights, GraphCache(Path("unused")), sessions=engines)
         self.max_rows = min(weights.max_rows, engines.most("sample") or weights.max_rows)
         self.most_pages = engines.most("A"), engines.most("A_rest")
-        self.limits = tuple(
-            engines[name].limits for name in engines.pulled if name.startswith("unet.") or name == "vae_decoder"
-        )
+        self.limits = tuple(engines[name].limits for name in engines.pulled if name.startswith("unet."))
 
     @classmethod
     def load(  # type: ignore[override] # engines come from the registry, graphs from a cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import ControlNetUnionModel
@@ -24,6 +24,9 @@ class _TorchNet:
     def kv_width(self) -> int:
         """K of the keys and values that `project` gives."""
         return sum(2 * place.width for place in self._graph.projection.slices)
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Eager graphs take anything."""
 
     @torch.inference_mode()
     def project(self, states: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ def _control(context: Context, bound: Bound, like: Tensor) -> Control:
     if form == "lllite":
         return _lite(context, bound, like)
     net = _net(context, bound, like)
+    net.check(context.latents)
     return Control(bound, net, _hint(context, bound, net, like))
 
 
@@ -132,6 +133,7 @@ def _lite(context: Context, bound: Bound, like: Tensor) -> Control:
 def _of_text(context: Context, bound: Bound, net: Net, text: Text) -> tuple[Tensor, Tensor | None]:
     """The net's own keys and values `(rows, T, K)` of the prompts, and what it adds to the time `(rows, E)`."""
     states = text.states
+    net.check({"tokens": states.shape[1]})
     key = ("net kv", bound.version.digest, context.base.version.digest, text.key)
     nbytes = states.shape[0] * states.shape[1] * net.kv_width * states.element_size()
     kv = context.device.get(key, nbytes, lambda: net.project(states))

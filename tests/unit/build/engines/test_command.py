@@ -95,7 +95,7 @@ def test_a_checkpoints_engine_is_bound_to_the_checkpoint(home: Path) -> None:
         (
             ("pull", "--base", "tiny/base", "--flavour", "tensorrt_rtx", "--sm", "75", "-o", "nowhere"),
             NotFound,
-            r"tiny/base@1 has no engine for tensorrt_rtx .*SM75, fp16; build one with `scumble build engine`",
+            r"tiny/base@1 has no engine for tensorrt_rtx .*SM75 fp16, but for tensorrt_rtx .*SM89 fp16; build one",
         ),
         (
             ("pull", "--base", "tiny/base", *RTX, "--sm", "120", "-o", "nowhere"),
