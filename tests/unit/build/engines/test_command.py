@@ -61,6 +61,10 @@ def test_a_bases_engine_is_built_once_listed_and_pulled(home: Path, tmp_path: Pa
     assert {file.name for file in (tmp_path / "engines").iterdir()} == {"kv_projection.plan", "kv_projection.json"}
     with pytest.raises(Refused, match="is not an empty folder"):
         build(home, "pull", "--base", "tiny/base", *RTX, "-o", str(tmp_path / "engines"))
+    other = ("--flavour", "tensorrt_rtx", "--sm", "75")
+    there_are = r"tiny/base@1 has no engine for tensorrt_rtx .*SM75 fp16, but for tensorrt_rtx .*SM89 fp16; build one"
+    with pytest.raises(NotFound, match=there_are):
+        build(home, "pull", "--base", "tiny/base", *other, "-o", str(tmp_path / "none"))
 
 
 def test_a_controlnets_engines_are_bound_to_the_net(home: Path, tmp_path: Path) -> None:
@@ -92,11 +96,6 @@ def test_a_checkpoints_engine_is_bound_to_the_checkpoint(home: Path) -> None:
         (("engine", "--base", "tiny/base", "--controlnet", "d/tuned", *RTX), Refused, "d/tuned@1 is no ControlNet"),
         (("engine", "--base", "tiny/base", *RTX, "--part", "unet.tiny"), InvalidRequest, "there is no graph"),
         (("engine", "--base", "tiny/none", *RTX), NotFound, "tiny/none"),
-        (
-            ("pull", "--base", "tiny/base", "--flavour", "tensorrt_rtx", "--sm", "75", "-o", "nowhere"),
-            NotFound,
-            r"tiny/base@1 has no engine for tensorrt_rtx .*SM75 fp16, but for tensorrt_rtx .*SM89 fp16; build one",
-        ),
         (
             ("pull", "--base", "tiny/base", *RTX, "--sm", "120", "-o", "nowhere"),
             InvalidRequest,
