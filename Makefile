@@ -20,10 +20,10 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/scumble demo --out demo/out
 
-# A process for each core that a small machine has; each has one thread.
+# A process for each core that a small machine has; each has one thread, and takes whole files, whose fixtures are shared.
 WORKERS ?= 2
 test: setup
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 check: setup format lint types layers test
 

@@ -12,20 +12,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-END_TO_END = Path(__file__).parent / "e2e"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs in one worker of pytest-xdist: a file, whose fixtures are made once, and all that starts servers.
-
-    First, since pytest-xdist's own hook reads these marks.
-    """
-    for item in items:
-        file = item.path
-        item.add_marker(pytest.mark.xdist_group("e2e" if END_TO_END in file.parents else str(file)))
-
-
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that `StableDiffusionPipeline.from_pretrained` loads. Read only."""
