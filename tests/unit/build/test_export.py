@@ -159,6 +159,19 @@ def test_the_manifest_says_what_the_file_is(bases: dict[str, Path], tmp_path: Pa
     assert {each.name for each in manifest.factors.targets} == set(layout.targets)
 
 
+def test_the_manifest_says_which_exporter_made_the_file(bases: dict[str, Path], tmp_path: Path) -> None:
+    _, manifests = export(bases["sd1"], tmp_path, ["vae_decoder", "unet.bare"])
+    nodes = {
+        each.graph: onnx.load(tmp_path / each.onnx.name, load_external_data=False).graph.node for each in manifests
+    }
+    by_path = {graph for graph, each in nodes.items() if any(node.name.startswith("/") for node in each)}
+    assert by_path == {"unet.bare"}, "TorchScript's exporter alone names nodes by their modules' paths"
+    assert {each.graph: each.exporter for each in manifests} == {
+        "vae_decoder": "torch.export",
+        "unet.bare": "torchscript",
+    }
+
+
 def test_profiles_come_of_the_axes(bases: dict[str, Path], tmp_path: Path) -> None:
     _, (manifest,) = export(bases["sd1"], tmp_path, ["vae_decoder"])
     least, _, most = manifest.profile()["latents"]
