@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -130,8 +131,11 @@ def published(
 
 @pytest.fixture(scope="session")
 def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Exported graphs of all tests: to trace one takes seconds."""
-    return tmp_path_factory.mktemp("graphs")
+    """Exported graphs of all tests, of all of pytest-xdist's workers: to trace one takes seconds."""
+    mine = tmp_path_factory.getbasetemp()
+    folder = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "graphs"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
