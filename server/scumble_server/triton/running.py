@@ -78,8 +78,8 @@ def running_server(
         arguments = command(install, run.folder, config, repository, host, claimed)
         variables = environment(install, run.folder, config)
         supervisor = Supervisor(Launch(arguments, variables, run.folder, host, claimed.http, start_timeout))
-        supervisor.start()
         try:
+            supervisor.start()
             yield RunningServer(host, claimed, run.folder.log, supervisor)
         finally:
             supervisor.stop()

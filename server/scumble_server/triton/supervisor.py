@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,19 @@ class Supervisor:
     def _launch_once(self) -> None:
         launch = self._launch
         launch.run.forget_stubs()
+        # A Ctrl-C reaches the main thread alone: it may come at any moment, and would lose a process just started.
+        with ThreadPoolExecutor(1) as uninterrupted:
+            uninterrupted.submit(self._open).result()
+        deadline = time.monotonic() + launch.timeout
+        while not self._answers(FIRST_ANSWER_TIMEOUT):
+            self._raise_if_ended()
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the server was not ready after {launch.timeout:g} s; see {self._log}")
+            if self._stopping.wait(LOOK_INTERVAL):
+                raise Unavailable("the server was stopped while it started")
+
+    def _open(self) -> None:
+        launch = self._launch
         with launch.run.log.open("ab") as output:
             self._process = subprocess.Popen(
                 launch.command,
@@ -111,16 +125,10 @@ class Supervisor:
                 stderr=output,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + launch.timeout
-        while not self._answers(FIRST_ANSWER_TIMEOUT):
-            self._raise_if_ended(self._process)
-            if time.monotonic() > deadline:
-                raise Unavailable(f"the server was not ready after {launch.timeout:g} s; see {self._log}")
-            if self._stopping.wait(LOOK_INTERVAL):
-                raise Unavailable("the server was stopped while it started")
 
-    def _raise_if_ended(self, process: subprocess.Popen[bytes]) -> None:
-        status = process.poll()
+    def _raise_if_ended(self) -> None:
+        assert self._process
+        status = self._process.poll()
         if status is not None:
             raise self._launch.run.take_failure() or Unavailable(
                 f"tritonserver ended with status {status} before it was ready; "
