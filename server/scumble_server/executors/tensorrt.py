@@ -241,7 +241,7 @@ class TensorRTExecutor(OnnxRuntimeExecutor):
         if all(name in found for name in names):
             return GraphNets({name: self._engines.runtime.load(found[name]) for name in names})
         log.warning(
-            "%s runs in torch beside the engines, for it has none that fit: run `scumble build engine --base … "
+            "%s runs in torch beside the engines, for it has none that fit: run `scumble build engine --base BASE "
             "--controlnet %s`",
             version.ref,
             version.ref,
