@@ -24,6 +24,7 @@ def test_ctrl_c_while_the_process_is_being_started_leaves_none(tmp_path: Path, m
 
     run = OwnedRun(tmp_path)
     monkeypatch.setattr("scumble_server.triton.supervisor.subprocess.Popen", Interrupted)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     supervisor = Supervisor(Launch(["sleep", "600"], {"PATH": "/usr/bin:/bin"}, run.folder, "127.0.0.1", 9, 30))
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -31,6 +32,7 @@ def test_ctrl_c_while_the_process_is_being_started_leaves_none(tmp_path: Path, m
         (process,) = started
         assert process.poll() == -signal.SIGKILL
     finally:
+        signal.signal(signal.SIGINT, handler)
         for process in started:
             process.kill()
         run.close()
