@@ -28,6 +28,7 @@ def trace(graph: Graph) -> Traced:
             opset_version=OPSET,
             export_params=False,
             do_constant_folding=False,
+            keep_initializers_as_inputs=True,  # else those of equal values become one, and a variant's differ
             input_names=[port.name for port in inputs],
             output_names=[port.name for port in outputs],
             dynamic_axes={

@@ -27,6 +27,7 @@ from scumble_build.export.control import NetGraphs
 from scumble_build.export.denoiser import GRAPHS, graph_for
 from scumble_build.export.graph import DTYPES
 from scumble_build.export.manifest import GraphManifest, Port
+from scumble_build.export.trace import trace
 from scumble_build.export.write import Exportable, write_graphs
 
 TOLERANCE = 1e-4
@@ -205,6 +206,15 @@ def test_a_graph_is_traced_once_for_all_bases_of_a_structure(
     assert file.stem == key(name, "fp32", one.config(name)) != key(name, "fp16", one.config(name))
     file.write_bytes(b"damaged")
     assert cache.traced(lambda: one.graph(name), name, "fp32", one.config(name)).parameters == first.parameters
+
+
+@pytest.mark.parametrize("name", ["unet.bare", "text_encoder"])
+def test_weights_of_equal_values_stay_apart_for_bases_where_they_differ(
+    bases: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    graph = open_base(find_base(str(bases["sd1"]), tmp_path), "fp32").graph(name)
+    norms = {each for each in graph.parameters if "norm" in each}
+    assert norms and norms <= set(trace(graph).parameters.values()), "fresh norms are all ones"
 
 
 def test_the_command_writes_what_is_asked_for(bases: dict[str, Path], tmp_path: Path) -> None:
