@@ -44,7 +44,7 @@ layers:
 formats-table: setup
 	rm -f .formats-notes.jsonl
 	SCUMBLE_FORMATS_NOTES=$(CURDIR)/.formats-notes.jsonl $(BIN)/pytest -q -m oracle
-	$(BIN)/python tests/formats_table.py .formats-notes.jsonl docs/formats.md
+	$(BIN)/python tests/support/formats_table.py .formats-notes.jsonl docs/formats.md
 	rm .formats-notes.jsonl
 
 # All adapters of the demo, remade from the base and the picture packages (npm) and measured; hours on 2 cores.
@@ -58,9 +58,9 @@ bench: setup
 
 # What comes in: 10,000 mutated files, then coverage-guided ones, a minute for each reader.
 fuzz: setup
-	PYTHONPATH=tests $(BIN)/python -W ignore tests/fuzz_incoming.py --files 10000
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/support/fuzz_incoming.py --files 10000
 	for reader in zip pickle header; do \
-	  PYTHONPATH=tests $(BIN)/python tests/fuzz_guided.py $$reader -max_total_time=60 || exit 1; done
+	  PYTHONPATH=tests $(BIN)/python tests/support/fuzz_guided.py $$reader -max_total_time=60 || exit 1; done
 
 # Engines without a GPU (TensorRT for RTX): all graphs of the demo base; real sizes with random weights, as a table.
 ENGINES := $(BIN)/python benches/engines.py --table

@@ -35,8 +35,8 @@ from scumble_build.export.control import NetGraphs
 from scumble_build.export.denoiser import GRAPHS
 from scumble_build.export.plan import BaseGraphs
 from scumble_build.export.write import Exportable, write_graphs
-from scumble_build.families import FAMILIES as OURS
-from scumble_build.models import Models
+from scumble_build.graphs.families import FAMILIES as OURS
+from scumble_build.graphs.models import Models
 
 NAMES = {"sd1.5": "sd1", "sd2.1": "sd2", "sdxl": "sdxl"}
 BASE_GRAPHS = ("kv_projection", *(f"unet.{name}" for name in GRAPHS), "vae_decoder", "vae_encoder")

@@ -16,15 +16,15 @@ from pathlib import Path
 import onnxruntime
 import torch
 from measure import alternate, machine
-from paging import some_factors
 
-from scumble_build.adapted import Factors
 from scumble_build.export.command import find_base
-from scumble_build.families import FAMILIES
-from scumble_build.inputs import StepInputs
-from scumble_server.executors import Executor
-from scumble_server.executors.onnxruntime import OnnxRuntimeExecutor
-from scumble_server.executors.torch import TorchExecutor
+from scumble_build.graphs.adapted import Factors
+from scumble_build.graphs.families import FAMILIES
+from scumble_build.graphs.inputs import StepInputs
+from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
+from scumble_server.executors.protocol import Executor
+from scumble_server.executors.torch.executor import TorchExecutor
+from support.paging import some_factors
 
 
 def main() -> None:

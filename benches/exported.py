@@ -23,13 +23,13 @@ from scumble_build.export.graph import DTYPES, PRECISIONS, Graph
 from scumble_build.export.manifest import FLOAT, GraphManifest, Port, Precision
 from scumble_build.export.ports import HEIGHT, ROWS, SIZES, TIMESTEP, TOKENS, WIDTH
 from scumble_build.export.write import Exportable, write_graphs
-from scumble_build.families import FAMILIES
-from scumble_build.models import Models
+from scumble_build.graphs.families import FAMILIES
+from scumble_build.graphs.models import Models
 from scumble_server.executors.device import Stepping
-from scumble_server.executors.engine import RunningEngine
-from scumble_server.executors.onnxruntime import OnnxRuntimeExecutor
-from scumble_server.executors.tensorrt import Engines, Runtime, TensorRTExecutor
-from scumble_server.executors.torch import TorchExecutor
+from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
+from scumble_server.executors.tensorrt.engine import RunningEngine
+from scumble_server.executors.tensorrt.executor import Engines, Runtime, TensorRTExecutor
+from scumble_server.executors.torch.executor import TorchExecutor
 
 NO_BASE = "sha256:" + "0" * 64
 

@@ -9,13 +9,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from every_kind import EveryKind, publish_every_kind, request_for, ways_to_ask
-
 from scumble.events import Done, Event, Failed, Step
 from scumble.request import Request
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
 from scumble_server.service import Service
+from support.every_kind import EveryKind, publish_every_kind, request_for, ways_to_ask
 
 SIDE = 128
 

@@ -39,15 +39,15 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from scumble_build.export.manifest import Precision
-from scumble_build.families import FAMILIES as OURS
-from scumble_build.inputs import StepInputs
-from scumble_build.layout import PAGE, pages_for
-from scumble_build.models import Models
-from scumble_server import stacking
-from scumble_server.carried import BoundSet, Phase, RowFactors, hold, let_go
+from scumble_build.graphs.families import FAMILIES as OURS
+from scumble_build.graphs.inputs import StepInputs
+from scumble_build.graphs.layout import PAGE, pages_for
+from scumble_build.graphs.models import Models
+from scumble_server.denoise import stacking
+from scumble_server.denoise.phase import BoundSet, Phase, RowFactors, hold, let_go
 from scumble_server.executors.device import Stepping
-from scumble_server.executors.torch import TorchExecutor
-from scumble_server.pool import PageSet, Pool
+from scumble_server.executors.torch.executor import TorchExecutor
+from scumble_server.memory.pages import PageSet, Pool
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 RANKS = (16, 64)

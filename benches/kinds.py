@@ -18,15 +18,15 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from measure import against, count_flops, machine
 from memory import FAMILIES
-from paging import some_factors
 from torch import Tensor
 
-from scumble_build.adapted import Factors
-from scumble_build.controlnet import ControlNet
-from scumble_build.denoiser import Denoiser, KVProjection
-from scumble_build.inputs import ImageInputs, StepInputs, level_sizes
-from scumble_server.executors.torch_net import TorchNet
-from scumble_server.stacking import NetCall, with_residuals
+from scumble_build.graphs.adapted import Factors
+from scumble_build.graphs.controlnet import ControlNet
+from scumble_build.graphs.denoiser import Denoiser, KVProjection
+from scumble_build.graphs.inputs import ImageInputs, StepInputs, level_sizes
+from scumble_server.denoise.stacking import NetCall, with_residuals
+from scumble_server.executors.torch.net import TorchNet
+from support.paging import some_factors
 
 IMAGES = 8
 RANKS = (16, 64, 128)

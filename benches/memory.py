@@ -20,8 +20,8 @@ from measure import machine
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from scumble_build.denoiser import Denoiser, KVProjection
-from scumble_build.inputs import StepInputs
+from scumble_build.graphs.denoiser import Denoiser, KVProjection
+from scumble_build.graphs.inputs import StepInputs
 
 VIT_L: dict[str, Any] = {
     "hidden_size": 768,

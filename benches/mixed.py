@@ -24,7 +24,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from every_kind import EveryKind, publish_every_kind, request_for
 from measure import alternate, machine
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -35,6 +34,7 @@ from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
 from scumble_server.service import Service
+from support.every_kind import EveryKind, publish_every_kind, request_for
 
 REQUESTS = 8
 STEPS = 20

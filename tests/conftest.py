@@ -15,20 +15,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that `StableDiffusionPipeline.from_pretrained` loads. Read only."""
-    from tiny_sd import make_tiny_base
+    from support.tiny_sd import make_tiny_base
 
     return make_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
 
 
 @pytest.fixture(scope="session", name="make_lora")
 def _make_lora() -> Callable[..., Path]:
-    from tiny_sd import make_lora
+    from support.tiny_sd import make_lora
 
     return make_lora
 
 
 @pytest.fixture(scope="session", name="make_tiny_base")
 def _make_tiny_base() -> Callable[..., Path]:
-    from tiny_sd import make_tiny_base
+    from support.tiny_sd import make_tiny_base
 
     return make_tiny_base

@@ -13,20 +13,20 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from scumble.errors import Refused
-from scumble_build.blocks import UNetBlocks, blocks_of
-from scumble_build.families import FAMILIES, Family
-from scumble_build.layout import Layout
+from scumble_build.graphs.blocks import UNetBlocks, blocks_of
+from scumble_build.graphs.families import FAMILIES, Family
+from scumble_build.graphs.layout import Layout
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import BaseCompatibility, ImageEncoderCompatibility
 from scumble_registry.formats import image_encoder
 from scumble_registry.formats.source import Source
 from scumble_registry.manifest import Defaults
 from scumble_server.config import ServerConfig
-from scumble_server.executors import Executor
+from scumble_server.denoise.preview import LatentColours, fit
 from scumble_server.executors.choice import executor_bytes, load_executor
 from scumble_server.executors.limits import GraphLimits
-from scumble_server.preview import LatentColours, fit
-from scumble_server.residency import Lease, Residency
+from scumble_server.executors.protocol import Executor
+from scumble_server.memory.residency import Lease, Residency
 
 
 @dataclass(frozen=True, slots=True)

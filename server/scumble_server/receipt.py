@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scumble_registry import Version
-from scumble_server.admission import Admitted
-from scumble_server.conditioning import Conditioned
+from scumble_server.admission.admit import Admitted
+from scumble_server.conditioning.condition import Conditioned
 from scumble_server.methods import METHODS
 
 SCHEMA = 1

@@ -27,20 +27,21 @@ from scumble.events import Done, Event, Failed, Pixels, Queued
 from scumble.images import QUALITY, encode
 from scumble.request import Options, Request
 from scumble_registry import Registry
-from scumble_server.admission import Admitted, admit
+from scumble_server.admission.admit import Admitted, admit
 from scumble_server.base import Base, load_base
-from scumble_server.beginning import again, begin
-from scumble_server.bound import Bound
-from scumble_server.conditioning import Conditioned, Conditioner
+from scumble_server.conditioning.condition import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
-from scumble_server.counters import Counters
-from scumble_server.decoding import decode
-from scumble_server.loop import Loop
-from scumble_server.noise import Noise
-from scumble_server.prefetch import Prefetcher
+from scumble_server.denoise.begin import begin
+from scumble_server.denoise.counters import Counters
+from scumble_server.denoise.decoding import decode
+from scumble_server.denoise.image import Progress, Row
+from scumble_server.denoise.loop import Loop
+from scumble_server.denoise.noise import Noise
+from scumble_server.memory.prefetch import Prefetcher
+from scumble_server.memory.residency import Lease, Residency
 from scumble_server.receipt import receipt
-from scumble_server.residency import Lease, Residency
-from scumble_server.rows import Progress, Row
+from scumble_server.request.adapter import Bound
+from scumble_server.request.original import again
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def home(tiny_base: Path, make_lora: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SCUMBLE_HOME: `tiny/base` with LoRAs `l/a`, `l/b`, an IP-Adapter and a ControlNet; `tiny/xl`, an SDXL base."""
-    from control_nets import load_unet, make_net
-    from tiny_families import make_tiny_sdxl
-    from tiny_ip import make_image_encoder, make_ip_adapter
+    from support.control_nets import load_unet, make_net
+    from support.tiny_families import make_tiny_sdxl
+    from support.tiny_ip import make_image_encoder, make_ip_adapter
 
     folder = tmp_path_factory.mktemp("e2e-home")
     with Registry.open(folder, create=True) as registry:

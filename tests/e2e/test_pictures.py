@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from every_kind import coarse_png
 from PIL import Image
 
 from scumble import Adapter, Client, Done, Preview, Request
 from scumble_server.triton.running import RunningServer
+from support.every_kind import coarse_png
 
 from .test_generate import generate, pixels, scumble
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scumble_trainers.effects import lora as effect
-from scumble_trainers.effects import trial
-from scumble_trainers.effects.run import measure
+from scumble_demo.evaluation import lora as effect
+from scumble_demo.evaluation import trial
+from scumble_demo.evaluation.run import measure
 from scumble_trainers.methods.lora.model import Lora
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.parent import find_parent
-from scumble_trainers.result import read_result
+from scumble_trainers.results.result import read_result
 from scumble_trainers.run import train
 
 SCUMBLE = str(Path(sys.executable).with_name("scumble"))

@@ -1,16 +1,19 @@
-"""`scumble train …`: one subcommand per method, and the base's own pretraining."""
+"""`scumble train …`: one subcommand per method, and those that other packages add."""
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 import typer
 
-from scumble_trainers.base.command import train_base
 from scumble_trainers.command import method_command
-from scumble_trainers.emoji.command import prepare_style
 from scumble_trainers.methods import METHODS
 
-app = typer.Typer(no_args_is_help=True, help="Train an adapter (or the demo base) and publish it.")
-app.command("base")(train_base)
-app.command("emoji")(prepare_style)
+GROUP = "scumble.train_commands"
+"""Entry point: a function that becomes a subcommand, as typer reads it."""
+
+app = typer.Typer(no_args_is_help=True, help="Train an adapter and publish it.")
+for added in sorted(entry_points(group=GROUP), key=lambda added: added.name):
+    app.command(added.name)(added.load())
 for entry in METHODS:
     app.command(entry.command)(method_command(entry))

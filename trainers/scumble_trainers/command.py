@@ -18,7 +18,7 @@ from scumble_trainers.options import Common, command_of
 from scumble_trainers.settings import TrainSettings, parse_settings, read_config
 
 if TYPE_CHECKING:
-    from scumble_trainers.result import Result
+    from scumble_trainers.results.result import Result
 
 
 def method_command(entry: Entry) -> Callable[..., None]:
@@ -60,23 +60,24 @@ def train_and_publish(entry: Entry, common: Common, settings: TrainSettings) -> 
     from accelerate import PartialState  # type: ignore[import-untyped]
 
     from scumble_registry import Registry, default_home
-    from scumble_trainers.effects.run import check_measurable, measure
+    from scumble_trainers.evaluation import installed_evaluation
     from scumble_trainers.parent import find_parent
-    from scumble_trainers.progress import shown
-    from scumble_trainers.result import publish_result
+    from scumble_trainers.results.result import publish_result
     from scumble_trainers.run import train
+    from scumble_trainers.steps.progress import shown
 
     home, publish = default_home(), common["publish"]
     parent = find_parent(common["base"], home)
     out = common["out"] or default_out(home, entry.name, publish)
-    if common["evaluate"]:
-        check_measurable(parent)
+    evaluation = installed_evaluation() if common["evaluate"] else None
+    if evaluation is not None:
+        evaluation.check_measurable(parent)
     with shown(wanted=not common["as_json"]) as report:
         result = train(entry.load(), parent, common["data"], out, settings, fresh=common["fresh"], report=report)
     if not PartialState().is_main_process:
         return None
-    if common["evaluate"]:
-        result = measure(entry.name, parent, common["data"], out, result)
+    if evaluation is not None:
+        result = evaluation.measure(entry.name, parent, common["data"], out, result)
     told = _told(out, result)
     if publish is None:
         return told

@@ -11,23 +11,23 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from scumble.errors import InvalidRequest
-from scumble_trainers.allocator import keep_freed_memory
-from scumble_trainers.buckets import Size, choose_sizes
-from scumble_trainers.captions import read_captions
-from scumble_trainers.card import write_card
-from scumble_trainers.checkpoints import Checkpoint, latest_checkpoint
-from scumble_trainers.dataset import Example, data_digest, read_examples, with_captions
-from scumble_trainers.latents import cached_latents
-from scumble_trainers.loop import Run
-from scumble_trainers.losses import noise_schedule
+from scumble_trainers.data.buckets import Size, choose_sizes
+from scumble_trainers.data.captions import read_captions
+from scumble_trainers.data.dataset import Example, data_digest, read_examples, with_captions
+from scumble_trainers.data.latents import cached_latents
 from scumble_trainers.method import Material, Method
 from scumble_trainers.parent import Parent, load_parent, native_resolution, schedule_config, side_multiple
-from scumble_trainers.progress import Report, silent
-from scumble_trainers.provenance import provenance
-from scumble_trainers.result import CARD, GRID, Result, read_result, write_result
-from scumble_trainers.sampling import Samples
+from scumble_trainers.results.card import write_card
+from scumble_trainers.results.provenance import provenance
+from scumble_trainers.results.result import CARD, GRID, Result, read_result, write_result
+from scumble_trainers.results.sampling import Samples
+from scumble_trainers.results.writing import explain_write_errors
 from scumble_trainers.settings import TrainSettings
-from scumble_trainers.writing import explain_write_errors
+from scumble_trainers.steps.allocator import keep_freed_memory
+from scumble_trainers.steps.checkpoints import Checkpoint, latest_checkpoint
+from scumble_trainers.steps.loop import Run
+from scumble_trainers.steps.losses import noise_schedule
+from scumble_trainers.steps.progress import Report, silent
 
 SAMPLE_ROWS = 4
 

@@ -23,8 +23,8 @@ import onnx
 
 from scumble_build.export.graph import Graph
 from scumble_build.export.provenance import code_digest, versions
-from scumble_build.export.trace import trace
-from scumble_build.export.traced import Traced
+from scumble_build.export.tracing.trace import trace
+from scumble_build.export.tracing.traced import Traced
 
 log = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ import typer
 from transformers import CLIPVisionModelWithProjection
 
 from scumble.errors import NotFound, Refused
-from scumble_build.control_models import load_net, load_union
 from scumble_build.export.control import NetGraphs
 from scumble_build.export.graph import PRECISIONS
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_build.export.plan import BaseGraphs
 from scumble_build.export.write import Exportable, write_graphs
-from scumble_build.families import FAMILIES
-from scumble_build.models import Models
+from scumble_build.graphs.control_models import load_net, load_union
+from scumble_build.graphs.families import FAMILIES
+from scumble_build.graphs.models import Models
 from scumble_registry import Registry, default_home
 from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility, DreamboothCompatibility, Family
 from scumble_registry.formats import base as base_format

@@ -19,13 +19,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scumble_build.controlnet import ControlledEncoder, ControlNet, ControlNetUnion
 from scumble_build.export.denoiser import level_axes, level_dims
 from scumble_build.export.graph import PRECISIONS, Graph
 from scumble_build.export.manifest import FLOAT, Axis, Part, Port, Precision
 from scumble_build.export.pictures import pixel_axes
 from scumble_build.export.plan import kept_in_fp32
 from scumble_build.export.ports import HEIGHT, MASK, ROWS, SIZES, TIMESTEP, TOKENS, WIDTH, kv_port
+from scumble_build.graphs.controlnet import ControlledEncoder, ControlNet, ControlNetUnion
 
 _PICTURES = Axis(min=1, opt=1, max=8, about="Control pictures of a call.")
 

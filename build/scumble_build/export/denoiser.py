@@ -22,8 +22,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scumble_build.adapted import Factors
-from scumble_build.denoiser import Denoiser, KVSlice
 from scumble_build.export.graph import Graph
 from scumble_build.export.manifest import FLOAT, Axis, DType, FactorLayout, Include, Port, Precision
 from scumble_build.export.ports import (
@@ -40,7 +38,9 @@ from scumble_build.export.ports import (
     kv_width,
     take_factors,
 )
-from scumble_build.inputs import ImageInputs, StepInputs
+from scumble_build.graphs.adapted import Factors
+from scumble_build.graphs.denoiser import Denoiser, KVSlice
+from scumble_build.graphs.inputs import ImageInputs, StepInputs
 
 _GUIDED: tuple[Include, ...] = ("factors", "images", "residuals", "features")
 GRAPHS: Mapping[str, tuple[Include, ...]] = {

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, embedding
 
-from scumble_build.adapted import Layer, Pages, by_channel
-from scumble_build.layout import ALIGN, PAGE, Extent, Target
+from scumble_build.graphs.adapted import Layer, Pages, by_channel
+from scumble_build.graphs.layout import ALIGN, PAGE, Extent, Target
 
 UNIT = PAGE * ALIGN
 """Numbers that are gathered at once: every layer's part of a page begins with one."""

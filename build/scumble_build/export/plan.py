@@ -16,15 +16,15 @@ from typing import Any, Self, cast
 
 from torch import Tensor
 
-from scumble_build.denoiser import Denoiser, KVProjection
 from scumble_build.export.denoiser import GRAPHS, denoiser_graph
 from scumble_build.export.graph import Graph
 from scumble_build.export.manifest import Part, Precision
 from scumble_build.export.pictures import decoder_graph, encoder_graph, vision_graph
 from scumble_build.export.text import projection_graph, text_graph
-from scumble_build.families import Family
-from scumble_build.models import Models
-from scumble_build.text import TextEncoder
+from scumble_build.graphs.denoiser import Denoiser, KVProjection
+from scumble_build.graphs.families import Family
+from scumble_build.graphs.models import Models
+from scumble_build.graphs.text import TextEncoder
 
 
 def component_of(name: str) -> str:

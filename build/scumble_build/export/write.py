@@ -23,8 +23,8 @@ from scumble_build.export.graph import Graph
 from scumble_build.export.manifest import SUFFIX, File, GraphManifest, KVPlace
 from scumble_build.export.plan import component_of
 from scumble_build.export.provenance import code_digest, versions
-from scumble_build.export.trace import exporter_of, trace
-from scumble_build.export.traced import OPSET, Place, locate
+from scumble_build.export.tracing.trace import exporter_of, trace
+from scumble_build.export.tracing.traced import OPSET, Place, locate
 from scumble_registry.compatibility import Family
 from scumble_registry.formats.safetensors_header import read_header
 

@@ -24,6 +24,7 @@ HELP = {
 }
 EXTRAS = {
     "scumble_build": "build",
+    "scumble_demo": "demo",
     "scumble_registry": "registry",
     "scumble_server": "server",
     "scumble_trainers": "trainers",

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from scumble.errors import IntegrityError, NotFound, Refused, Unavailable
 from scumble_build.engines.api import Flavour
-from scumble_build.families import Family
+from scumble_build.graphs.families import Family
 from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
-from scumble_server.executors import Executor
-from scumble_server.executors.onnxruntime import OnnxRuntimeExecutor
-from scumble_server.executors.tensorrt import TensorRTExecutor
-from scumble_server.executors.torch import TorchExecutor, weights_bytes
+from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
+from scumble_server.executors.protocol import Executor
+from scumble_server.executors.tensorrt.executor import TensorRTExecutor
+from scumble_server.executors.torch.executor import TorchExecutor, weights_bytes
 
 log = logging.getLogger(__name__)
 

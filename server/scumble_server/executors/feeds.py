@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scumble_build.adapted import Factors, Pages
 from scumble_build.export.graph import DTYPES
 from scumble_build.export.manifest import FactorLayout, Port
-from scumble_build.inputs import ImageInputs
-from scumble_build.layout import PAGE
+from scumble_build.graphs.adapted import Factors, Pages
+from scumble_build.graphs.inputs import ImageInputs
+from scumble_build.graphs.layout import PAGE
 from scumble_server.executors.sessions import AboutGraph
 
 

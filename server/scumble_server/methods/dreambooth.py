@@ -10,8 +10,8 @@ from scumble.errors import Incompatible, InvalidRequest
 from scumble_registry.compatibility import DreamboothCompatibility
 from scumble_registry.formats.dreambooth import KIND
 from scumble_server.base import Base
-from scumble_server.bound import Bound
-from scumble_server.settings import Settings
+from scumble_server.request.adapter import Bound
+from scumble_server.request.settings import Settings
 
 FIELDS: frozenset[str] = frozenset()
 

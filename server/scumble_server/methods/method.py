@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from scumble.errors import InvalidRequest
 from scumble.request import Adapter
 from scumble_server.base import Base
-from scumble_server.bound import Bound
-from scumble_server.settings import Settings
+from scumble_server.request.adapter import Bound
+from scumble_server.request.settings import Settings
 
 
 class Method(Protocol):

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from scumble.errors import InvalidRequest
-from scumble_build.text import Overrides
+from scumble_build.graphs.text import Overrides
 from scumble_registry.compatibility import TextualInversionCompatibility
 from scumble_registry.formats.textual_inversion import KIND, TextualInversionRecord, read_record
 from scumble_server.base import Base
-from scumble_server.bound import Bound
-from scumble_server.prompts import Name, Tokens
-from scumble_server.settings import Settings
+from scumble_server.prompts.tokens import Name, Tokens
+from scumble_server.request.adapter import Bound
+from scumble_server.request.settings import Settings
 
 FIELDS = frozenset({"text_weight", "token"})
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from every_kind import coarse_png
 
 from scumble import Client
 from scumble.request import Adapter, Options, Request
 from scumble_server.triton.running import RunningServer
+from support.every_kind import coarse_png
 
 from .test_stream import wait_until
 

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from scumble.cli import main  # noqa: F401 - the command that the container runs is there
 from scumble_build.engines import profiles
-from scumble_server.commands import serve
+from scumble_server.cli.serve import serve
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stand_ins import Hub, serving
 
 from scumble.cli import run
 from scumble_registry import Registry
 from scumble_registry.blobs import FileStore
+from support.stand_ins import Hub, serving
 
 Scumble = Callable[..., tuple[int, str, str]]
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from control_nets import load_unet, make_net, write_cldm, write_control_lora
 from diffusers import ControlNetModel, ControlNetUnionModel, StableDiffusionPipeline, T2IAdapter
-from every_kind import EveryKind, publish_every_kind
 from safetensors.torch import load_file, save_file
-from tiny_ip import make_image_encoder, make_ip_adapter
 
 from scumble.errors import Refused, ScumbleError
 from scumble_registry import Registry
 from scumble_registry.exporting import WRITERS, export
 from scumble_registry.formats import FORMATS
+from support.control_nets import load_unet, make_net, write_cldm, write_control_lora
+from support.every_kind import EveryKind, publish_every_kind
+from support.tiny_ip import make_image_encoder, make_ip_adapter
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from formats_table import note
-from single_files import write_single_file
-from tiny_families import make_tiny_sd2, make_tiny_sdxl
-from tiny_variant import make_checkpoint
 
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_registry.formats.source import Hints
+from support.formats_table import note
+from support.single_files import write_single_file
+from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
+from support.tiny_variant import make_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .conftest import Running
+    from support.running import Running
 
 PLAIN = {"prompt": "a red apple", "seed": 7, "steps": 6, "guidance_scale": 5.0, "width": 64, "height": 64}
 FAMILIES = ("sd1", "sd2", "sdxl")

@@ -12,12 +12,12 @@ import pytest
 from scumble.events import Done, Event, Failed, Preview
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
-from scumble_trainers.result import publish_result
+from scumble_trainers.results.result import publish_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .conftest import Running
+    from support.running import Running
 
 pytestmark = pytest.mark.every_executor
 DEMO = Path(__file__).parents[3] / "demo"

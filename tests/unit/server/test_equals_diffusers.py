@@ -12,7 +12,7 @@ from scumble.request import Adapter, Request
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .conftest import Running
+    from support.running import Running
 
 pytestmark = pytest.mark.every_executor
 LATENT_TOLERANCE = 1e-3

@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from every_kind import EveryKind, publish_every_kind, random_request, request_for, ways_to_ask
-from tiny_families import make_tiny_sdxl
 from torch import Tensor
 
-import scumble_server.conditioning
-import scumble_server.stacking
+import scumble_server.conditioning.condition
+import scumble_server.denoise.stacking
 from scumble.request import Request
-from scumble_build.adapted import Factors
+from scumble_build.graphs.adapted import Factors
 from scumble_registry import Registry
-from scumble_server.batch import Batch
-from scumble_server.rows import Row
+from scumble_server.denoise.batch import Batch
+from scumble_server.denoise.image import Row
+from support.every_kind import EveryKind, publish_every_kind, random_request, request_for, ways_to_ask
+from support.tiny_families import make_tiny_sdxl
 
 if TYPE_CHECKING:
-    from .conftest import Running
+    from support.running import Running
 
 TOLERANCE = 1e-3
 WRONG = 10 * TOLERANCE
@@ -99,7 +99,7 @@ def check_strangers(shared: Shared, seed: int) -> None:
 
 def swap_two_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows get the factors of their neighbours."""
-    stack = scumble_server.stacking.stack_factors
+    stack = scumble_server.denoise.stacking.stack_factors
 
     def swapped(*arguments: Any) -> Factors | None:
         factors = stack(*arguments)
@@ -107,12 +107,12 @@ def swap_two_slots(monkeypatch: pytest.MonkeyPatch) -> None:
             return None
         return replace(factors, small=replace(factors.small, table=factors.small.table.flip(0)))
 
-    monkeypatch.setattr(scumble_server.stacking, "stack_factors", swapped)
+    monkeypatch.setattr(scumble_server.denoise.stacking, "stack_factors", swapped)
 
 
 def keep_a_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot still holds what an earlier batch of the same shape put there."""
-    stack = scumble_server.stacking.stack_factors
+    stack = scumble_server.denoise.stacking.stack_factors
     first: dict[Any, Factors] = {}
 
     def stale(*arguments: Any) -> Factors | None:
@@ -122,18 +122,18 @@ def keep_a_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
         old = first.setdefault(factors.small.table.shape, factors)
         return replace(factors, small=replace(factors.small, table=old.small.table))
 
-    monkeypatch.setattr(scumble_server.stacking, "stack_factors", stale)
+    monkeypatch.setattr(scumble_server.denoise.stacking, "stack_factors", stale)
 
 
 def miss_the_transition(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values stay those of a request's first phase."""
-    project = scumble_server.conditioning._project
+    project = scumble_server.conditioning.condition._project
     first: dict[Any, Tensor] = {}
 
     def same(context: Any, text: Any, *rest: Any) -> Tensor:
         return first.setdefault((id(context.settings), text.key), project(context, text, *rest))
 
-    monkeypatch.setattr(scumble_server.conditioning, "_project", same)
+    monkeypatch.setattr(scumble_server.conditioning.condition, "_project", same)
 
 
 def never_restack(monkeypatch: pytest.MonkeyPatch) -> None:

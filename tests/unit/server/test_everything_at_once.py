@@ -26,23 +26,21 @@ from diffusers import (
     T2IAdapter,
 )
 from diffusers.image_processor import IPAdapterMaskProcessor
-from every_kind import EveryKind, publish_every_kind, request_for
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_families import make_tiny_sd2, make_tiny_sdxl
-from tiny_hypernetwork import WebuiHypernetwork
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
-
-from .conftest import diffusers_scheduler
-from .test_dora import changed_weights
+from support.every_kind import EveryKind, publish_every_kind, request_for
+from support.oracle import changed_weights, diffusers_scheduler
+from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
+from support.tiny_hypernetwork import WebuiHypernetwork
 
 if TYPE_CHECKING:
-    from .conftest import Running
+    from support.running import Running
 
 PIPELINES = {
     (False, False): StableDiffusionPipeline,

@@ -25,14 +25,14 @@ from scumble.receipt import request_from_receipt
 from scumble.request import Adapter, Request, SchedulerName
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
-from scumble_server.noise import Noise
+from scumble_server.denoise.noise import Noise
 from scumble_server.service import Service
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from .conftest import Running
+    from support.running import Running
 
 PLAIN = {"prompt": "a red apple", "seed": 7, "steps": 4, "guidance_scale": 5.0, "width": 64, "height": 64}
 

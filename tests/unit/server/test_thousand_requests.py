@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from every_kind import publish_every_kind, random_request
 
 from scumble_registry import Registry
+from support.every_kind import publish_every_kind, random_request
 
 if TYPE_CHECKING:
-    from .conftest import Running
+    from support.running import Running
 
 FEW = 6 << 20
 """Bytes: room for a few of the adapters, so that they push each other out."""

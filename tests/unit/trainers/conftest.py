@@ -12,11 +12,11 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
-from tiny_families import make_tiny_sd2, make_tiny_sdxl
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from scumble_trainers.loop import Run
 from scumble_trainers.run import train
+from scumble_trainers.steps.loop import Run
+from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
 
 RESOLUTION = 16
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")

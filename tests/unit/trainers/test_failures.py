@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from scumble.errors import Incompatible, IntegrityError, Refused, Unavailable
 from scumble_registry import Registry
-from scumble_trainers import loop
 from scumble_trainers.cli import app
 from scumble_trainers.methods.lora.files import FILE
+from scumble_trainers.steps import loop
 
 SMALL = ["--steps", "4", "--batch-size", "2", "--rank", "4", "--sample-steps", "1", "--checkpoint-every", "2"]
 

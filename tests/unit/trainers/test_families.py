@@ -12,12 +12,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from scumble_registry import Registry
-from scumble_trainers.loop import Run
 from scumble_trainers.methods.lora.files import FILE
 from scumble_trainers.methods.lora.model import Lora
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.parent import find_parent
 from scumble_trainers.run import train
+from scumble_trainers.steps.loop import Run
 
 SIZES = ((64, 64), (96, 64), (64, 96), (64, 64))
 PICTURES = torch.tensor([0, 3])  # of one size

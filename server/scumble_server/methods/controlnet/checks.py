@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_build.preprocess import Preprocessor, parse
+from scumble_build.control_maps import Preprocessor, parse
 from scumble_registry.compatibility import ControlNetCompatibility
 from scumble_server.base import Base
-from scumble_server.bound import Bound
-from scumble_server.settings import Settings
+from scumble_server.request.adapter import Bound
+from scumble_server.request.settings import Settings
 
 FIELDS = frozenset({"start", "end", "images", "scale", "mode", "control_type", "preprocess"})
 

@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scumble_build.control_models import load_net, load_t2i, load_union
-from scumble_build.inputs import level_sizes
-from scumble_build.lllite import Embeddings, LLLite, load_lllite
-from scumble_build.preprocess import Pixels, control_map
-from scumble_server.bound import Bound
-from scumble_server.carried import RowLite, RowNet, spread
-from scumble_server.context import Context, Text
-from scumble_server.executors import Net, NetModel
+from scumble_build.control_maps import Pixels, control_map
+from scumble_build.graphs.control_models import load_net, load_t2i, load_union
+from scumble_build.graphs.inputs import level_sizes
+from scumble_build.graphs.lllite import Embeddings, LLLite, load_lllite
+from scumble_server.denoise.phase import RowLite, RowNet, spread
+from scumble_server.executors.protocol import Net, NetModel
+from scumble_server.methods.context import Context, Text
 from scumble_server.methods.controlnet.checks import (
     compatibility,
     control_types,
@@ -30,6 +29,7 @@ from scumble_server.methods.controlnet.checks import (
     preprocessor,
 )
 from scumble_server.methods.controlnet.scales import of_features, of_lite, of_residuals
+from scumble_server.request.adapter import Bound
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,12 +12,12 @@ from typing import Any
 
 from scumble.errors import InvalidRequest
 from scumble_registry.formats.ip_adapter import KIND, read_record
-from scumble_server import image_encoders
 from scumble_server.base import Base
-from scumble_server.bound import Bound
+from scumble_server.methods import image_encoders
 from scumble_server.methods.ip_adapter.inputs import check_inputs, compatibility_of, picture_count, scales_of
 from scumble_server.methods.ip_adapter.keys_values import Groups, groups, row_images
-from scumble_server.settings import Settings
+from scumble_server.request.adapter import Bound
+from scumble_server.request.settings import Settings
 
 FIELDS = frozenset({"images", "masks", "scale", "blocks", "start", "end"})
 

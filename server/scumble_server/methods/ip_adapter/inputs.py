@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from scumble.errors import InvalidRequest
 from scumble_registry.compatibility import IpAdapterCompatibility
-from scumble_server.bound import Bound
-from scumble_server.layer_scales import layer_scales
+from scumble_server.methods.ip_adapter.layer_scales import layer_scales
+from scumble_server.request.adapter import Bound
 
 
 def compatibility_of(bound: Bound) -> IpAdapterCompatibility:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scumble_build.ip_adapter import IpAdapter, layer_scales
+from scumble_build.graphs.ip_adapter import IpAdapter, layer_scales
 from scumble_registry.formats.ip_adapter import read_record
-from scumble_server import image_encoders
-from scumble_server.areas import area
-from scumble_server.bound import Bound
-from scumble_server.carried import RowImages, spread
-from scumble_server.context import Context
+from scumble_server.denoise.phase import RowImages, spread
+from scumble_server.methods import image_encoders
+from scumble_server.methods.context import Context
 from scumble_server.methods.ip_adapter.inputs import compatibility_of, faces_of, picture_count, scales_of
+from scumble_server.methods.ip_adapter.masks import area
+from scumble_server.request.adapter import Bound
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_graph import make_graph
 
 from scumble.errors import Cancelled, InvalidRequest, Refused, Unavailable
 from scumble_build.engines import api
@@ -13,6 +12,7 @@ from scumble_build.engines.api import Flavour
 from scumble_build.engines.builder import Report, build
 from scumble_build.engines.profiles import WHOLE, Profile, Range
 from scumble_build.export.manifest import GraphManifest, Port
+from support.tiny_graph import make_graph
 
 needs_rtx = pytest.mark.skipif(
     not api.installed(Flavour.TENSORRT_RTX), reason="tensorrt_rtx is not installed (no wheel for this platform)"

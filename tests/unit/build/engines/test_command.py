@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from control_nets import load_unet, make_net, make_union
-from tiny_variant import make_checkpoint
 from typer.testing import CliRunner
 
 from scumble.errors import InvalidRequest, NotFound, Refused, ScumbleError
@@ -16,6 +14,8 @@ from scumble_build.cli import app
 from scumble_build.engines import api
 from scumble_build.engines.api import Flavour
 from scumble_registry import Registry
+from support.control_nets import load_unet, make_net, make_union
+from support.tiny_variant import make_checkpoint
 
 pytestmark = pytest.mark.skipif(
     not api.installed(Flavour.TENSORRT_RTX), reason="tensorrt_rtx is not installed (no wheel for this platform)"

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_families import make_tiny_sd2, make_tiny_sdxl
-from tiny_sd import make_tiny_base
 
 from scumble_build.engines import api
 from scumble_build.engines.api import Flavour
@@ -21,6 +19,8 @@ from scumble_build.engines.profiles import Profile, Range
 from scumble_build.export.command import find_base, open_base
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_build.export.write import write_graphs
+from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
+from support.tiny_sd import make_tiny_base
 
 pytestmark = pytest.mark.skipif(
     not api.installed(Flavour.TENSORRT_RTX), reason="tensorrt_rtx is not installed (no wheel for this platform)"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_graph import make_graph
 
 from scumble.errors import InvalidRequest, NotFound
 from scumble_build.engines import profiles
 from scumble_build.engines.profiles import WHOLE, Range
 from scumble_build.export.manifest import GraphManifest
+from support.tiny_graph import make_graph
 
 
 @pytest.fixture

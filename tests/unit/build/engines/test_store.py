@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_graph import make_graph
 
 from scumble.errors import IntegrityError, Refused
 from scumble_build.engines import store
@@ -18,6 +17,7 @@ from scumble_build.engines.key import EngineKey, Machine, check_sm
 from scumble_build.engines.store import Stored
 from scumble_build.export.manifest import GraphManifest
 from scumble_registry import Registry, Version
+from support.tiny_graph import make_graph
 
 MACHINE = Machine(Flavour.TENSORRT_RTX, "1.7.1", 89)
 REPORT = Report(1.0, 2.0, 3, 4, 5, {"weights_bytes": 6})

@@ -95,13 +95,13 @@ def test_the_tokenizer_that_files_leave_out_is_clips(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny_families import make_tiny_sd2
+    from support.tiny_families import make_tiny_sd2
 
     return make_tiny_sd2(tmp_path_factory.mktemp("sd2") / "base")
 
 
 def write(folder: Path, file: Path, **how: Any) -> Path:
-    from single_files import write_single_file
+    from support.single_files import write_single_file
 
     return write_single_file(folder, file, **how)
 
@@ -165,7 +165,7 @@ def test_the_folder_it_is_like_may_hold_one_precision_and_no_links(
 def test_for_its_base_a_single_file_is_a_checkpoint_whose_unchanged_parts_are_the_bases(
     registry: Registry, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from tiny_variant import make_checkpoint
+    from support.tiny_variant import make_checkpoint
 
     registry.publish(tiny_base, "n/base")
     file = write(make_checkpoint(tiny_base, tmp_path / "tuned"), tmp_path / "one.safetensors")
@@ -302,7 +302,7 @@ def test_instruct_pix2pix_is_refused_by_name(registry: Registry, tiny_base: Path
 def test_a_single_file_for_inpainting_is_a_base_for_inpainting(
     registry: Registry, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from tiny_families import make_tiny_inpainting
+    from support.tiny_families import make_tiny_inpainting
 
     folder = make_tiny_inpainting(tiny_base, tmp_path / "inpainting")
     assert found(registry, write(folder, tmp_path / "a.safetensors"), hints=Hints(lambda: folder)).in_channels == 9

@@ -16,7 +16,7 @@ from scumble_registry.compatibility import ControlNetCompatibility
 from scumble_registry.formats.safetensors_header import write
 
 torch = pytest.importorskip("torch")
-control_nets = pytest.importorskip("control_nets")
+control_nets = pytest.importorskip("support.control_nets")
 
 CONFIG = "config.json"
 
@@ -309,7 +309,7 @@ def stored(registry: Registry, ref: str, folder: Path) -> Path:
 def test_an_lllite_fits_the_base_whose_modules_it_names(
     registry: Registry, base: str, unet: Any, tmp_path: Path
 ) -> None:
-    tiny_lllite = pytest.importorskip("tiny_lllite")
+    tiny_lllite = pytest.importorskip("support.tiny_lllite")
     lites = tiny_lllite.make_lllite(unet, 1)
     file = tiny_lllite.save_lllite(lites, unet, tmp_path / "a.safetensors")
     found = published(registry, file, base=base)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_variant import make_checkpoint
 
 from scumble.errors import Incompatible, IntegrityError, NotFound, Refused
 from scumble_registry import Registry, Status
 from scumble_registry.compatibility import DreamboothCompatibility
 from scumble_registry.extract import extract
+from support.tiny_variant import make_checkpoint
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

@@ -11,7 +11,7 @@ TESTS = Path(__file__).parents[3]
 
 
 def test_mutated_files_are_refused_or_read_as_others_read_them() -> None:
-    command = [sys.executable, "-W", "ignore", "tests/fuzz_incoming.py", "--files", "400", "--seed", "1"]
+    command = [sys.executable, "-W", "ignore", "tests/support/fuzz_incoming.py", "--files", "400", "--seed", "1"]
     done = subprocess.run(
         command, cwd=TESTS.parent, env={"PYTHONPATH": str(TESTS)}, capture_output=True, text=True, check=False
     )

@@ -17,7 +17,7 @@ from scumble_registry.formats.hypernetwork.context_record import ACTIVATIONS
 from scumble_registry.formats.hypernetwork.predictor import PredictorConfig, PredictorRecord
 from scumble_registry.formats.safetensors_header import Array, write
 
-tiny_hypernetwork = pytest.importorskip("tiny_hypernetwork")
+tiny_hypernetwork = pytest.importorskip("support.tiny_hypernetwork")
 
 WIDTH, SELF = 8, 4  # of the text and of the hidden states in the base of conftest.py
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile_pickles import CALLS, CANARY, saved
 from safetensors.torch import load_file, save_file
 
 from scumble.errors import Refused
@@ -16,6 +15,7 @@ from scumble_registry.formats.incoming import safetensors_name, with_safetensors
 from scumble_registry.formats.pickled import Leaf
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_registry.formats.source import Source
+from support.hostile_pickles import CALLS, CANARY, saved
 
 VECTOR = torch.arange(8.0)
 

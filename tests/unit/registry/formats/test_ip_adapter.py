@@ -18,7 +18,7 @@ from scumble_registry.formats.ip_adapter.attentions import attentions
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors, write
 from scumble_registry.formats.source import Hints
 
-tiny_ip = pytest.importorskip("tiny_ip")
+tiny_ip = pytest.importorskip("support.tiny_ip")
 diffusers = pytest.importorskip("diffusers")
 
 

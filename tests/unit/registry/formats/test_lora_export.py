@@ -39,7 +39,7 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 
 @pytest.fixture(scope="module")
 def opened(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    from tiny_families import make_tiny_sd2, make_tiny_sdxl
+    from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
 
     files = tmp_path_factory.mktemp("bases")
     with Registry.open(tmp_path_factory.mktemp("home"), create=True) as registry:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from single_files import to_vae
-from tiny_families import make_vae
 
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry import Registry
 from scumble_registry.compatibility import VaeCompatibility
 from scumble_registry.formats import read
 from scumble_registry.formats.source import Hints, Source
+from support.single_files import to_vae
+from support.tiny_families import make_vae
 
 
 @pytest.fixture

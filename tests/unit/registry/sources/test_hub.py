@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from stand_ins import Hub, serving, sha256
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, ScumbleError, Unavailable
 from scumble_registry import Registry
 from scumble_registry.importing import import_from
+from support.stand_ins import Hub, serving, sha256
 
 LoraWriter = Callable[..., Path]
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -16,7 +16,6 @@ import pytest
 import trustme
 from hypothesis import given
 from hypothesis import strategies as st
-from stand_ins import Answer, reply, serving, sha256
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, ScumbleError, Unavailable
 from scumble_registry import Registry
@@ -24,6 +23,7 @@ from scumble_registry.importing import import_from
 from scumble_registry.sources import addresses
 from scumble_registry.sources.addresses import is_public
 from scumble_registry.sources.web import Rules, fetch, file_name, shown, token_for
+from support.stand_ins import Answer, reply, serving, sha256
 
 HOSTS = ("localhost", "files.example", "civitai.com", "storage.example", "127.0.0.1")
 DATA = b"weights" * 1000

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from every_method import TOKEN
 from PIL import Image, ImageDraw
-from tiny_families import make_tiny_sd2, make_tiny_sdxl
-from tiny_ip import make_image_encoder
 
 from scumble_trainers.parent import Parent, find_parent
+from support.every_method import TOKEN
+from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
+from support.tiny_ip import make_image_encoder
 
 COLOURS = ("red", "green", "blue")
 

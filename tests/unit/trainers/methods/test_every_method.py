@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from every_method import ENTRIES, make_settings, run_method
 
 from scumble_registry import Registry
 from scumble_trainers.parent import Parent, find_parent
-from scumble_trainers.result import publish_result
+from scumble_trainers.results.result import publish_result
 from scumble_trainers.run import train
+from support.every_method import ENTRIES, make_settings, run_method
 
 METHODS = sorted(ENTRIES)
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
-from every_method import TOKEN, run_method
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-from scumble_build.predictor import Predictor
-from scumble_build.preprocess import Canny
-from scumble_build.vision import ImageEncoder
+from scumble_build.control_maps import Canny
+from scumble_build.graphs.predictor import Predictor
+from scumble_build.graphs.vision import ImageEncoder
 from scumble_registry.formats.dreambooth import restore
 from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_trainers.parent import Parent, find_parent
+from support.every_method import TOKEN, run_method
 
 PROMPT = f"red disc {TOKEN}"
 Pixels = NDArray[np.int64]

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scumble.errors import Incompatible, InvalidRequest
-from scumble_build.preprocess import NAMES, parse
-from scumble_trainers.dataset import Example, load_picture
+from scumble_build.control_maps import NAMES, parse
+from scumble_trainers.data.dataset import Example, load_picture
 from scumble_trainers.method import DTYPES, Condition, Material, Method
 from scumble_trainers.methods.controlnet.settings import READY, ControlNetSettings
 from scumble_trainers.parent import Parent, Pipeline
-from scumble_trainers.progress import Report
-from scumble_trainers.sampling import Samples, draw_samples
+from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import StoredType
+from scumble_trainers.steps.progress import Report
 
 FOLDER = "controlnet"
 HINT = (16, 32, 96, 256)  # lllyasviel's widths; each but the first halves the picture

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from scumble.request import Request
-from scumble_trainers.dataset import METADATA, Example, read_examples
+from scumble_trainers.data.dataset import METADATA, Example, read_examples
 from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
 from scumble_trainers.parent import Parent, native_resolution
-from scumble_trainers.progress import Report
-from scumble_trainers.serving import served
+from scumble_trainers.results.serving import served
+from scumble_trainers.steps.progress import Report
 
 
 def class_examples(parent: Parent, settings: DreamboothSettings, folder: Path, report: Report) -> list[Example]:

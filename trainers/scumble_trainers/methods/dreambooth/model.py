@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
 from scumble_registry.formats.dreambooth import keep_differences, plain
-from scumble_trainers.dataset import Example
-from scumble_trainers.draws import Draw
-from scumble_trainers.losses import denoising_loss
+from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import Condition, Method
 from scumble_trainers.methods.dreambooth.class_pictures import class_examples
 from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
 from scumble_trainers.parent import Parent, Pipeline
-from scumble_trainers.progress import Report
 from scumble_trainers.settings import StoredType
+from scumble_trainers.steps.draws import Draw
+from scumble_trainers.steps.losses import denoising_loss
+from scumble_trainers.steps.progress import Report
 
 FOLDER = "model"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scumble_build.predictor import Predictor
+from scumble_build.graphs.predictor import Predictor
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 PREFIX = "unet."

@@ -15,17 +15,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
-from scumble_trainers.dataset import Example, hold_out
+from scumble_trainers.data.dataset import Example, hold_out
+from scumble_trainers.data.vision import PictureStates, encoder_folder
 from scumble_trainers.method import MOST_HELD_OUT, Condition, Material, Method
 from scumble_trainers.methods.hypernetwork.layers import RowLora, attention_layers, expand_rows
 from scumble_trainers.methods.hypernetwork.network import FILE, encoder_digest, new_predictor, save_predictor
 from scumble_trainers.methods.hypernetwork.refine import Refinement
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.parent import Parent, Pipeline
-from scumble_trainers.progress import Report
-from scumble_trainers.sampling import Samples
+from scumble_trainers.results.sampling import Samples
 from scumble_trainers.settings import StoredType
-from scumble_trainers.vision import PictureStates, encoder_folder
+from scumble_trainers.steps.progress import Report
 
 
 class Hypernetwork(Method[HypernetworkSettings]):

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scumble_build.predictor import Predictor
+from scumble_build.graphs.predictor import Predictor
 from scumble_registry.formats.hypernetwork.predictor import PredictorConfig, write_record
 from scumble_registry.formats.safetensors_header import Array
+from scumble_trainers.data.vision import encoder_folder
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.parent import Parent
 from scumble_trainers.settings import StoredType
-from scumble_trainers.vision import encoder_folder
 
 FILE = "hypernetwork.safetensors"
 

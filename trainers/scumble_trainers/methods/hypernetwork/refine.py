@@ -17,21 +17,21 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from scumble.errors import Incompatible, InvalidRequest
-from scumble_build.predictor import Factors, Predictor
+from scumble_build.graphs.predictor import Factors, Predictor
 from scumble_registry import Registry, default_home
 from scumble_registry.formats.hypernetwork import read_record, recognises
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_registry.formats.source import Source
-from scumble_trainers.dataset import Example, load_picture
+from scumble_trainers.data.dataset import Example, load_picture
+from scumble_trainers.data.vision import PictureStates, encoder_folder
 from scumble_trainers.method import Material, Method, in_fp32
 from scumble_trainers.methods.hypernetwork.layers import PREFIX
 from scumble_trainers.methods.hypernetwork.network import encoder_digest
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.methods.lora.files import ADAPTER, FILE, save_factors
 from scumble_trainers.parent import Parent, Pipeline
-from scumble_trainers.progress import Report
 from scumble_trainers.settings import StoredType
-from scumble_trainers.vision import PictureStates, encoder_folder
+from scumble_trainers.steps.progress import Report
 
 
 class Refinement(Method[HypernetworkSettings]):

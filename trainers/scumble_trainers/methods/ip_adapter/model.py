@@ -22,15 +22,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scumble_trainers.dataset import Example
+from scumble_trainers.data.dataset import Example
+from scumble_trainers.data.vision import PictureStates, Reads, encoder_folder
 from scumble_trainers.method import Condition, Material, Method, half
 from scumble_trainers.methods.ip_adapter.layout import projection_tensors
 from scumble_trainers.methods.ip_adapter.settings import IpAdapterSettings
 from scumble_trainers.parent import Parent, Pipeline
-from scumble_trainers.progress import Report
-from scumble_trainers.sampling import Samples, draw_samples
+from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import StoredType
-from scumble_trainers.vision import PictureStates, Reads, encoder_folder
+from scumble_trainers.steps.progress import Report
 
 FILE = "ip-adapter.safetensors"
 BASE_TOKENS = 4  # what every loader takes for granted of the base kind

@@ -12,7 +12,7 @@ from torch import nn
 
 from scumble_registry.formats.base import canonical_name, examine
 from scumble_registry.formats.source import Source
-from scumble_trainers.dataset import Example
+from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import Method, in_fp32
 from scumble_trainers.methods.lora.files import ADAPTER, COMPONENTS, FILE, save_factors
 from scumble_trainers.methods.lora.layers import Size, choose_layers, endings, unused_layer

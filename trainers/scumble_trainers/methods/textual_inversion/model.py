@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
-from scumble_trainers.dataset import Example
+from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import Method, half
 from scumble_trainers.methods.textual_inversion.settings import TextualInversionSettings
 from scumble_trainers.parent import Parent, Pipeline

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile_pickles import CANARY, hostile, saved, sound, zipped
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pickled_reading import check, read_here
 from safetensors.torch import load_file
 
 from scumble.errors import Refused
 from scumble_registry.formats.pickled import Placeholder, process, to_safetensors
 from scumble_registry.formats.pickled.machine import Unsound
+from support.hostile_pickles import CANARY, hostile, saved, sound, zipped
+from support.pickled_reading import check, read_here
 
 SOUND, HOSTILE = sound(), hostile()
 LIMIT = 1 << 30

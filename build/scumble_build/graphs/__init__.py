@@ -1,0 +1,1 @@
+"""The networks as graphs that take adapters as inputs."""

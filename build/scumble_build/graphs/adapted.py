@@ -1,0 +1,244 @@
+"""Layers that take low-rank factors as an input. The base's weights stay where they are and are only read.
+
+For row i with the columns A and B of its pages:   y[i] = W x[i] + bias + Bᵀ (scale[i] ⊙ (A x[i]))
+
+(Hu et al., LoRA, 2106.09685, with α/r folded into B and the request's weights in `scale`.) For a k×k convolution
+A x is a convolution to R channels with the base's stride and padding, and Bᵀ a 1×1 convolution (LoCon).
+
+A DoRA (Liu et al., 2402.09353) also stretches W itself, by row or by column. With what is added to 1, o and i:
+
+    y[i] += o ⊙ (W x[i]) + W (i ⊙ x[i])
+
+and its factors come stretched already. Several add up, each against the base, so their order does not matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from scumble_build.graphs.layout import PAGE, Layout, Shape, Target
+
+Layer = nn.Linear | nn.Conv2d
+
+
+class Carried(Protocol):
+    """Factors in one of the forms that a graph may be given them in."""
+
+    def reach(self, target: Target) -> bool:
+        """Are there any for this layer?"""
+
+    def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
+        """y = base(x) with what the factors make of x; y may be overwritten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Rank pages of one part of a layout, and which of them each row reads: n of them, in the order of its columns.
+
+    A (P, PAGE·Σin), B (P, PAGE·Σout) as in `layout.py`; table (m, n) int64.
+    """
+
+    A: Tensor
+    B: Tensor
+    table: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Pages:
+        return Pages(self.A.to(device, dtype), self.B.to(device, dtype), self.table.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What the first `m` rows of a batch carry; rows from `m` on carry nothing and cost nothing.
+
+    `small` holds the small layout's pages, `rest` those of what stands behind it, or None if no row has any; scale
+    (m, PAGE·n), 0 for a column that acts not. `rows_per_set` is g if rows of one set stand side by side, g of each,
+    else 0: then pages are gathered row by row. stretch_out (m, Σout) and stretch_in (m, Σin) over the full or the small
+    layout are DoRA's o and i, 0 where there is none; None costs nothing. An input channel of a convolution stands k·k
+    times in Σin; the first of them counts.
+    """
+
+    small: Pages
+    rest: Pages | None
+    scale: Tensor
+    rows_per_set: int = 0
+    stretch_out: Tensor | None = None
+    stretch_in: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
+        """The same, computed in `dtype`; nothing is copied that is there already."""
+        return replace(
+            self,
+            small=self.small.to(device, dtype),
+            rest=None if self.rest is None else self.rest.to(device, dtype),
+            scale=self.scale.to(device, dtype),
+            stretch_out=None if self.stretch_out is None else self.stretch_out.to(device, dtype),
+            stretch_in=None if self.stretch_in is None else self.stretch_in.to(device, dtype),
+        )
+
+    def reach(self, target: Target) -> bool:
+        return self.rest is not None or PAGE * target.in_end <= self.small.A.shape[1]
+
+    def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
+        """In place."""
+        if self.stretch_out is not None or self.stretch_in is not None:
+            _stretch(x, y, base, target, self)
+        if isinstance(base, nn.Conv2d):
+            _add_convolution(x, y, base, target, self)
+        elif x.ndim == 2:
+            _add_linear(x[:, None], y[:, None], target, self)
+        else:
+            _add_linear(x, y, target, self)
+        return y
+
+    @property
+    def rows(self) -> int:
+        """m"""
+        return self.scale.shape[0]
+
+
+class Change(Protocol):
+    def change(self, target: str, x: Tensor) -> Tensor:
+        """What the layer of this name reads in the stead of x, of x's shape."""
+
+
+@dataclass(slots=True)
+class FactorInput:
+    """The one place from which all layers of a graph read this call's factors. Owned by one thread at a time."""
+
+    factors: Carried | None = None
+    changes: tuple[Change, ...] = ()
+    """On what a layer reads, before anything else."""
+
+
+class Adapted(nn.Module):
+    """A linear layer or a convolution with factors as an input."""
+
+    def __init__(self, base: Layer, target: Target, source: FactorInput) -> None:
+        super().__init__()
+        self.base = base
+        self.target = target
+        self.source = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `(rows, in)` or `(rows, N, in)` for a linear layer, `(rows, in, H, W)` for a convolution."""
+        for each in self.source.changes:
+            x = each.change(self.target.name, x)
+        y: Tensor = self.base(x)
+        factors = self.source.factors
+        if factors is None or not factors.reach(self.target):
+            return y
+        return factors.add_to(y, x, self.base, self.target)
+
+
+def _stretch(x: Tensor, y: Tensor, base: Layer, target: Target, factors: Factors) -> None:
+    """What DoRA adds to y = Wx + bias, in place. Channels come second in a convolution, last in a linear layer."""
+    rows = factors.rows
+    bias = 0 if base.bias is None else by_channel(base.bias[None], y, base)
+    if factors.stretch_out is not None:
+        values = by_channel(factors.stretch_out[:, target.out_offset : target.out_end], y, base)
+        y[:rows].mul_(1 + values).sub_(values * bias)
+    if factors.stretch_in is not None:
+        values = factors.stretch_in[:, target.in_offset : target.in_offset + base.weight.shape[1]]
+        y[:rows] += base(x[:rows] * by_channel(values, x, base)) - bias
+
+
+def by_channel(values: Tensor, like: Tensor, base: Layer) -> Tensor:
+    """values `(rows, channels)`, with a dim of 1 for each other dim of `like`, which `base` reads or makes."""
+    rest = [None] * (like.ndim - 2)
+    return values[:, :, *rest] if isinstance(base, nn.Conv2d) else values[:, *rest, :]
+
+
+def _add_linear(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
+    """Add the factors' part to the rows of y `(rows, N, out)` that carry any."""
+    rows = factors.rows
+    A, B = _gather(target, factors)
+    # Rows of one set lie side by side: together they are one product.
+    batch = A.shape[0]
+    hidden = torch.bmm(x[:rows].reshape(batch, -1, x.shape[-1]), A.transpose(1, 2))
+    hidden.view(rows, -1, hidden.shape[-1]).mul_(factors.scale[:, None])
+    y[:rows].view(batch, -1, y.shape[-1]).baddbmm_(hidden, B)
+
+
+def _add_convolution(x: Tensor, y: Tensor, base: nn.Conv2d, target: Target, factors: Factors) -> None:
+    """The same for x `(rows, in, H, W)` and y `(rows, out, H', W')`."""
+    rows = factors.rows
+    A, B = _gather(target, factors)
+    group = rows // A.shape[0]
+    if group > 1:
+        A, B = A.repeat_interleave(group, 0), B.repeat_interleave(group, 0)
+    x = x[:rows]
+    hidden = torch.bmm(A, x.flatten(2)) if base.kernel_size == (1, 1) else _convolve(x, A, base, y.shape[2:]).flatten(2)
+    hidden = hidden.mul_(factors.scale[:, :, None])
+    y[:rows].view(rows, y.shape[1], -1).baddbmm_(B.transpose(1, 2), hidden)
+
+
+def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d, size: torch.Size) -> Tensor:
+    """x `(m, in, H, W)`, A `(m, R, k·k·in)` → `(m, R, H', W')`: a convolution with kernels of each row's own.
+
+    One product to k·k·R channels, then k·k shifted, strided slices are summed: exact at any stride, and nothing
+    but products and slices, which every executor knows.
+    """
+    (kernel, _), (stride, _), padding = base.kernel_size, base.stride, base.padding[0]
+    assert not isinstance(padding, str)
+    rows, channels, height, width = x.shape
+    rank = A.shape[1]
+    taps = A.view(rows, rank, kernel * kernel, channels).transpose(1, 2).reshape(rows, -1, channels)
+    product = torch.bmm(taps, x.flatten(2)).view(rows, kernel, kernel, rank, height, width)
+    product = pad(product, (padding, padding, padding, padding))
+    reach = [stride * (side - 1) + 1 for side in size]
+    shifted = [
+        product[:, i, j, :, i : i + reach[0] : stride, j : j + reach[1] : stride]
+        for i in range(kernel)
+        for j in range(kernel)
+    ]
+    total = shifted[0].clone()
+    for each in shifted[1:]:
+        total += each
+    return total
+
+
+def _gather(target: Target, factors: Factors) -> tuple[Tensor, Tensor]:
+    """A `(b, R, in)` and B `(b, R, out)` of one layer: for each set where rows lie set by set, else for each row.
+
+    Sliced before the gather, which copies nothing: gathering first would copy every layer's for every row.
+    """
+    pages, in_offset, out_offset = factors.small, target.in_offset, target.out_offset
+    in_small, out_small = (tensor.shape[1] // PAGE for tensor in (pages.A, pages.B))
+    if in_offset >= in_small:
+        assert factors.rest is not None
+        pages, in_offset, out_offset = factors.rest, in_offset - in_small, out_offset - out_small
+    table = pages.table[:: factors.rows_per_set or 1]
+    batch, read = table.shape[0], table.flatten()
+    A = pages.A[:, PAGE * in_offset : PAGE * (in_offset + target.fan_in)].index_select(0, read)
+    B = pages.B[:, PAGE * out_offset : PAGE * (out_offset + target.fan_out)].index_select(0, read)
+    return A.view(batch, -1, target.fan_in), B.view(batch, -1, target.fan_out)
+
+
+def find_layers(module: nn.Module, prefix: str) -> dict[str, Layer]:
+    """Every linear layer and convolution below `module`, as `prefix + dotted name` → layer."""
+    return {prefix + name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
+
+
+def adapt(root: nn.Module, layers: dict[str, Layer], prefix: str) -> tuple[Layout, FactorInput]:
+    """Put an Adapted in front of each layer below `root`; the layers themselves are shared, not copied."""
+    layout, source = layout_of(layers), FactorInput()
+    for name, layer in layers.items():
+        parent, _, child = name.removeprefix(prefix).rpartition(".")
+        setattr(root.get_submodule(parent), child, Adapted(layer, layout.targets[name], source))
+    return layout, source
+
+
+def layout_of(layers: dict[str, Layer]) -> Layout:
+    """The small layout is what stands inside attention blocks and text encoders."""
+    return Layout.of(
+        Shape(name, layer.weight[0].numel(), layer.weight.shape[0], _is_small(name)) for name, layer in layers.items()
+    )
+
+
+def _is_small(name: str) -> bool:
+    return ".attentions." in name or not name.startswith("unet.")

@@ -1,0 +1,52 @@
+"""The networks of a base, from a folder in the diffusers layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from scumble_build.graphs.families import Family, TextPart
+
+Text: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Before adapters' inputs are taken out of them; `texts` by their folders' names."""
+
+    unet: UNet2DConditionModel
+    texts: Mapping[str, Text]
+    vae: AutoencoderKL
+
+    @classmethod
+    def load(cls, folder: Path, family: Family, dtype: torch.dtype) -> Models:
+        texts = {
+            part.encoder: text_class(part).from_pretrained(folder / part.encoder, dtype=dtype, local_files_only=True)
+            for part in family.texts
+        }
+        return cls(
+            UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True),
+            texts,
+            load_autoencoder(folder / "vae", dtype),
+        )
+
+
+def text_class(part: TextPart) -> type[Text]:
+    return CLIPTextModelWithProjection if part.projects else CLIPTextModel
+
+
+def load_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
+    """A folder in the diffusers layout."""
+    config = AutoencoderKL.load_config(folder, local_files_only=True)
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=vae_dtype(config, dtype), local_files_only=True)
+
+
+def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """SDXL's VAE overflows half precision, and says so."""
+    return torch.float32 if config.get("force_upcast") and dtype == torch.float16 else dtype

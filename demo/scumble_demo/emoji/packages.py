@@ -1,0 +1,49 @@
+"""Fetches the npm packages that hold the icons, at pinned versions and without running their scripts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from scumble.errors import Unavailable
+from scumble_demo.emoji.concepts import EXTRA_STYLES, STYLES
+
+# English names of all emoji: text for the tokenizer, not pictures.
+NAMES_PACKAGE, NAMES_VERSION = "unicode-emoji-json", "0.9.0"
+
+
+def required_packages() -> dict[str, str]:
+    """Package name → pinned version."""
+    return {style.package: style.version for style in (*STYLES, *EXTRA_STYLES)} | {NAMES_PACKAGE: NAMES_VERSION}
+
+
+def installed_version(folder: Path, package: str) -> str | None:
+    manifest = folder / "node_modules" / package / "package.json"
+    if not manifest.is_file():
+        return None
+    return str(json.loads(manifest.read_text(encoding="utf-8"))["version"])
+
+
+def fetch_packages(folder: Path) -> Path:
+    """Makes `folder/node_modules` hold all packages; does nothing where they are there already.
+
+    Raises Unavailable when npm is missing or fails (no network, say).
+    """
+    wanted = required_packages()
+    missing = [f"{name}@{v}" for name, v in wanted.items() if installed_version(folder, name) != v]
+    if missing:
+        _install(folder, missing)
+    return folder / "node_modules"
+
+
+def _install(folder: Path, packages: list[str]) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise Unavailable("npm is not installed; it fetches the emoji pictures (Node.js brings it)", needs="npm")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts"]
+    done = subprocess.run([*command, *packages], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Unavailable(f"npm could not fetch {', '.join(packages)}:\n{done.stderr[-2000:]}", needs="network")

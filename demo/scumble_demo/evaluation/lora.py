@@ -1,0 +1,50 @@
+"""Does a style LoRA draw in its style, and still what it is asked for?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scumble.errors import InvalidRequest
+from scumble_demo.emoji.captions import canonical_caption
+from scumble_demo.emoji.concepts import Style, style
+from scumble_demo.evaluation.measures import concept_rate, style_rate
+from scumble_demo.evaluation.trial import ADAPTER, Metrics, Trial, known_prompts, rounded, show, some_concepts
+from scumble_demo.scorer import Scorer
+from scumble_trainers.parent import Parent
+from scumble_trainers.results.result import Result
+from scumble_trainers.results.serving import served
+
+_END = " style"
+
+
+def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
+    """Prompts name known concepts in the trained style, whose held-out hand the base never saw.
+
+    How well the base draws what it is asked for is measured in the styles that it knows.
+    """
+    wanted = some_concepts()
+    trained = _style(result)
+    trial = Trial(parent, tuple(canonical_caption(concept, trained) for concept in wanted))
+    with served(parent, {ADAPTER: out}) as server:
+        without, adapted = trial.plain(server), trial.adapted(server)
+        known = Trial(parent, known_prompts(wanted)).plain(server)
+    show(out, {"without": without, "with": adapted}, trial.prompts)
+    return rounded(
+        {
+            "pictures": len(wanted),
+            "style_first": style_rate(scorer, adapted, trained.name),
+            "style_first_without": style_rate(scorer, without, trained.name),
+            "concept_first": concept_rate(scorer, adapted, wanted),
+            "concept_first_of_base": concept_rate(scorer, known, wanted),
+        }
+    )
+
+
+def _style(result: Result) -> Style:
+    for word in result.trigger_words:
+        if word.endswith(_END):
+            return style(word.removesuffix(_END))
+    raise InvalidRequest(
+        'the measure is for styles of the bundled data: train with --trigger "NAME style", e.g. "ink style"',
+        field="trigger",
+    )

@@ -1,0 +1,52 @@
+"""Measures a finished run and keeps what was found with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from scumble.errors import InvalidRequest
+from scumble_demo.evaluation import controlnet, dreambooth, hypernetwork, ip_adapter, lora, textual_inversion
+from scumble_demo.evaluation.trial import Metrics
+from scumble_demo.scorer import SCORER_FILE, Scorer
+from scumble_trainers.parent import Parent
+from scumble_trainers.results.card import write_card
+from scumble_trainers.results.result import Result, write_result
+
+
+class Evaluate(Protocol):
+    """Draws with what a run left in `out` and measures what it does."""
+
+    def __call__(self, parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics: ...
+
+
+EVALUATIONS: Mapping[str, Evaluate] = {
+    "lora": lora.evaluate,
+    "textual_inversion": textual_inversion.evaluate,
+    "hypernetwork": hypernetwork.evaluate,
+    "ip_adapter": ip_adapter.evaluate,
+    "controlnet": controlnet.evaluate,
+    "dreambooth": dreambooth.evaluate,
+}
+"""By the method's name."""
+
+
+def check_measurable(parent: Parent) -> None:
+    """Raises InvalidRequest where nothing can judge the pictures."""
+    if not (parent.folder / SCORER_FILE).is_file():
+        raise InvalidRequest(
+            f"--evaluate needs a judge, and {parent.folder} has no {SCORER_FILE}: it is for the demo's base and data; "
+            "look at the sample grid and the validation loss instead",
+            field="evaluate",
+        )
+
+
+def measure(method: str, parent: Parent, data: Path, out: Path, result: Result) -> Result:
+    """The result with the method's effect among its metrics, written to `out` as well."""
+    effect = EVALUATIONS[method](parent, data, out, result, Scorer.load(parent.folder))
+    measured = replace(result, metrics={**result.metrics, "effect": effect})
+    write_card(out, measured, base=parent.ref)
+    write_result(out, measured)
+    return measured

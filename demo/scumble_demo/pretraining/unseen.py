@@ -1,0 +1,26 @@
+"""The renderings that the scorer never sees, on which it is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from scumble_demo.emoji.concepts import STYLES, concepts
+
+SEED, COUNT = 7, 80
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One picture by its place in the gallery."""
+
+    row: int
+    style: int
+
+
+def unseen_pairs(seed: int = SEED, count: int = COUNT) -> tuple[Pair, ...]:
+    """One style each of `count` concepts; the other styles of the same concepts are learnt."""
+    order = np.random.default_rng(seed)
+    rows = order.choice(len(concepts()), size=min(count, len(concepts())), replace=False)
+    return tuple(Pair(int(row), int(order.integers(len(STYLES)))) for row in sorted(rows))

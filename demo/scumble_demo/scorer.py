@@ -1,0 +1,182 @@
+"""Says what a picture shows (a small convolutional network) and in which style (its colours, or its double).
+
+It learnt from real renderings only, never from generated pictures, so that it can judge those. It is
+apart from the base's own vision tower, which learns with the text encoder and is not as sharp an eye.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scumble.errors import NotFound
+from scumble_demo.emoji.concepts import STYLES, Concept, Style, concepts
+
+SIZE = 128
+NEAR = 0.005  # mean squared distance of thumbnails; of 100 real renderings one is this close to any other
+_LEVELS = 8  # of each colour channel in the palette
+_THUMB = 16  # pixels of a thumbnail's side
+SCORER_FILE = "scorer/model.safetensors"
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.first(functional.relu(self.norm1(x)))
+        result: Tensor = x + self.second(functional.relu(self.norm2(inner)))
+        return result
+
+
+class ScorerNet(nn.Module):
+    """Names concepts by shape and styles by colour; `pixels (n, 3, 128, 128)` are in -1…1 throughout.
+
+    Concepts are read from small patches anywhere and from a coarse map of 4×4 places. Styles are read from the
+    palette, unless the picture is almost one of the renderings that the scorer remembers: then it has that
+    one's style. Generated pictures often keep a style's shapes with colours a little off.
+    """
+
+    templates: Tensor
+    template_styles: Tensor
+
+    def __init__(
+        self, classes: int, styles: int, templates: int = 0, widths: tuple[int, int, int, int] = (16, 32, 64, 128)
+    ) -> None:
+        super().__init__()
+        a, b, c, d = widths
+        self.near = nn.Sequential(
+            nn.Conv2d(3, a, 5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.Conv2d(a, b, 3, stride=2, padding=1),
+            _Residual(b),
+            nn.Conv2d(b, c, 3, stride=2, padding=1),
+            _Residual(c),
+        )
+        self.far = nn.Sequential(nn.Conv2d(c, d, 3, stride=2, padding=1), _Residual(d), nn.GroupNorm(8, d), nn.ReLU())
+        self.near_norm = nn.GroupNorm(8, c)
+        self.narrow = nn.Conv2d(d, d // 4, 1)
+        self.concept_head = nn.Linear(c + d + 16 * (d // 4), classes)
+        self.style_head = nn.Sequential(nn.Linear(_LEVELS**3, 64), nn.ReLU(), nn.Linear(64, styles))
+        self.register_buffer("templates", torch.zeros(templates, 3 * _THUMB**2, dtype=torch.uint8))
+        self.register_buffer("template_styles", torch.zeros(templates, dtype=torch.long))
+
+    def concept(self, pixels: Tensor) -> Tensor:
+        """Logits `(n, classes)`."""
+        near = self.near(pixels)
+        far = self.far(near)
+        local = functional.relu(self.near_norm(near)).mean(dim=(2, 3))
+        places = functional.adaptive_avg_pool2d(self.narrow(far), 4).flatten(1)
+        logits: Tensor = self.concept_head(torch.cat([local, far.mean(dim=(2, 3)), places], dim=1).float())
+        return logits
+
+    def style_by_palette(self, pixels: Tensor) -> Tensor:
+        """Logits `(n, styles)`."""
+        logits: Tensor = self.style_head(palette(pixels))
+        return logits
+
+    def style(self, pixels: Tensor) -> Tensor:
+        """Logits `(n, styles)`; the style of a remembered rendering that is nearly the same comes first."""
+        logits = self.style_by_palette(pixels)
+        if len(self.templates) == 0:
+            return logits
+        distance = torch.cdist(thumbnails(pixels), self.templates.float() / 255).square() / self.templates.shape[1]
+        closest, which = distance.min(dim=1)
+        wins = functional.one_hot(self.template_styles[which], logits.shape[1]) * (closest < NEAR)[:, None]
+        return logits + wins * (logits.amax(dim=1) - logits.amin(dim=1) + 1)[:, None]
+
+    def forget(self) -> None:
+        """Drops the remembered renderings, so that only what is learnt is measured."""
+        self.remember(torch.zeros(0, 3, SIZE, SIZE), torch.zeros(0, dtype=torch.long))
+
+    def remember(self, pixels: Tensor, styles: Tensor) -> None:
+        """Keeps renderings `(m, 3, H, W)` of known `styles (m,)` as thumbnails."""
+        self.templates = (thumbnails(pixels) * 255).round().byte()
+        self.template_styles = styles.clone()
+
+
+def thumbnails(pixels: Tensor) -> Tensor:
+    """`(n, 3·16·16)` in 0…1."""
+    return functional.adaptive_avg_pool2d(pixels.float(), _THUMB).flatten(1).add(1).div(2)
+
+
+def palette(pixels: Tensor) -> Tensor:
+    """How often each of 8×8×8 colours occurs in `pixels (n, 3, H, W)`: `(n, 512)`, square roots, times ten.
+
+    Every set is painted from a palette of its own, which tells the styles apart better than any shape.
+    """
+    levels = ((pixels.detach().float() + 1) * (_LEVELS / 2)).long().clamp(0, _LEVELS - 1).flatten(2)
+    bins = (levels[:, 0] * _LEVELS + levels[:, 1]) * _LEVELS + levels[:, 2]
+    counts = torch.zeros(len(pixels), _LEVELS**3, device=pixels.device)
+    counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=counts.dtype))
+    return (counts / bins.shape[1]).sqrt() * 10
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Logits of n pictures: `concept (n, concepts)`, `style (n, styles)`."""
+
+    concept: Tensor
+    style: Tensor
+
+    def best(self, picture: int, among: Sequence[Concept] | None = None) -> tuple[Concept, Style]:
+        """The most likely concept (of `among`, or of all) and style of one picture."""
+        order = list(among or concepts())
+        columns = [concepts().index(concept) for concept in order]
+        return order[int(self.concept[picture, columns].argmax())], STYLES[int(self.style[picture].argmax())]
+
+
+class Scorer:
+    """Owns the network; stateless after loading, safe to share between threads."""
+
+    def __init__(self, net: ScorerNet, device: str = "cpu") -> None:
+        self.net, self.device = net.to(device).eval().requires_grad_(False), device
+
+    @classmethod
+    def load(cls, base: Path, device: str = "cpu") -> Scorer:
+        """Reads `scorer/` of a base's folder; NotFound where it has none."""
+        if not (base / SCORER_FILE).is_file():
+            raise NotFound(f"{base} has no scorer ({SCORER_FILE})", path=str(base))
+        weights = load_file(base / SCORER_FILE)
+        net = ScorerNet(len(weights["concept_head.bias"]), len(weights["style_head.2.bias"]), len(weights["templates"]))
+        net.load_state_dict(weights)
+        return cls(net, device)
+
+    @torch.no_grad()
+    def score(self, pictures: NDArray[np.uint8] | Sequence[Image.Image], batch: int = 64) -> Scores:
+        """Scores `(n, H, W, 3)` bytes, or PIL pictures, of any size."""
+        pixels = torch.stack([_pixels(picture) for picture in pictures])
+        parts = [part.to(self.device) for part in pixels.split(batch)]
+        concept = torch.cat([self.net.concept(part).cpu() for part in parts])
+        return Scores(concept, torch.cat([self.net.style(part).cpu() for part in parts]))
+
+    def palettes(self, pictures: NDArray[np.uint8] | Sequence[Image.Image]) -> Tensor:
+        """`(n, bins)`: how often each colour occurs, as the styles are told by."""
+        return palette(torch.stack([_pixels(picture) for picture in pictures]))
+
+
+def _pixels(picture: NDArray[np.uint8] | Image.Image) -> Tensor:
+    """`(3, SIZE, SIZE)` in -1…1."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(127.5).sub(1)
+
+
+def hit_rate(scores: Tensor, wanted: Sequence[int], k: int) -> float:
+    """The share of rows of `scores (n, classes)` whose wanted class is among the k best."""
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    hits = (best == torch.tensor(list(wanted))[:, None]).any(dim=1)
+    return int(hits.sum()) / len(hits)

@@ -1,0 +1,1 @@
+"""`scumble serve`, and the server that other commands start for themselves."""

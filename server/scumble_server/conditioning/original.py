@@ -1,0 +1,67 @@
+"""The picture that a request begins with → latents."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from scumble_server.denoise.begin import Beginning
+from scumble_server.executors.protocol import Spread
+from scumble_server.methods.context import Context
+from scumble_server.request.original import Original
+from scumble_server.request.pictures import Picture
+from scumble_server.request.settings import Settings
+
+
+def prepare(context: Context, original: Original) -> Beginning:
+    """Encodes the picture; whoever begins with the same one finds it."""
+    settings, base = context.settings, context.base
+    shown = base.inpaints
+    picture = _encode(context, original, masked=False)
+    if original.mask is None:
+        return Beginning(picture)
+    mask = interpolate(_mask(original.mask, settings), scale_factor=1 / base.compatibility.vae_scale)[0]
+    return Beginning(
+        picture,
+        mask.to(context.executor.device),
+        _encode(context, original, masked=True),
+        pure_noise=settings.first_step == 0 and settings.strength == 1,
+        shown=shown,
+    )
+
+
+def _encode(context: Context, original: Original, *, masked: bool) -> Spread:
+    settings = context.settings
+    mask = original.mask if masked else None
+    key = (
+        "latents",
+        context.vae_key,
+        original.picture.digest,
+        None if mask is None else mask.digest,
+        settings.width,
+        settings.height,
+    )
+    pixels = settings.width * settings.height
+    nbytes = 2 * context.base.compatibility.latent_channels * pixels // context.base.compatibility.vae_scale**2 * 4
+
+    def encode() -> Spread:
+        picture = _pixels(original.picture, settings)
+        return context.vae.encode(picture if mask is None else picture * (_mask(mask, settings) < 0.5))
+
+    return context.device.get(key, nbytes, encode)
+
+
+def _pixels(picture: Picture, settings: Settings) -> Tensor:
+    """`(1, 3, H, W)` in -1…1, resized as diffusers resizes."""
+    resized = Image.fromarray(picture.rgb).resize((settings.width, settings.height), Image.Resampling.LANCZOS)
+    pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, settings.height, settings.width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _mask(picture: Picture, settings: Settings) -> Tensor:
+    """`(1, 1, H, W)`, 1 where it is lighter than half."""
+    resized = Image.fromarray(picture.rgb).resize((settings.width, settings.height), Image.Resampling.LANCZOS)
+    light = torch.frombuffer(bytearray(resized.convert("L").tobytes()), dtype=torch.uint8)
+    return (light.view(1, 1, settings.height, settings.width).float() / 255 >= 0.5).float()

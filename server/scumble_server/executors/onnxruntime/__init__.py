@@ -1,0 +1,1 @@
+"""The exported graphs on ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""The graphs in eager PyTorch."""

@@ -1,0 +1,251 @@
+"""The torch executor: the graphs of `scumble_build` in eager PyTorch, on a CPU or a CUDA device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from scumble.errors import Refused, Unavailable
+from scumble_build.export.graph import PRECISIONS
+from scumble_build.export.manifest import Include, Precision
+from scumble_build.export.plan import BaseGraphs
+from scumble_build.graphs.adapted import Factors
+from scumble_build.graphs.denoiser import Denoiser
+from scumble_build.graphs.families import Family
+from scumble_build.graphs.inputs import StepInputs
+from scumble_build.graphs.models import Models, Text, load_autoencoder, text_class, vae_dtype
+from scumble_build.graphs.text import Encoded, Overrides
+from scumble_registry import Version
+from scumble_registry.formats.dreambooth import plain
+from scumble_registry.formats.safetensors_header import read_header
+from scumble_server.executors.device import Captured, Stepping, faults
+from scumble_server.executors.limits import GraphLimits
+from scumble_server.executors.protocol import Changed, NetModel, Nets
+from scumble_server.executors.torch.net import torch_nets
+from scumble_server.executors.torch.vae import TorchVae
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+PRECISION_OF: dict[torch.dtype, Precision] = {dtype: name for name, dtype in PRECISIONS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """All that one call of the denoiser reads."""
+
+    sample: Tensor
+    timestep: Tensor
+    inputs: StepInputs
+
+
+class TorchExecutor:
+    """Owns one set of weights, which it only ever reads. On CUDA its steps are captured as graphs."""
+
+    most_pages: tuple[int | None, int | None] = (None, None)
+    limits: tuple[GraphLimits, ...] = ()
+    copies = 1
+
+    def __init__(
+        self,
+        models: Models,
+        family: Family,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_rows: int,
+        stepping: Stepping | None = None,
+    ) -> None:
+        """`models` are in `dtype` already; with `stepping`, steps run in its buffers and graphs."""
+        self._family, self._device, self._dtype, self.max_rows = family, device, dtype, max_rows
+        for model in (models.unet, *models.texts.values(), models.vae):
+            self._place(model)
+        components = {"unet": models.unet, **models.texts, "vae": models.vae}
+        self._configs = {name: model.config for name, model in components.items()}
+        self.graphs = graphs = BaseGraphs.of(models, family, PRECISION_OF[dtype])
+        self.vae = TorchVae(graphs.vae)
+        self._texts = list(graphs.texts.values())
+        self.step_layout = graphs.denoiser.layout
+        self.kv_layout = graphs.projection.layout
+        self.kv_slices = graphs.projection.slices
+        self.text_layouts = tuple(text.layout for text in self._texts)
+        self._stepping = stepping
+        self._captured = Captured(stepping, _computing(graphs.denoiser)) if stepping is not None else None
+        self._parameters = {
+            (component, plain(name)): tensor
+            for component, state in graphs.states.items()
+            for name, tensor in state.items()
+        }
+
+    @classmethod
+    def load(
+        cls, folder: Path, family: Family, device: str = "cpu", precision: Precision = "fp32", max_rows: int = 32
+    ) -> Self:
+        """A folder in the diffusers layout. Raises Unavailable if the device is not there."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise Unavailable("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
+        dtype, place = PRECISIONS[precision], torch.device(device)
+        stepping = Stepping.on(place) if device == "cuda" else None
+        with faults(f"the weights of {folder.name}"):
+            return cls(Models.load(folder, family, dtype), family, place, dtype, max_rows, stepping)
+
+    def variant(
+        self,
+        changed: Changed,
+        configs: Path | None = None,
+        of: Version | None = None,  # noqa: ARG002 - what engines go by
+    ) -> Self:
+        states = {component: dict(state) for component, state in self.graphs.states.items()}
+        for component, tensors in changed.items():
+            if component not in states:
+                continue  # a safety checker, an image encoder: nothing that is drawn with
+            names = {plain(name): name for name in states[component]}
+            for name, values in tensors.items():
+                if plain(name) not in names:
+                    raise Refused(
+                        f"the checkpoint's {component}.{name} has no place in the base; "
+                        "save it again with a current diffusers",
+                        tensor=name,
+                    )
+                old = states[component][names[plain(name)]]
+                states[component][names[plain(name)]] = values.to(old.device, old.dtype)
+        texts = {
+            part.encoder: _build_text(text_class(part), self._configs[part.encoder], states[part.encoder])
+            for part in self._family.texts
+        }
+        models = Models(
+            _build(UNet2DConditionModel, self._config("unet", configs), states["unet"]),
+            texts,
+            _build(AutoencoderKL, self._config("vae", configs), states["vae"]),
+        )
+        with faults("a variant's weights"):
+            return type(self)(models, self._family, self._device, self._dtype, self.max_rows, self._stepping)
+
+    def _config(self, component: str, configs: Path | None) -> Any:
+        """A checkpoint's own: scaling and the like may differ, though its shapes do not."""
+        if configs is None:
+            return self._configs[component]
+        return json.loads((configs / component / "config.json").read_text())
+
+    def _place(self, model: Model) -> Model:
+        return model.to(self._device).eval().requires_grad_(False)
+
+    @property
+    def device(self) -> str:
+        return str(self._device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        encoder: int,
+        tokens: Tensor,
+        factors: Factors | None,
+        overrides: Overrides | None = None,
+        skip: int = 0,
+        mask: Tensor | None = None,
+    ) -> Encoded:
+        if overrides is not None:
+            overrides = Overrides(
+                overrides.vectors.to(self._device, self._dtype),
+                overrides.row.to(self._device),
+                overrides.position.to(self._device),
+            )
+        mask = mask.to(self._device) if mask is not None else None
+        with faults("a text"):
+            encoded: Encoded = self._texts[encoder](tokens.to(self._device), self._cast(factors), overrides, skip, mask)
+        return encoded
+
+    @torch.inference_mode()
+    def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
+        with faults("a text's keys and values"):
+            kv: Tensor = self.graphs.projection(states, self._cast(factors), of_values)
+        return kv
+
+    @torch.inference_mode()
+    def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
+        with faults(f"a step of {len(sample)} rows"):
+            step = _Step(sample.to(self._dtype), timestep, inputs.to(self._device, self._dtype))
+            prediction = self._captured(step) if self._captured is not None else _computing(self.graphs.denoiser)(step)
+            return prediction.float()
+
+    def _cast(self, factors: Factors | None) -> Factors | None:
+        return factors.to(self._device, self._dtype) if factors is not None else None
+
+    def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
+        """Eager graphs take anything at once."""
+
+    def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:  # noqa: ARG002 - what engines go by
+        with faults("a ControlNet's weights"):
+            return torch_nets(load(), torch.empty(0, dtype=self._dtype, device=self._device))
+
+    def load_vae(self, folder: Path) -> TorchVae:
+        return TorchVae(self._place(load_autoencoder(folder, self._dtype)))
+
+    def weight(self, target: str) -> Tensor:
+        return self.parameter(f"{target}.weight")
+
+    def parameter(self, name: str) -> Tensor:
+        component, _, rest = name.partition(".")
+        found: Tensor | None = self._parameters.get((component, plain(rest)))
+        if found is None:
+            raise Refused(f"the base has no {name}, which an adapter changes; use the base that it was trained on")
+        return found
+
+    def weights_digest(self) -> str:
+        digest = hashlib.sha256()
+        for state in self.graphs.states.values():
+            for _, tensor in sorted(state.items()):
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, str]:
+        precision = PRECISION_OF[self._dtype]
+        return {"executor": "torch", "device": self.device, "precision": precision}
+
+
+def _computing(denoiser: Denoiser) -> Callable[[_Step], Tensor]:
+    def compute(step: _Step) -> Tensor:
+        prediction: Tensor = denoiser(step.sample, step.timestep, step.inputs)
+        return prediction
+
+    return compute
+
+
+def _build(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
+    """A diffusers model around weights that are there already: nothing is drawn or copied."""
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _build_text(kind: type[Text], config: Any, state: dict[str, Tensor]) -> Text:
+    """Not on the meta device, because its position ids are in no state."""
+    model = kind(config)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def weights_bytes(folder: Path, family: Family, precision: Precision) -> int:
+    """What a folder in the diffusers layout will take once it is loaded, read from its headers."""
+    dtype = PRECISIONS[precision]
+    of_vae = vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), dtype)
+    components = {"unet": dtype, **{part.encoder: dtype for part in family.texts}, "vae": of_vae}
+    return sum(_values(folder / name) * kept.itemsize for name, kept in components.items())
+
+
+def _values(folder: Path) -> int:
+    """How many numbers a component has; a folder may hold it a second time, in another precision (`….fp16.…`)."""
+    files = list(folder.glob("*.safetensors"))
+    one = [file for file in files if not {"fp16", "fp32", "bf16", "non_ema"} & set(file.name.split("."))] or files
+    return sum(prod(info.shape) for file in one for info in read_header(file).tensors.values())

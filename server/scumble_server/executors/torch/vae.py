@@ -1,0 +1,48 @@
+"""A VAE in eager PyTorch: latents in the UNet's scale, which have mean 0 and deviation 1, to pixels and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from scumble_server.executors.device import faults
+from scumble_server.executors.protocol import Spread
+
+
+class TorchVae:
+    """Owns nothing: it is on its device, in its precision."""
+
+    def __init__(self, model: AutoencoderKL) -> None:
+        self._model: Any = model
+
+    def move(self, device: torch.device) -> None:
+        self._model.to(device)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        mean, deviation = self._scale(latents)
+        latents = (latents * deviation + mean).to(self._model.dtype)
+        decode = self._model.tiled_decode if tiled else self._model.decode
+        with faults(f"decoding {len(latents)} pictures"):
+            decoded: Tensor = decode(latents, return_dict=False)[0].float()
+        pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
+        return pixels.round().to(torch.uint8).cpu()
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Spread:
+        with faults("encoding a picture"):
+            found = self._model.encode(pixels.to(self._model.device, self._model.dtype), return_dict=False)[0]
+        mean, deviation = self._scale(found.mean.float())
+        return Spread(((found.mean.float() - mean) / deviation)[0], (found.std.float() / deviation)[0])
+
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the VAE's own latents, `(1, 1|C, 1, 1)`."""
+        config = self._model.config
+        mean, deviation = like.new_zeros(1, 1, 1, 1), like.new_ones(1, 1, 1, 1) / config.scaling_factor
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean = like.new_tensor(config.latents_mean).view(1, -1, 1, 1)
+            deviation = deviation * like.new_tensor(config.latents_std).view(1, -1, 1, 1)
+        return mean, deviation

@@ -1,0 +1,1 @@
+"""What stays in memory, under a budget of bytes, and what makes room for it."""

@@ -1,0 +1,1 @@
+"""Reads prompts: grammars, tokens, chunks."""

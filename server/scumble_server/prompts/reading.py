@@ -1,0 +1,182 @@
+"""What the prompts of a request say: which texts there are, and which of them each model row reads at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from transformers import CLIPTokenizer
+
+from scumble.errors import InvalidRequest
+from scumble.request import Adapter, Options, Request
+from scumble_server.prompts.chunks import MAX_CHUNKS
+from scumble_server.prompts.compel import CompelPrompt, read_compel
+from scumble_server.prompts.grammar.attention import parse_attention
+from scumble_server.prompts.grammar.composition import Part, parse_composition
+from scumble_server.prompts.grammar.schedule import texts_by_step
+from scumble_server.prompts.grammar.tags import find_tag, parse_tags
+from scumble_server.prompts.script import Script
+from scumble_server.prompts.tokens import Name, Tokens, tokenize, tokenize_weighted
+from scumble_server.request.settings import Settings
+
+Field: TypeAlias = Literal["prompt", "negative_prompt"]
+MAX_CHARACTERS = 10_000
+"""Of a prompt, in any grammar."""
+MAX_PARTS = 8
+"""Prompts that AND joins."""
+MAX_TEXTS = 64
+"""Different texts that a request's prompts become from step to step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What each of the base's text encoders reads, or None where zeros stand for it; how many of their last layers are
+    left out; and the field where it is written.
+    """
+
+    of_encoder: tuple[str, ...] | None
+    field: Field
+    clip_skip: int = 0
+
+    @property
+    def key(self) -> Hashable:
+        """Words with the same are read alike."""
+        return self.of_encoder, self.clip_skip
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """texts: each once; rows_of_step: for each step and model row the index of its text, the negative prompt's first if
+    there are several rows; weights: how strongly each of the other rows acts.
+    """
+
+    options: Options
+    texts: tuple[Words, ...]
+    rows_of_step: tuple[tuple[int, ...], ...]
+    weights: tuple[float, ...]
+
+    @property
+    def rows(self) -> int:
+        """Model rows of one image."""
+        return len(self.rows_of_step[0])
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The fields that are read."""
+        return ("prompt", "negative_prompt") if self.rows > 1 else ("prompt",)
+
+    def scripts(self, tokenizers: Sequence[CLIPTokenizer], names: Sequence[Name]) -> list[Script]:
+        """Of each text. Raises InvalidRequest for one that is too long."""
+        return [self._script(text, tokenizers, names) for text in self.texts]
+
+    def _script(self, text: Words, tokenizers: Sequence[CLIPTokenizer], names: Sequence[Name]) -> Script:
+        if text.of_encoder is None:
+            return Script(None, text.clip_skip)
+        read = zip(tokenizers, text.of_encoder, strict=True)
+        script = Script(tuple(self._read(*each, names, text.field) for each in read), text.clip_skip)
+        if script.chunks > MAX_CHUNKS:
+            room = tokenizers[0].model_max_length - 2
+            raise InvalidRequest(
+                f"{text.field} has {script.chunks} chunks of {room} tokens, {MAX_CHUNKS} are read; shorten it",
+                field=text.field,
+            )
+        return script
+
+    def _read(self, tokenizer: CLIPTokenizer, words: str, names: Sequence[Name], field: Field) -> Tokens | CompelPrompt:
+        if self.options.grammar == "plain":
+            return tokenize(tokenizer, words, names)
+        if self.options.grammar == "compel":
+            return read_compel(tokenizer, words, names, field)
+        return tokenize_weighted(tokenizer, parse_attention(words), names)
+
+
+def read(settings: Settings, options: Options, encoders: int) -> Reading:
+    """For a base with so many text encoders. Raises InvalidRequest for options that do not go together, and for prompts
+    that say too much.
+
+    Several parts, or one with a weight, stand against the negative prompt even where there is no guidance.
+    """
+    _check(options)
+    for field, text in (("prompt", settings.prompt), ("negative_prompt", settings.negative_prompt or "")):
+        if len(text) > MAX_CHARACTERS:
+            raise InvalidRequest(f"{field} has {len(text)} characters, {MAX_CHARACTERS} are read", field=field)
+    parts = parse_composition(settings.prompt) if options.grammar == "webui" else [Part(settings.prompt, 1.0)]
+    if len(parts) > MAX_PARTS:
+        raise InvalidRequest(f"AND joins {len(parts)} prompts, {MAX_PARTS} at most are drawn", field="prompt")
+    weights = tuple(part.weight for part in parts)
+    skip = options.clip_skip or 0
+
+    def column(text: str | None, second: str | None, field: Field, clip_skip: int) -> list[Words]:
+        if text is None:
+            return [Words(None, field)] * settings.run_steps
+        of_first = (
+            texts_by_step(text, settings.run_steps) if options.grammar == "webui" else [text] * settings.run_steps
+        )
+        return [Words((words, *[second or words] * (encoders - 1)), field, clip_skip) for words in of_first]
+
+    columns = [column(part.text, settings.prompt_2, "prompt", skip) for part in parts]
+    if settings.guided or weights != (1.0,):
+        # diffusers leaves the negative prompt's layers alone; the webui does not.
+        of_negative = 0 if options.grammar == "plain" else skip
+        negative = column(settings.negative_prompt, settings.negative_prompt_2, "negative_prompt", of_negative)
+        columns.insert(0, negative)
+    return _numbered(options, list(zip(*columns, strict=True)), weights)
+
+
+def without_tags(request: Request) -> Request:
+    """The request with its prompt's LoRAs among its adapters. Raises InvalidRequest."""
+    options = request.options
+    if options.grammar != "webui":
+        return request
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+        if (tag := find_tag(text)) is not None and (field == "negative_prompt" or not options.lora_tags):
+            how = "set the option lora_tags, or" if field == "prompt" else "tags act in the prompt alone:"
+            raise InvalidRequest(f"{field} has {tag}; {how} name it in adapters and leave it out here", field=field)
+    text, tags = parse_tags(request.prompt)
+    adapters = (
+        *request.adapters,
+        *(Adapter(ref=tag.ref, weight=tag.weight, text_weight=tag.text_weight) for tag in tags),
+    )
+    if not tags:
+        return request
+    return Request.parse(
+        {
+            **{name: getattr(request, name) for name in Request.model_fields},
+            "prompt": text,
+            "adapters": adapters,
+            "options": options.model_copy(update={"lora_tags": False}),
+        }
+    )
+
+
+def _check(options: Options) -> None:
+    """Raises InvalidRequest for an option that the grammar has no use for."""
+    of_webui, of_plain = ("lora_tags", "emphasis"), ("prompt_2", "negative_prompt_2")
+    useless = (*(of_webui if options.grammar != "webui" else ()), *(of_plain if options.grammar != "plain" else ()))
+    for name in useless:
+        if getattr(options, name) != Options.model_fields[name].default:
+            other = "webui" if name in of_webui else "plain"
+            raise InvalidRequest(
+                f"options.{name} means nothing in the grammar {options.grammar!r}; leave it out, "
+                f"or set grammar to {other}",
+                field=f"options.{name}",
+            )
+
+
+def _numbered(options: Options, steps: Sequence[Sequence[Words]], weights: tuple[float, ...]) -> Reading:
+    """Words that are read alike are one text."""
+    numbers: dict[Hashable, int] = {}
+    texts: list[Words] = []
+    for text in (text for step in steps for text in step):
+        if text.key not in numbers:
+            numbers[text.key] = len(texts)
+            texts.append(text)
+    if len(texts) > MAX_TEXTS:
+        raise InvalidRequest(
+            f"the prompts become {len(texts)} different texts over {len(steps)} steps, {MAX_TEXTS} at most are read; "
+            "let fewer words alternate",
+            field="prompt",
+        )
+    rows = tuple(tuple(numbers[text.key] for text in step) for step in steps)
+    return Reading(options, tuple(texts), rows, weights)

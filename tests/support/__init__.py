@@ -1,0 +1,1 @@
+"""Helpers of the tests: tiny models, files that people have, hostile files, stand-ins."""

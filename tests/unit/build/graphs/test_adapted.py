@@ -1,0 +1,165 @@
+"""Layers with factors as an input: equal to PEFT's own layer, whatever the order and number of slots."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.tuners.lora import Conv2d as PeftConv2d
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+
+from scumble.errors import Refused
+from scumble_build.graphs.adapted import Adapted, FactorInput, Factors, layout_of
+from scumble_build.graphs.denoiser import Denoiser, KVProjection
+from scumble_build.graphs.inputs import StepInputs
+from scumble_build.graphs.layout import RANK_BUCKETS, Extent, Layout, Shape, rank_bucket
+from support.paging import columns, some_factors
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer between two others in the layout, so that its offsets are not zero."""
+
+    adapted: Adapted
+    layout: Layout
+
+    @classmethod
+    def of(cls, base: nn.Linear | nn.Conv2d, *, small: bool = True) -> Layer:
+        it = Shape("it", base.weight[0].numel(), base.weight.shape[0], small)
+        layout = Layout.of([Shape("before", 3, 5), it, Shape("after", 2, 2, small)])
+        return cls(Adapted(base, layout.targets["it"], FactorInput()), layout)
+
+    def columns(self, factors: Factors, row: int) -> tuple[Tensor, Tensor]:
+        """down, and up with the scale in it."""
+        down, up = columns(factors, self.layout, self.adapted.target, row)
+        return down, up * factors.scale[row][:, None]
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("convolution", [False, True])
+def test_a_row_equals_pefts_layer(convolution: bool, small: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Conv2d(6, 10, 1) if convolution else nn.Linear(6, 10)
+    layer, kind = Layer.of(base, small=small), PeftConv2d if convolution else PeftLinear
+    carried = some_factors(layer.layout, [0], 16, full=not small, rows_per_set=1)
+    oracle = kind(copy.deepcopy(base), "one", LoraConfig(r=16, lora_alpha=24), r=16, lora_alpha=24)
+    down, up = layer.columns(carried, 0)
+    oracle.lora_A["one"].weight.data = down.reshape(oracle.lora_A["one"].weight.shape).clone()
+    oracle.lora_B["one"].weight.data = (up.T / 1.5).reshape(oracle.lora_B["one"].weight.shape).clone()
+    x = torch.randn(1, 6, 4, 4) if convolution else torch.randn(1, 16, 6)
+    layer.adapted.source.factors = carried
+    with torch.no_grad():
+        assert torch.allclose(layer.adapted(x), oracle(x), atol=1e-4)
+        assert not torch.allclose(layer.adapted(x), base(x), atol=1e-1)
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+@given(
+    counts=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    bare=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=30, deadline=None)
+def test_every_row_is_as_alone(convolution: bool, counts: list[int], bare: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = Layer.of(nn.Conv2d(6, 10, 1) if convolution else nn.Linear(6, 10))
+    sets = [index for index, count in enumerate(counts) for _ in range(count)]
+    regular = counts[0] if len(set(counts)) == 1 else 0
+    carried = some_factors(layer.layout, sets, 8, rows_per_set=regular)
+    rows = len(sets) + bare
+    x = torch.randn(rows, 6, 2, 3) if convolution else torch.randn(rows, 5, 6)
+    with torch.no_grad():
+        layer.adapted.source.factors = carried
+        together = layer.adapted(x)
+        for row in range(rows):
+            pages = replace(carried.small, table=carried.small.table[row : row + 1])
+            one = Factors(pages, None, carried.scale[row : row + 1])
+            layer.adapted.source.factors = one if row < len(sets) else None
+            assert torch.allclose(layer.adapted(x[row : row + 1]), together[row : row + 1], atol=1e-4)
+
+
+def test_a_layer_of_the_rest_is_bare_where_a_batch_brings_the_small_layout_only() -> None:
+    layer, x = Layer.of(nn.Linear(6, 10), small=False), torch.randn(1, 4, 6)
+    layer.adapted.source.factors = some_factors(layer.layout, [0], 8)
+    assert torch.equal(layer.adapted(x), layer.adapted.base(x))
+
+
+def test_the_denoiser_without_factors_is_the_unet(tiny_base: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet", local_files_only=True)
+    sample, states = torch.randn(3, 4, 8, 8), torch.randn(3, 77, 32)
+    timestep = torch.tensor([1.0, 500.0, 999.0])
+    with torch.no_grad():
+        expected = unet(sample, timestep, states).sample
+        projection = KVProjection(unet)
+        ours = Denoiser(unet, projection.slices)(sample, timestep, StepInputs(projection(states)))
+    assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_the_layouts_share_no_target_and_cover_every_layer(tiny_base: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet", local_files_only=True)
+    layers = {"unet." + name for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    projection = KVProjection(unet)
+    layout = Denoiser(unet, projection.slices).layout
+    step, kv = set(layout.targets), set(projection.layout.targets)
+    assert not step & kv
+    assert step | kv == layers
+    small = {name for name, target in layout.targets.items() if target.in_end <= layout.small.total_in}
+    assert small | kv == {name for name in layers if ".attentions." in name}
+
+
+def test_the_small_layout_comes_before_the_rest() -> None:
+    layout = Layout.of([Shape("deep", 33, 3, small=False), Shape("a", 2, 4), Shape("b", 5, 40)])
+    assert layout.small == Extent(64, 96)
+    assert layout.full == Extent(128, 128)
+    assert layout.rest == Extent(64, 32)
+    assert layout.extent(["a", "b", "elsewhere"]) == layout.small
+    assert layout.extent(["a", "deep"]) == layout.full
+
+
+def test_layouts_are_the_same_if_their_targets_are() -> None:
+    one, same = (Layout.of([Shape("a", 2, 4), Shape("b", 5, 40)]) for _ in range(2))
+    assert one.digest == same.digest
+    assert one.digest != Layout.of([Shape("a", 2, 4), Shape("b", 6, 40)]).digest
+
+
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, (6, 5)), (3, 2, (6, 5)), (3, 2, (4, 8)), (1, 1, (3, 4))])
+def test_a_convolution_of_any_stride_equals_pefts(kernel: int, stride: int, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    base = nn.Conv2d(6, 10, kernel, stride=stride, padding=kernel // 2)
+    layer = Layer.of(base)
+    carried = some_factors(layer.layout, [0, 1], 8, rows_per_set=1)
+    x = torch.randn(3, 6, *size)
+    layer.adapted.source.factors = carried
+    with torch.no_grad():
+        ours = layer.adapted(x)
+        assert torch.allclose(ours[2:], base(x[2:]), atol=1e-6)
+        for row in (0, 1):
+            oracle = PeftConv2d(copy.deepcopy(base), "one", LoraConfig(r=8, lora_alpha=8), r=8, lora_alpha=8)
+            down, up = layer.columns(carried, row)
+            taps = down.reshape(8, kernel, kernel, 6).permute(0, 3, 1, 2)
+            oracle.lora_A["one"].weight.data = taps.contiguous()
+            oracle.lora_B["one"].weight.data = up.T[:, :, None, None].clone()
+            assert torch.allclose(ours[row : row + 1], oracle(x[row : row + 1]), atol=1e-4)
+
+
+def test_targets_begin_where_a_graph_can_gather_them() -> None:
+    layout = layout_of({"a": nn.Linear(3, 5), "b": nn.Conv2d(2, 7, 1), "c": nn.Linear(40, 4)})
+    ends_in = [(each.in_offset, each.in_end) for each in layout.targets.values()]
+    ends_out = [(each.out_offset, each.out_end) for each in layout.targets.values()]
+    assert ends_in == [(0, 3), (32, 34), (64, 104)]
+    assert ends_out == [(0, 5), (32, 39), (64, 68)]
+    assert (layout.full.total_in, layout.full.total_out) == (128, 96)
+
+
+def test_rank_buckets() -> None:
+    assert [rank_bucket(rank) for rank in (1, 8, 9, 64, 65, 256)] == [8, 8, 16, 64, 128, 256]
+    with pytest.raises(Refused, match=r"257 rank columns.*256"):
+        rank_bucket(RANK_BUCKETS[-1] + 1)

@@ -1,0 +1,356 @@
+"""A server on engines draws what it draws on torch; where there is none that may be loaded, torch serves.
+
+`FakeTensorRT` computes with ONNX Runtime at the addresses that it is given: feeds, buffers, shapes, profiles and
+threads are the executor's own. What only a GPU can show is not shown here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from scumble.errors import IntegrityError, NotFound, Refused
+from scumble.request import Adapter, Request
+from scumble_build.engines import store
+from scumble_build.engines.api import Flavour
+from scumble_build.engines.builder import Report
+from scumble_build.engines.key import EngineKey, Machine
+from scumble_build.engines.profiles import WHOLE, Profile, Range
+from scumble_build.engines.store import Pulled, Stored
+from scumble_build.export.command import find_base, open_base
+from scumble_build.export.control import NetGraphs
+from scumble_build.export.manifest import GraphManifest
+from scumble_build.export.provenance import code_digest
+from scumble_build.export.write import write_graphs
+from scumble_build.graphs.families import FAMILIES
+from scumble_registry import Registry, Version
+from scumble_server.config import ServerConfig
+from scumble_server.executors import choice
+from scumble_server.executors.device import Buffers, Graphs, Stepping, uncaptured
+from scumble_server.executors.tensorrt import executor as tensorrt
+from scumble_server.executors.tensorrt.executor import Engines, Runtime, TensorRTExecutor
+from scumble_server.executors.torch.executor import TorchExecutor
+from support.control_nets import load_unet, make_net
+from support.every_kind import coarse_png
+from support.fake_tensorrt import FakeTensorRT, make_plan
+from support.tiny_variant import make_checkpoint
+
+Running = Any
+CPU = torch.device("cpu")
+GRAPHS = ("text_encoder", "kv_projection", "unet.small", "vae_decoder", "vae_encoder")
+SIX_ROWS = Profile({"rows": Range(1, 2, 6), "resident": Range(1, 8, 20)})
+
+
+@pytest.fixture(scope="module")
+def pulled(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pulled]:
+    folder = tmp_path_factory.mktemp("graphs")
+    base = find_base(str(tiny_base), folder)
+    found = {}
+    for manifest in write_graphs(open_base(base, "fp32"), GRAPHS, folder, base=base.digest, family=base.family):
+        plan = folder / f"{manifest.graph}.plan"
+        make_plan(folder / manifest.onnx.name, manifest, (SIX_ROWS,), plan)
+        key = EngineKey(manifest.graph, "g", base.digest, Flavour.TENSORRT, "11", (89,), "fp32", "l", [], {})
+        found[manifest.graph] = Pulled(Stored(key, None), manifest, plan)  # type: ignore[arg-type]
+    return found
+
+
+NARROW = Profile(
+    {
+        "height": Range(4, 8, 9),
+        "width": Range(4, 8, 9),
+        "tokens": Range(77, 77, 77),
+        "rank_pages": Range(1, 1, 1),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def narrow(pulled: dict[str, Pulled], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pulled]:
+    """The same graphs, built for less."""
+    folder = tmp_path_factory.mktemp("narrow")
+    found = {}
+    for name, each in pulled.items():
+        plan = folder / f"{name}.plan"
+        profile = NARROW if name.startswith("unet.") else WHOLE
+        make_plan(each.plan.with_suffix(".onnx"), each.manifest, (profile,), plan)
+        found[name] = Pulled(each.stored, each.manifest, plan)
+    return found
+
+
+def executor(base: Path, pulled: dict[str, Pulled]) -> TensorRTExecutor:
+    weights = TorchExecutor.load(base, FAMILIES["sd1"])
+    lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
+    engines = Engines(weights.graphs, pulled, Runtime.on(FakeTensorRT(), CPU, lent))  # type: ignore[arg-type]
+    return TensorRTExecutor(weights, engines, {"executor": "tensorrt"})
+
+
+def draw(*adapters: Adapter, seed: int = 1) -> Request:
+    return Request(prompt="a b", adapters=adapters, steps=3, width=64, height=64, seed=seed, negative_prompt="c")
+
+
+def test_strangers_are_drawn_on_engines_as_on_torch(
+    tiny_base: Path,
+    pulled: dict[str, Pulled],
+    running: Running,
+    published: tuple[Path, dict[str, Path]],
+    start: Callable[..., Running],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = executor(tiny_base, pulled)
+    monkeypatch.setattr(choice.TensorRTExecutor, "load", lambda *_: made)
+    home, files = published
+    engines = start(home, "tiny/base", files, executor="tensorrt")
+    requests = [
+        draw(Adapter(ref="l/a")),
+        draw(Adapter(ref="l/b", end=0.5), Adapter(ref="l/plain", weight=0.5), seed=2),
+        draw(seed=3),
+        draw(Adapter(ref="l/mixed"), seed=4),
+    ]
+    try:
+        assert made.max_rows == 6
+        assert made.most_pages == (20, None)
+        for found, expected in zip(engines.run(requests), running.run(requests), strict=True):
+            assert torch.allclose(found.latents, expected.latents, atol=1e-3)
+            assert abs(found.done.images.astype(int) - expected.done.images.astype(int)).max() <= 1
+            assert found.done.receipt["engine"]["executor"] == "tensorrt"
+        with pytest.raises(Refused, match=r"graph unet\.full, and this base has no engine of it"):
+            engines.run([draw(Adapter(ref="l/full"))])
+    finally:
+        engines.service.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"width": 128}, r"width of the latents \(pixels / 8\) 16 is not within 4 to 9; ask for less"),
+        ({"options": {"hires": {"scale": 2.0}}}, r"width of the latents"),
+        ({"prompt": "a b " * 60}, r"tokens of the prompt 154 is not within 77 to 77"),
+        ({"adapters": (Adapter(ref="l/b"),)}, r"rank of the LoRAs together, in pages of 8, 2 is not within 1 to 1"),
+    ],
+)
+def test_what_engines_were_not_built_for_is_refused_before_any_step(
+    tiny_base: Path,
+    published: tuple[Path, dict[str, Path]],
+    start: Callable[..., Running],
+    monkeypatch: pytest.MonkeyPatch,
+    narrow: dict[str, Pulled],
+    change: dict[str, Any],
+    says: str,
+) -> None:
+    made = executor(tiny_base, narrow)
+    monkeypatch.setattr(choice.TensorRTExecutor, "load", lambda *_: made)
+    running = start(published[0], "tiny/base", {}, executor="tensorrt")
+    try:
+        with pytest.raises(Refused, match=says):
+            running.run([Request.parse({**draw().model_dump(exclude_none=True), **change})])
+        assert running.service.stats()["steps"] == running.service.stats()["failed_steps"] == 0
+        assert running.run([draw(Adapter(ref="l/a"))])[0].latents.isfinite().all()
+    finally:
+        running.service.close()
+
+
+def test_a_denoiser_without_its_smallest_engine_runs_the_next_larger_one(
+    tiny_base: Path, pulled: dict[str, Pulled]
+) -> None:
+    engines = executor(tiny_base, pulled)._engines
+    assert engines["unet.bare"] is engines["unet.small"]
+    with pytest.raises(Refused, match=r"scumble build engine --part unet\.guided"):
+        engines["unet.guided"]
+
+
+def test_a_part_without_an_engine_is_named(tiny_base: Path, pulled: dict[str, Pulled]) -> None:
+    some = {name: each for name, each in pulled.items() if name in {"text_encoder", "vae_decoder", "vae_encoder"}}
+    with pytest.raises(NotFound, match=r"no engine of kv_projection, unet\.small"):
+        executor(tiny_base, some)
+
+
+def test_merged_weights_are_refused(tiny_base: Path, pulled: dict[str, Pulled]) -> None:
+    with pytest.raises(Refused, match="engines hold their own"):
+        executor(tiny_base, pulled).variant({})
+
+
+class Shop:
+    """A registry with a base, a net and a checkpoint, and their engines, which the executor takes from it."""
+
+    def __init__(self, base: Path, folder: Path) -> None:
+        self.home = folder / "home"
+        make_net(load_unet(base), 1).save_pretrained(folder / "net")
+        make_checkpoint(base, folder / "tuned", seed=3, components=("unet",))
+        with Registry.open(self.home, create=True) as registry:
+            self.base = registry.publish(base, "tiny/base")
+            self.net = registry.publish(folder / "net", "c/net", base="tiny/base")
+            self.tuned = registry.publish(folder / "tuned", "d/tuned", base="tiny/base")
+            whole = registry.materialise(self.tuned)
+        self.engines: dict[str, dict[str, Pulled]] = {}
+        self._build(folder / "net-graphs", NetGraphs.of(make_net(load_unet(base), 1), "fp32"), self.net)
+        found = find_base(str(base), folder)
+        self._build(folder / "base-graphs", open_base(found, "fp32"), self.base, ON_BASE)
+        self._build(folder / "graphs", open_base(replace(found, folder=whole), "fp32"), self.tuned, ON_UNET)
+
+    def _build(self, folder: Path, graphs: Any, of: Version, names: tuple[str, ...] = ()) -> None:
+        for manifest in write_graphs(graphs, names or graphs.names, folder, base=of.digest, family="sd1"):
+            plan = folder / f"{manifest.graph}.plan"
+            make_plan(folder / manifest.onnx.name, manifest, (WHOLE,), plan)
+            key = EngineKey(manifest.graph, "g", of.digest, Flavour.TENSORRT, "11", (89,), "fp32", "l", [], {})
+            stored = Stored(key, SimpleNamespace(digest=f"sha256:{of.name}"))  # type: ignore[arg-type]
+            self.engines.setdefault(of.digest, {})[manifest.graph] = Pulled(stored, manifest, plan)
+
+    def executor(self, folder: Path) -> TensorRTExecutor:
+        weights = TorchExecutor.load(folder, FAMILIES["sd1"])
+        lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
+        runtime = Runtime.on(FakeTensorRT(), CPU, lent)  # type: ignore[arg-type]
+        engines = Engines(weights.graphs, self.engines[self.base.digest], runtime)
+        return TensorRTExecutor(
+            weights, engines, {"executor": "tensorrt"}, lambda version: self.engines.get(version.digest, {})
+        )
+
+
+ON_UNET = ("kv_projection", "unet.guided")
+ON_BASE = ("text_encoder", "vae_decoder", "vae_encoder", *ON_UNET)
+
+
+@pytest.fixture(scope="module")
+def shop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tiny_base, tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture
+def both(
+    shop: Shop, tiny_base: Path, start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Running, Running]]:
+    """On engines, and on torch."""
+    monkeypatch.setattr(choice.TensorRTExecutor, "load", lambda *_: shop.executor(tiny_base))
+    started = [start(shop.home, "tiny/base", {}, executor=name) for name in ("tensorrt", "torch")]
+    yield started[0], started[1]
+    for each in started:
+        each.service.close()
+
+
+def with_net(seed: int) -> Request:
+    return draw(Adapter(ref="c/net", images=("a",)), seed=seed).model_copy(update={"images": {"a": coarse_png(4, 64)}})
+
+
+def test_a_net_runs_on_engines_of_its_own(
+    both: tuple[Running, Running], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = [with_net(1), draw(seed=2), with_net(3)]
+    monkeypatch.setattr("scumble_server.executors.tensorrt.executor.torch_nets", None)
+    expected = both[1].run(requests)
+    for found, theirs in zip(both[0].run(requests), expected, strict=True):
+        assert torch.allclose(found.latents, theirs.latents, atol=1e-3)
+    assert (expected[0].latents - both[1].run([draw(seed=1)])[0].latents).abs().max() > 1e-2
+    assert "in torch" not in caplog.text
+
+
+def test_a_net_without_engines_runs_in_torch_and_the_log_says_so(
+    both: tuple[Running, Running], shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(shop.engines, shop.net.digest, {})
+    found, expected = (running.run([with_net(1)])[0].latents for running in both)
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert "c/net@1 runs in torch beside the engines" in caplog.text
+
+
+def test_a_checkpoint_runs_on_engines_of_its_own_and_the_bases(both: tuple[Running, Running]) -> None:
+    requests = [draw(Adapter(ref="d/tuned")), draw(seed=1)]
+    found, expected = both[0].run(requests), both[1].run(requests)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine.latents, theirs.latents, atol=1e-3)
+    assert (expected[0].latents - expected[1].latents).abs().max() > 1e-2
+    assert found[0].done.receipt["engine"]["engine unet.guided"] == "sha256:d/tuned"
+    assert found[0].done.receipt["engine"]["engine text_encoder"] == "sha256:tiny/base"
+
+
+def test_a_checkpoint_without_an_engine_of_what_it_changes_is_refused(
+    both: tuple[Running, Running], shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = {name: each for name, each in shop.engines[shop.tuned.digest].items() if name != "kv_projection"}
+    monkeypatch.setitem(shop.engines, shop.tuned.digest, some)
+    with pytest.raises(Refused, match=r"of kv_projection; run `scumble build engine --base d/tuned@1`"):
+        both[0].run([draw(Adapter(ref="d/tuned"))])
+    assert both[0].run([draw(seed=2)])[0].latents.isfinite().all()
+
+
+def test_without_a_gpu_torch_serves_and_the_log_says_why(
+    published: tuple[Path, dict[str, Path]], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ServerConfig(home=published[0], base="tiny/base", executor="tensorrt_rtx")
+    with Registry.open(published[0]) as registry:
+        found = choice.load_executor(registry, registry.resolve("tiny/base"), FAMILIES["sd1"], config)
+    assert isinstance(found, TorchExecutor)
+    assert "tiny/base@1 is served by torch, not by tensorrt_rtx: TensorRT needs a CUDA device" in caplog.text
+
+
+def publish(registry: Registry, folder: Path, manifest: GraphManifest, **changed: Any) -> Stored:
+    version = registry.resolve("tiny/base")
+    fields = {
+        "part": manifest.graph,
+        "graph": "g",
+        "base": version.digest,
+        "flavour": Flavour.TENSORRT,
+        "version": "11",
+        "sm": (89,),
+        "precision": "fp32",
+        "layout": "l",
+        "profiles": [],
+        "flags": {},
+    }
+    (folder / "plan").write_bytes(b"plan")
+    manifest.write(folder / "manifest.json")
+    key = EngineKey(**(fields | changed))
+    return store.publish(registry, version, key, folder / "plan", folder / "manifest.json", Report(0, 0, 0, 0, 0))
+
+
+def test_only_engines_of_this_machine_and_of_these_graphs_are_pulled(
+    tiny_base: Path, tmp_path: Path, pulled: dict[str, Pulled], caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = Machine(Flavour.TENSORRT, "11", 89)
+    config = ServerConfig(home=tmp_path / "home", base="tiny/base")
+    manifest = pulled["unet.small"].manifest
+    with Registry.open(tmp_path / "home", create=True) as registry:
+        version = registry.publish(tiny_base, "tiny/base")
+        publish(registry, tmp_path, manifest, sm=(120,))
+        publish(registry, tmp_path, manifest.model_copy(update={"code": "older"}))
+        with pytest.raises(NotFound, match="tiny/base@1 has no engine for tensorrt 11 on SM89 in fp32"):
+            tensorrt.pull_fitting(registry, version, machine, config)
+        assert "is stale" in caplog.text
+        fresh = publish(registry, tmp_path, manifest)
+        assert manifest.code == code_digest()
+        assert tensorrt.pull_fitting(registry, version, machine, config)["unet.small"].stored == fresh
+
+
+def test_a_missing_engine_is_built_if_the_configuration_says_so(
+    tiny_base: Path, tmp_path: Path, pulled: dict[str, Pulled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    with Registry.open(tmp_path / "home", create=True) as registry:
+        version = registry.publish(tiny_base, "tiny/base")
+
+        def build_into(*arguments: Any) -> None:
+            asked.append(arguments)
+            publish(registry, tmp_path, pulled["unet.small"].manifest)
+
+        monkeypatch.setattr("scumble_build.engines.command.build_into", build_into)
+        config = ServerConfig(home=tmp_path / "home", base="tiny/base", build_engines=True)
+        found = tensorrt.pull_fitting(registry, version, Machine(Flavour.TENSORRT, "11", 89), config)
+    assert set(found) == {"unet.small"}
+    assert asked == [("tiny/base@1", tmp_path / "home", Flavour.TENSORRT, (89,), "fp32")]
+
+
+def test_a_damaged_engine_is_not_loaded(tiny_base: Path, tmp_path: Path, pulled: dict[str, Pulled]) -> None:
+    with Registry.open(tmp_path / "home", create=True) as registry:
+        version = registry.publish(tiny_base, "tiny/base")
+        stored = publish(registry, tmp_path, pulled["unet.small"].manifest)
+        blob = stored.artifact.manifest.files[store.PLAN]
+        path = tmp_path / "home/registry/blobs/sha256" / blob.hex[:2] / blob.hex
+        path.chmod(0o644)
+        path.write_bytes(b"flan")
+        config = ServerConfig(home=tmp_path / "home", base="tiny/base")
+        with pytest.raises(IntegrityError):
+            tensorrt.pull_fitting(registry, version, Machine(Flavour.TENSORRT, "11", 89), config)

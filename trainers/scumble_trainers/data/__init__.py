@@ -1,0 +1,1 @@
+"""What a trainer learns from: pictures, captions, sizes, latents."""

@@ -1,0 +1,222 @@
+"""Pictures with captions: read, checked and split before any work begins.
+
+    DIR/metadata.jsonl      one line per picture: {"file_name": "images/0001.png", "text": "a red apple"}
+    DIR/images/0001.png     any name, any depth; PNG, JPEG, WebP or BMP
+
+The same layout that the `datasets` library calls an image folder. A line may also give "texts", other
+captions of the same picture, of which training takes one at random, "concept" and "style", which pictures of
+the same thing, or by the same hand, share, and "conditioning_image", the file of its control picture. A file of
+such lines may be named instead of the folder: a part of its pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import torch
+from PIL import Image, ImageOps
+
+from scumble.errors import InvalidRequest, NotFound
+from scumble_trainers.steps.draws import generator
+
+METADATA = "metadata.jsonl"
+PICTURE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+TEXT, STYLE = "{text}", "{style}"  # in a template of captions
+REPORTED = 10  # problems that a message lists before it only counts
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One picture (already known to decode and to be large enough) and its captions; `texts[0]` is "text"."""
+
+    name: str
+    path: Path
+    texts: tuple[str, ...]
+    digest: str
+    size: tuple[int, int]
+    """Width and height as it lies on the disk, upright."""
+    concept: str | None = None
+    control: Path | None = None
+    """Its ready-made control picture, for a ControlNet."""
+    style: str | None = None
+
+
+def read_examples(data: Path, *, resolution: int) -> list[Example]:
+    """All examples of a folder or of a file of lines, ordered by name. Every problem found is reported at once.
+
+    Raises NotFound without the folder or its metadata, InvalidRequest for an empty one, a malformed
+    line, a picture that is missing, broken, without caption, named twice or smaller than `resolution`.
+    """
+    metadata = data / METADATA if data.is_dir() else data
+    if not metadata.is_file():
+        line = '{"file_name", "text"}'
+        raise NotFound(
+            f"no {metadata}: give --data a folder with pictures and {METADATA}, or such a file; "
+            f"one line {line} a picture",
+            field="data",
+        )
+    problems: list[str] = []
+    folder = metadata.parent
+    examples = list(_examples(folder, _lines(metadata), resolution, problems))
+    if data.is_dir() and not problems:  # only worth saying when the lines themselves are sound
+        problems += _uncaptioned(folder, examples)
+    if problems:
+        listed = "\n  ".join(problems[:REPORTED])
+        more = f"\n  and {len(problems) - REPORTED} more" if len(problems) > REPORTED else ""
+        raise InvalidRequest(f"{data} cannot be trained on:\n  {listed}{more}", field="data", problems=problems)
+    if not examples:
+        raise InvalidRequest(f"{metadata} names no picture", field="data")
+    return sorted(examples, key=lambda example: example.name)
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """`sha256:…` over names, captions and picture bytes; independent of where the folder lies."""
+    content = [[example.name, *example.texts, example.digest] for example in examples]
+    for key in ("concept", "style"):
+        shared = [getattr(example, key) for example in examples]
+        content += [[f"{key}s", *(str(value) for value in shared)]] if any(shared) else []
+    return "sha256:" + hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def hold_out(items: Sequence[T], *, fraction: float, seed: int, most: int) -> tuple[list[T], list[T]]:
+    """(trained on, held out): a `fraction` chosen by `seed`, at least one if asked for any, at most `most`."""
+    count = min(most, max(1, round(fraction * len(items)))) if fraction > 0 else 0
+    count = min(count, len(items) - 1)
+    order = torch.randperm(len(items), generator=generator(seed, "hold out")).tolist()
+    held = set(order[:count])
+    return (
+        [item for index, item in enumerate(items) if index not in held],
+        [item for index, item in enumerate(items) if index in held],
+    )
+
+
+def with_captions(examples: Sequence[Example], templates: Sequence[str]) -> list[Example]:
+    """The examples with `templates` in place of their own captions, if any are given: `{text}` and `{style}` in one
+    are the example's. Raises InvalidRequest for a style that an example does not say.
+    """
+    return [replace(example, texts=_filled(example, templates)) if templates else example for example in examples]
+
+
+def _filled(example: Example, templates: Sequence[str]) -> tuple[str, ...]:
+    if example.style is None and any(STYLE in template for template in templates):
+        raise InvalidRequest(
+            f'--caption has {STYLE}, but {example.name} has no "style": add it to its line, or caption without it',
+            field="caption",
+        )
+    texts = [
+        template.replace(STYLE, example.style or "").replace(TEXT, text)
+        for template in templates
+        for text in (example.texts if TEXT in template else ("",))
+    ]
+    return tuple(dict.fromkeys(texts))
+
+
+def load_picture(path: Path, size: tuple[int, int]) -> Image.Image:
+    """RGB picture of `size` (width, height): upright, on white where transparent, fitted, centre cropped."""
+    with Image.open(path) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    flat = Image.alpha_composite(white, picture).convert("RGB")
+    return ImageOps.fit(flat, size, Image.Resampling.LANCZOS)
+
+
+def _lines(metadata: Path) -> str:
+    try:
+        return metadata.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{metadata} is no text in UTF-8, so no file of lines", field="data") from error
+
+
+def _examples(folder: Path, lines: str, resolution: int, problems: list[str]) -> Iterator[Example]:
+    seen: set[str] = set()
+    for number, line in enumerate(lines.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield _example(folder, line, resolution, seen)
+        except ValueError as problem:
+            problems.append(f"line {number}: {problem}")
+
+
+def _example(folder: Path, line: str, resolution: int, seen: set[str]) -> Example:
+    """One line's example; ValueError says what is wrong with it."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+        raise ValueError('no "file_name"')
+    name = entry["file_name"]
+    texts = _captions(name, entry)
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name} lies outside the folder")
+    if name in seen:
+        raise ValueError(f"{name} is named twice")
+    seen.add(name)
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{name} does not exist")
+    content = path.read_bytes()
+    size = _check_picture(path, name, resolution)
+    concept, style = (_shared(name, entry, key) for key in ("concept", "style"))
+    digest = hashlib.sha256(content)
+    control = _control(folder, entry.get("conditioning_image"), seen)
+    if control is not None:
+        digest.update(control.read_bytes())
+    return Example(name, path, texts, digest.hexdigest(), size, concept, control, style)
+
+
+def _control(folder: Path, name: object, seen: set[str]) -> Path | None:
+    """The control picture's file, checked like a picture; a file of the folder that needs no line of its own."""
+    if name is None:
+        return None
+    if not isinstance(name, str) or ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+        raise ValueError(f'"conditioning_image" {name!r} is no file of the folder')
+    if not (folder / name).is_file():
+        raise ValueError(f"{name} does not exist")
+    _check_picture(folder / name, name, 1)
+    seen.add(name)
+    return folder / name
+
+
+def _shared(name: str, entry: dict[str, object], key: str) -> str | None:
+    value = entry.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f'"{key}" of {name} is no string')
+    return value
+
+
+def _captions(name: str, entry: dict[str, object]) -> tuple[str, ...]:
+    text, others = entry.get("text"), entry.get("texts", [])
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'{name} has no caption ("text")')
+    if not isinstance(others, list) or not all(isinstance(other, str) and other.strip() for other in others):
+        raise ValueError(f'"texts" of {name} is not a list of captions')
+    return tuple(dict.fromkeys(caption.strip() for caption in (text, *others)))
+
+
+def _check_picture(path: Path, name: str, resolution: int) -> tuple[int, int]:
+    """Width and height, upright."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            width, height = ImageOps.exif_transpose(picture).size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is broken or no picture ({error})") from error
+    if min(width, height) < resolution:
+        raise ValueError(f"{name} is too small: {width}x{height}, at least {resolution} a side is needed")
+    return width, height
+
+
+def _uncaptioned(folder: Path, examples: Sequence[Example]) -> list[str]:
+    """Pictures in the folder that no line names."""
+    named = {path for example in examples for path in (example.path, example.control)}
+    pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_ENDINGS)
+    return [f"{path.relative_to(folder)} has no line in {METADATA}" for path in pictures if path not in named]

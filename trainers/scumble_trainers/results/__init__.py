@@ -1,0 +1,1 @@
+"""What a run leaves: the adapter, its card, its samples, a published version."""

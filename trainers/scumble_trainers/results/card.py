@@ -1,0 +1,58 @@
+"""The model card: README.md beside the adapter, with the front matter that model hubs read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from scumble_trainers.results.result import GRID, Result
+
+FILE = "README.md"
+
+
+def write_card(out: Path, result: Result, *, base: str | None) -> None:
+    """Writes `out/README.md` from what training.json says; `base` is the base's reference, where it has one."""
+    told = result.provenance
+    parent = base or str(told["parent"])
+    matter = {
+        "library_name": "diffusers",
+        "license": result.license or "unknown",
+        "base_model": parent,
+        "tags": ["text-to-image", str(told["trainer"])],
+        "instance_prompt": result.trigger_words[0] if result.trigger_words else None,
+    }
+    front = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in matter.items() if value)
+    libraries = ", ".join(f"{name} {version}" for name, version in told["libraries"].items())
+    config = json.dumps(told["config"], indent=2, ensure_ascii=False)
+    metrics = json.dumps(result.metrics, indent=2, ensure_ascii=False)
+    (out / FILE).write_text(
+        f"""---
+{front}
+---
+
+# {result.description or f"{told['trainer']} for {parent}"}
+
+Trained by `scumble train {told["trainer"]}` for {parent}.
+
+- Trigger words: {", ".join(result.trigger_words) or "none"}
+- Licence: {result.license or "not given"}
+- Data: {told["pictures"]} pictures, {told["data_digest"]}
+- Cost: {told["time"]:.0f} s, {told["peak_memory"] / 2**20:.0f} MiB, on {told["device"]}
+- Made with: {libraries}
+
+![Fixed prompts and seeds; the first column is the base]({GRID})
+
+## Metrics
+
+```json
+{metrics}
+```
+
+## Configuration
+
+```json
+{config}
+```
+""",
+        "utf-8",
+    )

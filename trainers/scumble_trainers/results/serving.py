@@ -1,0 +1,69 @@
+"""Pictures by our own server, as users get them: from a base and adapters that are published for the occasion."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from scumble.client import Client
+from scumble.local import local_server
+from scumble.request import Request
+from scumble_registry import Registry
+from scumble_trainers.parent import Parent
+from scumble_trainers.results.result import publish_result
+
+BASE = "trained/base"
+HOME = "SCUMBLE_HOME"
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A running server. Safe to share between threads."""
+
+    client: Client
+
+    def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
+        """One picture per request, in their order; they share batches where the server lets them."""
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            drawn = threads.map(lambda request: self.client.images.generate(request).pil()[0], requests)
+            return list(drawn)
+
+
+@contextmanager
+def served(parent: Parent, results: Mapping[str, Path] | None = None, url: str | None = None) -> Iterator[Served]:
+    """The server at `url`, or one of our own with the base and, by name, what finished runs left in their folders.
+
+    Raises Unavailable where no server is installed, and what publishing raises.
+    """
+    if url is not None:
+        with Client(url) as client:
+            yield Served(client)
+        return
+    with tempfile.TemporaryDirectory(prefix="scumble-train-") as home:
+        with Registry.open(Path(home), create=True) as registry:
+            registry.publish(parent.folder, BASE)
+            for name, out in (results or {}).items():
+                publish_result(registry, out, name, base=BASE)
+        with _home(home), local_server(BASE) as address, Client(address) as client:
+            yield Served(client)
+
+
+@contextmanager
+def _home(home: str) -> Iterator[None]:
+    before = os.environ.get(HOME)
+    os.environ[HOME] = home
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[HOME]
+        else:
+            os.environ[HOME] = before

@@ -1,0 +1,1 @@
+"""Trains: draws, losses, the loop and its checkpoints."""
