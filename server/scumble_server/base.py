@@ -22,9 +22,9 @@ from scumble_registry.formats import image_encoder
 from scumble_registry.formats.source import Source
 from scumble_registry.manifest import Defaults
 from scumble_server.config import ServerConfig
-from scumble_server.denoise.preview import LatentColours, fit
 from scumble_server.executors.choice import executor_bytes, load_executor
 from scumble_server.executors.limits import GraphLimits
+from scumble_server.executors.preview import LatentColours, fit
 from scumble_server.executors.protocol import Executor
 from scumble_server.memory.residency import Lease, Residency
 

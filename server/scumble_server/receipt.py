@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scumble_registry import Version
 from scumble_server.admission.admit import Admitted
 from scumble_server.conditioning.condition import Conditioned
-from scumble_server.methods import METHODS
+from scumble_server.methods import method_of
 
 SCHEMA = 1
 
@@ -47,19 +47,19 @@ def receipt(admitted: Admitted, conditioned: Conditioned, timings_ms: Mapping[st
         **({"vae": _named(admitted.vae)} if admitted.vae is not None else {}),
         "adapters": [
             {
-                **_named(bound.version),
-                "ref": bound.spec.ref,
-                "kind": bound.version.manifest.kind,
-                "weight": bound.spec.weight,
-                "text_weight": bound.text_weight,
-                **METHODS[bound.kind].describe(bound),
+                **_named(adapter.version),
+                "ref": adapter.spec.ref,
+                "kind": adapter.kind,
+                "weight": adapter.spec.weight,
+                "text_weight": adapter.text_weight,
+                **method_of(adapter).describe(adapter),
             }
-            for bound in conditioned.adapters
+            for adapter in conditioned.adapters
         ],
         "dropped": [
             {"ref": spec.ref, "reason": reason}
             for spec, reason in (*admitted.dropped, *conditioned.dropped)
-            if not any(spec is bound.spec for bound in conditioned.adapters)  # a second pass may have a use for it
+            if not any(spec is adapter.spec for adapter in conditioned.adapters)  # a second pass may have a use for it
         ],
         "seeds": settings.seeds,
         "engine": conditioned.conditioning.phases[-1].executor.describe(),

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.Image import fromarray
 
-from scumble.errors import Cancelled, DeadlineExceeded, QueueFull, ScumbleError, Unavailable
+from scumble.errors import QueueFull, ScumbleError
 from scumble.events import Done, Event, Failed, Pixels, Queued
 from scumble.images import QUALITY, encode
 from scumble.request import Options, Request
@@ -31,17 +31,18 @@ from scumble_server.admission.admit import Admitted, admit
 from scumble_server.base import Base, load_base
 from scumble_server.conditioning.condition import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
-from scumble_server.denoise.begin import begin
 from scumble_server.denoise.counters import Counters
 from scumble_server.denoise.decoding import decode
-from scumble_server.denoise.image import Progress, Row
+from scumble_server.denoise.image import ActiveRequest, Image
 from scumble_server.denoise.loop import Loop
 from scumble_server.denoise.noise import Noise
+from scumble_server.denoise.original import start_from
 from scumble_server.memory.prefetch import Prefetcher
 from scumble_server.memory.residency import Lease, Residency
 from scumble_server.receipt import receipt
-from scumble_server.request.adapter import Bound
-from scumble_server.request.original import again
+from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.ending import check_wanted, stopping
+from scumble_server.request.original import original_of
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,9 @@ class _Job:
     """The pass that it is in."""
     arrival: int = 0
     conditioned: Conditioned | None = None
-    bound: tuple[Bound, ...] = ()
+    bound: tuple[BoundAdapter, ...] = ()
     """The adapters that acted in any pass so far."""
-    progress: Progress | None = None
+    active: ActiveRequest | None = None
     spent: dict[str, float] = field(default_factory=dict)
     """Milliseconds of every pass so far."""
 
@@ -76,10 +77,7 @@ class _Job:
 
     def check(self) -> None:
         """Raises Cancelled or DeadlineExceeded if nobody waits for it any more."""
-        if self.is_cancelled():
-            raise Cancelled("the request was cancelled by its caller")
-        if self.deadline is not None and monotonic() > self.deadline:
-            raise DeadlineExceeded("the request was not done by its deadline, and was dropped")
+        check_wanted(self.is_cancelled, self.deadline)
 
 
 class _Pace:
@@ -167,7 +165,7 @@ class Service:
         device.check = weights.check = job.check  # asked while they wait for room
         with self._lock:
             if self._closing:
-                raise Unavailable("the server is stopping")
+                raise stopping()
             ahead = self._open_requests
             if ahead >= self._config.max_queue:
                 raise QueueFull(
@@ -220,7 +218,7 @@ class Service:
         self._threads[2].join()
         while not self._incoming.empty():  # a second pass that nobody begins any more
             if (job := self._incoming.get()[2]) is not None:
-                job.on_event(Failed(Unavailable("the server is stopping")))
+                job.on_event(Failed(stopping()))
         self._prefetcher.close()
         self._registry.close()
 
@@ -250,25 +248,25 @@ class Service:
     def _condition_all(self) -> None:
         while (job := self._incoming.get()[2]) is not None:
             if self._closing:
-                job.on_event(Failed(Unavailable("the server is stopping")))
+                job.on_event(Failed(stopping()))
                 continue
             try:
                 job.check()
                 job.conditioned = self._conditioner.condition(job.current, job.device, job.weights)
-                job.progress = self._rows(job, job.conditioned)
+                job.active = self._start_images(job, job.conditioned)
             except Exception as error:
                 job.on_event(Failed(_typed(error)))
                 continue
-            self._loop.add(job.progress)
+            self._loop.add(job.active)
 
-    def _rows(self, job: _Job, conditioned: Conditioned) -> Progress:
+    def _start_images(self, job: _Job, conditioned: Conditioned) -> ActiveRequest:
         current = job.current
         base, settings, table = current.base, current.settings, current.table
         scale = base.compatibility.vae_scale
         height, width = settings.height // scale, settings.width // scale
         device = conditioned.conditioning.phases[0].executor.device
         options = job.admitted.request.options
-        progress = Progress(
+        request = ActiveRequest(
             job.on_event,
             job.is_cancelled,
             lambda _: self._denoised.put(job),
@@ -279,15 +277,15 @@ class Service:
             steps_before=0 if current is job.admitted else job.admitted.table.steps,
             steps_after=current.second.table.steps if current.second is not None else 0,
         )
+        originals = conditioned.originals
         for index, seed in enumerate(settings.seeds):
             noise = Noise(seed, height, width)
             sample = torch.zeros(4, height, width, device=device)
-            row = Row(progress, conditioned.conditioning, table, settings.guidance, sample, noise)
-            row.rescale = options.guidance_rescale
-            beginnings = conditioned.beginnings
-            begin(row, beginnings[index % len(beginnings)] if beginnings else None)
-            progress.rows.append(row)
-        return progress
+            image = Image(request, conditioned.conditioning, table, settings.guidance, sample, noise)
+            image.rescale = options.guidance_rescale
+            start_from(image, originals[index % len(originals)] if originals else None)
+            request.images.append(image)
+        return request
 
     def _decode_all(self) -> None:
         while (job := self._denoised.get()) is not None:
@@ -304,26 +302,26 @@ class Service:
 
     def _decode(self, job: _Job) -> Done | None:
         """None if a second pass follows; the job is ready for it then."""
-        progress, conditioned = job.progress, job.conditioned
-        assert progress is not None and conditioned is not None and progress.joined_at is not None
+        active, conditioned = job.active, job.conditioned
+        assert active is not None and conditioned is not None and active.joined_at is not None
         start = monotonic()
-        latents = torch.stack([row.sample for row in progress.rows])
+        latents = torch.stack([image.sample for image in active.images])
         pixels = decode(conditioned.vae, latents, tiled=job.admitted.request.options.vae_tiling).numpy()
         end = monotonic()
         spent = {
             "load": conditioned.load_ms,
             "encode": conditioned.encode_ms,
-            "denoise": (progress.finished_at - progress.joined_at) * 1e3,
+            "denoise": (active.finished_at - active.joined_at) * 1e3,
             "decode": (end - start) * 1e3,
         }
         job.spent = {name: value + job.spent.get(name, 0.0) for name, value in spent.items()}
-        job.bound += tuple(each for each in conditioned.adapters if not any(each is one for one in job.bound))
+        job.bound += tuple(adapter for adapter in conditioned.adapters if adapter not in job.bound)
         if job.current.second is not None:
             mask = next((original.mask for original in job.current.originals), None)
             job.current = replace(
                 job.current.second,
                 vae=job.current.vae,
-                originals=tuple(again(each, mask) for each in pixels),
+                originals=tuple(original_of(picture, mask) for picture in pixels),
             )
             job.device.release()  # what was made for this size
             return None
@@ -342,7 +340,7 @@ def _done(pixels: Pixels, about: dict[str, Any], maps: Pixels | None, options: O
     if options.format is None:
         return Done(pixels, about, maps)
     files = tuple(
-        encode(Image.fromarray(picture), options.format, about | {"image": index}, options.quality or QUALITY)
+        encode(fromarray(picture), options.format, about | {"image": index}, options.quality or QUALITY)
         for index, picture in enumerate(pixels)
     )
     return Done(np.zeros((0, 0, 0, 3), np.uint8), about, maps, files)

@@ -7,37 +7,36 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from scumble_server.denoise.begin import Beginning
-from scumble_server.executors.protocol import Spread
+from scumble_server.denoise.original import OriginalLatents
+from scumble_server.executors.protocol import LatentDistribution
 from scumble_server.methods.context import Context
 from scumble_server.request.original import Original
 from scumble_server.request.pictures import Picture
 from scumble_server.request.settings import Settings
 
 
-def prepare(context: Context, original: Original) -> Beginning:
-    """Encodes the picture; whoever begins with the same one finds it."""
+def encode(context: Context, original: Original) -> OriginalLatents:
+    """Encode the original; whoever begins with the same picture finds it."""
     settings, base = context.settings, context.base
-    shown = base.inpaints
     picture = _encode(context, original, masked=False)
     if original.mask is None:
-        return Beginning(picture)
+        return OriginalLatents(picture)
     mask = interpolate(_mask(original.mask, settings), scale_factor=1 / base.compatibility.vae_scale)[0]
-    return Beginning(
+    return OriginalLatents(
         picture,
         mask.to(context.executor.device),
         _encode(context, original, masked=True),
         pure_noise=settings.first_step == 0 and settings.strength == 1,
-        shown=shown,
+        inpaints=base.inpaints,
     )
 
 
-def _encode(context: Context, original: Original, *, masked: bool) -> Spread:
+def _encode(context: Context, original: Original, *, masked: bool) -> LatentDistribution:
     settings = context.settings
     mask = original.mask if masked else None
     key = (
         "latents",
-        context.vae_key,
+        context.weights.vae_key,
         original.picture.digest,
         None if mask is None else mask.digest,
         settings.width,
@@ -46,11 +45,11 @@ def _encode(context: Context, original: Original, *, masked: bool) -> Spread:
     pixels = settings.width * settings.height
     nbytes = 2 * context.base.compatibility.latent_channels * pixels // context.base.compatibility.vae_scale**2 * 4
 
-    def encode() -> Spread:
+    def make() -> LatentDistribution:
         picture = _pixels(original.picture, settings)
-        return context.vae.encode(picture if mask is None else picture * (_mask(mask, settings) < 0.5))
+        return context.weights.vae.encode(picture if mask is None else picture * (_mask(mask, settings) < 0.5))
 
-    return context.device.get(key, nbytes, encode)
+    return context.device.get(key, nbytes, make)
 
 
 def _pixels(picture: Picture, settings: Settings) -> Tensor:

@@ -19,27 +19,28 @@ class _Limit:
     well: int = 0
 
 
-class Room:
-    """Of each group of rows that can share a step. Used by the loop's thread alone."""
+class Headroom:
+    """Knows for each group of images how many model rows fit. Used by the loop's thread alone."""
 
     def __init__(self) -> None:
         self._limits: dict[Hashable, _Limit] = {}
 
     def limit(self, group: Hashable, most: int) -> int:
-        """At most `most`, which the executor takes."""
-        found = self._limits.get(group)
-        return most if found is None else min(found.rows, most)
+        """How many model rows fit one step: at most `most`, which the executor takes."""
+        limit = self._limits.get(group)
+        return most if limit is None else min(limit.rows, most)
 
     def ran_out(self, group: Hashable, rows: int, most: int) -> None:
-        """A step of `rows` model rows did not fit."""
+        """Note that a step of `rows` model rows did not fit."""
         self._limits[group] = _Limit(max(1, rows // 2), most)
 
     def went_well(self, group: Hashable) -> None:
-        found = self._limits.get(group)
-        if found is None:
+        """Note that a step fitted."""
+        limit = self._limits.get(group)
+        if limit is None:
             return
-        found.well += 1
-        if found.well >= PATIENCE:
-            found.well, found.rows = 0, found.rows + 1
-            if found.rows >= found.most:
+        limit.well += 1
+        if limit.well >= PATIENCE:
+            limit.well, limit.rows = 0, limit.rows + 1
+            if limit.rows >= limit.most:
                 del self._limits[group]

@@ -1,4 +1,4 @@
-"""A row: one image on its way from noise to latents, with all that it alone carries."""
+"""What the loop works on: images on their way from noise to latents, and the request that they belong to."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class Conditioning:
     phases: tuple[Phase, ...]
     phase_of_step: tuple[int, ...]
     adapters: frozenset[str]
-    """Digests of the bound adapters: how the loop counts that strangers share a step."""
+    """Digests of the bound adapters: how the loop counts that different requests share a step."""
     prompt_weights: tuple[float, ...] = (1.0,)
     """How strongly each of an image's prompts acts, on top of the guidance."""
 
 
 @dataclass(slots=True)
-class Progress:
-    """One request as the loop sees it. Written by the loop's thread alone, once its rows are queued.
+class ActiveRequest:
+    """One request as the loop sees it. Written by the loop's thread alone, once its images are queued.
 
-    Times are seconds of `time.monotonic`. `preview` is None, or what makes previews of a request's estimates
-    `(n, 4, H/8, W/8)`, told every `preview_every` steps.
+    Times are seconds of `time.monotonic`. `preview` is None, or makes previews of a request's estimates
+    `(n, 4, H/8, W/8)`, sent every `preview_every` steps.
     """
 
     on_event: Callable[[Event], None]
     is_cancelled: Callable[[], bool]
-    on_denoised: Callable[[Progress], None]
-    rows: list[Row] = field(default_factory=list)
+    on_denoised: Callable[[ActiveRequest], None]
+    images: list[Image] = field(default_factory=list)
     priority: int = 0
     deadline: float | None = None
     preview: Callable[[int, int, Tensor], Event] | None = None
@@ -54,49 +54,53 @@ class Progress:
     """Of a later one."""
 
     def report(self) -> None:
-        """Tell the slowest image's step, if it moved, and a preview, if one is due."""
-        steps = self.rows[0].table.steps
-        step = min(row.step for row in self.rows)
+        """Send the slowest image's step, if it moved, and a preview, if one is due."""
+        steps = self.images[0].table.steps
+        step = min(image.step for image in self.images)
         if step > self.reported:
             due = self.preview_every and step // self.preview_every > self.reported // self.preview_every
             self.reported = step
             now, total = self.steps_before + step, self.steps_before + steps + self.steps_after
             self.on_event(Step(now, total))
             if due and self.preview is not None and step < steps:
-                self.on_event(self.preview(now, total, torch.stack([row.estimate for row in self.rows])))
+                self.on_event(self.preview(now, total, torch.stack([image.estimate for image in self.images])))
 
     def fail(self, failed: Failed) -> None:
+        """End the request, unless it has ended."""
         if not self.ended:
             self.ended = True
             self.on_event(failed)
 
     def join(self) -> None:
+        """Note when its first image took its first step."""
         if self.joined_at is None:
             self.joined_at = time.monotonic()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
-    """What an image keeps of a picture: picture and noise `(4, H/8, W/8)`, mask `(1, H/8, W/8)`, 0 where it is kept."""
+class MaskedOriginal:
+    """The picture of which an image keeps a part: picture and noise `(4, H/8, W/8)`, mask `(1, H/8, W/8)`, 0 where it
+    is kept.
+    """
 
     picture: Tensor
     noise: Tensor
     mask: Tensor
 
-    def put_back(self, sample: Tensor, noised: Tensor) -> Tensor:
-        """`noised` (2,) says how noisy the kept part must be."""
+    def restore(self, sample: Tensor, noised: Tensor) -> Tensor:
+        """Put the kept part back into a sample. noised `(2,)`: how much of picture and noise there is at this step."""
         of_picture, of_noise = noised.tolist()
-        kept: Tensor = of_picture * self.picture + of_noise * self.noise
-        return (1 - self.mask) * kept + self.mask * sample
+        original: Tensor = of_picture * self.picture + of_noise * self.noise
+        return (1 - self.mask) * original + self.mask * sample
 
 
 @dataclass(slots=True, eq=False)
-class Row:
-    """One image. `sample` `(4, H/8, W/8)` is float32 on the executor's device. So are `estimate`, what the last step
-    took the finished image to be, and `history` `(HISTORY, 4, H/8, W/8)`, what its scheduler remembers.
+class Image:
+    """One image with its steps. `sample` `(4, H/8, W/8)` is float32 on the executor's device. So are `estimate`, what
+    the last step took the finished image to be, and `history` `(HISTORY, 4, H/8, W/8)`, what its scheduler remembers.
     """
 
-    progress: Progress
+    request: ActiveRequest
     conditioning: Conditioning
     table: Table
     guidance: float
@@ -104,9 +108,9 @@ class Row:
     noise: Noise
     history: Tensor = field(init=False)
     estimate: Tensor = field(init=False)
-    kept: Kept | None = None
-    shown: Tensor | None = None
-    """Of a base that fills masked parts: mask and masked picture, `(5, H/8, W/8)`, which the UNet looks at too."""
+    original: MaskedOriginal | None = None
+    inpaint_channels: Tensor | None = None
+    """What a UNet for inpainting reads beside the sample: mask and masked picture, `(5, H/8, W/8)`."""
     rescale: float = 0.0
     """How much of the guided prediction's contrast is set back to the prompt's own (Lin et al., 2305.08891, 3.4)."""
     step: int = 0
@@ -125,5 +129,5 @@ class Row:
 
     @property
     def group(self) -> Hashable:
-        """Rows of one group can share a step: the same weights, and latents of the same height and width."""
+        """Images of one group can share a step: the same weights, and latents of the same height and width."""
         return id(self.phase.executor), tuple(self.sample.shape[-2:])

@@ -26,8 +26,8 @@ Changed: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Spread:
-    """Where the latents of a picture may lie: mean and deviation `(4, H/8, W/8)` float32, in the UNet's scale."""
+class LatentDistribution:
+    """A picture's latents as the VAE gives them: mean and deviation `(4, H/8, W/8)` float32, in the UNet's scale."""
 
     mean: Tensor
     deviation: Tensor
@@ -39,7 +39,7 @@ class Vae(Protocol):
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU; `tiled`: piece by piece."""
 
-    def encode(self, pixels: Tensor) -> Spread:
+    def encode(self, pixels: Tensor) -> LatentDistribution:
         """pixels `(1, 3, H, W)` in -1…1."""
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from scumble.errors import QueueFull, Refused, Unavailable
+from scumble.errors import QueueFull, Refused
+from scumble_server.request.ending import stopping
 
 Value = TypeVar("Value")
 _POLL = 0.05
@@ -108,7 +109,7 @@ class Residency:
         try:
             while True:
                 if self._closed:
-                    raise Unavailable("the server is stopping")
+                    raise stopping()
                 entry = self._entries.get(key)
                 if entry is not None and entry.ready:
                     self._counts["hits"] += 1

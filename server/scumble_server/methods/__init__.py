@@ -1,13 +1,56 @@
-"""One module per adapter method: a normalised record becomes what a row carries. A new one is a name in METHODS."""
+"""One room per adapter method, which holds all that is its own; a new method is a line in `METHODS`."""
 
 from __future__ import annotations
 
-from scumble_server.methods import controlnet, dreambooth, hypernetwork, ip_adapter, lora, textual_inversion
-from scumble_server.methods.method import Method
+from collections.abc import Iterable, Mapping
+
+from scumble_server.methods.controlnet import ControlNetMethod
+from scumble_server.methods.dreambooth import DreamboothMethod
+from scumble_server.methods.hypernetwork import HypernetworkMethod
+from scumble_server.methods.ip_adapter import IpAdapterMethod
+from scumble_server.methods.lora import LoraMethod
+from scumble_server.methods.method import Lora, Method
+from scumble_server.methods.textual_inversion import TextualInversionMethod
+from scumble_server.prompts.tokens import Name
+from scumble_server.request.adapter import BoundAdapter
 
 METHODS: dict[str, Method] = {
-    method.KIND: method for method in (lora, textual_inversion, ip_adapter, controlnet, hypernetwork, dreambooth)
+    method.kind: method
+    for method in (
+        LoraMethod(),
+        TextualInversionMethod(),
+        IpAdapterMethod(),
+        ControlNetMethod(),
+        HypernetworkMethod(),
+        DreamboothMethod(),
+    )
 }
 """By the kind that the registry gives."""
 
-__all__ = ["METHODS", "Method"]
+
+def method_of(adapter: BoundAdapter) -> Method:
+    return METHODS[adapter.kind]
+
+
+def words_of(adapters: Iterable[BoundAdapter]) -> dict[BoundAdapter, Name]:
+    """The words that stand for adapters in a prompt."""
+    words = ((adapter, method_of(adapter).word(adapter)) for adapter in adapters)
+    return {adapter: word for adapter, word in words if word is not None}
+
+
+def loras_of(adapters: Iterable[BoundAdapter]) -> list[Lora]:
+    """The LoRAs that adapters are, bring along or predict."""
+    loras = (method_of(adapter).lora(adapter) for adapter in adapters)
+    return [lora for lora in loras if lora is not None]
+
+
+def by_method(weights: Mapping[BoundAdapter, float]) -> list[tuple[Method, dict[BoundAdapter, float]]]:
+    """The weights of a phase, method by method; methods without an adapter are left out."""
+    grouped = (
+        (method, {adapter: weight for adapter, weight in weights.items() if adapter.kind == kind})
+        for kind, method in METHODS.items()
+    )
+    return [(method, own) for method, own in grouped if own]
+
+
+__all__ = ["METHODS", "Lora", "Method", "by_method", "loras_of", "method_of", "words_of"]

@@ -16,7 +16,7 @@ from scumble_registry.compatibility import ImageEncoderCompatibility, IpAdapterC
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.base import Base
 from scumble_server.methods.context import Context
-from scumble_server.request.adapter import Bound
+from scumble_server.request.adapter import BoundAdapter
 from scumble_server.request.pictures import Picture
 
 _FOLDER = "image_encoder"
@@ -24,7 +24,7 @@ _BASES_PREPARATION = "feature_extractor"  # where diffusers keeps it
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ImageEncoderLocation:
     """An image encoder on disk. `key` names its content; `preparation` is the folder with preprocessor_config.json."""
 
     key: tuple[str, str]
@@ -38,78 +38,80 @@ class Place:
         return (self.compatibility.image_size // self.compatibility.patch_size) ** 2 + 1
 
 
-def check(bound: Bound, base: Base) -> None:
+def check(adapter: BoundAdapter, base: Base) -> None:
     """Raises Refused if no image encoder is there for an adapter that reads pictures."""
-    adapter = _adapter(bound)
-    if adapter.picture_width is None or adapter.encoder is not None or bound.version.manifest.image_encoder:
+    reads = _compatibility(adapter)
+    if reads.picture_width is None or reads.encoder is not None or adapter.version.manifest.image_encoder:
         return
     help_ = "publish it again with --image-encoder REF, or as a folder with image_encoder/ beside the file"
     if base.image_encoder is None:
         raise Refused(
-            f"{bound.version.ref} comes without an image encoder, and so does the base {base.version.ref}; {help_}",
-            ref=bound.spec.ref,
+            f"{adapter.version.ref} comes without an image encoder, and so does the base {base.version.ref}; {help_}",
+            ref=adapter.spec.ref,
         )
     try:
-        adapter.check_encoder(base.image_encoder)
+        reads.check_encoder(base.image_encoder)
     except Incompatible as error:
         raise Incompatible(
-            f"{bound.version.ref} comes without an image encoder, and that of the base {base.version.ref} does not fit "
-            f"({error.message}); {help_}",
+            f"{adapter.version.ref} comes without an image encoder, and that of the base {base.version.ref} does not "
+            f"fit ({error.message}); {help_}",
             **error.fields,
         ) from error
 
 
-def source_of(bound: Bound) -> str | None:
+def source_of(adapter: BoundAdapter) -> str | None:
     """For the receipt: `entry`, `base`, or the digest of what was named; None where pictures are not read."""
-    if _adapter(bound).picture_width is None:
+    if _compatibility(adapter).picture_width is None:
         return None
-    return "entry" if _adapter(bound).encoder is not None else bound.version.manifest.image_encoder or "base"
+    return "entry" if _compatibility(adapter).encoder is not None else adapter.version.manifest.image_encoder or "base"
 
 
-def place_of(context: Context, bound: Bound) -> Place:
+def encoder_of(context: Context, adapter: BoundAdapter) -> ImageEncoderLocation:
     """Raises NotFound or Refused if the named version is gone or quarantined, IntegrityError, Unavailable."""
-    registry, adapter, named = context.registry, _adapter(bound), bound.version.manifest.image_encoder
-    if adapter.encoder is not None:
-        folder = registry.materialise(bound.version) / _FOLDER
-        return Place((bound.version.digest, _FOLDER), folder, _with_preparation(folder), adapter.encoder)
+    registry, reads, named = context.registry, _compatibility(adapter), adapter.version.manifest.image_encoder
+    if reads.encoder is not None:
+        folder = registry.materialise(adapter.version) / _FOLDER
+        return ImageEncoderLocation((adapter.version.digest, _FOLDER), folder, _with_preparation(folder), reads.encoder)
     if named is not None:
         version = registry.resolve_digest(named)
         assert isinstance(version.manifest.compatibility, ImageEncoderCompatibility)
         folder = registry.materialise(version)
-        return Place((version.digest, ""), folder, _with_preparation(folder), version.manifest.compatibility)
-    return place_in_base(context)
+        return ImageEncoderLocation(
+            (version.digest, ""), folder, _with_preparation(folder), version.manifest.compatibility
+        )
+    return encoder_in_base(context)
 
 
-def place_in_base(context: Context) -> Place:
+def encoder_in_base(context: Context) -> ImageEncoderLocation:
     """The base's own, which is there: whoever asks has checked. Raises IntegrityError or Unavailable."""
     base = context.base
     assert base.image_encoder is not None
     root = context.registry.materialise(base.version)
     preparation = _with_preparation(root / _FOLDER, root / _BASES_PREPARATION)
-    return Place((base.version.digest, _FOLDER), root / _FOLDER, preparation, base.image_encoder)
+    return ImageEncoderLocation((base.version.digest, _FOLDER), root / _FOLDER, preparation, base.image_encoder)
 
 
-def encode(context: Context, place: Place, picture: Picture | None) -> Encoded:
-    """Of one picture, or of none at all; made once for all who look at it."""
-    sizes = place.compatibility
-    values = sizes.projection_dim + place.positions * sizes.hidden_size
-    key = ("picture", place.key, picture.digest if picture is not None else None)
+def encode(context: Context, location: ImageEncoderLocation, picture: Picture | None) -> Encoded:
+    """Encode one picture, or none at all; once for all who look at it."""
+    sizes = location.compatibility
+    values = sizes.projection_dim + location.positions * sizes.hidden_size
+    key = ("picture", location.key, picture.digest if picture is not None else None)
 
     def make() -> Encoded:
-        encoder = _load(context, place)
+        encoder = _load(context, location)
         return encoder.encode([picture.pixels]) if picture is not None else encoder.encode_nothing()
 
     return context.device.get(key, values * context.executor.dtype.itemsize, make)
 
 
-def _load(context: Context, place: Place) -> ImageEncoder:
+def _load(context: Context, location: ImageEncoderLocation) -> ImageEncoder:
     dtype = context.executor.dtype
-    header = read_header(place.folder / "model.safetensors")
+    header = read_header(location.folder / "model.safetensors")
     nbytes = sum(prod(info.shape) for info in header.tensors.values()) * dtype.itemsize
     return context.device.get(
-        ("image_encoder", place.key),
+        ("image_encoder", location.key),
         nbytes,
-        lambda: ImageEncoder(place.folder, place.preparation, context.executor.device, dtype),
+        lambda: ImageEncoder(location.folder, location.preparation, context.executor.device, dtype),
     )
 
 
@@ -117,7 +119,7 @@ def _with_preparation(*folders: Path) -> Path | None:
     return next((folder for folder in folders if (folder / PREPARATION).is_file()), None)
 
 
-def _adapter(bound: Bound) -> IpAdapterCompatibility:
-    compatibility = bound.version.manifest.compatibility
+def _compatibility(adapter: BoundAdapter) -> IpAdapterCompatibility:
+    compatibility = adapter.version.manifest.compatibility
     assert isinstance(compatibility, IpAdapterCompatibility)
     return compatibility

@@ -1,48 +1,160 @@
-"""What every adapter method has in common, so that admission and receipt need not know which one it is."""
+"""The contract of an adapter method. Whoever handles a request loops over the methods and asks each the same questions.
+
+A new method is a subclass of `Method`, which answers only the questions that concern it, and a line in `METHODS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from scumble.errors import InvalidRequest
+from scumble.events import Pixels
 from scumble.request import Adapter
+from scumble_build.graphs.layout import Layout
+from scumble_registry.compatibility import LoraCompatibility
+from scumble_registry.formats.lora import Module
 from scumble_server.base import Base
-from scumble_server.request.adapter import Bound
+from scumble_server.methods.context import Context, Text, Weights
+from scumble_server.methods.part import Part
+from scumble_server.prompts.tokens import Name
+from scumble_server.request.adapter import BoundAdapter
 from scumble_server.request.settings import Settings
 
 
-class Method(Protocol):
-    """A module of `methods/`, as admission and receipt see it. What its rows carry, `conditioning.py` asks it for."""
+def _unconditional(_context: Context) -> Hashable:
+    return None
 
-    KIND: str
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lora:
+    """The LoRA that an adapter is, brings along or predicts.
+
+    `read` gives its record; `condition` names what the record depends on beside the adapter's version.
+    """
+
+    adapter: BoundAdapter
+    compatibility: LoraCompatibility
+    read: Callable[[Context], Mapping[str, Module]]
+    condition: Callable[[Context], Hashable] = _unconditional
+
+    def identity(self, context: Context) -> Hashable:
+        """Name all that its factors are made of, apart from its weight and the base's weights."""
+        return self.adapter.version.digest, self.condition(context), self.adapter.blocks
+
+    @property
+    def targets(self) -> Iterable[str]:
+        """The layers and norms that it changes, by canonical name."""
+        return self.compatibility.requires
+
+    @property
+    def merged(self) -> frozenset[str]:
+        """The targets that it changes in a way that no factors express."""
+        return frozenset(self.compatibility.merged)
+
+    @property
+    def depends_on_weights(self) -> bool:
+        """A DoRA is bound to the weights that its gains were measured against."""
+        return self.compatibility.magnitudes
+
+    def columns(self, layout: Layout, without: frozenset[str] = frozenset()) -> int:
+        """How many rank columns it needs in this graph, for all targets but those `without`."""
+        ranks = self.compatibility.ranks.items()
+        return max((rank for name, rank in ranks if name in layout.targets and name not in without), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class TextChange:
+    """What a method makes of the text on its way to cross-attention.
+
+    `apply` takes what keys and what values are read from, `(rows, T, C)` each, and gives the same changed; `key` names
+    all that it depends on.
+    """
+
+    key: Hashable
+    apply: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Method:
+    """One kind of adapter. The answers here are those of a method that a question does not concern."""
+
+    kind: ClassVar[str]
     """The registry's word."""
-    FIELDS: frozenset[str]
-    """The fields of an adapter in a request that mean something to this method, beside `ref` and `weight`."""
+    fields: ClassVar[frozenset[str]] = frozenset()
+    """The fields of an adapter in a request that this method reads, beside `ref` and `weight`."""
 
-    def read_record(self, path: Path) -> Any:
-        """The normalised record that the registry keeps for this kind."""
+    # Admission: what a request may ask. Nothing is loaded yet.
 
-    def check(self, bound: Bound, base: Base) -> None:
-        """Raises Refused for what this server cannot serve, though it fits the base."""
+    def check(self, adapter: BoundAdapter, base: Base) -> None:
+        """Raise InvalidRequest, Refused or Incompatible for what this server cannot serve, though it fits the base."""
 
-    def check_together(self, adapters: Sequence[Bound], base: Base, settings: Settings) -> None:
-        """All of this kind in one request. Raises InvalidRequest or Refused."""
+    def check_together(self, adapters: Sequence[BoundAdapter], base: Base, settings: Settings) -> None:
+        """Check all adapters of this kind in one request. Raises InvalidRequest or Refused."""
 
-    def idle(self, bound: Bound, steps: int) -> str | None:
-        """Why this adapter would change nothing, or None."""
+    def idle(self, adapter: BoundAdapter, steps: int) -> str | None:
+        """Say why this adapter would change nothing, or None."""
+        return adapter.why_never(steps)
 
-    def describe(self, bound: Bound) -> dict[str, Any]:
+    def scheduler_config(self, adapter: BoundAdapter) -> Mapping[str, Any] | None:  # noqa: ARG002
+        """The scheduler's config where the adapter brings its own: it may predict something else than the base."""
+        return None
+
+    # Prompts.
+
+    def word(self, adapter: BoundAdapter) -> Name | None:  # noqa: ARG002
+        """What stands for the adapter in a prompt."""
+        return None
+
+    def vectors(self, context: Context, adapter: BoundAdapter, component: str) -> Tensor:
+        """What the word, if there is one, becomes in one of the base's text encoders: `(n, C)` float32, weighted."""
+        raise NotImplementedError
+
+    # What a request is drawn with, and what its rows carry. Called in the conditioning thread.
+
+    def read_record(self, path: Path) -> Any:  # noqa: ARG002
+        """Read the normalised record that the registry keeps for this kind; None where it keeps none."""
+        return None
+
+    def weights(self, context: Context, adapter: BoundAdapter) -> Weights | None:  # noqa: ARG002
+        """Other weights that the whole request is drawn with. Raises NotFound, IntegrityError, Refused (the budget)."""
+        return None
+
+    def lora(self, adapter: BoundAdapter) -> Lora | None:  # noqa: ARG002
+        """The LoRA that the adapter becomes, or brings along."""
+        return None
+
+    def text_change(self, context: Context, weights: Mapping[BoundAdapter, float]) -> TextChange | None:  # noqa: ARG002
+        """What the adapters of this kind, at their weights in one phase, make of the text for cross-attention."""
+        return None
+
+    def carry(self, context: Context, weights: Mapping[BoundAdapter, float], text: Text) -> Part | None:  # noqa: ARG002
+        """What rows carry from the adapters of this kind, at their weights in one phase, in which `text` is read.
+
+        None where none of them acts. What is costly is kept by `context.device`, so that all phases share it.
+        """
+        return None
+
+    def control_maps(self, context: Context, adapter: BoundAdapter) -> Sequence[Pixels]:  # noqa: ARG002
+        """The control maps that are made here of the adapter's pictures."""
+        return ()
+
+    # The receipt.
+
+    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:  # noqa: ARG002
         """What the receipt says of it beside its version and weights. Plain JSON."""
+        return {}
 
 
 def check_fields(spec: Adapter, method: Method) -> None:
-    """A field that would be overlooked is refused by name. Raises InvalidRequest."""
-    known = method.FIELDS | {"ref", "weight"}
+    """Refuse by name a field that the method would overlook. Raises InvalidRequest."""
+    known = method.fields | {"ref", "weight"}
     for name, info in Adapter.model_fields.items():
         if name not in known and getattr(spec, name) != info.default:
             raise InvalidRequest(
-                f"{spec.ref} is a {method.KIND}, for which {name} means nothing; leave it out",
+                f"{spec.ref} is a {method.kind}, for which {name} means nothing; leave it out",
                 field=f"adapters.{name}",
             )

@@ -14,11 +14,12 @@ from scumble_server.request.block_weights import BlockWeights
 from scumble_server.request.pictures import Picture
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """One adapter of a request, resolved to a version. Every later step goes by its digest.
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundAdapter:
+    """One adapter of a request with the version that its reference names; all later steps go by the version's digest.
 
-    What its `images` and `masks` name: pictures, or tensors for adapters that take embeddings, in their order.
+    `pictures`, `tensors` and `masks` are what `spec.images` and `spec.masks` name, in that order; adapters that read
+    embeddings have tensors. Two are equal only if they are the same object: a request may name one version twice.
     """
 
     spec: Adapter
@@ -34,10 +35,11 @@ class Bound:
 
     @property
     def text_weight(self) -> float:
+        """Its weight in the text encoders."""
         return self.spec.weight if self.spec.text_weight is None else self.spec.text_weight
 
     def why_never(self, steps: int) -> str | None:
-        """Why an adapter that follows the steps acts in none of them, or None."""
+        """Say why it acts in none of `steps` steps, or None if it acts in some."""
         spec = self.spec
         if spec.weight == 0:
             return "weight 0"

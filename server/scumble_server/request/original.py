@@ -49,7 +49,7 @@ def check(options: Options, *, inpaints: bool) -> None:
         )
 
 
-def again(pixels: NDArray[np.uint8], mask: Picture | None) -> Original:
-    """What a second pass begins with: pixels `(H, W, 3)` of the first."""
+def original_of(pixels: NDArray[np.uint8], mask: Picture | None) -> Original:
+    """Make the original of a second pass: pixels `(H, W, 3)` of the first."""
     digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
     return Original(Picture("", digest, pixels), mask)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from scumble_server.executors.device import faults
-from scumble_server.executors.protocol import Spread
+from scumble_server.executors.protocol import LatentDistribution
 
 
 class TorchVae:
@@ -32,11 +32,11 @@ class TorchVae:
         return pixels.round().to(torch.uint8).cpu()
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> Spread:
+    def encode(self, pixels: Tensor) -> LatentDistribution:
         with faults("encoding a picture"):
             found = self._model.encode(pixels.to(self._model.device, self._model.dtype), return_dict=False)[0]
         mean, deviation = self._scale(found.mean.float())
-        return Spread(((found.mean.float() - mean) / deviation)[0], (found.std.float() / deviation)[0])
+        return LatentDistribution(((found.mean.float() - mean) / deviation)[0], (found.std.float() / deviation)[0])
 
     def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the VAE's own latents, `(1, 1|C, 1, 1)`."""

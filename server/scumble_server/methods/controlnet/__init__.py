@@ -1,34 +1,56 @@
-"""ControlNet, union nets, control-LoRA and T2I-Adapter: pictures that steer the UNet.
+"""ControlNet, union nets, control-LoRA, LLLite and T2I-Adapter: pictures that steer the UNet.
 
-`checks.py` is what a request may ask for, `scales.py` how strongly each residual acts, `nets.py` what its rows
-carry.
+`checks.py` is what a request may ask for, `nets.py` loads nets and embeds pictures, `scales.py` says how strongly each
+residual acts, `part.py` is what rows carry, `residuals.py` runs the nets of a batch.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from scumble.events import Pixels
 from scumble_registry.formats.controlnet import KIND
-from scumble_server.methods.controlnet.checks import FIELDS, check, check_together, describe, idle
-from scumble_server.methods.controlnet.nets import Control, features, maps, prepare, row_lites, row_nets
+from scumble_server.base import Base
+from scumble_server.methods.context import Context, Text
+from scumble_server.methods.controlnet import checks
+from scumble_server.methods.controlnet.nets import control_maps
+from scumble_server.methods.controlnet.part import ControlPart
+from scumble_server.methods.method import Method
+from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.settings import Settings
 
 
-def read_record(path: Path) -> None:
-    """There is none: the published files are read, straight into the device."""
+class ControlNetMethod(Method):
+    kind = KIND
+    fields = frozenset({"start", "end", "images", "scale", "mode", "control_type", "preprocess"})
 
+    def check(self, adapter: BoundAdapter, base: Base) -> None:
+        checks.check(adapter, base)
 
-__all__ = [
-    "FIELDS",
-    "KIND",
-    "Control",
-    "check",
-    "check_together",
-    "describe",
-    "features",
-    "idle",
-    "maps",
-    "prepare",
-    "read_record",
-    "row_lites",
-    "row_nets",
-]
+    def check_together(self, adapters: Sequence[BoundAdapter], base: Base, settings: Settings) -> None:
+        for adapter in adapters:
+            checks.check_size(adapter, base, settings)
+
+    def idle(self, adapter: BoundAdapter, steps: int) -> str | None:
+        scaled = any(checks.picture_scales(adapter))
+        return adapter.why_never(steps) or (None if scaled else "scale 0 for every picture")
+
+    def carry(self, context: Context, weights: Mapping[BoundAdapter, float], text: Text) -> ControlPart | None:
+        return ControlPart.of(context, weights, text)
+
+    def control_maps(self, context: Context, adapter: BoundAdapter) -> Sequence[Pixels]:
+        return control_maps(context, adapter) if adapter.spec.preprocess is not None else ()
+
+    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:
+        """All that was settled, defaults too."""
+        spec, made_by = adapter.spec, checks.preprocessor(adapter)
+        return {
+            "form": checks.compatibility(adapter).form,
+            "images": list(spec.images),
+            "mode": checks.mode(adapter),
+            "start": spec.start,
+            "end": spec.end,
+            **({"control_type": list(spec.control_type)} if spec.control_type else {}),
+            **({"preprocess": made_by.model_dump()} if made_by is not None else {}),
+        }

@@ -19,99 +19,97 @@ from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_registry.formats.lora import LoraModule, LoraRecord
 from scumble_server.base import Base
-from scumble_server.methods import image_encoders
 from scumble_server.methods.context import Context
+from scumble_server.methods.image_encoders import encode, encoder_in_base
+from scumble_server.methods.method import Lora
 from scumble_server.prompts.tokens import tokenize
-from scumble_server.request.adapter import Bound
+from scumble_server.request.adapter import BoundAdapter
 
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
 
 
-def predictor_of(bound: Bound) -> WeightPredictor | None:
+def predictor_of(adapter: BoundAdapter) -> WeightPredictor | None:
     """None for what predicts nothing."""
-    compatibility = bound.version.manifest.compatibility
+    compatibility = adapter.version.manifest.compatibility
     if not isinstance(compatibility, HypernetworkCompatibility):
         return None
     return compatibility.network if isinstance(compatibility.network, WeightPredictor) else None
 
 
-def check(bound: Bound, predictor: WeightPredictor, base: Base) -> None:
+def check(adapter: BoundAdapter, predictor: WeightPredictor, base: Base) -> None:
     """It must have what it reads, and the base the encoder that it reads it through.
 
     Raises InvalidRequest, Refused or Incompatible.
     """
-    ref = bound.spec.ref
-    if bound.tensors:
+    ref = adapter.spec.ref
+    if adapter.tensors:
         raise InvalidRequest(
-            f"{ref} reads no tensors; leave {next(iter(bound.tensors))!r} out", field="adapters.images"
+            f"{ref} reads no tensors; leave {next(iter(adapter.tensors))!r} out", field="adapters.images"
         )
     if predictor.condition == "image":
-        if bound.spec.text is not None:
+        if adapter.spec.text is not None:
             raise InvalidRequest(f"{ref} reads a picture, not a text; leave text out", field="adapters.text")
-        if len(bound.pictures) != 1:
+        if len(adapter.pictures) != 1:
             raise InvalidRequest(
-                f"{ref} predicts a LoRA from one picture, {len(bound.pictures)} were named: send one in images and "
+                f"{ref} predicts a LoRA from one picture, {len(adapter.pictures)} were named: send one in images and "
                 "name it in the adapter's",
                 field="adapters.images",
             )
-        _check_image_encoder(bound, predictor, base)
-    elif bound.pictures:
+        _check_image_encoder(adapter, predictor, base)
+    elif adapter.pictures:
         raise InvalidRequest(f"{ref} reads a text, not pictures; leave images out", field="adapters.images")
-    elif bound.spec.text is not None and len(tokenize(base.tokenizers[0], bound.spec.text).ids) > 1:
-        room = base.tokenizers[0].model_max_length - 2
-        raise InvalidRequest(f"{ref}: text has more than {room} tokens; shorten it", field="adapters.text")
-    _check_digest(bound, predictor, base)
+    elif adapter.spec.text is not None and len(tokenize(base.tokenizers[0], adapter.spec.text).ids) > 1:
+        most = base.tokenizers[0].model_max_length - 2
+        raise InvalidRequest(f"{ref}: text has more than {most} tokens; shorten it", field="adapters.text")
+    _check_digest(adapter, predictor, base)
 
 
-def condition_key(context: Context, bound: Bound) -> Hashable:
-    """What this adapter's LoRA depends on beside its version; None for one that is not predicted."""
-    predictor = predictor_of(bound)
-    if predictor is None:
-        return None
-    if predictor.condition == "image":
-        return context.base.version.digest, bound.pictures[0].digest
-    return context.base.version.digest, tuple(_ids(context, bound).flatten().tolist())
-
-
-def record(context: Context, bound: Bound) -> LoraRecord:
+def predicted_lora(adapter: BoundAdapter, predictor: WeightPredictor) -> Lora:
     """The LoRA for what the request shows; predicted once for all who show the same."""
-    predictor = predictor_of(bound)
-    assert predictor is not None
-    key = ("predicted", bound.version.digest, condition_key(context, bound))
-    return context.records.get(key, _nbytes(predictor.lora), lambda: _predict(context, bound))
+
+    def condition(context: Context) -> Hashable:
+        if predictor.condition == "image":
+            return context.base.version.digest, adapter.pictures[0].digest
+        return context.base.version.digest, tuple(_ids(context, adapter).flatten().tolist())
+
+    def read(context: Context) -> LoraRecord:
+        key = ("predicted", adapter.version.digest, condition(context))
+        return context.records.get(key, _nbytes(predictor.lora), lambda: _predict(context, adapter))
+
+    return Lora(adapter, predictor.lora, read, condition)
 
 
-def _predict(context: Context, bound: Bound) -> LoraRecord:
+def _predict(context: Context, adapter: BoundAdapter) -> LoraRecord:
     """Raises Refused if the network gives no finite numbers."""
     with torch.inference_mode():
-        factors = _network(context, bound).predict(_condition(context, bound).float())
+        factors = _network(context, adapter).predict(_condition(context, adapter).float())
     if not all(torch.isfinite(down).all() and torch.isfinite(up).all() for down, up, _ in factors.values()):
         raise Refused(
-            f"{bound.version.ref} predicts NaN or infinite values for this condition; use another, or another version",
-            ref=bound.spec.ref,
+            f"{adapter.version.ref} predicts NaN or infinite values for this condition; use another, or another "
+            "version",
+            ref=adapter.spec.ref,
         )
     return _as_record(factors)
 
 
-def _condition(context: Context, bound: Bound) -> Tensor:
+def _condition(context: Context, adapter: BoundAdapter) -> Tensor:
     """States (1, N, C)."""
-    if bound.pictures:
-        place = image_encoders.place_in_base(context)
-        return image_encoders.encode(context, place, bound.pictures[0]).states
-    return context.of_base.encode(0, _ids(context, bound), None).states
+    if adapter.pictures:
+        return encode(context, encoder_in_base(context), adapter.pictures[0]).states
+    return context.base_weights.executor.encode(0, _ids(context, adapter), None).states
 
 
-def _ids(context: Context, bound: Bound) -> Tensor:
+def _ids(context: Context, adapter: BoundAdapter) -> Tensor:
     """`(1, 77)` of the text, or of the beginning of the prompt as it is written."""
-    text = context.settings.prompt if bound.spec.text is None else bound.spec.text
+    text = context.settings.prompt if adapter.spec.text is None else adapter.spec.text
     return tokenize(context.base.tokenizers[0], text).ids[:1]
 
 
-def _network(context: Context, bound: Bound) -> Predictor:
-    stored = context.record(bound, read_record)
+def _network(context: Context, adapter: BoundAdapter) -> Predictor:
+    stored = context.record(adapter, read_record)
     assert isinstance(stored, PredictorRecord)
     return context.device.get(
-        ("predictor", bound.version.digest),
+        ("predictor", adapter.version.digest),
         stored.values * 4,
         lambda: Predictor.of(stored).to(context.executor.device),
     )
@@ -128,23 +126,23 @@ def _nbytes(lora: LoraCompatibility) -> int:
     return sum((shape[0] + prod(shape[1:])) * lora.ranks[name] * 4 for name, shape in lora.requires.items())
 
 
-def _check_image_encoder(bound: Bound, predictor: WeightPredictor, base: Base) -> None:
+def _check_image_encoder(adapter: BoundAdapter, predictor: WeightPredictor, base: Base) -> None:
     if base.image_encoder is None:
         raise Refused(
-            f"{bound.version.ref} reads pictures through the base's image encoder, but {base.version.ref} has none; "
+            f"{adapter.version.ref} reads pictures through the base's image encoder, but {base.version.ref} has none; "
             "use the base that it was trained on",
-            ref=bound.spec.ref,
+            ref=adapter.spec.ref,
         )
     if base.image_encoder.hidden_size != predictor.condition_width:
         raise Incompatible(
-            f"{bound.version.ref} reads pictures at width {predictor.condition_width}, but the image encoder of "
+            f"{adapter.version.ref} reads pictures at width {predictor.condition_width}, but the image encoder of "
             f"{base.version.ref} gives {base.image_encoder.hidden_size}; use the base that it was trained on",
             adapter_width=predictor.condition_width,
             encoder_width=base.image_encoder.hidden_size,
         )
 
 
-def _check_digest(bound: Bound, predictor: WeightPredictor, base: Base) -> None:
+def _check_digest(adapter: BoundAdapter, predictor: WeightPredictor, base: Base) -> None:
     folder = _ENCODERS[predictor.condition]
     digests = {
         blob.digest
@@ -153,8 +151,8 @@ def _check_digest(bound: Bound, predictor: WeightPredictor, base: Base) -> None:
     }
     if predictor.encoder is not None and predictor.encoder not in digests:
         raise Incompatible(
-            f"{bound.version.ref} was trained with another {folder.replace('_', ' ')} than that of {base.version.ref}; "
-            "use the base that it was trained on",
+            f"{adapter.version.ref} was trained with another {folder.replace('_', ' ')} than that of "
+            f"{base.version.ref}; use the base that it was trained on",
             adapter_encoder=predictor.encoder,
             base_encoder=sorted(digests),
         )

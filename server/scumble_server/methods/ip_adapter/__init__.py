@@ -7,65 +7,59 @@ adapter's weight, so that weight 0 is the base (in diffusers it stays).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from scumble.errors import InvalidRequest
 from scumble_registry.formats.ip_adapter import KIND, read_record
 from scumble_server.base import Base
 from scumble_server.methods import image_encoders
+from scumble_server.methods.context import Context, Text
 from scumble_server.methods.ip_adapter.inputs import check_inputs, compatibility_of, picture_count, scales_of
-from scumble_server.methods.ip_adapter.keys_values import Groups, groups, row_images
-from scumble_server.request.adapter import Bound
-from scumble_server.request.settings import Settings
-
-FIELDS = frozenset({"images", "masks", "scale", "blocks", "start", "end"})
+from scumble_server.methods.ip_adapter.part import ImagesPart
+from scumble_server.methods.method import Lora, Method
+from scumble_server.request.adapter import BoundAdapter
 
 
-def check(bound: Bound, base: Base) -> None:
-    """Pictures, embeddings and masks must be there, fit, and be as many as each other.
+class IpAdapterMethod(Method):
+    kind = KIND
+    fields = frozenset({"images", "masks", "scale", "blocks", "start", "end"})
 
-    Raises InvalidRequest, or Refused where there is no image encoder.
-    """
-    check_inputs(bound)
-    count = picture_count(bound)
-    if len(bound.masks) not in {0, count}:
-        raise InvalidRequest(
-            f"{bound.spec.ref}: {len(bound.masks)} masks for {count} pictures; name one for each, or none",
-            field="adapters.masks",
-        )
-    scales_of(bound)
-    image_encoders.check(bound, base)
+    def read_record(self, path: Path) -> Any:
+        return read_record(path)
 
+    def check(self, adapter: BoundAdapter, base: Base) -> None:
+        """Pictures, embeddings and masks must be there, fit, and be as many as each other.
 
-def check_together(adapters: Sequence[Bound], base: Base, settings: Settings) -> None:
-    """Any number may act at once."""
+        Raises InvalidRequest, or Refused where there is no image encoder.
+        """
+        check_inputs(adapter)
+        count = picture_count(adapter)
+        if len(adapter.masks) not in {0, count}:
+            raise InvalidRequest(
+                f"{adapter.spec.ref}: {len(adapter.masks)} masks for {count} pictures; name one for each, or none",
+                field="adapters.masks",
+            )
+        scales_of(adapter)
+        image_encoders.check(adapter, base)
 
+    def lora(self, adapter: BoundAdapter) -> Lora | None:
+        """A FaceID's own."""
+        compatibility = compatibility_of(adapter).lora
+        if compatibility is None:
+            return None
+        return Lora(adapter, compatibility, lambda context: context.record(adapter, read_record).lora)
 
-def idle(bound: Bound, steps: int) -> str | None:
-    return bound.why_never(steps)
+    def carry(self, context: Context, weights: Mapping[BoundAdapter, float], text: Text) -> ImagesPart | None:  # noqa: ARG002
+        return ImagesPart.of(context, weights)
 
-
-def describe(bound: Bound) -> dict[str, Any]:
-    compatibility = compatibility_of(bound)
-    return {
-        "projection": compatibility.projection,
-        "pictures": [picture.digest for picture in bound.pictures],
-        "masks": [mask.digest for mask in bound.masks],
-        "image_encoder": image_encoders.source_of(bound),
-        **({"rank": max(compatibility.lora.ranks.values())} if compatibility.lora is not None else {}),
-    }
-
-
-__all__ = [
-    "FIELDS",
-    "KIND",
-    "Groups",
-    "check",
-    "check_together",
-    "describe",
-    "groups",
-    "idle",
-    "read_record",
-    "row_images",
-]
+    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:
+        compatibility = compatibility_of(adapter)
+        return {
+            "projection": compatibility.projection,
+            "pictures": [picture.digest for picture in adapter.pictures],
+            "masks": [mask.digest for mask in adapter.masks],
+            "image_encoder": image_encoders.source_of(adapter),
+            **({"rank": max(compatibility.lora.ranks.values())} if compatibility.lora is not None else {}),
+        }

@@ -1,0 +1,52 @@
+"""What a request brings beside words: pictures and tensors, decoded and checked at the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scumble.errors import InvalidRequest
+from scumble.request import Request
+from scumble_server.request.pictures import Picture, decode_all
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A request's pictures and tensors, by name."""
+
+    pictures: Mapping[str, Picture]
+    tensors: Mapping[str, NDArray[Any]]
+
+    @classmethod
+    def of(cls, request: Request) -> Inputs:
+        """Raises InvalidRequest for what cannot be read, for a name used twice, and for what nothing names."""
+        if both := sorted(request.images.keys() & request.tensors.keys()):
+            raise InvalidRequest(f"{both[0]!r} names a picture and a tensor; rename one of them", field="images")
+        named = {name for adapter in request.adapters for name in (*adapter.images, *adapter.masks)}
+        named |= {name for name in (request.options.image, request.options.mask) if name is not None}
+        if unused := sorted((request.images.keys() | request.tensors.keys()) - named):
+            raise InvalidRequest(
+                f"{unused[0]!r} was sent, but nothing names it (images or masks of an adapter, options.image, "
+                "options.mask); name it or leave it out",
+                field=f"{'images' if unused[0] in request.images else 'tensors'}.{unused[0]}",
+            )
+        for name, values in request.tensors.items():
+            if values.dtype.kind != "f" or not np.isfinite(values).all():
+                raise InvalidRequest(
+                    f"tensors.{name}: must hold finite floating point numbers", field=f"tensors.{name}"
+                )
+        return cls(decode_all(request.images), request.tensors)
+
+    def picture(self, name: str, field: str) -> Picture:
+        """The picture that `field` names. Raises InvalidRequest naming that field."""
+        if name not in self.pictures:
+            raise InvalidRequest(
+                f"{field} names {name!r}, which the request does not bring; its pictures are "
+                f"{sorted(self.pictures) or 'none'}, its tensors {sorted(self.tensors) or 'none'}",
+                field=field,
+            )
+        return self.pictures[name]

@@ -1,0 +1,57 @@
+"""The factors of the LoRAs of one request, in rank pages, as a graph reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from scumble_build.graphs.layout import PAGE
+from scumble_server.memory.pages import PageSet, Pool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretch:
+    """What one DoRA at weight 1 adds to the 1 by which the base's weights are stretched: out (Σout,), into (Σin,)."""
+
+    out: Tensor | None
+    into: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundSet:
+    """The factors of an ordered set of LoRAs, in rank pages; `rest` is None if none of them reaches beyond the small
+    layout.
+
+    `ranks[i]` columns belong to LoRA i; the columns behind the last are zero. `stretches[i]` is None unless LoRA i
+    is a DoRA.
+    """
+
+    small: PageSet
+    rest: PageSet | None
+    ranks: tuple[int, ...]
+    stretches: tuple[Stretch | None, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return PAGE * len(self.small.pages)
+
+
+def move_to_pools(bound: BoundSet, pools: Sequence[Pool]) -> BoundSet:
+    """Copy a set into two pools: small layout, and rest. Raises OutOfMemory, Refused; then nothing is left there."""
+    small_pool, rest_pool = pools
+    small = small_pool.put(*bound.small.holder.tensors)
+    try:
+        rest = None if bound.rest is None else rest_pool.put(*bound.rest.holder.tensors)
+    except BaseException:
+        small_pool.drop(small)
+        raise
+    return replace(bound, small=small, rest=rest)
+
+
+def release_pages(bound: BoundSet | None) -> None:
+    """Give the pages of a set that nobody steps with any more back to their pools."""
+    for part in (bound.small, bound.rest) if bound is not None else ():
+        if part is not None and isinstance(part.holder, Pool):
+            part.holder.drop(part)

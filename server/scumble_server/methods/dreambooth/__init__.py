@@ -1,0 +1,100 @@
+"""DreamBooth: a checkpoint is another set of weights that the whole request is drawn with.
+
+Its executor shares every tensor that the checkpoint does not change with the base's. Rows of one checkpoint share their
+steps; other adapters stack on it as on the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from scumble.errors import Incompatible, InvalidRequest
+from scumble_registry.compatibility import DreamboothCompatibility
+from scumble_registry.formats.dreambooth import KIND, read_changed
+from scumble_registry.formats.safetensors_header import Array
+from scumble_server.base import Base, load_tokenizers
+from scumble_server.executors.protocol import Executor
+from scumble_server.methods.context import Context, Weights
+from scumble_server.methods.method import Method
+from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.settings import Settings
+
+
+class DreamboothMethod(Method):
+    kind = KIND
+
+    def check(self, adapter: BoundAdapter, base: Base) -> None:
+        """It is a difference to one base, and it acts or not. Raises Incompatible, InvalidRequest."""
+        version, spec = adapter.version, adapter.spec
+        if version.manifest.base != base.version.digest:
+            raise Incompatible(
+                f"{version.ref} is a checkpoint of another version of the base ({version.manifest.base}); "
+                f"publish it again with --base {base.version.ref}",
+                ref=spec.ref,
+            )
+        if spec.weight not in {0, 1}:
+            raise InvalidRequest(
+                f"{spec.ref} is a checkpoint, whose weight is 1 or 0, not {spec.weight:g}; for shades of it "
+                f"make a LoRA: scumble registry extract {version.ref} --rank 64 --name ns/name",
+                field="adapters.weight",
+            )
+
+    def check_together(self, adapters: Sequence[BoundAdapter], base: Base, settings: Settings) -> None:  # noqa: ARG002
+        if len(adapters) > 1:
+            raise InvalidRequest(
+                f"{' and '.join(adapter.spec.ref for adapter in adapters)} are checkpoints; a request is drawn with "
+                "one",
+                field="adapters",
+            )
+
+    def idle(self, adapter: BoundAdapter, steps: int) -> str | None:  # noqa: ARG002 - it acts in every step
+        return None if adapter.spec.weight else "weight 0"
+
+    def scheduler_config(self, adapter: BoundAdapter) -> Mapping[str, Any] | None:
+        return _compatibility(adapter).scheduler
+
+    def weights(self, context: Context, adapter: BoundAdapter) -> Weights:
+        """Load the checkpoint beside its base, unless it is resident."""
+        version, base = adapter.version, context.base_weights
+        key = ("checkpoint", base.version.digest, version.digest)
+        nbytes = sum(_compatibility(adapter).changed.values()) * base.executor.dtype.itemsize
+        loaded = context.loaded.get(key, nbytes, lambda: _load(context, adapter), of=base.key)
+        return Weights(version, key, loaded.executor, loaded.tokenizers, loaded.executor.vae, version.digest)
+
+    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:
+        return {"changed": _compatibility(adapter).changed}
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    executor: Executor
+    tokenizers: tuple[CLIPTokenizer, ...]
+
+
+def _load(context: Context, adapter: BoundAdapter) -> _Checkpoint:
+    base = context.base_weights
+    stored, of_base = context.registry.stored(adapter.version), context.registry.stored(base.version)
+    changed = {
+        component: {name: _tensor(values) for name, values in tensors.items()}
+        for component, tensors in read_changed(stored, of_base).items()
+    }
+    executor = base.executor.variant(changed, stored, adapter.version)
+    return _Checkpoint(executor, load_tokenizers(stored, context.base.family))
+
+
+def _compatibility(adapter: BoundAdapter) -> DreamboothCompatibility:
+    compatibility = adapter.version.manifest.compatibility
+    assert isinstance(compatibility, DreamboothCompatibility)
+    return compatibility
+
+
+def _tensor(values: Array) -> Tensor:
+    """float32; torch knows no bfloat16 of numpy's."""
+    return torch.from_numpy(np.ascontiguousarray(values).astype(np.float32))

@@ -1,0 +1,21 @@
+"""Why a request ends before it is drawn. One place, so that every thread says it in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+
+from scumble.errors import Cancelled, DeadlineExceeded, Unavailable
+
+
+def check_wanted(is_cancelled: Callable[[], bool], deadline: float | None) -> None:
+    """Raise Cancelled or DeadlineExceeded if nobody waits for it any more. `deadline` is in seconds of `monotonic`."""
+    if is_cancelled():
+        raise Cancelled("the request was cancelled by its caller")
+    if deadline is not None and monotonic() > deadline:
+        raise DeadlineExceeded("the request was not done by its deadline, and was dropped")
+
+
+def stopping() -> Unavailable:
+    """The error of whatever a server that stops does not do any more."""
+    return Unavailable("the server is stopping")
