@@ -44,9 +44,11 @@ from scumble_build.graphs.inputs import StepInputs
 from scumble_build.graphs.layout import PAGE, pages_for
 from scumble_build.graphs.models import Models
 from scumble_server.denoise import stacking
-from scumble_server.denoise.phase import BoundSet, Phase, RowFactors, hold, let_go
+from scumble_server.denoise.phase import Phase
 from scumble_server.executors.device import Stepping
 from scumble_server.executors.torch.executor import TorchExecutor
+from scumble_server.factors.bound_set import BoundSet, move_to_pools, release_pages
+from scumble_server.factors.rows import RowFactors
 from scumble_server.memory.pages import PageSet, Pool
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
@@ -181,9 +183,9 @@ class Bench:
             self.executor.denoise(*self.batch(1, bound=[bound]))
 
         def cold() -> None:
-            bound = hold(on_host, self.pools)
+            bound = move_to_pools(on_host, self.pools)
             join(bound)
-            let_go(bound)
+            release_pages(bound)
 
         join(sets[0])
         base = self.batch(1, bound=[sets[0]])
@@ -270,10 +272,10 @@ class Bench:
             sizes = (1024, 1024, 0, 0, 1024, 1024) if xl else None
             phases.append(Phase(self.executor, kv, factors, pooled=pooled, sizes=sizes))
         sample = torch.randn(rows, 4, side, side, device=device)
-        return sample, torch.full((rows,), 500.0, device=device), stacking.stack(phases, self.executor.device)
+        return sample, torch.full((rows,), 500.0, device=device), stacking.stack(phases, self.executor.device).inputs
 
     def bound(self, rank: int) -> BoundSet:
-        return hold(self.on_host(rank), self.pools)
+        return move_to_pools(self.on_host(rank), self.pools)
 
     def on_host(self, rank: int) -> BoundSet:
         extent = self.executor.step_layout.small

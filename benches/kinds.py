@@ -24,8 +24,8 @@ from scumble_build.graphs.adapted import Factors
 from scumble_build.graphs.controlnet import ControlNet
 from scumble_build.graphs.denoiser import Denoiser, KVProjection
 from scumble_build.graphs.inputs import ImageInputs, StepInputs, level_sizes
-from scumble_server.denoise.stacking import NetCall, with_residuals
 from scumble_server.executors.torch.net import TorchNet
+from scumble_server.methods.controlnet.residuals import NetCall, with_residuals
 from support.paging import some_factors
 
 IMAGES = 8

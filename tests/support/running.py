@@ -36,7 +36,7 @@ class Running:
         decode = self.service._decode
 
         def watched(job: Any) -> Done:
-            self.last[:] = [torch.stack([row.sample for row in job.progress.rows])]
+            self.last[:] = [torch.stack([image.sample for image in job.active.images])]
             return decode(job)
 
         self.service._decode = watched  # type: ignore[method-assign]

@@ -16,12 +16,12 @@ import pytest
 from torch import Tensor
 
 import scumble_server.conditioning.condition
-import scumble_server.denoise.stacking
+import scumble_server.factors.rows
 from scumble.request import Request
 from scumble_build.graphs.adapted import Factors
 from scumble_registry import Registry
 from scumble_server.denoise.batch import Batch
-from scumble_server.denoise.image import Row
+from scumble_server.denoise.image import Image
 from support.every_kind import EveryKind, publish_every_kind, random_request, request_for, ways_to_ask
 from support.tiny_families import make_tiny_sdxl
 
@@ -99,7 +99,7 @@ def check_strangers(shared: Shared, seed: int) -> None:
 
 def swap_two_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows get the factors of their neighbours."""
-    stack = scumble_server.denoise.stacking.stack_factors
+    stack = scumble_server.factors.rows.stack_factors
 
     def swapped(*arguments: Any) -> Factors | None:
         factors = stack(*arguments)
@@ -107,12 +107,12 @@ def swap_two_slots(monkeypatch: pytest.MonkeyPatch) -> None:
             return None
         return replace(factors, small=replace(factors.small, table=factors.small.table.flip(0)))
 
-    monkeypatch.setattr(scumble_server.denoise.stacking, "stack_factors", swapped)
+    monkeypatch.setattr(scumble_server.factors.rows, "stack_factors", swapped)
 
 
 def keep_a_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot still holds what an earlier batch of the same shape put there."""
-    stack = scumble_server.denoise.stacking.stack_factors
+    stack = scumble_server.factors.rows.stack_factors
     first: dict[Any, Factors] = {}
 
     def stale(*arguments: Any) -> Factors | None:
@@ -122,7 +122,7 @@ def keep_a_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
         old = first.setdefault(factors.small.table.shape, factors)
         return replace(factors, small=replace(factors.small, table=old.small.table))
 
-    monkeypatch.setattr(scumble_server.denoise.stacking, "stack_factors", stale)
+    monkeypatch.setattr(scumble_server.factors.rows, "stack_factors", stale)
 
 
 def miss_the_transition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,8 +130,8 @@ def miss_the_transition(monkeypatch: pytest.MonkeyPatch) -> None:
     project = scumble_server.conditioning.condition._project
     first: dict[Any, Tensor] = {}
 
-    def same(context: Any, text: Any, *rest: Any) -> Tensor:
-        return first.setdefault((id(context.settings), text.key), project(context, text, *rest))
+    def same(context: Any, weights: Any, factors: Any, text: Any) -> Tensor:
+        return first.setdefault((id(context.settings), text.key), project(context, weights, factors, text))
 
     monkeypatch.setattr(scumble_server.conditioning.condition, "_project", same)
 
@@ -139,8 +139,8 @@ def miss_the_transition(monkeypatch: pytest.MonkeyPatch) -> None:
 def never_restack(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch goes on as it was stacked, though its rows are in another phase."""
 
-    def fits(self: Batch, rows: Sequence[Row]) -> bool:
-        return {id(row) for row in rows} == {id(row) for row in self.rows}
+    def fits(self: Batch, images: Sequence[Image]) -> bool:
+        return {id(image) for image in images} == {id(image) for image in self.images}
 
     monkeypatch.setattr(Batch, "fits", fits)
 

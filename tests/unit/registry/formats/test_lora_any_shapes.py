@@ -61,7 +61,7 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
 def computed(module: Any, target: str) -> None:
     """The server can make of it what becomes of a weight."""
     torch = pytest.importorskip("torch")
-    from scumble_server.methods.lora.deltas import bias_change, change
+    from scumble_server.factors.deltas import bias_change, change
 
     shape = {**norm_shapes(BASE), **TARGETS}[target]
     assert change(torch.ones(shape), module).shape == shape

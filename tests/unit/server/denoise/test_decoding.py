@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scumble.errors import OutOfMemory
 from scumble_server.denoise.decoding import decode
-from scumble_server.executors.protocol import Spread
+from scumble_server.executors.protocol import LatentDistribution
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Small:
             raise OutOfMemory("no room")
         return latents[:, :3].permute(0, 2, 3, 1).to(torch.uint8)
 
-    def encode(self, pixels: Tensor) -> Spread:
+    def encode(self, pixels: Tensor) -> LatentDistribution:
         raise NotImplementedError
 
 

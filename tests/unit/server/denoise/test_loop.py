@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from scumble_server.executors.preview import LatentColours
 from torch import Tensor
 
 from scumble.errors import Cancelled, DeadlineExceeded, IntegrityError, OutOfMemory, ScumbleError
@@ -16,11 +17,11 @@ from scumble.events import Event, Failed, Preview, Step
 from scumble_build.graphs.inputs import StepInputs
 from scumble_server.denoise.counters import Counters
 from scumble_server.denoise.headroom import PATIENCE as PATIENCE_OF_ROOM
-from scumble_server.denoise.image import Conditioning, Progress, Row
-from scumble_server.denoise.loop import PATIENCE, Loop
+from scumble_server.denoise.image import ActiveRequest, Conditioning, Image
+from scumble_server.denoise.loop import Loop
+from scumble_server.denoise.schedule import PATIENCE
 from scumble_server.denoise.noise import Noise
 from scumble_server.denoise.phase import Phase
-from scumble_server.denoise.preview import LatentColours
 from scumble_server.denoise.schedulers import table
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -45,7 +46,7 @@ class Noting:
 class Request:
     """One request in the loop; `events` are what its caller is told."""
 
-    progress: Progress
+    active: ActiveRequest
     events: list[Event]
     cancelled: threading.Event
 
@@ -67,21 +68,21 @@ def request(
     events: list[Event] = []
     cancelled = threading.Event()
     ends = order if order is not None else []
-    progress = Progress(events.append, cancelled.is_set, lambda _: ends.append(name), **about)  # type: ignore[arg-type]
+    active = ActiveRequest(events.append, cancelled.is_set, lambda _: ends.append(name), **about)  # type: ignore[arg-type]
     phase = Phase(executor, torch.zeros(1, 2, 3))  # type: ignore[arg-type]
     conditioning = Conditioning((phase,), (0,) * steps, frozenset())
     for _ in range(images):
         sample = torch.ones(4, size, size)
-        progress.rows.append(
-            Row(progress, conditioning, table("ddim", SCHEDULE, steps), 1.0, sample, Noise(0, size, size))
+        active.images.append(
+            Image(active, conditioning, table("ddim", SCHEDULE, steps), 1.0, sample, Noise(0, size, size))
         )
-    return Request(progress, events, cancelled)
+    return Request(active, events, cancelled)
 
 
 def run(loop: Loop, requests: Sequence[Request], turns: int) -> None:
     """The loop's own thread, `turns` times around."""
     for each in requests:
-        loop.add(each.progress)
+        loop.add(each.active)
     for _ in range(turns):
         if not loop._wait_for_work():
             return
@@ -89,7 +90,7 @@ def run(loop: Loop, requests: Sequence[Request], turns: int) -> None:
         for batch in loop._next_batches(loop._active()):
             loop._step(batch)
             loop._leave(batch)
-        if not (loop._rows or loop._arrived):
+        if not (loop._images or loop._arrived):
             return
 
 
@@ -166,7 +167,7 @@ def test_who_is_not_wanted_any_more_leaves_at_the_next_step(how: str, error: typ
     if how == "cancelled":
         leaving.cancelled.set()
     else:
-        leaving.progress.deadline = time.monotonic() - 1
+        leaving.active.deadline = time.monotonic() - 1
     run(loop, [], turns=1)
     last = leaving.events[-1]
     assert isinstance(last, Failed)

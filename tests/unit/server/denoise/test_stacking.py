@@ -16,9 +16,15 @@ from scumble_build.graphs.hypernetwork import Hypernetwork
 from scumble_build.graphs.inputs import StepInputs, level_sizes
 from scumble_build.graphs.layout import PAGE, Extent
 from scumble_registry.formats.hypernetwork.context_record import Layer, Sides
-from scumble_server.denoise.phase import BoundSet, Phase, RowContexts, RowFactors, RowImages, RowNet, hold
-from scumble_server.denoise.stacking import stack, stack_nets, with_residuals
+from scumble_server.denoise.phase import Phase
+from scumble_server.denoise.stacking import stack
+from scumble_server.factors.bound_set import BoundSet, move_to_pools
+from scumble_server.factors.rows import RowFactors
 from scumble_server.memory.pages import PageSet, Pool
+from scumble_server.methods.controlnet.part import ControlPart
+from scumble_server.methods.controlnet.residuals import RowNet
+from scumble_server.methods.hypernetwork.context_networks import ContextsPart
+from scumble_server.methods.ip_adapter.part import ImagesPart
 
 SIZE = (9, 6)  # levels round up
 
@@ -49,24 +55,24 @@ class Graph:
 
         layout = self.denoiser.layout
         own = BoundSet(pages(layout.small), pages(layout.rest) if full else None, (rank,))
-        return RowFactors(hold(own, self.pools), self.random(rank))
+        return RowFactors(move_to_pools(own, self.pools), self.random(rank))
 
-    def images(self, rows: int, groups: int, tokens: int, *, areas: bool = False) -> RowImages:
+    def images(self, rows: int, groups: int, tokens: int, *, areas: bool = False) -> ImagesPart:
         places = sum(height * width for height, width in level_sizes(*SIZE, self.denoiser.levels))
         there = torch.ones(groups, tokens, dtype=torch.bool)
         there[0, 1:] = groups == 1  # of several groups, the first has a single token
         kv = self.random(rows, groups, tokens, self.kv(1).shape[-1])
-        return RowImages(kv, there, self.random(rows, groups), self.random(groups, places).abs() if areas else None)
+        return ImagesPart(kv, there, self.random(rows, groups), self.random(groups, places).abs() if areas else None)
 
     def features(self) -> tuple[Tensor, ...]:
         sizes = level_sizes(*SIZE, self.denoiser.levels)
         return tuple(self.random(1, channels, *size) for channels, size in zip(self.channels, sizes, strict=True))
 
-    def contexts(self, *networks: Hypernetwork) -> RowContexts:
-        return RowContexts(networks, self.random(len(networks)))
+    def contexts(self, *networks: Hypernetwork) -> ContextsPart:
+        return ContextsPart(networks, self.random(len(networks)))
 
     def run(self, phases: list[Phase], sample: Tensor, timestep: Tensor) -> Tensor:
-        inputs = with_residuals(stack(phases, "cpu"), stack_nets(phases, "cpu"), sample, timestep)
+        inputs = stack(phases, "cpu").at(sample, timestep)
         with torch.inference_mode():
             output: Tensor = self.denoiser(sample, timestep, inputs)
         return output
@@ -93,6 +99,14 @@ class Zoom:
         row = sample.mean((1, 2, 3)) + timestep / 1000 + text + hint.mean((1, 2, 3))
         ones = (torch.ones(len(sample), *shape) for shape in self.shapes)
         return tuple(one * self.strength * row[:, None, None, None] for one in ones)
+
+
+def a_phase(kv: Tensor, factors: RowFactors | None = None, **methods: Any) -> Phase:
+    """One in which these methods' parts act; of ControlNets, `nets` and `features`."""
+    control = {name: methods.pop(name) for name in ("nets", "features") if name in methods}
+    parts = {**methods, **({"controlnet": ControlPart(**control)} if control else {})}
+    executor: Any = None
+    return Phase(executor, kv, factors, parts)
 
 
 @pytest.fixture(scope="module")
@@ -126,26 +140,25 @@ def test_every_mix_is_denoised_as_alone(graph: Graph) -> None:
         scale[: rows - 1] *= not skips_negative
         return RowNet(net, graph.random(rows, tokens, 3), graph.random(1, 2, 3, 3), scale)
 
-    executor: Any = None
     first, second = (hypernetwork(graph.channels, seed) for seed in (1, 2))
     phases = [
-        Phase(executor, graph.kv(2), shared),
-        Phase(executor, graph.kv(2), shared, graph.images(2, 1, 4)),
-        Phase(executor, graph.kv(1), graph.factors(24, full=True), graph.images(1, 3, 16, areas=True)),
-        Phase(executor, graph.kv(2), graph.factors(8, full=False), contexts=graph.contexts(first, second)),
-        Phase(executor, graph.kv(2), None, graph.images(2, 2, 4), (net(one, 2, skips_negative=True), net(two, 2))),
-        Phase(executor, graph.kv(2, 154), nets=(net(one, 2, 154), net(one, 2, 154)), features=graph.features()),
-        Phase(executor, graph.kv(1), features=graph.features(), contexts=graph.contexts(first)),
-        Phase(executor, graph.kv(2), contexts=graph.contexts(second, first)),
-        Phase(executor, graph.kv(1), contexts=graph.contexts(first)),
-        Phase(executor, graph.kv(2)),
+        a_phase(graph.kv(2), shared),
+        a_phase(graph.kv(2), shared, ip_adapter=graph.images(2, 1, 4)),
+        a_phase(graph.kv(1), graph.factors(24, full=True), ip_adapter=graph.images(1, 3, 16, areas=True)),
+        a_phase(graph.kv(2), graph.factors(8, full=False), hypernetwork=graph.contexts(first, second)),
+        a_phase(graph.kv(2), ip_adapter=graph.images(2, 2, 4), nets=(net(one, 2, skips_negative=True), net(two, 2))),
+        a_phase(graph.kv(2, 154), nets=(net(one, 2, 154), net(one, 2, 154)), features=graph.features()),
+        a_phase(graph.kv(1), features=graph.features(), hypernetwork=graph.contexts(first)),
+        a_phase(graph.kv(2), hypernetwork=graph.contexts(second, first)),
+        a_phase(graph.kv(1), hypernetwork=graph.contexts(first)),
+        a_phase(graph.kv(2)),
     ]
     counts = [phase.kv.shape[0] for phase in phases]
     rows = sum(counts)
     sample, timestep = graph.random(rows, 4, *SIZE), torch.linspace(900, 10, rows)
     together = graph.run(phases, sample, timestep).split(counts)
     assert (one.calls, two.calls) == ([5], [2]), "once a step, and not for the half of a guess"
-    bare = graph.run([Phase(executor, phase.kv) for phase in phases], sample, timestep).split(counts)
+    bare = graph.run([a_phase(phase.kv) for phase in phases], sample, timestep).split(counts)
     alone = [
         graph.run([phase], *rows)
         for phase, *rows in zip(phases, sample.split(counts), timestep.split(counts), strict=True)
@@ -156,8 +169,7 @@ def test_every_mix_is_denoised_as_alone(graph: Graph) -> None:
 
 
 def test_texts_of_different_length_do_not_see_each_others_padding(graph: Graph) -> None:
-    executor: Any = None
-    phases = [Phase(executor, graph.kv(2, 77)), Phase(executor, graph.kv(1, 154)), Phase(executor, graph.kv(2, 8))]
+    phases = [a_phase(graph.kv(2, 77)), a_phase(graph.kv(1, 154)), a_phase(graph.kv(2, 8))]
     sample, timestep = graph.random(5, 4, *SIZE), torch.full((5,), 500.0)
     together = graph.run(phases, sample, timestep).split([2, 1, 2])
     for phase, mine, *row in zip(phases, together, sample.split([2, 1, 2]), timestep.split([2, 1, 2]), strict=True):
@@ -165,18 +177,16 @@ def test_texts_of_different_length_do_not_see_each_others_padding(graph: Graph) 
 
 
 def test_a_group_of_scale_zero_is_the_picture_without_it(graph: Graph) -> None:
-    executor: Any = None
     kv, images = graph.kv(2), graph.images(2, 2, 4)
-    silent = RowImages(images.kv, images.tokens, torch.zeros(2, 2))
+    silent = ImagesPart(images.kv, images.tokens, torch.zeros(2, 2))
     sample, timestep = graph.random(2, 4, *SIZE), torch.full((2,), 500.0)
-    with_it = graph.run([Phase(executor, kv, images=silent)], sample, timestep)
-    assert torch.equal(with_it, graph.run([Phase(executor, kv)], sample, timestep))
+    with_it = graph.run([a_phase(kv, ip_adapter=silent)], sample, timestep)
+    assert torch.equal(with_it, graph.run([a_phase(kv)], sample, timestep))
 
 
 def test_inputs_are_computed_in_the_executors_type(graph: Graph) -> None:
-    executor: Any = None
-    phase = Phase(executor, graph.kv(1), graph.factors(24, full=False), graph.images(1, 2, 4, areas=True))
-    inputs = stack([phase], "cpu").to(torch.device("cpu"), torch.bfloat16)
+    phase = a_phase(graph.kv(1), graph.factors(24, full=False), ip_adapter=graph.images(1, 2, 4, areas=True))
+    inputs = stack([phase], "cpu").inputs.to(torch.device("cpu"), torch.bfloat16)
     assert isinstance(inputs, StepInputs)
     assert inputs.images is not None
     assert inputs.factors is not None

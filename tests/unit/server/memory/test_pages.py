@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scumble.errors import Refused
 from scumble_build.graphs.layout import PAGE, Extent
-from scumble_server.denoise.phase import BoundSet, hold, let_go
+from scumble_server.factors.bound_set import BoundSet, move_to_pools, release_pages
 from scumble_server.memory.pages import PageSet, Pool, Pools, table
 
 EXTENT = Extent(5, 3)
@@ -72,7 +72,7 @@ def test_a_set_that_does_not_fit_holds_nothing() -> None:
     own = BoundSet(PageSet.own(*pages(6)), PageSet.own(*pages(6)), (48,))
     free = small.free
     with pytest.raises(Refused):
-        hold(own, [small, rest])
+        move_to_pools(own, [small, rest])
     assert small.free == free
 
 
@@ -94,11 +94,11 @@ def test_an_upload_that_fails_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_is_let_go_is_free_again() -> None:
     small, rest = small_pool(), small_pool()
     free = small.free, rest.free
-    bound = hold(BoundSet(PageSet.own(*pages(2)), PageSet.own(*pages(2)), (16,)), [small, rest])
+    bound = move_to_pools(BoundSet(PageSet.own(*pages(2)), PageSet.own(*pages(2)), (16,)), [small, rest])
     assert (small.free, rest.free) == (free[0] - 2, free[1] - 2)
-    let_go(bound)
-    let_go(None)
-    let_go(BoundSet(PageSet.own(*pages(2)), None, (16,)))
+    release_pages(bound)
+    release_pages(None)
+    release_pages(BoundSet(PageSet.own(*pages(2)), None, (16,)))
     assert (small.free, rest.free) == free
 
 
