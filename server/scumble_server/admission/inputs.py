@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scumble.errors import InvalidRequest
-from scumble.request import Request
+from scumble.request import Options, Request
+from scumble_server.request.original import Original, check
 from scumble_server.request.pictures import Picture, decode_all
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A request's pictures and tensors, by name."""
+    """A request's pictures and tensors, by name, and the original that its images begin with."""
 
     pictures: Mapping[str, Picture]
     tensors: Mapping[str, NDArray[Any]]
+    original: Original | None
 
     @classmethod
-    def of(cls, request: Request) -> Inputs:
-        """Raises InvalidRequest for what cannot be read, for a name used twice, and for what nothing names."""
+    def of(cls, request: Request, *, inpaints: bool) -> Inputs:
+        """`inpaints`: the base reads a mask.
+
+        Raises InvalidRequest for what cannot be read, for a name used twice, and for what nothing names.
+        """
+        check(request.options, inpaints=inpaints)
         if both := sorted(request.images.keys() & request.tensors.keys()):
             raise InvalidRequest(f"{both[0]!r} names a picture and a tensor; rename one of them", field="images")
         named = {name for adapter in request.adapters for name in (*adapter.images, *adapter.masks)}
@@ -39,7 +45,14 @@ class Inputs:
                 raise InvalidRequest(
                     f"tensors.{name}: must hold finite floating point numbers", field=f"tensors.{name}"
                 )
-        return cls(decode_all(request.images), request.tensors)
+        inputs = cls(decode_all(request.images), request.tensors, None)
+        return replace(inputs, original=inputs._original(request.options))
+
+    def _original(self, options: Options) -> Original | None:
+        if options.image is None:
+            return None
+        mask = None if options.mask is None else self.picture(options.mask, "options.mask")
+        return Original(self.picture(options.image, "options.image"), mask)
 
     def picture(self, name: str, field: str) -> Picture:
         """The picture that `field` names. Raises InvalidRequest naming that field."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from scumble.errors import InvalidRequest
@@ -12,25 +13,45 @@ from scumble_server.admission import sampling
 from scumble_server.base import Base
 from scumble_server.denoise.schedulers import first_step
 from scumble_server.executors.limits import check_any
-from scumble_server.request.original import Original
+from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.original import Original, strength_of
 from scumble_server.request.settings import Settings
 
 Value = TypeVar("Value")
 
 
-def size_of(request: Request, base: Base, original: Original | None, max_pixels: int) -> tuple[int, int]:
+def settle_passes(
+    request: Request, base: Base, adapters: Sequence[BoundAdapter], original: Original | None, max_pixels: int
+) -> list[Settings]:
+    """Settle the first pass, and the second, at a larger size, if the request asks for one.
+
+    Raises InvalidRequest, or Refused for sizes that the base's engines were not built for.
+    """
+    strength, sampled = strength_of(request.options), sampling.settle(request, adapters, base.defaults)
+    hires = request.options.hires
+    size = _size(request, base, original)
+    _check_size(size, base, max_pixels, "width")
+    first = _settle(request, base, sampled, size, strength)
+    if hires is None:
+        return [first]
+    larger = tuple(max(8, round(side * hires.scale / 8) * 8) for side in size)
+    _check_size((larger[0], larger[1]), base, max_pixels, "options.hires.scale")
+    again = request.model_copy(update={"seed": first.seed})
+    steps = sampled.model_copy(update={"steps": hires.steps or first.steps})
+    return [first, _settle(again, base, steps, (larger[0], larger[1]), hires.strength)]
+
+
+def _size(request: Request, base: Base, original: Original | None) -> tuple[int, int]:
     """Width and height: the request's; else its original's, in steps of 8; else the base's own."""
     default = base.defaults.width, base.defaults.height
     if original is not None and request.width is None and request.height is None:
         width, height = (max(8, side // 8 * 8) for side in original.picture.size)
         default = width, height
-    width, height = _given_or(request.width, default[0]), _given_or(request.height, default[1])
-    check_size(width, height, base, max_pixels, "width")
-    return width, height
+    return _given_or(request.width, default[0]), _given_or(request.height, default[1])
 
 
-def check_size(width: int, height: int, base: Base, max_pixels: int, field: str) -> None:
-    """Raises InvalidRequest, or Refused for what the base's engines were not built for."""
+def _check_size(size: tuple[int, int], base: Base, max_pixels: int, field: str) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise InvalidRequest(
             f"{width}x{height} is {width * height} pixels, this server makes at most {max_pixels}; "
@@ -41,11 +62,8 @@ def check_size(width: int, height: int, base: Base, max_pixels: int, field: str)
     check_any(base.limits, {"width": width // scale, "height": height // scale})
 
 
-def settle(request: Request, base: Base, sampled: Sampling, size: tuple[int, int], strength: float) -> Settings:
-    """Give every field a value. `sampled` is what `sampling.settle` made of scheduler, steps and guidance.
-
-    Raises InvalidRequest for a strength of less than one step, and for options that the base cannot follow.
-    """
+def _settle(request: Request, base: Base, sampled: Sampling, size: tuple[int, int], strength: float) -> Settings:
+    """Give every field of a pass a value. Raises InvalidRequest for options that the base cannot follow."""
     width, height = size
     assert sampled.scheduler is not None and sampled.steps is not None and sampled.guidance_scale is not None
     return Settings(

@@ -35,6 +35,11 @@ class Encoder:
     words: tuple[BoundAdapter, ...]
     emphasis: str
 
+    def encode_phases(self, scripts: Sequence[Script], rows: Sequence[tuple[int, ...]]) -> list[Text]:
+        """Encode each script once. `rows[i]` has the index of the script that each model row reads in phase i."""
+        texts = self.encode_all(scripts)
+        return [together([texts[index] for index in of_phase]) for of_phase in rows]
+
     def encode_all(self, scripts: Sequence[Script]) -> list[Text]:
         """Encode to `(1, n·77, C)` each; shorter ones are padded with chunks of an empty text to the longest's n."""
         longest = max(script.chunks for script in scripts)

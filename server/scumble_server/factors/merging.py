@@ -55,6 +55,14 @@ def merge(
     return replace(context.weights, executor=executor, key=key)
 
 
+def merge_into_text(context: Context, loras: Sequence[Lora], targets: frozenset[str]) -> Context:
+    """The context with what LoRAs change at `targets` merged into the text encoders, where no weight has a schedule."""
+    weights = {lora.adapter: lora.adapter.text_weight for lora in loras}
+    for part in context.base.family.texts:
+        context = replace(context, weights=merge(context, loras, weights, part.encoder, targets))
+    return context
+
+
 def _add(sums: dict[str, Tensor], executor: Executor, target: str, module: Module, weight: float) -> None:
     """Add a module's change to the weight of a layer or norm, and to its bias if that changes too."""
     name = f"{target}.weight"

@@ -97,6 +97,10 @@ def _bind(
 ) -> BoundSet | None:
     """`pooled`: in the pools that batches read, or in memory of its own."""
     executor = context.executor
+    weights = context.weights.key if any(lora.depends_on_weights for lora in loras) else None
+    identities = (lora.identity(context) for lora in loras)
+    key = ("factors", graph, layout.digest, executor.dtype, weights, without, *identities)
+    nbytes = bound_bytes(layout, loras, executor.dtype.itemsize, without)
 
     def make() -> BoundSet | None:
         pieces = [Piece(lora.read(context), lora.adapter.blocks) for lora in loras]
@@ -110,8 +114,4 @@ def _bind(
         parts = zip((layout.small, layout.rest), executor.most_pages, strict=True)
         return move_to_pools(bound, [context.pools.of(extent, device, dtype, most) for extent, most in parts])
 
-    weights = context.weights.key if any(lora.depends_on_weights for lora in loras) else None
-    identities = (lora.identity(context) for lora in loras)
-    key = ("factors", graph, layout.digest, executor.dtype, weights, without, *identities)
-    nbytes = bound_bytes(layout, loras, executor.dtype.itemsize, without)
     return context.device.get(key, nbytes, make, drop=release_pages if pooled else None)

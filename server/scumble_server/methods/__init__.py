@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+from scumble.events import Pixels
+from scumble_server.methods.context import Context
 from scumble_server.methods.controlnet import ControlNetMethod
 from scumble_server.methods.dreambooth import DreamboothMethod
 from scumble_server.methods.hypernetwork import HypernetworkMethod
@@ -44,6 +47,18 @@ def loras_of(adapters: Iterable[BoundAdapter]) -> list[Lora]:
     return [lora for lora in loras if lora is not None]
 
 
+def scheduler_config_of(adapters: Iterable[BoundAdapter], default: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scheduler's config that an adapter brings, or else the base's."""
+    configs = (method_of(adapter).scheduler_config(adapter) for adapter in adapters)
+    return next((config for config in configs if config is not None), default)
+
+
+def control_maps_of(context: Context, adapters: Iterable[BoundAdapter]) -> tuple[Pixels, ...]:
+    """The control maps that are made here of adapters' pictures, in the order of adapters and their images."""
+    maps = (method_of(adapter).control_maps(context, adapter) for adapter in adapters)
+    return tuple(pixels for of_adapter in maps for pixels in of_adapter)
+
+
 def by_method(weights: Mapping[BoundAdapter, float]) -> list[tuple[Method, dict[BoundAdapter, float]]]:
     """The weights of a phase, method by method; methods without an adapter are left out."""
     grouped = (
@@ -53,4 +68,14 @@ def by_method(weights: Mapping[BoundAdapter, float]) -> list[tuple[Method, dict[
     return [(method, own) for method, own in grouped if own]
 
 
-__all__ = ["METHODS", "Lora", "Method", "by_method", "loras_of", "method_of", "words_of"]
+__all__ = [
+    "METHODS",
+    "Lora",
+    "Method",
+    "by_method",
+    "control_maps_of",
+    "loras_of",
+    "method_of",
+    "scheduler_config_of",
+    "words_of",
+]

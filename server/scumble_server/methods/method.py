@@ -16,9 +16,11 @@ from scumble.errors import InvalidRequest
 from scumble.events import Pixels
 from scumble.request import Adapter
 from scumble_build.graphs.layout import Layout
+from scumble_registry import Registry
 from scumble_registry.compatibility import LoraCompatibility
 from scumble_registry.formats.lora import Module
 from scumble_server.base import Base
+from scumble_server.memory.residency import Lease
 from scumble_server.methods.context import Context, Text, Weights
 from scumble_server.methods.part import Part
 from scumble_server.prompts.tokens import Name
@@ -119,8 +121,18 @@ class Method:
         """Read the normalised record that the registry keeps for this kind; None where it keeps none."""
         return None
 
-    def weights(self, context: Context, adapter: BoundAdapter) -> Weights | None:  # noqa: ARG002
-        """Other weights that the whole request is drawn with. Raises NotFound, IntegrityError, Refused (the budget)."""
+    def weights(
+        self,
+        adapter: BoundAdapter,  # noqa: ARG002
+        own: Weights,  # noqa: ARG002
+        base: Base,  # noqa: ARG002
+        registry: Registry,  # noqa: ARG002
+        loaded: Lease,  # noqa: ARG002
+    ) -> Weights | None:
+        """Other weights than the base's `own`, that the whole request is drawn with; `loaded` holds them.
+
+        Raises NotFound, IntegrityError, Refused (the budget).
+        """
         return None
 
     def lora(self, adapter: BoundAdapter) -> Lora | None:  # noqa: ARG002

@@ -9,13 +9,12 @@ from typing import Literal, TypeAlias
 from transformers import CLIPTokenizer
 
 from scumble.errors import InvalidRequest
-from scumble.request import Adapter, Options, Request
+from scumble.request import Options
 from scumble_server.prompts.chunks import MAX_CHUNKS
 from scumble_server.prompts.compel import CompelPrompt, read_compel
 from scumble_server.prompts.grammar.attention import parse_attention
 from scumble_server.prompts.grammar.composition import Part, parse_composition
 from scumble_server.prompts.grammar.schedule import texts_by_step
-from scumble_server.prompts.grammar.tags import find_tag, parse_tags
 from scumble_server.prompts.script import Script
 from scumble_server.prompts.tokens import Name, Tokens, tokenize, tokenize_weighted
 from scumble_server.request.settings import Settings
@@ -122,32 +121,6 @@ def read(settings: Settings, options: Options, encoders: int) -> Reading:
         negative = column(settings.negative_prompt, settings.negative_prompt_2, "negative_prompt", of_negative)
         columns.insert(0, negative)
     return _numbered(options, list(zip(*columns, strict=True)), weights)
-
-
-def without_tags(request: Request) -> Request:
-    """The request with its prompt's LoRAs among its adapters. Raises InvalidRequest."""
-    options = request.options
-    if options.grammar != "webui":
-        return request
-    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
-        if (tag := find_tag(text)) is not None and (field == "negative_prompt" or not options.lora_tags):
-            how = "set the option lora_tags, or" if field == "prompt" else "tags act in the prompt alone:"
-            raise InvalidRequest(f"{field} has {tag}; {how} name it in adapters and leave it out here", field=field)
-    text, tags = parse_tags(request.prompt)
-    adapters = (
-        *request.adapters,
-        *(Adapter(ref=tag.ref, weight=tag.weight, text_weight=tag.text_weight) for tag in tags),
-    )
-    if not tags:
-        return request
-    return Request.parse(
-        {
-            **{name: getattr(request, name) for name in Request.model_fields},
-            "prompt": text,
-            "adapters": adapters,
-            "options": options.model_copy(update={"lora_tags": False}),
-        }
-    )
 
 
 def _check(options: Options) -> None:

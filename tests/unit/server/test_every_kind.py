@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from torch import Tensor
 
-import scumble_server.conditioning.condition
+import scumble_server.conditioning.phases
 import scumble_server.factors.rows
 from scumble.request import Request
 from scumble_build.graphs.adapted import Factors
@@ -127,13 +127,13 @@ def keep_a_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def miss_the_transition(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values stay those of a request's first phase."""
-    project = scumble_server.conditioning.condition._project
+    project = scumble_server.conditioning.phases._project
     first: dict[Any, Tensor] = {}
 
-    def same(context: Any, weights: Any, factors: Any, text: Any) -> Tensor:
-        return first.setdefault((id(context.settings), text.key), project(context, weights, factors, text))
+    def same(context: Any, text: Any, *rest: Any) -> Tensor:
+        return first.setdefault((id(context.settings), text.key), project(context, text, *rest))
 
-    monkeypatch.setattr(scumble_server.conditioning.condition, "_project", same)
+    monkeypatch.setattr(scumble_server.conditioning.phases, "_project", same)
 
 
 def never_restack(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from scumble.errors import Incompatible, InvalidRequest
+from scumble_registry import Registry, Version
 from scumble_registry.compatibility import DreamboothCompatibility
 from scumble_registry.formats.dreambooth import KIND, read_changed
 from scumble_registry.formats.safetensors_header import Array
 from scumble_server.base import Base, load_tokenizers
 from scumble_server.executors.protocol import Executor
-from scumble_server.methods.context import Context, Weights
+from scumble_server.memory.residency import Lease
+from scumble_server.methods.context import Weights
 from scumble_server.methods.method import Method
 from scumble_server.request.adapter import BoundAdapter
 from scumble_server.request.settings import Settings
@@ -60,13 +62,15 @@ class DreamboothMethod(Method):
     def scheduler_config(self, adapter: BoundAdapter) -> Mapping[str, Any] | None:
         return _compatibility(adapter).scheduler
 
-    def weights(self, context: Context, adapter: BoundAdapter) -> Weights:
+    def weights(self, adapter: BoundAdapter, own: Weights, base: Base, registry: Registry, loaded: Lease) -> Weights:
         """Load the checkpoint beside its base, unless it is resident."""
-        version, base = adapter.version, context.base_weights
+        version = adapter.version
         key = ("checkpoint", base.version.digest, version.digest)
-        nbytes = sum(_compatibility(adapter).changed.values()) * base.executor.dtype.itemsize
-        loaded = context.loaded.get(key, nbytes, lambda: _load(context, adapter), of=base.key)
-        return Weights(version, key, loaded.executor, loaded.tokenizers, loaded.executor.vae, version.digest)
+        nbytes = sum(_compatibility(adapter).changed.values()) * own.executor.dtype.itemsize
+        checkpoint = loaded.get(key, nbytes, lambda: _load(version, own, base, registry), of=own.key)
+        return Weights(
+            version, key, checkpoint.executor, checkpoint.tokenizers, checkpoint.executor.vae, version.digest
+        )
 
     def describe(self, adapter: BoundAdapter) -> dict[str, Any]:
         return {"changed": _compatibility(adapter).changed}
@@ -78,15 +82,13 @@ class _Checkpoint:
     tokenizers: tuple[CLIPTokenizer, ...]
 
 
-def _load(context: Context, adapter: BoundAdapter) -> _Checkpoint:
-    base = context.base_weights
-    stored, of_base = context.registry.stored(adapter.version), context.registry.stored(base.version)
+def _load(version: Version, own: Weights, base: Base, registry: Registry) -> _Checkpoint:
+    stored, of_base = registry.stored(version), registry.stored(base.version)
     changed = {
         component: {name: _tensor(values) for name, values in tensors.items()}
         for component, tensors in read_changed(stored, of_base).items()
     }
-    executor = base.executor.variant(changed, stored, adapter.version)
-    return _Checkpoint(executor, load_tokenizers(stored, context.base.family))
+    return _Checkpoint(own.executor.variant(changed, stored, version), load_tokenizers(stored, base.family))
 
 
 def _compatibility(adapter: BoundAdapter) -> DreamboothCompatibility:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from scumble_server.executors.preview import LatentColours
 from torch import Tensor
 
 from scumble.errors import Cancelled, DeadlineExceeded, IntegrityError, OutOfMemory, ScumbleError
@@ -19,10 +18,11 @@ from scumble_server.denoise.counters import Counters
 from scumble_server.denoise.headroom import PATIENCE as PATIENCE_OF_ROOM
 from scumble_server.denoise.image import ActiveRequest, Conditioning, Image
 from scumble_server.denoise.loop import Loop
-from scumble_server.denoise.schedule import PATIENCE
 from scumble_server.denoise.noise import Noise
 from scumble_server.denoise.phase import Phase
+from scumble_server.denoise.schedule import PATIENCE
 from scumble_server.denoise.schedulers import table
+from scumble_server.executors.preview import LatentColours
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 

@@ -10,7 +10,7 @@ from compel import Compel, DiffusersTextualInversionManager
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-import scumble_server.conditioning.condition
+import scumble_server.conditioning.text
 from scumble.errors import InvalidRequest
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
@@ -86,7 +86,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         found.append(text.states)
         return text
 
-    monkeypatch.setattr(scumble_server.conditioning.condition, "together", noted)
+    monkeypatch.setattr(scumble_server.conditioning.text, "together", noted)
     return found
 
 
