@@ -14,7 +14,7 @@ from scumble_server.methods.ip_adapter import IpAdapterMethod
 from scumble_server.methods.lora import LoraMethod
 from scumble_server.methods.method import Lora, Method
 from scumble_server.methods.textual_inversion import TextualInversionMethod
-from scumble_server.prompts.tokens import Name
+from scumble_server.prompts.tokens import PromptWord
 from scumble_server.request.adapter import BoundAdapter
 
 METHODS: dict[str, Method] = {
@@ -35,7 +35,7 @@ def method_of(adapter: BoundAdapter) -> Method:
     return METHODS[adapter.kind]
 
 
-def words_of(adapters: Iterable[BoundAdapter]) -> dict[BoundAdapter, Name]:
+def words_of(adapters: Iterable[BoundAdapter]) -> dict[BoundAdapter, PromptWord]:
     """The words that stand for adapters in a prompt."""
     words = ((adapter, method_of(adapter).word(adapter)) for adapter in adapters)
     return {adapter: word for adapter, word in words if word is not None}

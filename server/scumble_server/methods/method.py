@@ -23,7 +23,7 @@ from scumble_server.base import Base
 from scumble_server.memory.residency import Lease
 from scumble_server.methods.context import Context, Text, Weights
 from scumble_server.methods.part import Part
-from scumble_server.prompts.tokens import Name
+from scumble_server.prompts.tokens import PromptWord
 from scumble_server.request.adapter import BoundAdapter
 from scumble_server.request.settings import Settings
 
@@ -107,7 +107,7 @@ class Method:
 
     # Prompts.
 
-    def word(self, adapter: BoundAdapter) -> Name | None:  # noqa: ARG002
+    def word(self, adapter: BoundAdapter) -> PromptWord | None:  # noqa: ARG002
         """What stands for the adapter in a prompt."""
         return None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from scumble.errors import InvalidRequest
-from scumble_server.prompts.tokens import Name, Slot, Tokens, ids_and_places
+from scumble_server.prompts.tokens import PromptWord, Slot, Tokens, ids_and_words
 
 Run = Callable[[Tokens, Tensor | None], Tensor]
 """One chunk and its attention mask `(1, 77)`, or None → states `(1, 77, C)`."""
@@ -29,12 +29,12 @@ class CompelPrompt:
     """A prompt that compel has read once; `names` are those that it was looked through for."""
 
     words: str
-    names: tuple[Name, ...]
+    names: tuple[PromptWord, ...]
     chunks: int
     found: frozenset[int]
 
 
-def read_compel(tokenizer: CLIPTokenizer, words: str, names: Sequence[Name], field: str) -> CompelPrompt:
+def read_compel(tokenizer: CLIPTokenizer, words: str, names: Sequence[PromptWord], field: str) -> CompelPrompt:
     """Everything but encoding. Raises InvalidRequest for what compel cannot read, and for what is not drawn here."""
     compel = _compel()
     vocabulary = _Tokenizer(tokenizer, names)
@@ -84,7 +84,7 @@ def _compel() -> ModuleType:
 class _Tokenizer:
     """As compel asks one. `found` are the embeddings that were met so far."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, names: Sequence[Name]) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, names: Sequence[PromptWord]) -> None:
         self._tokenizer, self._names = tokenizer, names
         self.model_max_length = tokenizer.model_max_length
         self.bos_token_id = tokenizer.bos_token_id
@@ -97,7 +97,7 @@ class _Tokenizer:
         return {"input_ids": [[self.bos_token_id, *self._ids(text), self.eos_token_id] for text in texts]}
 
     def _ids(self, text: str) -> Iterator[int]:
-        for piece in ids_and_places(self._tokenizer, text, self._names):
+        for piece in ids_and_words(self._tokenizer, text, self._names):
             if isinstance(piece, int):
                 yield piece
             else:

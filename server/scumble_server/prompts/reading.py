@@ -16,7 +16,7 @@ from scumble_server.prompts.grammar.attention import parse_attention
 from scumble_server.prompts.grammar.composition import Part, parse_composition
 from scumble_server.prompts.grammar.schedule import texts_by_step
 from scumble_server.prompts.script import Script
-from scumble_server.prompts.tokens import Name, Tokens, tokenize, tokenize_weighted
+from scumble_server.prompts.tokens import PromptWord, Tokens, tokenize, tokenize_weighted
 from scumble_server.request.settings import Settings
 
 Field: TypeAlias = Literal["prompt", "negative_prompt"]
@@ -29,7 +29,7 @@ MAX_TEXTS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class PromptText:
     """What each of the base's text encoders reads, or None where zeros stand for it; how many of their last layers are
     left out; and the field where it is written.
     """
@@ -40,7 +40,7 @@ class Words:
 
     @property
     def key(self) -> Hashable:
-        """Words with the same are read alike."""
+        """Texts with the same key are read alike."""
         return self.of_encoder, self.clip_skip
 
 
@@ -51,7 +51,7 @@ class Reading:
     """
 
     options: Options
-    texts: tuple[Words, ...]
+    texts: tuple[PromptText, ...]
     rows_of_step: tuple[tuple[int, ...], ...]
     weights: tuple[float, ...]
 
@@ -65,24 +65,26 @@ class Reading:
         """The fields that are read."""
         return ("prompt", "negative_prompt") if self.rows > 1 else ("prompt",)
 
-    def scripts(self, tokenizers: Sequence[CLIPTokenizer], names: Sequence[Name]) -> list[Script]:
+    def scripts(self, tokenizers: Sequence[CLIPTokenizer], names: Sequence[PromptWord]) -> list[Script]:
         """Of each text. Raises InvalidRequest for one that is too long."""
         return [self._script(text, tokenizers, names) for text in self.texts]
 
-    def _script(self, text: Words, tokenizers: Sequence[CLIPTokenizer], names: Sequence[Name]) -> Script:
+    def _script(self, text: PromptText, tokenizers: Sequence[CLIPTokenizer], names: Sequence[PromptWord]) -> Script:
         if text.of_encoder is None:
             return Script(None, text.clip_skip)
         read = zip(tokenizers, text.of_encoder, strict=True)
         script = Script(tuple(self._read(*each, names, text.field) for each in read), text.clip_skip)
         if script.chunks > MAX_CHUNKS:
-            room = tokenizers[0].model_max_length - 2
+            size = tokenizers[0].model_max_length - 2
             raise InvalidRequest(
-                f"{text.field} has {script.chunks} chunks of {room} tokens, {MAX_CHUNKS} are read; shorten it",
+                f"{text.field} has {script.chunks} chunks of {size} tokens, {MAX_CHUNKS} are read; shorten it",
                 field=text.field,
             )
         return script
 
-    def _read(self, tokenizer: CLIPTokenizer, words: str, names: Sequence[Name], field: Field) -> Tokens | CompelPrompt:
+    def _read(
+        self, tokenizer: CLIPTokenizer, words: str, names: Sequence[PromptWord], field: Field
+    ) -> Tokens | CompelPrompt:
         if self.options.grammar == "plain":
             return tokenize(tokenizer, words, names)
         if self.options.grammar == "compel":
@@ -106,13 +108,13 @@ def read(settings: Settings, options: Options, encoders: int) -> Reading:
     weights = tuple(part.weight for part in parts)
     skip = options.clip_skip or 0
 
-    def column(text: str | None, second: str | None, field: Field, clip_skip: int) -> list[Words]:
+    def column(text: str | None, second: str | None, field: Field, clip_skip: int) -> list[PromptText]:
         if text is None:
-            return [Words(None, field)] * settings.run_steps
+            return [PromptText(None, field)] * settings.run_steps
         of_first = (
             texts_by_step(text, settings.run_steps) if options.grammar == "webui" else [text] * settings.run_steps
         )
-        return [Words((words, *[second or words] * (encoders - 1)), field, clip_skip) for words in of_first]
+        return [PromptText((words, *[second or words] * (encoders - 1)), field, clip_skip) for words in of_first]
 
     columns = [column(part.text, settings.prompt_2, "prompt", skip) for part in parts]
     if settings.guided or weights != (1.0,):
@@ -137,10 +139,10 @@ def _check(options: Options) -> None:
             )
 
 
-def _numbered(options: Options, steps: Sequence[Sequence[Words]], weights: tuple[float, ...]) -> Reading:
-    """Words that are read alike are one text."""
+def _numbered(options: Options, steps: Sequence[Sequence[PromptText]], weights: tuple[float, ...]) -> Reading:
+    """Give each text a number; texts that are read alike are one."""
     numbers: dict[Hashable, int] = {}
-    texts: list[Words] = []
+    texts: list[PromptText] = []
     for text in (text for step in steps for text in step):
         if text.key not in numbers:
             numbers[text.key] = len(texts)

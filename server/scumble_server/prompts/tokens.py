@@ -26,8 +26,8 @@ from scumble_server.prompts.grammar.attention import Break, Piece, Span
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
-    """What stands for an embedding of `vectors` vectors in a prompt."""
+class PromptWord:
+    """A word that stands for an embedding of `vectors` vectors in a prompt."""
 
     token: str
     vectors: int
@@ -67,19 +67,19 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """An embedding in a sequence of pieces; the other pieces are plain token ids."""
+class WordPlace:
+    """Where a word stands in a sequence of pieces; the other pieces are plain token ids."""
 
     embedding: int
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[Name] = ()) -> Tokens:
+def tokenize(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[PromptWord] = ()) -> Tokens:
     """A prompt without a grammar: chunks are as full as they can be."""
-    room = tokenizer.model_max_length - 2
-    return _lay_out(tokenizer, chunked(_units(tokenizer, Span(prompt, 1.0), names), room))
+    size = tokenizer.model_max_length - 2
+    return _lay_out(tokenizer, chunked(_units(tokenizer, Span(prompt, 1.0), names), size))
 
 
-def tokenize_weighted(tokenizer: CLIPTokenizer, pieces: Sequence[Piece], names: Sequence[Name] = ()) -> Tokens:
+def tokenize_weighted(tokenizer: CLIPTokenizer, pieces: Sequence[Piece], names: Sequence[PromptWord] = ()) -> Tokens:
     """What the webui's grammar makes of a prompt. All vectors of an embedding have the weight of its name."""
     units: list[Unit | Break] = []
     for piece in pieces:
@@ -87,12 +87,12 @@ def tokenize_weighted(tokenizer: CLIPTokenizer, pieces: Sequence[Piece], names: 
     return _lay_out(tokenizer, chunked(units, tokenizer.model_max_length - 2, BACKTRACK))
 
 
-def _units(tokenizer: CLIPTokenizer, span: Span, names: Sequence[Name]) -> Iterator[Unit]:
+def _units(tokenizer: CLIPTokenizer, span: Span, names: Sequence[PromptWord]) -> Iterator[Unit]:
     comma = tokenizer.convert_tokens_to_ids(",</w>")
     # Not EOS, which the pooled output is taken at; whatever stands here, the embedding replaces it.
     filler = tokenizer.bos_token_id
-    for piece in ids_and_places(tokenizer, span.text, names):
-        if isinstance(piece, Place):
+    for piece in ids_and_words(tokenizer, span.text, names):
+        if isinstance(piece, WordPlace):
             yield Unit(filler, span.weight, names[piece.embedding].vectors, piece.embedding)
         else:
             yield Unit(piece, span.weight, is_comma=piece == comma)
@@ -115,12 +115,12 @@ def _lay_out(tokenizer: CLIPTokenizer, chunks: Sequence[Sequence[Unit]]) -> Toke
     return Tokens(ids, tuple(slots), None if (weights == 1).all() else weights)
 
 
-def ids_and_places(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[Name]) -> Iterator[int | Place]:
+def ids_and_words(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[PromptWord]) -> Iterator[int | WordPlace]:
     """The text's token ids, and embeddings where their names stand."""
     sequences = {index: _ids(tokenizer, name.token) for index, name in enumerate(names)}
     by_length = sorted(sequences.items(), key=lambda item: -len(item[1]))
     for part in _split_at_signs(prompt, names):
-        if isinstance(part, Place):
+        if isinstance(part, WordPlace):
             yield part
         else:
             ids = _ids(tokenizer, part)
@@ -143,12 +143,12 @@ def _word_starts(tokenizer: CLIPTokenizer, ids: list[int]) -> set[int]:
 
 def _find_sequences(
     ids: list[int], word_starts: Collection[int], by_length: Sequence[tuple[int, list[int]]]
-) -> Iterator[int | Place]:
+) -> Iterator[int | WordPlace]:
     position = 0
     while position < len(ids):
         for index, sequence in by_length if position in word_starts else ():
             if sequence and ids[position : position + len(sequence)] == sequence:
-                yield Place(index)
+                yield WordPlace(index)
                 position += len(sequence)
                 break
         else:
@@ -156,7 +156,7 @@ def _find_sequences(
             position += 1
 
 
-def _split_at_signs(prompt: str, names: Sequence[Name]) -> Iterator[str | Place]:
+def _split_at_signs(prompt: str, names: Sequence[PromptWord]) -> Iterator[str | WordPlace]:
     """The prompt's text, parted at the names that begin or end with a sign."""
     patterns = {index: pattern for index, name in enumerate(names) if (pattern := _pattern(name.token))}
     if not patterns:
@@ -169,7 +169,7 @@ def _split_at_signs(prompt: str, names: Sequence[Name]) -> Iterator[str | Place]
     for match in re.finditer(groups, prompt, re.IGNORECASE):
         assert match.lastgroup is not None
         yield prompt[end : match.start()]
-        yield Place(int(match.lastgroup.removeprefix("e")))
+        yield WordPlace(int(match.lastgroup.removeprefix("e")))
         end = match.end()
     yield prompt[end:]
 

@@ -21,7 +21,7 @@ from scumble_registry.formats.textual_inversion import KIND, TextualInversionRec
 from scumble_server.base import Base
 from scumble_server.methods.context import Context
 from scumble_server.methods.method import Method
-from scumble_server.prompts.tokens import Name
+from scumble_server.prompts.tokens import PromptWord
 from scumble_server.request.adapter import BoundAdapter
 from scumble_server.request.settings import Settings
 
@@ -48,11 +48,11 @@ class TextualInversionMethod(Method):
     def idle(self, adapter: BoundAdapter, steps: int) -> str | None:  # noqa: ARG002 - the text encoder has no steps
         return None if adapter.text_weight else "weight 0"
 
-    def word(self, adapter: BoundAdapter) -> Name:
+    def word(self, adapter: BoundAdapter) -> PromptWord:
         """The request's token, or else the registry's, and how many places in the prompt it takes."""
         compatibility = adapter.version.manifest.compatibility
         assert isinstance(compatibility, TextualInversionCompatibility)
-        return Name(adapter.spec.token or compatibility.token, compatibility.vectors)
+        return PromptWord(adapter.spec.token or compatibility.token, compatibility.vectors)
 
     def vectors(self, context: Context, adapter: BoundAdapter, component: str) -> Tensor:
         vectors = context.record(adapter, read_record)[component]

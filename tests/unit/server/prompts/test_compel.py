@@ -16,7 +16,7 @@ from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_server.conditioning.text import together
 from scumble_server.prompts.compel import embed, read_compel
-from scumble_server.prompts.tokens import Name, Slot, Tokens
+from scumble_server.prompts.tokens import PromptWord, Slot, Tokens
 from support.tiny_sd import tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def test_an_embedding_is_never_split() -> None:
         seen.append(tokens.slots)
         return torch.zeros(1, 77, 1)
 
-    names = [Name("<pen>", 10)]
+    names = [PromptWord("<pen>", 10)]
     prompt = read_compel(tokenizer, "x " * 70 + "<pen>" + " y" * 80, names, "prompt")
     assert (prompt.chunks, prompt.found) == (3, {0})
     embed(prompt, tokenizer, run)

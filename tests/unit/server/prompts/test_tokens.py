@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from scumble_server.prompts.grammar.attention import parse_attention
-from scumble_server.prompts.tokens import Name, Slot, Tokens, tokenize, tokenize_weighted
+from scumble_server.prompts.tokens import PromptWord, Slot, Tokens, tokenize, tokenize_weighted
 from support.tiny_sd import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-CAT = Name("<cat>", 1)
-INK = Name("ink", 3)
+CAT = PromptWord("<cat>", 1)
+INK = PromptWord("ink", 3)
 
 
-def read(prompt: str, *names: Name) -> tuple[str, Tokens]:
+def read(prompt: str, *names: PromptWord) -> tuple[str, Tokens]:
     """The prompt as it was read, with each vector of an embedding as #index."""
     tokens = tokenize(TOKENIZER, prompt, names)
     assert len(tokens.ids) == 1
@@ -29,7 +29,7 @@ def test_without_names_it_is_what_the_tokenizer_says() -> None:
     for prompt in ("", "a red apple", "A  RED (apple:1.2), <cat>", "x " * 100, "naïve 🍎 <|endoftext|> end"):
         expected = TOKENIZER(prompt, padding="max_length", truncation=True, max_length=77).input_ids
         assert tokenize(TOKENIZER, prompt).ids[0].tolist() == expected
-        assert tokenize(TOKENIZER, prompt, [Name("nowhere", 4)]).ids[0].tolist() == expected
+        assert tokenize(TOKENIZER, prompt, [PromptWord("nowhere", 4)]).ids[0].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -45,16 +45,16 @@ def test_without_names_it_is_what_the_tokenizer_says() -> None:
         ("a cat", [CAT], "acat"),
         ("in ink, Ink (INK)", [INK], "in#0#0#0,#0#0#0(#0#0#0)"),
         ("think inking inks, ink-ing", [INK], "thinkinkinginks,#0#0#0-ing"),
-        ("ink wash and ink", [INK, Name("ink wash", 2)], "#1#1and#0#0#0"),
-        ("ink  wash", [Name("Ink Wash", 2)], "#0#0"),
-        ("<a b> <a>", [Name("<a>", 1), Name("<a  b>", 2)], "#1#1#0"),
+        ("ink wash and ink", [INK, PromptWord("ink wash", 2)], "#1#1and#0#0#0"),
+        ("ink  wash", [PromptWord("Ink Wash", 2)], "#0#0"),
+        ("<a b> <a>", [PromptWord("<a>", 1), PromptWord("<a  b>", 2)], "#1#1#0"),
         ("ink <cat> ink", [CAT, INK], "#1#1#1#0#1#1#1"),
-        ("v1- v1-, xv1-", [Name("v1-", 1)], "#0#0,xv1-"),
-        ("ÉTÉ e\u0301te\u0301", [Name("<été>", 1), Name("été", 1)], "#1#1"),
-        ("a * b*", [Name("*", 1)], "a#0b#0"),
+        ("v1- v1-, xv1-", [PromptWord("v1-", 1)], "#0#0,xv1-"),
+        ("ÉTÉ e\u0301te\u0301", [PromptWord("<été>", 1), PromptWord("été", 1)], "#1#1"),
+        ("a * b*", [PromptWord("*", 1)], "a#0b#0"),
     ],
 )
-def test_names_are_found(prompt: str, names: list[Name], expected: str) -> None:
+def test_names_are_found(prompt: str, names: list[PromptWord], expected: str) -> None:
     assert read(prompt, *names)[0] == expected
 
 
@@ -89,7 +89,7 @@ def test_an_embedding_is_never_split(letters: int, *, fits: bool) -> None:
 
 
 def test_seventy_five_vectors_fill_a_chunk() -> None:
-    tokens = tokenize(TOKENIZER, "a ink b", [Name("ink", 75)])
+    tokens = tokenize(TOKENIZER, "a ink b", [PromptWord("ink", 75)])
     assert tokens.slots == (Slot(0, 1, 1),)
     assert [row.replace("<|startoftext|>", "") for row in rows(tokens)] == ["a", "", "b"]
 
@@ -102,7 +102,7 @@ def test_a_long_prompt_is_parted_every_75_tokens(letters: int, chunks: int) -> N
     assert "".join(rows(tokens)) == "x" * letters
 
 
-def weighted(prompt: str, *names: Name) -> Tokens:
+def weighted(prompt: str, *names: PromptWord) -> Tokens:
     return tokenize_weighted(TOKENIZER, parse_attention(prompt), names)
 
 
