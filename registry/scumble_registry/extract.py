@@ -15,9 +15,8 @@ import numpy as np
 
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry.catalogue import Version
-from scumble_registry.compatibility import BaseCompatibility
+from scumble_registry.compatibility import BaseCompatibility, canonical_name
 from scumble_registry.formats import dreambooth
-from scumble_registry.formats.base import canonical_name
 from scumble_registry.formats.lora import FILE_NAME
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors, write
 from scumble_registry.registry import Registry

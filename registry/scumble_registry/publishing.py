@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, NotFound, Refused
-from scumble_registry import formats, training_metadata
+from scumble_registry import formats
 from scumble_registry.blobs import Blob, BlobStore, explain_os_errors
 from scumble_registry.compatibility import (
     BaseCompatibility,
@@ -21,6 +21,7 @@ from scumble_registry.compatibility import (
     IpAdapterCompatibility,
     check_fit,
 )
+from scumble_registry.formats import training_metadata
 from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import FileHash, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling, canonical_json

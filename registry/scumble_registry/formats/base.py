@@ -13,7 +13,7 @@ from typing import Any, cast, get_args
 from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.compatibility import BaseCompatibility, Family, PredictionType, Shape
+from scumble_registry.compatibility import BaseCompatibility, Family, PredictionType, Shape, canonical_name
 from scumble_registry.formats import checkpoint
 from scumble_registry.formats.checkpoint.precision import one_precision
 from scumble_registry.formats.floats import check_finite
@@ -190,19 +190,6 @@ class _Folder:
                 module, _, role = key.rpartition(".")
                 if role == "weight" and len(info.shape) in {2, 4} and "embeddings." not in module:
                     yield canonical_name(f"{component}.{module}"), info.shape
-
-
-def canonical_name(module: str) -> str:
-    """`text_encoder.encoder…` → `text_encoder.text_model.encoder…`: transformers ≥ 5.6 saves some folders
-    without.
-
-    >>> canonical_name("text_encoder.encoder.layers.0.mlp.fc1")
-    'text_encoder.text_model.encoder.layers.0.mlp.fc1'
-    """
-    component, _, rest = module.partition(".")
-    if component.startswith("text_encoder") and not rest.startswith(("text_model.", "text_projection")):
-        return f"{component}.text_model.{rest}"
-    return module
 
 
 def _family(widths: tuple[int, ...]) -> Family:

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from scumble.errors import Refused
-from scumble_registry.compatibility import Family
-from scumble_registry.formats import ldm
+from scumble_registry.compatibility import Family, original_names
 from scumble_registry.formats.checkpoint import vae
 from scumble_registry.formats.checkpoint.text import Convert, clip, open_clip, open_clip_penultimate
 from scumble_registry.formats.safetensors_header import Array
@@ -118,7 +117,7 @@ def _take_unet(parts: Parts, tensors: Mapping[str, Array], *, ema: bool) -> set[
 
 
 def _convert_unet(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]:
-    convert = ldm.converter(tensors)
+    convert = original_names.converter(tensors)
     found: dict[str, Array] = {}
     strangers: list[str] = []
     for name, values in tensors.items():

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from scumble_registry.formats.lora.record import Gain, LoraModule, LoraRecord, Module, row_columns
-from scumble_registry.training_metadata import frequent_tags
+from scumble_registry.formats.training_metadata import frequent_tags
 
 _MAX_WORD, _MAX_WORDS = 200, 100
 _FEW = 3

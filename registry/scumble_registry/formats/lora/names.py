@@ -17,9 +17,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from scumble_registry.compatibility import BaseCompatibility, norm_shapes
-from scumble_registry.formats.base import canonical_name
-from scumble_registry.formats.ldm import original_names
+from scumble_registry.compatibility import BaseCompatibility, canonical_name, norm_shapes
+from scumble_registry.compatibility.original_names import original_names
 
 PARTS: dict[str, str] = {
     "lora_down.weight": "down",

@@ -1,7 +1,7 @@
 """The normalised LoRA: what every dialect and every algorithm becomes, module by module, and what the server reads.
 
-A canonical safetensors file. For each target (`compatibility.py` says what a target's name is) it holds the parts of
-one of these, which say what the base's weight W (out, in[, k, k]) becomes at strength 1:
+A canonical safetensors file. For each target (`compatibility/targets.py` says what a target's name is) it holds the
+parts of one of these, which say what the base's weight W (out, in[, k, k]) becomes at strength 1:
 
     factors    .down (r, in[, k, k])  .up (out, r[, 1, 1])  .alpha ()       W + alpha / r · up @ down
                and of a GLoRA .inner.down (r, in)  .inner.up (in, r)        … + alpha / r · W (inner.up @ inner.down)

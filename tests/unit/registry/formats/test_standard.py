@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from scumble_registry.compatibility import Family, matrix_shape
-from scumble_registry.formats.base import canonical_name
+from scumble_registry.compatibility import Family, canonical_name, matrix_shape
 from scumble_registry.formats.standard import STANDARD, standard
 
 torch = pytest.importorskip("torch")

@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scumble_registry.formats.base import canonical_name
+from scumble_registry.compatibility import canonical_name
 from scumble_trainers.method import DTYPES
 from scumble_trainers.methods.lora.settings import Layout
 from scumble_trainers.parent import Pipeline

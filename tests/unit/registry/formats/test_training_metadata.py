@@ -7,8 +7,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scumble_registry.formats.training_metadata import frequent_tags, kept, read
 from scumble_registry.manifest import canonical_json
-from scumble_registry.training_metadata import frequent_tags, kept, read
 
 LoraWriter = Callable[..., Path]
 KOHYA = {

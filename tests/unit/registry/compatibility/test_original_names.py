@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scumble_registry.formats.ldm import original_names
+from scumble_registry.compatibility.original_names import original_names
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
