@@ -14,6 +14,7 @@ from sqlalchemy import Connection, select
 from scumble.errors import IntegrityError, Refused
 from scumble_registry import artifacts
 from scumble_registry.blobs import Blob, BlobStore
+from scumble_registry.formats import format_of
 from scumble_registry.manifest import Manifest
 from scumble_registry.tables import ALIASES, NAMES, VERSIONS
 
@@ -96,7 +97,7 @@ def _bases(manifests: dict[str, Manifest]) -> Iterator[str]:
     """A checkpoint is only whole with its base."""
     here = {manifest.digest for manifest in manifests.values()}
     for ref, manifest in manifests.items():
-        if manifest.kind == "dreambooth" and manifest.base not in here:
+        if format_of(manifest.kind).needs_base and manifest.base not in here:
             yield f"{ref} is a difference to the base {manifest.base}, which is not here; publish it again"
 
 

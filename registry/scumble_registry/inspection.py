@@ -154,10 +154,11 @@ def _find_base(base: str, registry: Registry | None) -> For:
     if base.startswith((".", "/", "~")):  # no reference does, and a folder may be called like one
         folder = Path(base).expanduser()
         draft = formats.read(Source.scan(folder), None)
-        if draft.compatibility.kind != "base":
-            raise Refused(f"{folder} is a {draft.compatibility.kind}, not a base; name a base")
-        files = {name: _hash(file) for name, file in draft.files.items()}
-        return For(Manifest(files=files, compatibility=draft.compatibility), lambda: folder)
+        manifest = Manifest(
+            files={name: _hash(file) for name, file in draft.files.items()}, compatibility=draft.compatibility
+        )
+        manifest.as_base(str(folder))
+        return For(manifest, lambda: folder)
     if registry is None:
         raise Refused(
             f"there is no registry here that could have the base {base}; name a folder (./base), or --home DIR"

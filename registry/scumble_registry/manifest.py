@@ -31,7 +31,7 @@ from pydantic import (
 from scumble.errors import IntegrityError, InvalidRequest, Refused
 from scumble.request import SchedulerName, TimestepSpacing
 from scumble_registry.blobs import Blob
-from scumble_registry.compatibility import Compatibility, check_fit
+from scumble_registry.compatibility import BaseCompatibility, Compatibility, check_fit
 from scumble_registry.references import parse_digest
 
 _MAX_BYTES = 8 << 20
@@ -132,6 +132,12 @@ class Manifest(BaseModel):
     @property
     def kind(self) -> str:
         return self.compatibility.kind
+
+    def as_base(self, name: str) -> BaseCompatibility:
+        """What it says as a base. Raises Refused for what is none, calling it `name`."""
+        if not isinstance(self.compatibility, BaseCompatibility):
+            raise Refused(f"{name} is a {self.kind}, not a base; name a base", ref=name)
+        return self.compatibility
 
     @property
     def blobs(self) -> dict[str, Blob]:

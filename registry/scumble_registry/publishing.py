@@ -15,13 +15,8 @@ from pydantic import ValidationError
 from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble_registry import formats
 from scumble_registry.blobs import Blob, BlobStore, explain_os_errors
-from scumble_registry.compatibility import (
-    BaseCompatibility,
-    ImageEncoderCompatibility,
-    IpAdapterCompatibility,
-    check_fit,
-)
-from scumble_registry.formats import training_metadata
+from scumble_registry.compatibility import check_fit
+from scumble_registry.formats import format_of, training_metadata
 from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import FileHash, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling, canonical_json
@@ -128,7 +123,7 @@ def store(
         if base is not None:
             check_fit(draft.compatibility, base.compatibility)
         if encoder is not None:
-            _check_encoder(draft, encoder)
+            format_of(draft.compatibility.kind).check_image_encoder(draft.compatibility, encoder.compatibility)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
         files, record, tensors = _put_all(found, blobs)
         known = {file: files[name] for name, file in draft.files.items()}
@@ -175,26 +170,12 @@ def _check_size(source: Source) -> None:
 
 
 def _check_sampling(details: Details, draft: Draft) -> None:
-    if details.sampling is not None and isinstance(draft.compatibility, BaseCompatibility | ImageEncoderCompatibility):
+    if details.sampling is not None and not format_of(draft.compatibility.kind).has_sampling:
         raise InvalidRequest(
             f"a {draft.compatibility.kind} has no sampling of its own: leave --sampling out; "
             "what a base gives to requests stands in its scumble.json",
             field="sampling",
         )
-
-
-def _check_encoder(draft: Draft, encoder: Manifest) -> None:
-    adapter = draft.compatibility
-    if not isinstance(adapter, IpAdapterCompatibility):
-        raise InvalidRequest(f"a {adapter.kind} reads no pictures: leave --image-encoder out", field="image_encoder")
-    if not isinstance(encoder.compatibility, ImageEncoderCompatibility):
-        raise Refused(f"a {encoder.kind} is not an image encoder; name a version of kind image_encoder")
-    if adapter.encoder is not None:
-        raise InvalidRequest(
-            "the folder holds an image encoder of its own: leave --image-encoder out, or remove image_encoder/",
-            field="image_encoder",
-        )
-    adapter.check_encoder(encoder.compatibility)
 
 
 def _metadata(details: Details, draft: Draft) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Match, Status, Version
 from scumble_registry.checking import Checked, check_all
 from scumble_registry.database import Database
-from scumble_registry.formats import dreambooth
+from scumble_registry.formats import format_of
 from scumble_registry.formats.source import Hints
 from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
 from scumble_registry.leases import Lease
@@ -175,16 +175,12 @@ class Registry:
             return lambda: folder
         if folder.exists():
             raise Refused(f"{like} holds no model_index.json; --like names a folder in the diffusers layout, or a base")
-        version = self.resolve(str(like))
-        if version.manifest.kind != "base":
-            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; --like names a folder or a base")
+        version = self.base(str(like))
         return lambda: self.materialise(version)
 
     def published_for(self, base: str) -> For:
         """What publishing for `base` needs of it. Raises NotFound, and Refused for what is no base."""
-        version = self.resolve(base)
-        if version.manifest.kind != "base":
-            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base")
+        version = self.base(base)
         return For(version.manifest, lambda: self.materialise(version))
 
     def find(self, ref: str) -> Version:
@@ -201,6 +197,12 @@ class Registry:
         version = self.find(ref)
         if version.status is Status.QUARANTINED:
             raise Refused(f"{version.ref} is quarantined and may not be used; choose another version", ref=version.ref)
+        return version
+
+    def base(self, ref: str) -> Version:
+        """The base to use. Raises what `resolve` raises, and Refused for what is no base."""
+        version = self.resolve(ref)
+        version.manifest.as_base(version.ref)
         return version
 
     def resolve_digest(self, digest: str) -> Version:
@@ -294,13 +296,14 @@ class Registry:
         Of a checkpoint, that needs its base. Raises IntegrityError, NotFound, Unavailable.
         """
         stored = self.stored(version)
-        if version.manifest.kind != dreambooth.KIND:
+        difference = format_of(version.manifest.kind).difference
+        if difference is None:
             return stored
         base = self.stored(self.base_of(version))
         return self._cache.made(
             f"{version.digest}-whole",
-            lambda folder: dreambooth.write_folder(stored, base, folder),
-            lambda folder: dreambooth.is_folder(stored, folder),
+            lambda folder: difference.materialise(stored, base, folder),
+            lambda folder: difference.is_whole(stored, folder),
         )
 
     def stored(self, version: Version) -> Path:
@@ -335,10 +338,11 @@ class Registry:
 
     def copy(self, version: Version, folder: Path) -> None:
         """The files as they were published, as the caller's own, into an empty folder. Raises IntegrityError."""
-        if version.manifest.kind == dreambooth.KIND:
-            dreambooth.write_folder(self.stored(version), self.stored(self.base_of(version)), folder)
-        else:
+        difference = format_of(version.manifest.kind).difference
+        if difference is None:
             self._cache.copy(version.manifest, folder)
+        else:
+            difference.materialise(self.stored(version), self.stored(self.base_of(version)), folder)
 
     def publish_artifact(
         self,
@@ -440,10 +444,10 @@ class Registry:
     def _hashes_of_stored(self, version: Version) -> list[FileHash]:
         """What the files tell that the manifest does not: the data's hash, and what a checkpoint's files once were."""
         folder = self.stored(version)
-        files = {name: folder / name for name in version.manifest.files}
-        if version.manifest.kind == dreambooth.KIND:
-            return [FileHash(HashKind.FILE, each) for each in dreambooth.published_digests(folder)]
-        return tensor_hashes(file for file in files.values() if file.suffix == ".safetensors")
+        difference = format_of(version.manifest.kind).difference
+        if difference is not None:
+            return [FileHash(HashKind.FILE, digest) for digest in difference.published_digests(folder)]
+        return tensor_hashes(folder / name for name in version.manifest.files if name.endswith(".safetensors"))
 
     def _check_there(self, blobs: Iterable[Blob]) -> None:
         """Inside the transaction that makes them needed: from there on `collect` leaves them alone."""

@@ -17,6 +17,7 @@ from scumble_registry.compatibility import BaseCompatibility, Family, Prediction
 from scumble_registry.formats import checkpoint
 from scumble_registry.formats.checkpoint.precision import one_precision
 from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, Unpacked, check_plain
 from scumble_registry.manifest import Defaults, Manifest
@@ -218,3 +219,12 @@ def _object(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refused(f"{name} must hold a JSON object")
     return value
+
+
+FORMAT = Format(
+    KIND,
+    "a folder with model_index.json, or a single file with model.diffusion_model",
+    recognises,
+    read,
+    has_sampling=False,
+)

@@ -12,11 +12,14 @@ from typing import Any
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import ImageEncoderCompatibility
 from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
 
 KIND = "image_encoder"
+FOLDER = "image_encoder/"
+"""Where an IP-Adapter's own encoder is, beside its file."""
 _DEFAULTS = {"hidden_size": 768, "projection_dim": 512, "image_size": 224, "patch_size": 32}
 """transformers' own, for what a config leaves out."""
 
@@ -82,3 +85,6 @@ def _check_preparation(source: Source, name: str, image_size: int) -> None:
 def _config(source: Source, prefix: str) -> dict[str, Any]:
     config = source.json(f"{prefix}config.json")
     return config if isinstance(config, dict) else {}
+
+
+FORMAT = Format(KIND, "a folder with CLIP's vision tower", recognises, read, has_sampling=False)

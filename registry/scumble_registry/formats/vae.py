@@ -14,6 +14,7 @@ from scumble_registry.compatibility import VaeCompatibility
 from scumble_registry.formats.checkpoint import lone_vae
 from scumble_registry.formats.checkpoint.lone_vae import FILE_NAME
 from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, Unpacked, check_plain
 from scumble_registry.manifest import Manifest
@@ -66,3 +67,6 @@ def read(source: Source, base: Manifest | None) -> Draft:
 def _config(source: Source) -> dict[str, Any]:
     config = source.json("config.json")
     return config if isinstance(config, dict) else {}
+
+
+FORMAT = Format(KIND, "a folder with an AutoencoderKL, or its weights alone", recognises, read)

@@ -26,9 +26,11 @@ from scumble_registry.compatibility import ControlNetCompatibility
 from scumble_registry.formats.controlnet import bare, ldm, lllite, t2i
 from scumble_registry.formats.controlnet.adopt import Adopted, adopt, write_config
 from scumble_registry.formats.controlnet.derive import CLASSES, derive
+from scumble_registry.formats.controlnet.export import LAYOUTS, export_version
 from scumble_registry.formats.controlnet.strangers import stranger
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, Weights, read_weights
 from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.manifest import Manifest
@@ -122,4 +124,13 @@ def _class_name(source: Source) -> str:
     return str(config.get("_class_name", "")) if isinstance(config, dict) else ""
 
 
-__all__ = ["FILE_NAME", "KIND", "Weights", "is_original", "read", "read_weights", "recognises"]
+FORMAT = Format(
+    KIND,
+    "a ControlNet's or T2I-Adapter's weights, with config.json or without",
+    recognises,
+    read,
+    LAYOUTS,
+    export_version,
+)
+
+__all__ = ["FILE_NAME", "FORMAT", "KIND", "Weights", "is_original", "read", "read_weights", "recognises"]

@@ -16,9 +16,16 @@ from scumble_registry.formats.controlnet import bare
 from scumble_registry.formats.controlnet.adopt import POOLS
 from scumble_registry.formats.controlnet.weights import read_weights
 from scumble_registry.formats.safetensors_header import read_header, write_file
+from scumble_registry.formats.stored import StoredVersion
 
 LAYOUTS = ("diffusers", "webui")
 _WEIGHTS, _CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
+
+
+def export_version(version: StoredVersion, layout: str, target: Path) -> None:
+    base = version.base_folder()
+    unet = json.loads((base / "unet/config.json").read_bytes()) if base is not None else None
+    export(version.folder(), unet, layout, target)
 
 
 def export(stored: Path, unet: dict[str, Any] | None, layout: str, folder: Path) -> None:

@@ -24,6 +24,7 @@ from scumble_registry.formats.dreambooth.delta import (
     read_delta,
     write_delta,
 )
+from scumble_registry.formats.format import Difference, Format
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.manifest import Manifest
@@ -177,7 +178,16 @@ def _is_same(file: Path, other: Path) -> bool:
     return True
 
 
+FORMAT = Format(
+    KIND,
+    "a base's folder or file, with --base",
+    recognises,
+    read,
+    difference=Difference(write_folder, is_folder, published_digests, read_changed),
+)
+
 __all__ = [
+    "FORMAT",
     "KIND",
     "is_difference",
     "is_folder",

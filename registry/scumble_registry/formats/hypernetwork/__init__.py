@@ -17,8 +17,10 @@ from pydantic import JsonValue
 from scumble.errors import IntegrityError, Refused
 from scumble_registry.compatibility import ContextNetworks, HypernetworkCompatibility
 from scumble_registry.formats.floats import read_floats
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.hypernetwork import context, predictor, webui
 from scumble_registry.formats.hypernetwork.context_record import ContextRecord
+from scumble_registry.formats.hypernetwork.export import LAYOUTS, export_version
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors
@@ -97,4 +99,14 @@ def _form(header: Header) -> ModuleType | None:
     return next((form for form in (predictor, context) if form.recognises(header)), None)
 
 
-__all__ = ["KIND", "HypernetworkRecord", "read", "read_record", "recognises"]
+FORMAT = Format(
+    KIND,
+    "the webui's .pt, a file of <width>.k.linear.<i> and <width>.v.linear.<i>, or one whose header holds "
+    "scumble.predictor",
+    recognises,
+    read,
+    LAYOUTS,
+    export_version,
+)
+
+__all__ = ["FORMAT", "KIND", "HypernetworkRecord", "read", "read_record", "recognises"]

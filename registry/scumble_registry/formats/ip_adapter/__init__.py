@@ -23,13 +23,16 @@ from pydantic import JsonValue
 from scumble.errors import Incompatible, InvalidRequest, Refused
 from scumble_registry.compatibility import (
     BaseCompatibility,
+    Compatibility,
     ImageEncoderCompatibility,
     IpAdapterCompatibility,
     LoraCompatibility,
 )
 from scumble_registry.formats import image_encoder
 from scumble_registry.formats.floats import read_floats
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.ip_adapter.attentions import attentions
+from scumble_registry.formats.ip_adapter.export import LAYOUTS, export_version
 from scumble_registry.formats.ip_adapter.projection import Projection, inspect
 from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record, unwritten, write_record
 from scumble_registry.formats.leftover import leave_out, refuse_leftover
@@ -41,7 +44,6 @@ from scumble_registry.manifest import Manifest
 KIND = "ip_adapter"
 FILE_NAME, FILE_NAME_V2 = "ip-adapter.safetensors", "ip-adapter-plusv2.safetensors"
 """What a single file is called inside the registry: what was pulled publishes as what it was."""
-ENCODER = "image_encoder/"
 
 _MAX_BYTES = 4 << 30
 _PICTURE = ("image_proj.", "image_proj_model.")
@@ -73,7 +75,11 @@ def read(source: Source, base: Manifest | None) -> Draft:
     projection_part, attention_part = _split(tensors)
     projection = inspect({name: values.shape for name, values in projection_part.items()})
     record = _parse(projection_part, attention_part, base.compatibility)
-    encoder = image_encoder.inspect(source, ENCODER) if f"{ENCODER}config.json" in source.files else None
+    encoder = (
+        image_encoder.inspect(source, image_encoder.FOLDER)
+        if f"{image_encoder.FOLDER}config.json" in source.files
+        else None
+    )
     shortcut = _has_shortcut(source, header, file) if projection.kind == "faceid_plus" else _no_shortcut(source)
     compatibility = _derive(projection, record, base.compatibility, shortcut=shortcut, encoder=encoder)
     name = FILE_NAME_V2 if shortcut else FILE_NAME
@@ -102,7 +108,7 @@ def _details(compatibility: IpAdapterCompatibility) -> dict[str, JsonValue]:
 
 
 def _adapter_files(source: Source) -> list[Path]:
-    outside = [file for name, file in source.weights().items() if not name.startswith(ENCODER)]
+    outside = [file for name, file in source.weights().items() if not name.startswith(image_encoder.FOLDER)]
     return [file for file in outside if any(key.startswith(_PICTURE) for key in read_header(file).tensors)]
 
 
@@ -111,7 +117,8 @@ def _single(source: Source) -> Path:
     if len(found) == 1:
         others = source.weights().keys() - {name for name, file in source.files.items() if file == found[0]}
         refuse_leftover(
-            {name for name in others if not name.startswith(ENCODER)}, hint="or have no place beside an IP-Adapter"
+            {name for name in others if not name.startswith(image_encoder.FOLDER)},
+            hint="or have no place beside an IP-Adapter",
         )
         return found[0]
     raise Refused(
@@ -212,4 +219,27 @@ def _has_shortcut(source: Source, header: Header, file: Path) -> bool:
     return said == "true" if said else "plusv2" in file.name.lower()
 
 
-__all__ = ["KIND", "IpAdapterRecord", "read", "read_record", "recognises", "write_record"]
+def check_image_encoder(adapter: Compatibility, encoder: Compatibility) -> None:
+    """Raises InvalidRequest where it has an image encoder of its own, Refused for what is none, Incompatible."""
+    assert isinstance(adapter, IpAdapterCompatibility)
+    if not isinstance(encoder, ImageEncoderCompatibility):
+        raise Refused(f"a {encoder.kind} is not an image encoder; name a version of kind image_encoder")
+    if adapter.encoder is not None:
+        raise InvalidRequest(
+            "the folder holds an image encoder of its own: leave --image-encoder out, or remove image_encoder/",
+            field="image_encoder",
+        )
+    adapter.check_encoder(encoder)
+
+
+FORMAT = Format(
+    KIND,
+    "a file with image_proj and ip_adapter",
+    recognises,
+    read,
+    LAYOUTS,
+    export_version,
+    check_image_encoder=check_image_encoder,
+)
+
+__all__ = ["FORMAT", "KIND", "IpAdapterRecord", "read", "read_record", "recognises", "write_record"]

@@ -18,8 +18,10 @@ from pydantic import JsonValue
 from scumble.errors import Incompatible, Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, LoraCompatibility, norm_shapes
 from scumble_registry.formats.floats import read_floats
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.leftover import refuse_leftover
 from scumble_registry.formats.lora import about
+from scumble_registry.formats.lora.export import LAYOUTS, export_version
 from scumble_registry.formats.lora.names import Names, without_adapter_names
 from scumble_registry.formats.lora.parse import Parsed, parse
 from scumble_registry.formats.lora.peft import Scaling, parse_config, parse_metadata
@@ -225,8 +227,18 @@ def _looks_like_lora(header: Header) -> bool:
     return any(any(word in name for word in _WORDS) or name.endswith(_ENDS) for name in header.tensors)
 
 
+FORMAT = Format(
+    KIND,
+    "a file (or a folder with one) of lora_A/lora_B or lora_down/lora_up",
+    recognises,
+    read,
+    LAYOUTS,
+    export_version,
+)
+
 __all__ = [
     "FILE_NAME",
+    "FORMAT",
     "KIND",
     "LoraModule",
     "LoraRecord",

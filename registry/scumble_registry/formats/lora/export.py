@@ -31,12 +31,24 @@ from scumble_registry.formats.lora.record import (
     Module,
     Product,
     Rotation,
+    read_record,
 )
 from scumble_registry.formats.safetensors_header import Array, write
+from scumble_registry.formats.stored import StoredVersion, header_metadata
 
 Layout = Literal["diffusers", "kohya", "peft", "webui"]
 LAYOUTS: tuple[Layout, ...] = ("diffusers", "kohya", "peft", "webui")
 FILE = "pytorch_lora_weights.safetensors"
+
+
+def export_version(version: StoredVersion, layout: str, target: Path) -> None:
+    export(
+        read_record(version.record()),
+        next(name for name in LAYOUTS if name == layout),
+        target,
+        base=version.base,
+        metadata=header_metadata(version),
+    )
 
 
 def export(

@@ -15,10 +15,12 @@ from pydantic import JsonValue
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, TextualInversionCompatibility
 from scumble_registry.formats.floats import read_floats
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.pickled import Plain
 from scumble_registry.formats.safetensors_header import Header, read_header, write_file
 from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.formats.textual_inversion.export import LAYOUTS, export_version
 from scumble_registry.formats.textual_inversion.layouts import Embedding, find, is_negative
 from scumble_registry.formats.textual_inversion.record import (
     TextualInversionRecord,
@@ -127,4 +129,22 @@ def _can_name_a_file(token: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,99}", token) is not None
 
 
-__all__ = ["KIND", "TextualInversionRecord", "make_record", "read", "read_record", "recognises", "write_record"]
+FORMAT = Format(
+    KIND,
+    "a file with a single tensor, named by its token or emb_params",
+    recognises,
+    read,
+    LAYOUTS,
+    export_version,
+)
+
+__all__ = [
+    "FORMAT",
+    "KIND",
+    "TextualInversionRecord",
+    "make_record",
+    "read",
+    "read_record",
+    "recognises",
+    "write_record",
+]
