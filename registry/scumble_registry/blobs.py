@@ -8,21 +8,17 @@ the same thing, and damage shows as soon as somebody hashes.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from scumble.errors import IntegrityError, NotFound, Unavailable
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from scumble.errors import IntegrityError, NotFound
+from scumble.files import explain_os_errors, sync_folder
 
 _CHUNK = 1 << 18  # stays in the cache of a core: with a megabyte, writing took four times as long
 
@@ -147,32 +143,6 @@ def copy_and_hash(source: BinaryIO, target: BinaryIO | None = None) -> Blob:
     return Blob(digest=f"sha256:{digest.hexdigest()}", size=size)
 
 
-def reading(chunks: Iterable[bytes | memoryview]) -> BinaryIO:
-    """What is made piece by piece, as a file to read from its beginning to its end."""
-    return io.BufferedReader(_Pieces(iter(chunks)), _CHUNK)
-
-
-class _Pieces(io.RawIOBase):
-    def __init__(self, chunks: Iterator[bytes | memoryview]) -> None:
-        self._chunks = chunks
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        target = memoryview(buffer).cast("B")
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = memoryview(chunk)
-        size = min(len(target), len(self._rest))
-        target[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
-
-
 def check(source: BinaryIO, blob: Blob, what: str) -> None:
     """Hash `source`; raises IntegrityError, naming `what`, if it is not `blob`."""
     actual = copy_and_hash(source)
@@ -183,24 +153,6 @@ def check(source: BinaryIO, blob: Blob, what: str) -> None:
             digest=blob.digest,
             actual=actual.digest,
         )
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def explain_os_errors(place: Path, doing: str = "write") -> Iterator[None]:
-    """No room, no permission, a file where a folder should be: Unavailable, naming the place."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or place
-        raise Unavailable(f"cannot {doing} {where}: {error.strerror}; check space and permissions") from error
 
 
 def _missing(blob: Blob) -> NotFound:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Protocol
 
 from scumble.errors import IntegrityError
-from scumble_registry.blobs import Blob, BlobStore, check, explain_os_errors
+from scumble.files import explain_os_errors, work_folder
+from scumble_registry.blobs import Blob, BlobStore, check
 
 log = logging.getLogger(__name__)
 
+_FILLING = ".filling-"
 _ENTRY = re.compile(r"[0-9a-f]{64}(-whole)?|\.(filling|broken)-.*")
 
 
@@ -70,15 +72,11 @@ class Cache:
                     return final
                 log.warning("%s in the cache is damaged; it is made again", final)
                 shutil.rmtree(final, ignore_errors=True)
-            self._root.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=".filling-", dir=self._root))
-            try:
+            with work_folder(self._root, _FILLING) as work:
                 fill(work)
                 work.chmod(0o755)
                 if not final.is_dir():  # somebody else may have been quicker
                     work.rename(final)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
         return final
 
     def blob(self, blob: Blob, what: str, suffix: str = "") -> Path:
@@ -116,32 +114,24 @@ class Cache:
         return sorted(folders + list((self._root / "blobs").glob("*")))
 
     def _fill(self, manifest: Files, final: Path) -> None:
-        with explain_os_errors(self._root):
-            self._root.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=".filling-", dir=self._root))
-            try:
-                for name, blob in manifest.files.items():
-                    path = work / name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    self._blobs.place(blob, path)
-                    with path.open("rb") as source:
-                        check(source, blob, name)
-                work.chmod(0o755)
-                _swap(work, final, manifest)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        with explain_os_errors(self._root), work_folder(self._root, _FILLING) as work:
+            for name, blob in manifest.files.items():
+                path = work / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._blobs.place(blob, path)
+                with path.open("rb") as source:
+                    check(source, blob, name)
+            work.chmod(0o755)
+            _swap(work, final, manifest)
 
     def _place_checked(self, blob: Blob, path: Path, what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".filling-", dir=self._root))
-        try:
+        with work_folder(self._root, _FILLING) as work:
             fresh = work / path.name
             self._blobs.place(blob, fresh)
             with fresh.open("rb") as source:
                 check(source, blob, what)
             fresh.replace(path)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def _note_use(path: Path) -> None:

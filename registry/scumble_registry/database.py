@@ -16,7 +16,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, t
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from scumble.errors import IntegrityError, Unavailable
-from scumble_registry.blobs import explain_os_errors
+from scumble.files import explain_os_errors
 from scumble_registry.paths import Layout
 
 HEAD = "0003"

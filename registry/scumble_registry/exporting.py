@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scumble.errors import InvalidRequest
+from scumble.files import new_folder
 from scumble_registry.catalogue import Version
 from scumble_registry.compatibility import BaseCompatibility
 from scumble_registry.formats import format_of
 from scumble_registry.manifest import Manifest
-from scumble_registry.registry import Registry, new_folder
+from scumble_registry.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, NotFound, Refused
+from scumble.files import explain_os_errors
 from scumble_registry import formats
-from scumble_registry.blobs import Blob, BlobStore, explain_os_errors
+from scumble_registry.blobs import Blob, BlobStore
 from scumble_registry.compatibility import check_fit
 from scumble_registry.formats import format_of, training_metadata
 from scumble_registry.formats.source import Draft, Hints, Source

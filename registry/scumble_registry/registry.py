@@ -15,9 +15,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
+from scumble.files import explain_os_errors, new_folder, sync_folder
 from scumble_registry import artifacts, catalogue, publishing
 from scumble_registry.artifacts import Artifact, ArtifactManifest
-from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors, sync_folder
+from scumble_registry.blobs import Blob, BlobStore, FileStore, check
 from scumble_registry.cache import Cache
 from scumble_registry.catalogue import Match, Status, Version
 from scumble_registry.checking import Checked, check_all
@@ -52,25 +53,6 @@ class Collected:
     """Entries of the cache; None: somebody else has the registry open, so it was left alone."""
     unfinished: int
     bytes: int
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder that becomes `target` (new or empty) at the end, unless something is raised. Raises Refused if
-    something is there, Unavailable.
-    """
-    target = Path(target).absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
-    with explain_os_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            yield work
-            work.chmod(0o755)
-            work.replace(target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
 
 class Registry:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from pydantic import JsonValue
 
 from scumble.errors import NotFound, Refused
-from scumble_registry.blobs import reading
+from scumble.files import reading
 from scumble_registry.compatibility import Compatibility, PredictionType
 from scumble_registry.formats.pickled.tree import Plain
 from scumble_registry.formats.safetensors_header import Unwritten
