@@ -168,7 +168,7 @@ def _find_base(base: str, registry: Registry | None) -> For:
 
 def _misfit(draft: Draft, base: Manifest) -> str | None:
     try:
-        check_fit(draft.compatibility, base.compatibility)
+        check_fit(draft.compatibility, base.as_base())
     except Incompatible as error:
         return error.message
     return None

@@ -133,8 +133,8 @@ class Manifest(BaseModel):
     def kind(self) -> str:
         return self.compatibility.kind
 
-    def as_base(self, name: str) -> BaseCompatibility:
-        """What it says as a base. Raises Refused for what is none, calling it `name`."""
+    def as_base(self, name: str = "this") -> BaseCompatibility:
+        """Return its compatibility as a base's. Raises Refused for what is none, calling it `name`."""
         if not isinstance(self.compatibility, BaseCompatibility):
             raise Refused(f"{name} is a {self.kind}, not a base; name a base", ref=name)
         return self.compatibility
@@ -156,7 +156,7 @@ class Manifest(BaseModel):
 
     def fits(self, base: Manifest) -> None:
         """Raises Incompatible, naming the first target that does not match, or Refused if `base` is no base."""
-        check_fit(self.compatibility, base.compatibility)
+        check_fit(self.compatibility, base.as_base())
 
     @classmethod
     def parse(cls, text: bytes, digest: str) -> Manifest:

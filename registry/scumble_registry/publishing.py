@@ -122,7 +122,7 @@ def store(
         metadata = _metadata(details, draft)
         _check_sampling(details, draft)
         if base is not None:
-            check_fit(draft.compatibility, base.compatibility)
+            check_fit(draft.compatibility, base.as_base())
         if encoder is not None:
             format_of(draft.compatibility.kind).check_image_encoder(draft.compatibility, encoder.compatibility)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None

@@ -20,7 +20,7 @@ from scumble_registry.compatibility.targets import (
     norm_shapes,
 )
 from scumble_registry.compatibility.textual_inversion import TextualInversionCompatibility
-from scumble_registry.compatibility.vae import VaeCompatibility
+from scumble_registry.compatibility.vae import VaeCompatibility, vae_scale
 
 __all__ = [
     "BaseCompatibility",
@@ -49,4 +49,5 @@ __all__ = [
     "matrix_shape",
     "norm_shapes",
     "residual_widths",
+    "vae_scale",
 ]

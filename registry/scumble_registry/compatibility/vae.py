@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from scumble.errors import Incompatible
 from scumble_registry.compatibility.base import BaseCompatibility
+
+
+def vae_scale(config: Mapping[str, Any]) -> int:
+    """Pixels per latent of the AutoencoderKL with this config: all its levels but the last halve the picture."""
+    return int(2 ** (max(len(config.get("block_out_channels") or ()), 1) - 1))
 
 
 class VaeCompatibility(BaseModel):

@@ -48,10 +48,11 @@ def format_of(kind: str) -> Format:
 
 def read(source: Source, base: Manifest | None) -> Draft:
     """The draft of the one format that recognises `source`, whose pickles become safetensors first (`incoming.py`)."""
+    compatibility = base.as_base() if base is not None else None
     source = with_safetensors(source)
     for form in FORMATS:
         if form.recognises(source):
-            return form.read(source, base)
+            return form.read(source, compatibility)
     for name, file in source.weights().items():
         refuse_strangers(read_header(file).tensors, name)
     known = "; ".join(f"{form.kind}: {form.hint}" for form in FORMATS)

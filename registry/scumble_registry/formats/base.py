@@ -13,14 +13,14 @@ from typing import Any, cast, get_args
 from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.compatibility import BaseCompatibility, Family, PredictionType, Shape, canonical_name
+from scumble_registry.compatibility import BaseCompatibility, Family, PredictionType, Shape, canonical_name, vae_scale
 from scumble_registry.formats import checkpoint
 from scumble_registry.formats.checkpoint.precision import one_precision
 from scumble_registry.formats.floats import check_finite
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, Unpacked, check_plain
-from scumble_registry.manifest import Defaults, Manifest
+from scumble_registry.manifest import Defaults
 
 KIND = "base"
 _LIBRARIES = {
@@ -37,7 +37,7 @@ def recognises(source: Source) -> bool:
     return "model_index.json" in source.files or checkpoint.recognises(source)
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if base is not None:
         raise InvalidRequest("a base stands alone: leave --base out", field="base")
     whole = in_diffusers_layout(source)
@@ -109,7 +109,7 @@ class _Folder:
             in_channels=in_channels,
             latent_channels=latents,
             sample_size=_same(unet.get("sample_size"), "sample_size"),
-            vae_scale=2 ** (len(vae.get("block_out_channels") or [0]) - 1),
+            vae_scale=vae_scale(vae),
             cross_attention_dim=context,
             text_widths=widths,
             targets=targets,
@@ -120,7 +120,7 @@ class _Folder:
         otherwise.
         """
         unet, vae = self.config("unet"), self.config("vae")
-        side = _same(unet.get("sample_size"), "sample_size") * 2 ** (len(vae.get("block_out_channels") or [0]) - 1)
+        side = _same(unet.get("sample_size"), "sample_size") * vae_scale(vae)
         values: dict[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scheduler": "ddim"}
         values |= {"width": side, "height": side}
         if "scumble.json" in self.source.files:

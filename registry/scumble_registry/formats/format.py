@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from scumble.errors import InvalidRequest
-from scumble_registry.compatibility import Compatibility
+from scumble_registry.compatibility import BaseCompatibility, Compatibility
 from scumble_registry.formats.safetensors_header import Array
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.formats.stored import StoredVersion, export_as_published
-from scumble_registry.manifest import Manifest
 
 ChangedTensors: TypeAlias = dict[str, dict[str, Array]]
 """By component (`unet`, `text_encoder`, `vae` …), tensors by plain name."""
@@ -48,8 +47,8 @@ class Format:
     """What its files look like, in a few words: `a LoRA is …`."""
     recognises: Callable[[Source], bool]
     """Do these files look like this kind? Content decides, not endings."""
-    read: Callable[[Source, Manifest | None], Draft]
-    """Check everything, derive the compatibility, write the record; the manifest is the base's.
+    read: Callable[[Source, BaseCompatibility | None], Draft]
+    """Check everything, derive the compatibility, write the record; with the base, if one is named.
 
     Raises Refused for what may not be in a registry, Incompatible for what does not fit the base.
     """

@@ -10,12 +10,11 @@ import math
 from typing import Any
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.compatibility import ImageEncoderCompatibility
+from scumble_registry.compatibility import BaseCompatibility, ImageEncoderCompatibility
 from scumble_registry.formats.floats import check_finite
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
-from scumble_registry.manifest import Manifest
 
 KIND = "image_encoder"
 FOLDER = "image_encoder/"
@@ -28,7 +27,7 @@ def recognises(source: Source) -> bool:
     return "config.json" in source.files and _config(source, "").get("model_type") == "clip_vision_model"
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if base is not None:
         raise InvalidRequest("an image encoder stands alone: leave --base out", field="base")
     check_plain(source)

@@ -13,9 +13,10 @@ import pytest
 
 from scumble.errors import NotFound, Refused
 from scumble_registry import Registry, formats
+from scumble_registry.compatibility import BaseCompatibility
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.inspection import inspect
-from scumble_registry.manifest import Manifest, Sampling
+from scumble_registry.manifest import Sampling
 
 LoraWriter = Callable[..., Path]
 
@@ -109,7 +110,7 @@ def test_what_a_format_tells_goes_into_the_manifest(
     """Here of a format that leaves two keys out and knows how its file is to be sampled."""
     read = formats.format_of("lora").read
 
-    def tells(source: Source, base: Manifest | None) -> Draft:
+    def tells(source: Source, base: BaseCompatibility | None) -> Draft:
         if not source.allow_leftover:
             raise Refused("2 keys are not understood")
         draft = read(source, base)

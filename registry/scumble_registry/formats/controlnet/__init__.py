@@ -22,7 +22,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from scumble.errors import Refused
-from scumble_registry.compatibility import ControlNetCompatibility
+from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility
 from scumble_registry.formats.controlnet import bare, ldm, lllite, t2i
 from scumble_registry.formats.controlnet.adopt import Adopted, adopt, write_config
 from scumble_registry.formats.controlnet.derive import CLASSES, derive
@@ -33,7 +33,6 @@ from scumble_registry.formats.floats import check_finite
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
-from scumble_registry.manifest import Manifest
 
 KIND = "controlnet"
 FILE_NAME = "diffusion_pytorch_model.safetensors"
@@ -60,7 +59,7 @@ def _looks_like_net(header: Header) -> bool:
     return known or stranger(names, "") is not None
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if source.path.is_dir():
         check_plain(source)
     if (what := stranger((), _class_name(source))) is not None:

@@ -12,7 +12,6 @@ from scumble_registry.formats.controlnet.adopt import POOLS
 from scumble_registry.formats.controlnet.config import NetConfig, parse_net, parse_t2i
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, shapes_of
 from scumble_registry.formats.safetensors_header import Header
-from scumble_registry.manifest import Manifest
 
 Form = Literal["net", "union", "t2i", "control_lora", "lllite"]
 CLASSES: dict[str, Form] = {"ControlNetModel": "net", "ControlNetUnionModel": "union", "T2IAdapter": "t2i"}
@@ -20,7 +19,9 @@ _FAMILIES: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _EMBEDDED = "controlnet_cond_embedding.blocks."
 
 
-def derive(header: Header, name: str, config: dict[str, Any], base: Manifest | None) -> ControlNetCompatibility:
+def derive(
+    header: Header, name: str, config: dict[str, Any], base: BaseCompatibility | None
+) -> ControlNetCompatibility:
     """`name` is the class in config.json, or "" where there is none. Raises Refused."""
     if lllite.is_lllite(header.tensors):
         return _of_lllite(header, base)
@@ -40,7 +41,7 @@ def derive(header: Header, name: str, config: dict[str, Any], base: Manifest | N
 
 
 def _of_net(
-    shapes: dict[str, Shape], form: Form, config: NetConfig | None, base: Manifest | None, *, pools: bool
+    shapes: dict[str, Shape], form: Form, config: NetConfig | None, base: BaseCompatibility | None, *, pools: bool
 ) -> ControlNetCompatibility:
     text = next((shape for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
     if text is None:
@@ -78,7 +79,9 @@ def _control_types(shapes: dict[str, Shape], config: NetConfig | None) -> int:
     return types
 
 
-def _of_t2i(shapes: dict[str, Shape], config: dict[str, Any], base: Manifest | None) -> ControlNetCompatibility:
+def _of_t2i(
+    shapes: dict[str, Shape], config: dict[str, Any], base: BaseCompatibility | None
+) -> ControlNetCompatibility:
     parsed = parse_t2i(config)
     light = parsed.adapter_type == "light_adapter"
     first = "adapter.body.0.in_conv.weight" if light else "adapter.conv_in.weight"
@@ -97,7 +100,7 @@ def _of_t2i(shapes: dict[str, Shape], config: dict[str, Any], base: Manifest | N
     )
 
 
-def _of_lllite(header: Header, base: Manifest | None) -> ControlNetCompatibility:
+def _of_lllite(header: Header, base: BaseCompatibility | None) -> ControlNetCompatibility:
     shapes = {name: info.shape for name, info in header.tensors.items()}
     return ControlNetCompatibility(
         form="lllite",
@@ -109,9 +112,9 @@ def _of_lllite(header: Header, base: Manifest | None) -> ControlNetCompatibility
     )
 
 
-def _family(base: Manifest | None, context: int | None) -> Family | None:
-    if base is not None and isinstance(base.compatibility, BaseCompatibility):
-        return base.compatibility.family
+def _family(base: BaseCompatibility | None, context: int | None) -> Family | None:
+    if base is not None:
+        return base.family
     return _FAMILIES.get(context) if context is not None else None
 
 

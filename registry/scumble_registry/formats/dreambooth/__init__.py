@@ -27,7 +27,6 @@ from scumble_registry.formats.dreambooth.delta import (
 from scumble_registry.formats.format import Difference, Format
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source
-from scumble_registry.manifest import Manifest
 
 KIND = "dreambooth"
 _SCHEDULER = "scheduler/scheduler_config.json"
@@ -39,13 +38,12 @@ def recognises(source: Source) -> bool:
     return source.base_folder is not None and base_format.recognises(source)
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     """Raises Incompatible, naming what differs, if the base's graphs cannot run these weights."""
     assert base is not None and source.base_folder is not None and source.work is not None
     whole = base_format.in_diffusers_layout(source)
     own, _ = base_format.examine(whole.source)
-    assert isinstance(base.compatibility, BaseCompatibility)
-    _check_architecture(own, base.compatibility)
+    _check_architecture(own, base)
     folder = source.base_folder()
     files: dict[str, Path] = {}
     changed: dict[str, int] = {}

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from pydantic import JsonValue
 
 from scumble.errors import IntegrityError, Refused
-from scumble_registry.compatibility import ContextNetworks, HypernetworkCompatibility
+from scumble_registry.compatibility import BaseCompatibility, ContextNetworks, HypernetworkCompatibility
 from scumble_registry.formats.floats import read_floats
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.hypernetwork import context, predictor, webui
@@ -25,7 +25,6 @@ from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
-from scumble_registry.manifest import Manifest
 
 KIND = "hypernetwork"
 FILE_NAME = "hypernetwork.safetensors"
@@ -42,7 +41,7 @@ def recognises(source: Source) -> bool:
     return len(weights) == 1 and (webui.recognises(header := read_header(weights[0])) or _form(header) is not None)
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     ((name, file),) = source.weights().items()
     if source.path.is_dir():
         check_plain(source)
@@ -57,7 +56,7 @@ def read(source: Source, base: Manifest | None) -> Draft:
     known = {key: values for key, values in tensors.items() if key not in leftover}
     record, network, family = form.parse(known, header.metadata)
     if base is not None:
-        family = base.compatibility.family
+        family = base.family
     compatibility = HypernetworkCompatibility(family=family, network=network)
     others = {key: path for key, path in source.files.items() if key != name} if source.path.is_dir() else {}
     return Draft(

@@ -39,7 +39,6 @@ from scumble_registry.formats.leftover import leave_out, refuse_leftover
 from scumble_registry.formats.lora.record import LoraModule, make_module
 from scumble_registry.formats.safetensors_header import Array, Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain
-from scumble_registry.manifest import Manifest
 
 KIND = "ip_adapter"
 FILE_NAME, FILE_NAME_V2 = "ip-adapter.safetensors", "ip-adapter-plusv2.safetensors"
@@ -59,11 +58,11 @@ def recognises(source: Source) -> bool:
     return bool(_adapter_files(source))
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     file = _single(source)
     if source.path.is_dir():
         check_plain(source)
-    if base is None or not isinstance(base.compatibility, BaseCompatibility):
+    if base is None:
         raise Refused(
             "an IP-Adapter counts the attention layers of its base, and can only be read with the base at hand: "
             "publish it with --base REF"
@@ -74,14 +73,14 @@ def read(source: Source, base: Manifest | None) -> Draft:
     leftover = leave_out(source, strangers, "or belong to a training checkpoint's UNet; keep image_proj and ip_adapter")
     projection_part, attention_part = _split(tensors)
     projection = inspect({name: values.shape for name, values in projection_part.items()})
-    record = _parse(projection_part, attention_part, base.compatibility)
+    record = _parse(projection_part, attention_part, base)
     encoder = (
         image_encoder.inspect(source, image_encoder.FOLDER)
         if f"{image_encoder.FOLDER}config.json" in source.files
         else None
     )
     shortcut = _has_shortcut(source, header, file) if projection.kind == "faceid_plus" else _no_shortcut(source)
-    compatibility = _derive(projection, record, base.compatibility, shortcut=shortcut, encoder=encoder)
+    compatibility = _derive(projection, record, base, shortcut=shortcut, encoder=encoder)
     name = FILE_NAME_V2 if shortcut else FILE_NAME
     return Draft(
         files=source.files if source.path.is_dir() else {name: file},

@@ -39,7 +39,6 @@ from scumble_registry.formats.lora.strangers import known_stranger
 from scumble_registry.formats.safetensors_header import DTYPES, Array, Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.formats.standard import STANDARD, standard
-from scumble_registry.manifest import Manifest
 
 KIND = "lora"
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -65,16 +64,15 @@ def recognises(source: Source) -> bool:
     return all(_looks_like_lora(read_header(file)) for file in weights)
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if source.path.is_dir():
         check_plain(source)
     tensors, scalings, metadata = _read_all(source)
-    known = _base_of(base)
-    likely = _standards(tensors, scalings) if known is None else []
-    of_base = likely[0] if likely else known
+    likely = _standards(tensors, scalings) if base is None else []
+    of_base = likely[0] if likely else base
     parsed = parse(tensors, scalings, of_base)
     _check_leftover(parsed, source, of_base)
-    family = known.family if known is not None else likely[0].family if len(likely) == 1 else None
+    family = base.family if base is not None else likely[0].family if len(likely) == 1 else None
     return Draft(
         files=source.files if source.path.is_dir() else {FILE_NAME: next(iter(_weights(source).values()))},
         compatibility=_derive(parsed.record, of_base, family),
@@ -82,7 +80,7 @@ def read(source: Source, base: Manifest | None) -> Draft:
         sampling=sampling_of(metadata, source.path.name),
         trigger_words=about.trigger_words(metadata),
         dialect=parsed.dialect,
-        details=_details(parsed, metadata, "the base" if known else "its modules" if likely else "the width of text"),
+        details=_details(parsed, metadata, "the base" if base else "its modules" if likely else "the width of text"),
         leftover=parsed.leftover,
     )
 
@@ -214,13 +212,6 @@ def _details(parsed: Parsed, metadata: Mapping[str, str], rests_on: str) -> dict
         "modules": about.modules(parsed.record, parsed.algorithms),
         "family": {"rests_on": rests_on, "header_says": about.family_said(metadata)},
     }
-
-
-def _base_of(base: Manifest | None) -> BaseCompatibility | None:
-    if base is None:
-        return None
-    assert isinstance(base.compatibility, BaseCompatibility)
-    return base.compatibility
 
 
 def _looks_like_lora(header: Header) -> bool:

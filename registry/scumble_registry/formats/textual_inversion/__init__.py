@@ -28,7 +28,6 @@ from scumble_registry.formats.textual_inversion.record import (
     read_record,
     write_record,
 )
-from scumble_registry.manifest import Manifest
 
 KIND = "textual_inversion"
 FILE_NAME = "learned_embeds.safetensors"
@@ -48,7 +47,7 @@ def recognises(source: Source) -> bool:
     return _find(read_header(file), source.plain.get(name)) is not None
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if _is_picture(source):
         raise Refused(
             "a picture that may carry an embedding is not read here; let the webui save the embedding as a file, and "
@@ -115,11 +114,13 @@ def _token(source: Source, layout: Embedding, file: Path) -> str:
     return token
 
 
-def _derive(record: TextualInversionRecord, token: str, base: Manifest | None) -> TextualInversionCompatibility:
+def _derive(
+    record: TextualInversionRecord, token: str, base: BaseCompatibility | None
+) -> TextualInversionCompatibility:
     widths = tuple(vectors.shape[1] for vectors in record.values())
     family = _FAMILIES.get(widths)
-    if base is not None and isinstance(base.compatibility, BaseCompatibility):
-        family = base.compatibility.family
+    if base is not None:
+        family = base.family
     count = len(next(iter(record.values())))
     return TextualInversionCompatibility(family=family, widths=widths, vectors=count, token=token)
 
