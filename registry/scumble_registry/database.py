@@ -17,7 +17,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 
 from scumble.errors import IntegrityError, Unavailable
 from scumble.files import explain_os_errors
-from scumble_registry.paths import Layout
+from scumble_registry.paths import HomePaths
 
 HEAD = "0003"
 """The newest migration."""
@@ -27,7 +27,7 @@ _BUSY_MS = 30_000
 class Database:
     """Owns the engine. Any thread may use it; `close` ends it."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: HomePaths) -> None:
         self._path = layout.database
         self._reader = _engine(layout.database)
         self._writer = self._reader.execution_options(writes=True)

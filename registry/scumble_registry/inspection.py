@@ -24,7 +24,7 @@ from scumble_registry.compatibility import Compatibility, check_fit
 from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import AUTO_V2, AUTO_V3, FileHash, HashKind, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling
-from scumble_registry.publishing import Allowed, For, examined
+from scumble_registry.publishing import PublishedFor, ReadOptions, examined
 from scumble_registry.registry import Registry
 
 
@@ -90,10 +90,10 @@ def inspect(
     """
     published_for = _find_base(base, registry) if base is not None else None
     words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
-    allowed = Allowed(leftover=True, max_bytes=max_bytes, hints=hints or Hints())
+    read_options = ReadOptions(leftover=True, max_bytes=max_bytes, hints=hints or Hints())
     with (
         registry.scratch() if registry is not None else _temporary() as work,
-        examined(Path(path), published_for, words, allowed, work) as found,
+        examined(Path(path), published_for, words, read_options, work) as found,
     ):
         draft = found.draft
         files = {name: _hash(file) for name, file in found.source.files.items()}
@@ -150,7 +150,7 @@ def match_to_dict(match: Match) -> dict[str, Any]:
     }
 
 
-def _find_base(base: str, registry: Registry | None) -> For:
+def _find_base(base: str, registry: Registry | None) -> PublishedFor:
     if base.startswith((".", "/", "~")):  # no reference does, and a folder may be called like one
         folder = Path(base).expanduser()
         draft = formats.read(Source.scan(folder), None)
@@ -158,7 +158,7 @@ def _find_base(base: str, registry: Registry | None) -> For:
             files={name: _hash(file) for name, file in draft.files.items()}, compatibility=draft.compatibility
         )
         manifest.as_base(str(folder))
-        return For(manifest, lambda: folder)
+        return PublishedFor(manifest, lambda: folder)
     if registry is None:
         raise Refused(
             f"there is no registry here that could have the base {base}; name a folder (./base), or --home DIR"

@@ -26,7 +26,7 @@ def default_home() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class HomePaths:
     home: Path
 
     @property

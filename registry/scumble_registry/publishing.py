@@ -30,7 +30,7 @@ _PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
 
 @dataclass(frozen=True, slots=True)
-class Details:
+class PublisherMetadata:
     """What a publisher says beside the files."""
 
     license: str | None = None
@@ -43,7 +43,7 @@ class Details:
 
 
 @dataclass(frozen=True, slots=True)
-class For:
+class PublishedFor:
     """The base that something is published for; `folder` has its files, filled when asked for."""
 
     manifest: Manifest
@@ -51,7 +51,7 @@ class For:
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
+class ReadOptions:
     """What a publisher lets through that is refused otherwise, and says of files that do not say it."""
 
     leftover: bool = False
@@ -79,7 +79,7 @@ class Stored:
 
 @contextmanager
 def examined(
-    path: Path, published_for: For | None, words: Iterable[str], allowed: Allowed, work: Path
+    path: Path, published_for: PublishedFor | None, words: Iterable[str], read_options: ReadOptions, work: Path
 ) -> Iterator[Examined]:
     """Read the files as publishing does; `work` is an empty folder for what a format makes of them.
 
@@ -91,9 +91,9 @@ def examined(
             Source.scan(path, tuple(words)),
             work=work,
             base_folder=published_for.folder if published_for is not None else None,
-            allow_leftover=allowed.leftover,
-            max_bytes=allowed.max_bytes,
-            hints=allowed.hints,
+            allow_leftover=read_options.leftover,
+            max_bytes=read_options.max_bytes,
+            hints=read_options.hints,
         )
         _check_size(source)
         before = source.stamps()
@@ -105,19 +105,19 @@ def examined(
 
 def store(
     path: Path,
-    published_for: For | None,
-    details: Details,
+    published_for: PublishedFor | None,
+    details: PublisherMetadata,
     blobs: BlobStore,
     work: Path,
     encoder: Manifest | None = None,
-    allowed: Allowed = Allowed(),
+    read_options: ReadOptions = ReadOptions(),
 ) -> Stored:
     """Check the files, derive what is derived, put every blob. `work` is an empty folder.
 
     Raises NotFound, Refused, Incompatible, InvalidRequest before anything is stored, Unavailable at any time.
     """
     base = published_for.manifest if published_for is not None else None
-    with examined(path, published_for, details.trigger_words, allowed, work) as found:
+    with examined(path, published_for, details.trigger_words, read_options, work) as found:
         draft = found.draft
         metadata = _metadata(details, draft)
         _check_sampling(details, draft)
@@ -170,7 +170,7 @@ def _check_size(source: Source) -> None:
         )
 
 
-def _check_sampling(details: Details, draft: Draft) -> None:
+def _check_sampling(details: PublisherMetadata, draft: Draft) -> None:
     if details.sampling is not None and not format_of(draft.compatibility.kind).has_sampling:
         raise InvalidRequest(
             f"a {draft.compatibility.kind} has no sampling of its own: leave --sampling out; "
@@ -179,7 +179,7 @@ def _check_sampling(details: Details, draft: Draft) -> None:
         )
 
 
-def _metadata(details: Details, draft: Draft) -> dict[str, Any]:
+def _metadata(details: PublisherMetadata, draft: Draft) -> dict[str, Any]:
     words = tuple(dict.fromkeys(details.trigger_words)) or draft.trigger_words
     if len(words) > _MAX_WORDS or not all(0 < len(word) <= _MAX_WORD and word.isprintable() for word in words):
         raise InvalidRequest(

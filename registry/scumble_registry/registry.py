@@ -28,8 +28,8 @@ from scumble_registry.formats.source import Hints
 from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
 from scumble_registry.leases import Lease
 from scumble_registry.manifest import Sampling, canonical_json
-from scumble_registry.paths import Layout
-from scumble_registry.publishing import Allowed, Details, For
+from scumble_registry.paths import HomePaths
+from scumble_registry.publishing import PublishedFor, PublisherMetadata, ReadOptions
 from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Registry:
     @classmethod
     def open(cls, home: Path, *, create: bool = False) -> Self:
         """The registry under `home` (SCUMBLE_HOME). Raises NotFound if there is none and `create` is not set."""
-        layout = Layout(Path(home))
+        layout = HomePaths(Path(home))
         if not layout.database.is_file():
             if not create:
                 raise NotFound(
@@ -121,12 +121,12 @@ class Registry:
             parse_alias(alias)
         words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
         profile = Sampling.parse(sampling) if sampling is not None else None
-        details = Details(license, description, words, provenance or {}, metrics or {}, sample_grid, profile)
+        details = PublisherMetadata(license, description, words, provenance or {}, metrics or {}, sample_grid, profile)
         published_for = self.published_for(base) if base is not None else None
         encoder = self.resolve(image_encoder).manifest if image_encoder is not None else None
-        allowed = Allowed(allow_leftover, max_bytes, hints or Hints())
+        read_options = ReadOptions(allow_leftover, max_bytes, hints or Hints())
         with self.scratch() as work:
-            stored = publishing.store(Path(path), published_for, details, self._blobs, work, encoder, allowed)
+            stored = publishing.store(Path(path), published_for, details, self._blobs, work, encoder, read_options)
         with self._database.writing() as connection:
             self._check_there(stored.manifest.blobs.values())
             status = Status.STAGED if staged else Status.APPROVED
@@ -146,7 +146,7 @@ class Registry:
             yield Path(folder)
 
     def folder_of(self, like: str | Path | None) -> Callable[[], Path] | None:
-        """For `Hints.like`: a folder in the diffusers layout, or a base by its reference.
+        """PublishedFor `Hints.like`: a folder in the diffusers layout, or a base by its reference.
 
         Raises NotFound, Refused for what is neither.
         """
@@ -160,10 +160,10 @@ class Registry:
         version = self.base(str(like))
         return lambda: self.materialise(version)
 
-    def published_for(self, base: str) -> For:
+    def published_for(self, base: str) -> PublishedFor:
         """What publishing for `base` needs of it. Raises NotFound, and Refused for what is no base."""
         version = self.base(base)
-        return For(version.manifest, lambda: self.materialise(version))
+        return PublishedFor(version.manifest, lambda: self.materialise(version))
 
     def find(self, ref: str) -> Version:
         """The version that `ref` names, whatever its status. Raises InvalidRequest, NotFound."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from scumble_registry.catalogue import Version
-from scumble_registry.cli.options import Alias, Home, Json, Name, Ref, open_registry
+from scumble_registry.cli.options import Alias, Home, Json, PublishedName, Ref, open_registry
 from scumble_registry.cli.printing import listed, plain, say
 from scumble_registry.cli.publish_options import PublishOptions, with_publish_options
 from scumble_registry.extract import extract
@@ -38,7 +38,7 @@ def publish(
 def extract_factors(
     ref: Ref,
     rank: Annotated[int, typer.Option(min=1, help="Columns of the factors; more keep more.")],
-    name: Name,
+    name: PublishedName,
     alias: Alias = None,
     home: Home = None,
     as_json: Json = False,

@@ -11,14 +11,14 @@ from scumble_registry.cli.options import (
     Alias,
     AllowLeftover,
     Averaged,
-    Base,
+    BaseRef,
     Description,
     ImageEncoder,
     Licence,
     Like,
     MaxSize,
-    Name,
     Prediction,
+    PublishedName,
     SampleGrid,
     SamplingText,
     Shortcut,
@@ -33,8 +33,8 @@ from scumble_registry.registry import Registry
 
 @dataclass(frozen=True, slots=True)
 class PublishOptions:
-    name: Name
-    base: Base = None
+    name: PublishedName
+    base: BaseRef = None
     image_encoder: ImageEncoder = None
     alias: Alias = None
     licence: Licence = None

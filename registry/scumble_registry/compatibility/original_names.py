@@ -85,12 +85,12 @@ class _Blocks:
         return f"output_blocks.{last}.{place}.conv" if inner == "conv" else None
 
 
-Place = tuple[int, int]
+BlockPosition = tuple[int, int]
 """Level, and which of its resnets; a downsampler stands where the next resnet would."""
 
 
 def converter(tensors: Iterable[str]) -> Callable[[str], str | None]:
-    """What gives a module of this UNet (or of its encoder alone) diffusers' name, or None to a stranger's.
+    """What gives a module of this UNet (or of its encoder alone) diffusers' name, or None to one of another model.
 
     `tensors` are all names of the file: where its samplers stand, a level ends.
 
@@ -117,11 +117,11 @@ def converter(tensors: Iterable[str]) -> Callable[[str], str | None]:
     return convert
 
 
-def _places(tensors: set[str], start: str, sampler: re.Pattern[str], first: int) -> dict[int, Place]:
+def _places(tensors: set[str], start: str, sampler: re.Pattern[str], first: int) -> dict[int, BlockPosition]:
     """Of each block from `first` on."""
     indices = {int(name.split(".")[1]) for name in tensors if name.startswith(start) and name.split(".")[1].isdecimal()}
     samplers = {int(match[1]) for name in tensors if (match := sampler.match(name))}
-    places: dict[int, Place] = {}
+    places: dict[int, BlockPosition] = {}
     level = within = 0
     for index in range(first, max(indices, default=first - 1) + 1):
         places[index] = (level, within)
@@ -129,14 +129,14 @@ def _places(tensors: set[str], start: str, sampler: re.Pattern[str], first: int)
     return places
 
 
-def _input_block(place: Place, inner: str) -> str | None:
+def _input_block(place: BlockPosition, inner: str) -> str | None:
     level, within = place
     if inner == "0.op":
         return f"down_blocks.{level}.downsamplers.0.conv"
     return _in_level(f"down_blocks.{level}", within, inner)
 
 
-def _output_block(place: Place, inner: str) -> str | None:
+def _output_block(place: BlockPosition, inner: str) -> str | None:
     level, within = place
     if inner in {"1.conv", "2.conv"}:
         return f"up_blocks.{level}.upsamplers.0.conv"

@@ -19,9 +19,9 @@ from scumble_registry.formats import (
 )
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.incoming import with_safetensors
+from scumble_registry.formats.refused_models import refuse_known_models
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_registry.formats.source import Draft, Source
-from scumble_registry.formats.strangers import refuse_strangers
 from scumble_registry.manifest import Manifest
 
 FORMATS: tuple[Format, ...] = (
@@ -54,7 +54,7 @@ def read(source: Source, base: Manifest | None) -> Draft:
         if form.recognises(source):
             return form.read(source, compatibility)
     for name, file in source.weights().items():
-        refuse_strangers(read_header(file).tensors, name)
+        refuse_known_models(read_header(file).tensors, name)
     known = "; ".join(f"{form.kind}: {form.hint}" for form in FORMATS)
     raise Refused(f"{source.path} is none of the kinds that can be published. {known}")
 

@@ -15,14 +15,14 @@ from sqlalchemy.schema import CreateTable
 from scumble.errors import Unavailable
 from scumble_registry import Registry, migrations
 from scumble_registry.database import HEAD, Database
-from scumble_registry.paths import Layout
+from scumble_registry.paths import HomePaths
 from scumble_registry.tables import METADATA
 
 
 @pytest.fixture
 def database(home: Path) -> Database:
     Registry.open(home, create=True).close()
-    return Database(Layout(home))
+    return Database(HomePaths(home))
 
 
 def test_the_migrations_make_exactly_the_tables(database: Database) -> None:

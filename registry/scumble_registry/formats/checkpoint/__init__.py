@@ -20,15 +20,15 @@ from pydantic import JsonValue
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import Family, PredictionType, Shape
 from scumble_registry.formats.checkpoint import configs
-from scumble_registry.formats.checkpoint.parts import V_PREDICTION, ZERO_SNR, Parts, is_whole, take_apart
+from scumble_registry.formats.checkpoint.parts import V_PREDICTION, ZERO_SNR, CheckpointParts, is_whole, take_apart
 from scumble_registry.formats.checkpoint.precision import one_precision
 from scumble_registry.formats.checkpoint.text import plain
 from scumble_registry.formats.checkpoint.vocabulary import write_tokenizer
 from scumble_registry.formats.floats import is_finite
-from scumble_registry.formats.leftover import leave_out
+from scumble_registry.formats.refused_models import refuse_known_models
 from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors, write_file
 from scumble_registry.formats.source import Source, Unpacked
-from scumble_registry.formats.strangers import refuse_strangers
+from scumble_registry.formats.unknown_keys import leave_out
 
 _FILES = {"unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
 _TEXT_FILE = "model.safetensors"
@@ -59,11 +59,11 @@ def unpack(source: Source) -> Unpacked:
     if file.stat().st_size > source.limit(_MAX_BYTES):
         raise Refused(f"{file.name} is larger than {source.limit(_MAX_BYTES)} bytes, too large for a checkpoint")
     header = read_header(file)
-    refuse_strangers(header.tensors, file.name)
+    refuse_known_models(header.tensors, file.name)
     folder = source.hints.like or source.base_folder
     like = folder() if folder else None
     parts = take_apart(read_tensors(file, header), _family_of(like) if like else None, ema=source.hints.ema)
-    leftover = leave_out(source, parts.strangers, "or no part of Stable Diffusion")
+    leftover = leave_out(source, parts.unknown, "or no part of Stable Diffusion")
     _check_values(parts)
     prediction = _prediction(source, header, parts, like)
     assert source.work is not None
@@ -100,7 +100,7 @@ def _component(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _check_values(parts: Parts) -> None:
+def _check_values(parts: CheckpointParts) -> None:
     for component, tensors in parts.components.items():
         for name, values in tensors.items():
             if values.dtype.name not in {"float32", "float16", "bfloat16"}:
@@ -109,7 +109,7 @@ def _check_values(parts: Parts) -> None:
                 raise Refused(f"{component}: {name} holds NaN or infinite values; the merge or training went wrong")
 
 
-def _prediction(source: Source, header: Header, parts: Parts, like: Path | None) -> PredictionType:
+def _prediction(source: Source, header: Header, parts: CheckpointParts, like: Path | None) -> PredictionType:
     """The publisher's word, then the file's, then that of the folder it is like. SD 2.x's cannot be guessed."""
     said = source.hints.prediction_type
     word = header.metadata.get("modelspec.prediction_type", "").lower()
@@ -131,7 +131,7 @@ def _prediction(source: Source, header: Header, parts: Parts, like: Path | None)
     return "epsilon"
 
 
-def _take_over(like: Path, parts: Parts, work: Path) -> dict[str, Path]:
+def _take_over(like: Path, parts: CheckpointParts, work: Path) -> dict[str, Path]:
     """Files of the folder that the checkpoint is like: all but the weights that it has itself.
 
     A component whose every weight equals that folder's stays that folder's. Raises Refused where structures differ.
@@ -179,7 +179,7 @@ def _check_structure(config: Mapping[str, Any], tensors: Mapping[str, Array]) ->
 
 
 def _write_configs(
-    folder: Path, parts: Parts, prediction: PredictionType, given: Mapping[str, Path]
+    folder: Path, parts: CheckpointParts, prediction: PredictionType, given: Mapping[str, Path]
 ) -> dict[str, Path]:
     """What `given` lacks, and a scheduler that says what is predicted."""
     made: dict[str, dict[str, Any]] = {}
@@ -210,7 +210,7 @@ def _write_configs(
     return {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
 
 
-def _check_complete(parts: Parts) -> None:
+def _check_complete(parts: CheckpointParts) -> None:
     needed = {"unet", "vae", "text_encoder", *(("text_encoder_2",) if parts.family == "sdxl" else ())}
     if missing := sorted(needed - parts.components.keys()):
         raise Refused(
@@ -219,7 +219,7 @@ def _check_complete(parts: Parts) -> None:
         )
 
 
-def _text_config(parts: Parts, name: str) -> dict[str, Any]:
+def _text_config(parts: CheckpointParts, name: str) -> dict[str, Any]:
     is_open_clip = parts.family == "sd2" or name == "text_encoder_2"
     return configs.text_config(_shapes(parts.components[name]), is_open_clip=is_open_clip)
 

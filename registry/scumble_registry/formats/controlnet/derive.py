@@ -8,8 +8,8 @@ from typing import Any, Literal
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility, Family, Shape
 from scumble_registry.formats.controlnet import lllite
-from scumble_registry.formats.controlnet.adopt import POOLS
 from scumble_registry.formats.controlnet.config import NetConfig, parse_net, parse_t2i
+from scumble_registry.formats.controlnet.conversion import POOLS
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, shapes_of
 from scumble_registry.formats.safetensors_header import Header
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from scumble.errors import Refused
-from scumble_registry.formats.controlnet import bare
-from scumble_registry.formats.controlnet.adopt import POOLS
+from scumble_registry.formats.controlnet import inferred_config
+from scumble_registry.formats.controlnet.conversion import POOLS
 from scumble_registry.formats.controlnet.weights import read_weights
 from scumble_registry.formats.safetensors_header import read_header, write_file
 from scumble_registry.formats.stored import StoredVersion
@@ -46,6 +46,6 @@ def export(stored: Path, unet: dict[str, Any] | None, layout: str, folder: Path)
         )
     header = read_header(weights)
     shapes = {name: values.shape for name, values in found.full.items()}
-    config = bare.net_config(shapes, unet, pools=header.metadata.get(POOLS) == "true")
+    config = inferred_config.net_config(shapes, unet, pools=header.metadata.get(POOLS) == "true")
     (folder / _CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
     write_file(folder / _WEIGHTS, found.full, {"format": "pt"})

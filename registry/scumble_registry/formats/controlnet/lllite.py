@@ -28,7 +28,7 @@ def is_lllite(names: Iterable[str]) -> bool:
     return any(_KEY.fullmatch(name) for name in names)
 
 
-def strangers(names: Iterable[str]) -> set[str]:
+def unknown_keys(names: Iterable[str]) -> set[str]:
     return {name for name in names if not _KEY.fullmatch(name)}
 
 

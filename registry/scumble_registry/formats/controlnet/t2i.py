@@ -31,7 +31,7 @@ def is_original(names: Mapping[str, object]) -> bool:
     return any(name.startswith(("body.0.block1.", "body.0.body.0.block1.")) for name in plain)
 
 
-def is_bare(names: Mapping[str, object]) -> bool:
+def is_diffusers(names: Mapping[str, object]) -> bool:
     """diffusers' own, without a config.json."""
     return any(name.startswith(f"{_PREFIX}body.0.resnets.0.block1.") for name in names)
 

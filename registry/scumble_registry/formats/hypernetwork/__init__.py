@@ -22,9 +22,9 @@ from scumble_registry.formats.hypernetwork import context, predictor, webui
 from scumble_registry.formats.hypernetwork.context_record import ContextRecord
 from scumble_registry.formats.hypernetwork.export import LAYOUTS, export_version
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
-from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.formats.unknown_keys import leave_out
 
 KIND = "hypernetwork"
 FILE_NAME = "hypernetwork.safetensors"
@@ -52,7 +52,7 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
     tensors = read_floats(file, header, what="a hypernetwork", max_bytes=source.limit(_MAX_BYTES))
     form = _form(header)
     assert form is not None  # `recognises` has seen to it
-    leftover = leave_out(source, form.strangers(header), "beside a hypernetwork's own")
+    leftover = leave_out(source, form.unknown_keys(header), "beside a hypernetwork's own")
     known = {key: values for key, values in tensors.items() if key not in leftover}
     record, network, family = form.parse(known, header.metadata)
     if base is not None:

@@ -69,7 +69,7 @@ def recognises(header: Header) -> bool:
     return any(_KEY.fullmatch(name) for name in header.tensors)
 
 
-def strangers(header: Header) -> set[str]:
+def unknown_keys(header: Header) -> set[str]:
     """Keys that are none of such a network's."""
     return {name for name in header.tensors if not _KEY.fullmatch(name)}
 

@@ -35,10 +35,10 @@ from scumble_registry.formats.ip_adapter.attentions import attentions
 from scumble_registry.formats.ip_adapter.export import LAYOUTS, export_version
 from scumble_registry.formats.ip_adapter.projection import Projection, inspect
 from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record, unwritten, write_record
-from scumble_registry.formats.leftover import leave_out, refuse_leftover
 from scumble_registry.formats.lora.record import LoraModule, make_module
 from scumble_registry.formats.safetensors_header import Array, Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.formats.unknown_keys import leave_out, refuse_unknown_keys
 
 KIND = "ip_adapter"
 FILE_NAME, FILE_NAME_V2 = "ip-adapter.safetensors", "ip-adapter-plusv2.safetensors"
@@ -69,8 +69,8 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
         )
     header = read_header(file)
     tensors = read_floats(file, header, what="an IP-Adapter", max_bytes=source.limit(_MAX_BYTES))
-    strangers = {name for name in tensors if not name.startswith((*_PICTURE, *_ATTENTION))}
-    leftover = leave_out(source, strangers, "or belong to a training checkpoint's UNet; keep image_proj and ip_adapter")
+    unknown = {name for name in tensors if not name.startswith((*_PICTURE, *_ATTENTION))}
+    leftover = leave_out(source, unknown, "or belong to a training checkpoint's UNet; keep image_proj and ip_adapter")
     projection_part, attention_part = _split(tensors)
     projection = inspect({name: values.shape for name, values in projection_part.items()})
     record = _parse(projection_part, attention_part, base)
@@ -115,7 +115,7 @@ def _single(source: Source) -> Path:
     found = _adapter_files(source)
     if len(found) == 1:
         others = source.weights().keys() - {name for name, file in source.files.items() if file == found[0]}
-        refuse_leftover(
+        refuse_unknown_keys(
             {name for name in others if not name.startswith(image_encoder.FOLDER)},
             hint="or have no place beside an IP-Adapter",
         )
@@ -158,7 +158,7 @@ def _parse(projection: dict[str, Array], attention: dict[str, Array], base: Base
             (keys if match[2] == "k" else values)[names[index]] = array
         else:
             factors.setdefault(f"{names[index]}.{_LAYERS[match[2]]}", {})[match[3]] = array
-    refuse_leftover(leftover, hint="or name no attention")
+    refuse_unknown_keys(leftover, hint="or name no attention")
     lora: dict[str, LoraModule] = {}
     for target, pair in sorted(factors.items()):
         if len(pair) != 2:

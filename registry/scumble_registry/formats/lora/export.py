@@ -36,8 +36,8 @@ from scumble_registry.formats.lora.record import (
 from scumble_registry.formats.safetensors_header import Array, write
 from scumble_registry.formats.stored import StoredVersion, header_metadata
 
-Layout = Literal["diffusers", "kohya", "peft", "webui"]
-LAYOUTS: tuple[Layout, ...] = ("diffusers", "kohya", "peft", "webui")
+LoraLayout = Literal["diffusers", "kohya", "peft", "webui"]
+LAYOUTS: tuple[LoraLayout, ...] = ("diffusers", "kohya", "peft", "webui")
 FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -53,7 +53,7 @@ def export_version(version: StoredVersion, layout: str, target: Path) -> None:
 
 def export(
     record: LoraRecord,
-    layout: Layout,
+    layout: LoraLayout,
     folder: Path,
     *,
     base: BaseCompatibility | None = None,

@@ -16,7 +16,6 @@ from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, TextualInversionCompatibility
 from scumble_registry.formats.floats import read_floats
 from scumble_registry.formats.format import Format
-from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.pickled import Plain
 from scumble_registry.formats.safetensors_header import Header, read_header, write_file
 from scumble_registry.formats.source import Draft, Source, check_plain
@@ -28,6 +27,7 @@ from scumble_registry.formats.textual_inversion.record import (
     read_record,
     write_record,
 )
+from scumble_registry.formats.unknown_keys import leave_out
 
 KIND = "textual_inversion"
 FILE_NAME = "learned_embeds.safetensors"

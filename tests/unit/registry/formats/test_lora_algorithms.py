@@ -18,7 +18,7 @@ from scumble_registry.formats.lora.export import export
 from scumble_registry.formats.lora.record import Dense, Gain, Kronecker, Product, Rotation, make_module
 from scumble_registry.formats.safetensors_header import write
 from scumble_registry.formats.source import Source
-from scumble_registry.formats.standard import standard
+from scumble_registry.formats.stable_diffusion import stable_diffusion
 
 BaseWriter = Callable[..., Path]
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -222,14 +222,16 @@ def test_the_family_needs_no_base_where_the_width_of_the_text_tells(tmp_path: Pa
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_kohyas_names_of_the_real_sizes_are_read_without_a_base(tmp_path: Path, family: Any) -> None:
     targets = {
-        name: shape for name, shape in standard(family).targets.items() if "attentions.0" in name or "mlp" in name
+        name: shape
+        for name, shape in stable_diffusion(family).targets.items()
+        if "attentions.0" in name or "mlp" in name
     }
     path = tmp_path / "a.safetensors"
     record: LoraRecord = {
         name: make_module(name, np.ones((1, shape[1]), np.float16), np.ones((shape[0], 1), np.float16), 1.0)
         for name, shape in targets.items()
     }
-    export(record, "kohya", tmp_path, base=standard(family))
+    export(record, "kohya", tmp_path, base=stable_diffusion(family))
     (tmp_path / "pytorch_lora_weights.safetensors").rename(path)
     draft = drafted(path)
     assert draft.compatibility.family == family

@@ -1,17 +1,14 @@
-"""What a file tells people: its trigger words, the family that its header names, what its modules are. A header is a
-stranger's text: cut, without what cannot be printed, and never followed.
+"""What a file's header tells people: its trigger words, and the family that it names.
+
+A header is untrusted text: cut, without what cannot be printed, and never followed.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import JsonValue
-
-from scumble_registry.formats.lora.record import Gain, LoraModule, LoraRecord, Module, row_columns
 from scumble_registry.formats.training_metadata import frequent_tags
 
 _MAX_WORD, _MAX_WORDS = 200, 100
@@ -38,42 +35,6 @@ def family_said(metadata: Mapping[str, str]) -> str | None:
         if found := [family for start, family in table.items() if text.startswith(start)]:
             return found[0]
     return "sd2" if metadata.get("ss_v2") == "True" else None
-
-
-def modules(record: LoraRecord, algorithms: Mapping[str, str]) -> dict[str, JsonValue]:
-    """By target: algorithm, rank and alpha of factors, serving class."""
-    return {target: _module(target, module, algorithms[target]) for target, module in record.items()}
-
-
-def counts(record: LoraRecord, algorithms: Mapping[str, str]) -> dict[str, JsonValue]:
-    """How many modules each component, algorithm and serving class has."""
-
-    def count(words: Iterable[str]) -> JsonValue:
-        return dict(sorted(Counter(words).items()))
-
-    return {
-        "components": count(target.partition(".")[0] for target in record),
-        "algorithms": count(algorithms.values()),
-        "serving": count(serving(target, module) for target, module in record.items()),
-    }
-
-
-def serving(target: str, module: Module) -> str:
-    """`row`: factors that rows carry; `row with gain`: they stretch or mix the weight too; `variant`: merged into
-    copies of the weights.
-    """
-    if row_columns(target, module) is None:
-        return "variant"
-    return "row with gain" if module.reads_weights or isinstance(module, Gain) else "row"
-
-
-def _module(target: str, module: Module, algorithm: str) -> JsonValue:
-    about: dict[str, JsonValue] = {"algorithm": algorithm, "serving": serving(target, module)}
-    if isinstance(module, LoraModule):
-        about |= {"rank": module.rank, "alpha": module.alpha}
-    if module.magnitude is not None:
-        about["dora"] = ("rows", "columns")[module.magnitude.axis]
-    return about
 
 
 def _most_frequent(text: str) -> list[str]:

@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(?:transf
 _HEADS = 8  # of a union net's own attention over pictures, in all that are known
 
 
-def is_bare(names: Mapping[str, object]) -> bool:
+def is_diffusers_net(names: Mapping[str, object]) -> bool:
     return any(name.startswith(EMBEDDING) for name in names)
 
 

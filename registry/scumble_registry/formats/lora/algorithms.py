@@ -38,7 +38,7 @@ _ROOM, _LARGEST = 4, 1 << 27
 
 
 @dataclass(slots=True)
-class Parts:
+class ModuleTensors:
     """What a file holds for one target; `taken` are those that were read so far."""
 
     target: str
@@ -108,7 +108,7 @@ class Parts:
         return self.shape
 
 
-def build(parts: Parts) -> tuple[Module, str] | None:
+def build(parts: ModuleTensors) -> tuple[Module, str] | None:
     """The module and its algorithm's name; None where the parts make no whole. Raises Refused naming the target."""
     for needed, name, read in _READERS:
         if parts.has(*needed):
@@ -122,7 +122,7 @@ def build(parts: Parts) -> tuple[Module, str] | None:
     return None
 
 
-def _lora(parts: Parts) -> Module:
+def _lora(parts: ModuleTensors) -> Module:
     down, up, mid = parts.need("down"), parts.need("up"), parts.take("mid")
     if mid is not None:
         down = _tucker(parts, down, mid)
@@ -136,7 +136,7 @@ def _lora(parts: Parts) -> Module:
     return make_module(parts.target, down, up, alpha, magnitude, bias=bias)
 
 
-def _tucker(parts: Parts, down: Array, mid: Array) -> Array:
+def _tucker(parts: ModuleTensors, down: Array, mid: Array) -> Array:
     target = parts.target
     if mid.ndim != 4 or down.ndim not in {2, 4} or mid.shape[1] != down.shape[0] or down.shape[2:] not in {(), (1, 1)}:
         raise Refused(f"{target}: mid {mid.shape} does not go behind down {down.shape}", target=target)
@@ -144,7 +144,7 @@ def _tucker(parts: Parts, down: Array, mid: Array) -> Array:
     return algebra.tucker(down, mid)
 
 
-def _loha(parts: Parts) -> Module:
+def _loha(parts: ModuleTensors) -> Module:
     pairs: list[tuple[Array, Array]] = []
     for half in "12":
         up, down, mid = parts.need(f"hada_w{half}_a"), parts.need(f"hada_w{half}_b"), parts.take(f"hada_t{half}")
@@ -169,7 +169,7 @@ def _loha(parts: Parts) -> Module:
     return _factors(parts.target, up, down.reshape(len(down), into, *kernel), scale, magnitude, bias)
 
 
-def _lokr(parts: Parts) -> Module:
+def _lokr(parts: ModuleTensors) -> Module:
     left, rank_left = _half(parts, "lokr_w1")
     if left[1].ndim != 2:
         raise Refused(f"{parts.target}: the left side of a Kronecker product has no kernel", target=parts.target)
@@ -193,7 +193,7 @@ def _lokr(parts: Parts) -> Module:
     return Kronecker((up1 @ down1) * np.float32(scale), whole, magnitude, bias)
 
 
-def _half(parts: Parts, name: str, columns: int | None = None) -> tuple[tuple[Array, Array], int | None]:
+def _half(parts: ModuleTensors, name: str, columns: int | None = None) -> tuple[tuple[Array, Array], int | None]:
     """One side of a Kronecker product as factors, and its rank, None where it stands there whole.
 
     `columns` of the other side, which with the base's shape tell a flattened kernel.
@@ -218,7 +218,7 @@ def _half(parts: Parts, name: str, columns: int | None = None) -> tuple[tuple[Ar
     return (algebra.wide(up), algebra.wide(down)), rank
 
 
-def _kernel(parts: Parts, flat: int) -> Shape:
+def _kernel(parts: ModuleTensors, flat: int) -> Shape:
     """The kernel of the base's convolution, where a width of `flat` is that of its channels and taps together."""
     shape = parts.shape or ()
     return shape[2:] if len(shape) == 4 and shape[2:] != (1, 1) and flat == int(np.prod(shape[1:])) else ()
@@ -236,14 +236,14 @@ def _check_product(target: str, up: Array, down: Array) -> None:
         raise Refused(f"{target}: {up.shape} and {down.shape} are no factors of one matrix", target=target)
 
 
-def _check_halves(parts: Parts, up: Array, mid: Array, down: Array) -> None:
+def _check_halves(parts: ModuleTensors, up: Array, mid: Array, down: Array) -> None:
     target = parts.target
     if mid.ndim != 4 or up.ndim != 2 or down.ndim != 2 or mid.shape[:2] != (up.shape[1], down.shape[0]):
         raise Refused(f"{target}: {up.shape}, {mid.shape} and {down.shape} are no factors of one kernel", target=target)
     parts.check_size(mid.shape[0], down.shape[1], *mid.shape[2:])
 
 
-def _full(parts: Parts) -> Module:
+def _full(parts: ModuleTensors) -> Module:
     delta = parts.need("diff")
     if delta.ndim not in {1, 2, 4} or 0 in delta.shape:
         raise Refused(f"{parts.target}: a difference of shape {delta.shape} is that of no weight", target=parts.target)
@@ -251,12 +251,12 @@ def _full(parts: Parts) -> Module:
     return Dense(delta, magnitude, _bias(parts))
 
 
-def _ia3(parts: Parts) -> Module:
+def _ia3(parts: ModuleTensors) -> Module:
     values, on_input = parts.need("ia3"), parts.number("on_input")
     return _gain(parts, values.reshape(-1), axis=1 if on_input else 0)
 
 
-def _peft_ia3(parts: Parts) -> Module:
+def _peft_ia3(parts: ModuleTensors) -> Module:
     """PEFT holds the factor itself, on what a feed-forward layer reads and on what others give, their bias too."""
     factor = parts.need("peft_ia3")
     into = parts.scaling.reads_input(parts.module)
@@ -264,7 +264,7 @@ def _peft_ia3(parts: Parts) -> Module:
     return _gain(parts, values, axis=1 if into else 0, with_bias=not into and has_bias(parts.target))
 
 
-def _gain(parts: Parts, values: Array, axis: int, *, with_bias: bool = False) -> Module:
+def _gain(parts: ModuleTensors, values: Array, axis: int, *, with_bias: bool = False) -> Module:
     shape = parts.weight()
     if len(values) != shape[axis]:
         raise Refused(
@@ -274,7 +274,7 @@ def _gain(parts: Parts, values: Array, axis: int, *, with_bias: bool = False) ->
     return Gain(values, axis, values if with_bias else None, _bias(parts))
 
 
-def _glora(parts: Parts) -> Module:
+def _glora(parts: ModuleTensors) -> Module:
     """ΔW = α/r (W a₁ a₂ + b₁ b₂). Old files have the indices of each pair the other way round."""
     a1, a2, b1, b2 = (parts.need(f"glora_{name}") for name in ("a1", "a2", "b1", "b2"))
     for values in (a1, a2, b1, b2):
@@ -292,7 +292,7 @@ def _glora(parts: Parts) -> Module:
     return make_module(parts.target, down, b1, parts.alpha(len(down)), inner=inner, bias=_bias(parts))
 
 
-def _oft(parts: Parts) -> Module:
+def _oft(parts: ModuleTensors) -> Module:
     blocks = _blocks(parts, "oft_blocks")
     alpha = parts.number("alpha") or 0.0
     limit = alpha * blocks.shape[-3] * blocks.shape[-2]
@@ -303,14 +303,14 @@ def _oft(parts: Parts) -> Module:
     return _rotation(parts, turned.swapaxes(1, 2)[None] if blocks.ndim == 3 else turned, axis=0)
 
 
-def _oft_diag(parts: Parts) -> Module:
+def _oft_diag(parts: ModuleTensors) -> Module:
     """Old LyCORIS: the rotation itself."""
     blocks = algebra.wide(_blocks(parts, "oft_diag"))
     parts.take("alpha")
     return _rotation(parts, blocks.swapaxes(1, 2)[None] if blocks.ndim == 3 else blocks, axis=0)
 
 
-def _blocks(parts: Parts, name: str) -> Array:
+def _blocks(parts: ModuleTensors, name: str) -> Array:
     blocks = parts.need(name)
     if blocks.ndim not in {3, 4} or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
         raise Refused(f"{parts.target}: blocks of shape {blocks.shape} are no square ones", target=parts.target)
@@ -318,7 +318,7 @@ def _blocks(parts: Parts, name: str) -> Array:
     return blocks
 
 
-def _peft_oft(parts: Parts) -> Module:
+def _peft_oft(parts: ModuleTensors) -> Module:
     """On what the layer reads; blocks as upper triangles."""
     packed, shape, config = parts.need("peft_oft"), parts.weight(), parts.scaling
     if packed.ndim != 2 or shape[2:] not in {(), (1, 1)}:
@@ -339,7 +339,7 @@ def _peft_oft(parts: Parts) -> Module:
     return _rotation(parts, turned.swapaxes(1, 2)[None], axis=1)
 
 
-def _peft_boft(parts: Parts) -> Module:
+def _peft_boft(parts: ModuleTensors) -> Module:
     blocks, rescale = _blocks(parts, "peft_boft"), parts.take("peft_boft_s")
     if blocks.ndim != 4 or len(blocks) != 1 or parts.weight()[2:] not in {(), (1, 1)}:
         raise Refused(
@@ -352,7 +352,7 @@ def _peft_boft(parts: Parts) -> Module:
     return _rotation(parts, turned, axis=1, rescale=rescale)
 
 
-def _rotation(parts: Parts, blocks: Array, axis: int, rescale: Array | None = None) -> Module:
+def _rotation(parts: ModuleTensors, blocks: Array, axis: int, rescale: Array | None = None) -> Module:
     shape = parts.weight()
     rescale = parts.take("rescale") if rescale is None else rescale
     stages, count, size = blocks.shape[:3] if blocks.ndim == 4 else (0, 0, 0)
@@ -372,7 +372,7 @@ def _rotation(parts: Parts, blocks: Array, axis: int, rescale: Array | None = No
     return Rotation(np.ascontiguousarray(blocks), axis, rescale, _bias(parts))
 
 
-def _magnitude(parts: Parts, out: int, into: int) -> Magnitude | None:
+def _magnitude(parts: ModuleTensors, out: int, into: int) -> Magnitude | None:
     """(out,), (out, 1[, 1, 1]), (1, in[, 1, 1]); four dimensions that begin with 1 are PEFT's (1, out, 1, 1), or
     kohya's (1, in, 1, 1).
     """
@@ -391,15 +391,15 @@ def _magnitude(parts: Parts, out: int, into: int) -> Magnitude | None:
     return None
 
 
-def _bias(parts: Parts) -> Array | None:
+def _bias(parts: ModuleTensors) -> Array | None:
     return _vector(parts, "diff_b") if parts.has("diff_b") and has_bias(parts.target) else None
 
 
-def _vector(parts: Parts, name: str) -> Array:
+def _vector(parts: ModuleTensors, name: str) -> Array:
     return parts.need(name).reshape(-1)
 
 
-_READERS: tuple[tuple[tuple[str, ...], str, Callable[[Parts], Module]], ...] = (
+_READERS: tuple[tuple[tuple[str, ...], str, Callable[[ModuleTensors], Module]], ...] = (
     (("lokr_w1",), "LoKr", _lokr),
     (("lokr_w1_a", "lokr_w1_b"), "LoKr", _lokr),
     (("hada_w1_a", "hada_w1_b"), "LoHa", _loha),

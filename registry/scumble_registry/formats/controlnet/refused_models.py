@@ -18,7 +18,7 @@ _MARKS = {
 }
 
 
-def stranger(names: Iterable[str], class_name: str) -> str | None:
+def refused_model(names: Iterable[str], class_name: str) -> str | None:
     """What files with these tensors, and this class in config.json (or ""), are, if they are of such a kind."""
     names = list(names)
     if class_name in _CLASSES:

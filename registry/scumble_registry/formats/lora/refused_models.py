@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_STRANGERS = (
+_REFUSED = (
     (r"lora_prior_(unet|te)_", "Stable Cascade's, a family that is not served"),
     (
         r"^lora_transformer_|^transformer\.|(double|single|joint)_(transformer_)?blocks|^lora_te3_|^diffusion_model\.layers",
@@ -35,10 +35,10 @@ _STRANGERS = (
 )
 
 
-def known_stranger(keys: Iterable[str]) -> str | None:
+def refused_model(keys: Iterable[str]) -> str | None:
     """What these keys are known to be, for a sentence that begins with "They are"."""
     keys = list(keys)
-    for pattern, kind in _STRANGERS:
+    for pattern, kind in _REFUSED:
         if any(re.search(pattern, key) for key in keys):
             return kind
     return None

@@ -10,7 +10,7 @@ from scumble_registry.formats.source import Source
 _SHOWN = 8
 
 
-def refuse_leftover(keys: Collection[str], hint: str, of: str | None = None) -> None:
+def refuse_unknown_keys(keys: Collection[str], hint: str, of: str | None = None) -> None:
     """`of`: what they are known to be (`VeRA`), where that is known."""
     if not keys:
         return
@@ -26,5 +26,5 @@ def refuse_leftover(keys: Collection[str], hint: str, of: str | None = None) -> 
 def leave_out(source: Source, keys: Collection[str], hint: str) -> tuple[str, ...]:
     """The keys, sorted, where the publisher lets them be left out. Raises Refused where not."""
     if not source.allow_leftover:
-        refuse_leftover(keys, hint)
+        refuse_unknown_keys(keys, hint)
     return tuple(sorted(keys))

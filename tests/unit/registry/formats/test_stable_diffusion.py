@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from scumble_registry.compatibility import Family, canonical_name, matrix_shape
-from scumble_registry.formats.standard import STANDARD, standard
+from scumble_registry.formats.stable_diffusion import FAMILIES, stable_diffusion
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -43,7 +43,7 @@ def modules(component: str, model: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-@pytest.mark.parametrize("family", STANDARD)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_has_the_modules_of_the_real_classes(family: Family) -> None:
     with torch.device("meta"):
         found = modules("unet", diffusers.UNet2DConditionModel(**UNETS[family]))
@@ -52,7 +52,7 @@ def test_it_has_the_modules_of_the_real_classes(family: Family) -> None:
             kind = transformers.CLIPTextModelWithProjection if second else transformers.CLIPTextModel
             more = {"projection_dim": 1280} if second else {}
             found |= modules(component, kind(transformers.CLIPTextConfig(**config, **more)))
-    ours = standard(family)
+    ours = stable_diffusion(family)
     assert {name: matrix_shape(shape) for name, shape in ours.targets.items()} == {
         name: matrix_shape(shape) for name, shape in found.items()
     }

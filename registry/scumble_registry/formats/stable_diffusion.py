@@ -48,11 +48,11 @@ _SIZES: dict[Family, _Sizes] = {
         2816,
     ),
 }
-STANDARD: tuple[Family, ...] = ("sd1", "sd2", "sdxl")
+FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl")
 
 
 @cache
-def standard(family: Family) -> BaseCompatibility:
+def stable_diffusion(family: Family) -> BaseCompatibility:
     sizes = _SIZES[family]
     targets = {f"unet.{name}": shape for name, shape in _unet(sizes)}
     for text in sizes.texts:

@@ -30,12 +30,12 @@ _MARKS: tuple[tuple[str, str], ...] = (
 """What only such a model's tensors have in their names; the first that is found counts."""
 
 
-def stranger(names: Iterable[str]) -> str | None:
+def refused_model(names: Iterable[str]) -> str | None:
     names = list(names)
     return next((what for mark, what in _MARKS if any(mark in name for name in names)), None)
 
 
-def refuse_strangers(names: Iterable[str], file: str) -> None:
+def refuse_known_models(names: Iterable[str], file: str) -> None:
     """Raises Refused, naming what it is."""
-    if (what := stranger(names)) is not None:
+    if (what := refused_model(names)) is not None:
         raise Refused(f"{file} is {what}; only Stable Diffusion 1.x, 2.x and XL are served here", file=file)
