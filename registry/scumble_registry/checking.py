@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, select
 
 from scumble.errors import IntegrityError, Refused
-from scumble_registry import artifacts
-from scumble_registry.blobs import Blob, BlobStore
+from scumble_registry.blob import Blob
 from scumble_registry.formats import format_of
 from scumble_registry.manifest import Manifest
-from scumble_registry.tables import ALIASES, NAMES, VERSIONS
+from scumble_registry.store import artifacts
+from scumble_registry.store.blobs import BlobStore
+from scumble_registry.store.tables import ALIASES, NAMES, VERSIONS
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from scumble.errors import InvalidRequest
 from scumble.files import new_folder
-from scumble_registry.catalogue import Version
 from scumble_registry.compatibility import BaseCompatibility
 from scumble_registry.formats import format_of
 from scumble_registry.manifest import Manifest
 from scumble_registry.registry import Registry
+from scumble_registry.store.catalogue import Version
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.catalogue import Version
 from scumble_registry.compatibility import BaseCompatibility, canonical_name
 from scumble_registry.formats import format_of
 from scumble_registry.formats.checkpoint.text import plain
 from scumble_registry.formats.lora import FILE_NAME
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors, write
 from scumble_registry.registry import Registry
+from scumble_registry.store.catalogue import Version
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.blobs import Blob
+from scumble_registry.blob import Blob
 from scumble_registry.formats.safetensors_header import read_header
 
 AUTO_V2, AUTO_V3 = 10, 12

@@ -18,14 +18,15 @@ from pydantic import JsonValue
 
 from scumble.errors import Incompatible, Refused
 from scumble_registry import formats
-from scumble_registry.blobs import Blob, copy_and_hash
-from scumble_registry.catalogue import Match
+from scumble_registry.blob import Blob
 from scumble_registry.compatibility import Compatibility, check_fit
 from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import AUTO_V2, AUTO_V3, FileHash, HashKind, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling
 from scumble_registry.publishing import PublishedFor, ReadOptions, examined
 from scumble_registry.registry import Registry
+from scumble_registry.store.blobs import copy_and_hash
+from scumble_registry.store.catalogue import Match
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from pydantic import (
 
 from scumble.errors import IntegrityError, InvalidRequest, Refused
 from scumble.request import SchedulerName, TimestepSpacing
-from scumble_registry.blobs import Blob
+from scumble_registry.blob import Blob
 from scumble_registry.compatibility import BaseCompatibility, Compatibility, check_fit
 from scumble_registry.references import parse_digest
 

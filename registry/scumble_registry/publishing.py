@@ -15,12 +15,13 @@ from pydantic import ValidationError
 from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble.files import explain_os_errors
 from scumble_registry import formats
-from scumble_registry.blobs import Blob, BlobStore
+from scumble_registry.blob import Blob
 from scumble_registry.compatibility import check_fit
 from scumble_registry.formats import format_of, training_metadata
 from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import FileHash, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling, canonical_json
+from scumble_registry.store.blobs import BlobStore
 
 _MAX_WORDS, _MAX_WORD, _MAX_TEXT = 100, 200, 20_000
 _OWN = ("diffusers", "h94", "scumble")

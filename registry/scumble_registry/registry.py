@@ -16,21 +16,23 @@ from typing import Any, Self
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
 from scumble.files import explain_os_errors, new_folder, sync_folder
-from scumble_registry import artifacts, catalogue, publishing
-from scumble_registry.artifacts import Artifact, ArtifactManifest
-from scumble_registry.blobs import Blob, BlobStore, FileStore, check
-from scumble_registry.cache import Cache
-from scumble_registry.catalogue import Match, Status, Version
+from scumble_registry import publishing
+from scumble_registry.blob import Blob
 from scumble_registry.checking import Checked, check_all
-from scumble_registry.database import Database
 from scumble_registry.formats import format_of
 from scumble_registry.formats.source import Hints
 from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
-from scumble_registry.leases import Lease
 from scumble_registry.manifest import Sampling, canonical_json
-from scumble_registry.paths import HomePaths
 from scumble_registry.publishing import PublishedFor, PublisherMetadata, ReadOptions
 from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
+from scumble_registry.store import artifacts, catalogue
+from scumble_registry.store.artifacts import Artifact, ArtifactManifest
+from scumble_registry.store.blobs import BlobStore, FileStore, check
+from scumble_registry.store.cache import Cache
+from scumble_registry.store.catalogue import Match, Status, Version
+from scumble_registry.store.database import Database
+from scumble_registry.store.leases import Lease
+from scumble_registry.store.paths import HomePaths
 
 log = logging.getLogger(__name__)
 

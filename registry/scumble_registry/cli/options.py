@@ -12,8 +12,8 @@ import typer
 
 from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble_registry.compatibility import PredictionType
-from scumble_registry.paths import HomePaths, default_home
 from scumble_registry.registry import Registry
+from scumble_registry.store.paths import HomePaths, default_home
 
 Home = Annotated[
     Path | None, typer.Option("--home", help="Where the registry is. [default: $SCUMBLE_HOME or ~/.scumble]")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scumble_registry.catalogue import Version
+from scumble_registry.store.catalogue import Version
 
 _MOST = 400
 

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from scumble_registry.catalogue import Version
 from scumble_registry.cli.options import Alias, Home, Json, PublishedName, Ref, open_registry
 from scumble_registry.cli.printing import listed, plain, say
 from scumble_registry.cli.publish_options import PublishOptions, with_publish_options
 from scumble_registry.extract import extract
+from scumble_registry.store.catalogue import Version
 
 app = typer.Typer()
 

@@ -17,9 +17,9 @@ from sqlalchemy import text
 
 from scumble.errors import InvalidRequest, NotFound
 from scumble_registry import Registry, Status
-from scumble_registry.database import Database
 from scumble_registry.hashes import HashKind, parse_prefix
-from scumble_registry.paths import HomePaths
+from scumble_registry.store.database import Database
+from scumble_registry.store.paths import HomePaths
 
 LoraWriter = Callable[..., Path]
 

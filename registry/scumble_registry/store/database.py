@@ -17,7 +17,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 
 from scumble.errors import IntegrityError, Unavailable
 from scumble.files import explain_os_errors
-from scumble_registry.paths import HomePaths
+from scumble_registry.store.paths import HomePaths
 
 HEAD = "0003"
 """The newest migration."""

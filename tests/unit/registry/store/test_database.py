@@ -14,9 +14,9 @@ from sqlalchemy.schema import CreateTable
 
 from scumble.errors import Unavailable
 from scumble_registry import Registry, migrations
-from scumble_registry.database import HEAD, Database
-from scumble_registry.paths import HomePaths
-from scumble_registry.tables import METADATA
+from scumble_registry.store.database import HEAD, Database
+from scumble_registry.store.paths import HomePaths
+from scumble_registry.store.tables import METADATA
 
 
 @pytest.fixture

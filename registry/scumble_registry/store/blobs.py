@@ -15,25 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from scumble.errors import IntegrityError, NotFound
 from scumble.files import explain_os_errors, sync_folder
+from scumble_registry.blob import Blob
 
 _CHUNK = 1 << 18  # stays in the cache of a core: with a megabyte, writing took four times as long
-
-
-class Blob(BaseModel):
-    """What a manifest says of some bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
-    size: int = Field(ge=0)
-
-    @property
-    def hex(self) -> str:
-        return self.digest.removeprefix("sha256:")
 
 
 class BlobStore(Protocol):

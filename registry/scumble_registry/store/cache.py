@@ -17,7 +17,8 @@ from typing import Protocol
 
 from scumble.errors import IntegrityError
 from scumble.files import explain_os_errors, work_folder
-from scumble_registry.blobs import Blob, BlobStore, check
+from scumble_registry.blob import Blob
+from scumble_registry.store.blobs import BlobStore, check
 
 log = logging.getLogger(__name__)
 

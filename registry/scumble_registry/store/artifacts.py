@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from sqlalchemy import Connection, Row, delete, insert, select
 
 from scumble.errors import IntegrityError, Refused
-from scumble_registry.blobs import Blob
+from scumble_registry.blob import Blob
 from scumble_registry.manifest import canonical_json, digest_of
-from scumble_registry.tables import ARTIFACTS
+from scumble_registry.store.tables import ARTIFACTS
 
 
 class ArtifactManifest(BaseModel):

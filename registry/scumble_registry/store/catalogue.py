@@ -17,7 +17,7 @@ from scumble.errors import NotFound, Refused
 from scumble_registry.hashes import FileHash, HashKind
 from scumble_registry.manifest import Manifest
 from scumble_registry.references import Reference
-from scumble_registry.tables import ALIASES, HASHES, NAMES, VERSIONS
+from scumble_registry.store.tables import ALIASES, HASHES, NAMES, VERSIONS
 
 
 class Status(StrEnum):
