@@ -23,7 +23,7 @@ from scumble_registry.compatibility import Compatibility, check_fit
 from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import AUTO_V2, AUTO_V3, FileHash, HashKind, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling
-from scumble_registry.publishing import PublishedFor, ReadOptions, examined
+from scumble_registry.publishing import PublishedFor, ReadOptions, examine
 from scumble_registry.registry import Registry
 from scumble_registry.store.blobs import copy_and_hash
 from scumble_registry.store.catalogue import Match
@@ -94,23 +94,23 @@ def inspect(
     read_options = ReadOptions(leftover=True, max_bytes=max_bytes, hints=hints or Hints())
     with (
         registry.scratch() if registry is not None else _temporary() as work,
-        examined(Path(path), published_for, words, read_options, work) as found,
+        examine(Path(path), published_for, words, read_options, work) as examined,
     ):
-        draft = found.draft
-        files = {name: _hash(file) for name, file in found.source.files.items()}
-        known = {file: files[name] for name, file in found.source.files.items()}
+        draft = examined.draft
+        files = {name: _hash(file) for name, file in examined.source.files.items()}
+        known = {file: files[name] for name, file in examined.source.files.items()}
         opened = draft.open_record()
         record = copy_and_hash(opened) if opened is not None else None
-        tensors = tensor_hashes(weights_of(found.source.files).values())
-        hashes = hashes_of(found.source.files, known, record, tensors)
+        tensors = tensor_hashes(weights_of(examined.source.files).values())
+        hashes = hashes_of(examined.source.files, known, record, tensors)
         return Inspection(
-            path=found.source.path,
+            path=examined.source.path,
             dialect=draft.dialect,
             compatibility=draft.compatibility,
             sampling=draft.sampling,
             trigger_words=words or draft.trigger_words,
             details=json.loads(json.dumps(dict(draft.details))),
-            training=found.training,
+            training=examined.training,
             leftover=draft.leftover,
             files=files,
             record=record.digest if record is not None else None,
@@ -129,8 +129,8 @@ def _temporary() -> Iterator[Path]:
 
 def hashes_to_dict(hashes: Iterable[FileHash]) -> dict[str, Any]:
     """By the names that people know: `sha256`, `autov2` and `autov3` of one file, null where there are several."""
-    files = [each.hex for each in hashes if each.kind is HashKind.FILE]
-    tensors = [each.hex for each in hashes if each.kind is HashKind.TENSORS]
+    files = [hash_.hex for hash_ in hashes if hash_.kind is HashKind.FILE]
+    tensors = [hash_.hex for hash_ in hashes if hash_.kind is HashKind.TENSORS]
     sha256 = files[0] if len(files) == 1 else None
     data = tensors[0] if len(tensors) == 1 else None
     return {

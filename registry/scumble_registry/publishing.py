@@ -79,7 +79,7 @@ class Stored:
 
 
 @contextmanager
-def examined(
+def examine(
     path: Path, published_for: PublishedFor | None, words: Iterable[str], read_options: ReadOptions, work: Path
 ) -> Iterator[Examined]:
     """Read the files as publishing does; `work` is an empty folder for what a format makes of them.
@@ -118,8 +118,8 @@ def store(
     Raises NotFound, Refused, Incompatible, InvalidRequest before anything is stored, Unavailable at any time.
     """
     base = published_for.manifest if published_for is not None else None
-    with examined(path, published_for, details.trigger_words, read_options, work) as found:
-        draft = found.draft
+    with examine(path, published_for, details.trigger_words, read_options, work) as examined:
+        draft = examined.draft
         metadata = _metadata(details, draft)
         _check_sampling(details, draft)
         if base is not None:
@@ -127,28 +127,28 @@ def store(
         if encoder is not None:
             format_of(draft.compatibility.kind).check_image_encoder(draft.compatibility, encoder.compatibility)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
-        files, record, tensors = _put_all(found, blobs)
+        files, record, tensors = _put_all(examined, blobs)
         known = {file: files[name] for name, file in draft.files.items()}
-        hashes = hashes_of(found.source.files, known, record, tensors)
+        hashes = hashes_of(examined.source.files, known, record, tensors)
     extra = {
         "base": base.digest if base else None,
         "image_encoder": encoder.digest if encoder else None,
         "sample_grid": grid,
         "sampling": details.sampling or draft.sampling,
         "dialect": None if draft.dialect.startswith(_OWN) else draft.dialect or None,
-        "training": training_metadata.kept(found.training),
+        "training": training_metadata.for_manifest(examined.training),
         "leftover": draft.leftover,
     }
     return Stored(_manifest(draft, files, record, metadata | extra), hashes)
 
 
-def _put_all(found: Examined, blobs: BlobStore) -> tuple[dict[str, Blob], Blob | None, list[FileHash]]:
+def _put_all(examined: Examined, blobs: BlobStore) -> tuple[dict[str, Blob], Blob | None, list[FileHash]]:
     """Files and record, and the hashes of the tensors: side by side, for each is mostly hashing."""
-    opened = found.draft.open_record()
+    opened = examined.draft.open_record()
     with ThreadPoolExecutor() as pool:
-        files = {name: pool.submit(put_file, file, blobs) for name, file in found.draft.files.items()}
+        files = {name: pool.submit(put_file, file, blobs) for name, file in examined.draft.files.items()}
         record = pool.submit(blobs.put, opened) if opened is not None else None
-        tensors = pool.submit(tensor_hashes, weights_of(found.source.files).values())
+        tensors = pool.submit(tensor_hashes, weights_of(examined.source.files).values())
         stored = {name: future.result() for name, future in files.items()}
         return stored, record.result() if record is not None else None, tensors.result()
 

@@ -192,10 +192,10 @@ class Registry:
     def resolve_digest(self, digest: str) -> Version:
         """A version with this digest, whatever it is called. Raises NotFound, and Refused when all are quarantined."""
         with self._database.reading() as connection:
-            found = catalogue.find_digest(connection, parse_digest(digest))
-        usable = [version for version in found if version.status is not Status.QUARANTINED]
-        if found and not usable:
-            raise Refused(f"{found[0].ref} is quarantined and may not be used", ref=found[0].ref)
+            versions = catalogue.find_digest(connection, parse_digest(digest))
+        usable = [version for version in versions if version.status is not Status.QUARANTINED]
+        if versions and not usable:
+            raise Refused(f"{versions[0].ref} is quarantined and may not be used", ref=versions[0].ref)
         if not usable:
             raise NotFound(f"nothing with digest {digest} is published here; publish it again", digest=digest)
         return usable[0]
@@ -206,11 +206,11 @@ class Registry:
         Versions older than these hashes are hashed when nothing else is found. Raises InvalidRequest, NotFound.
         """
         digits = parse_prefix(prefix)
-        if found := self._matches(digits):
-            return found
+        if matches := self._matches(digits):
+            return matches
         self.hash_older()
-        if found := self._matches(digits):  # also where another process has hashed them meanwhile
-            return found
+        if matches := self._matches(digits):  # also where another process has hashed them meanwhile
+            return matches
         raise NotFound(f"no version here is known by the hash {digits}", hash=digits)
 
     def hashes(self, version: Version) -> tuple[FileHash, ...]:
@@ -221,8 +221,8 @@ class Registry:
     def matches(self, hashes: Iterable[FileHash]) -> tuple[Match, ...]:
         """The versions that hold these very files, tensors or record."""
         with self._database.reading() as connection:
-            found = [catalogue.find_hash(connection, each.hex, [each.kind]) for each in sorted(hashes)]
-        return tuple(match for matches in found for match in matches if match.kind is not None)
+            per_hash = [catalogue.find_hash(connection, hash_.hex, [hash_.kind]) for hash_ in sorted(hashes)]
+        return tuple(match for matches in per_hash for match in matches if match.kind is not None)
 
     def hash_older(self) -> int:
         """Hash what was published before hashes were kept, and say how many versions that were."""
@@ -231,12 +231,12 @@ class Registry:
         done = 0
         for version in older:
             try:
-                found = self._hashes_of_stored(version)
-            except (IntegrityError, NotFound) as error:  # `verify` lists such; the others can still be found
+                hashes = self._hashes_of_stored(version)
+            except (IntegrityError, NotFound) as error:  # `verify` lists such; the others can still be hashes
                 log.warning("%s cannot be hashed: %s", version.ref, error)
                 continue
             with self._database.writing() as connection:
-                catalogue.add_hashes(connection, version, found)
+                catalogue.add_hashes(connection, version, hashes)
             done += 1
         return done
 
@@ -340,7 +340,7 @@ class Registry:
 
         Atomic, as `publish` is.
         """
-        plain_key, about = (json.loads(canonical_json(dict(each))) for each in (key, provenance or {}))
+        plain_key, about = (json.loads(canonical_json(dict(data))) for data in (key, provenance or {}))
         stored = {name: publishing.put_file(path, self._blobs) for name, path in files.items()}
         manifest = ArtifactManifest(kind=kind, of=of.digest, key=plain_key, files=stored, provenance=about)
         with self._database.writing() as connection:
@@ -395,7 +395,9 @@ class Registry:
                 for version in catalogue.all_versions(connection)
                 for blob in version.manifest.blobs.values()
             }
-            needed |= {blob.digest for each in artifacts.listed(connection) for blob in each.manifest.files.values()}
+            needed |= {
+                blob.digest for artifact in artifacts.listed(connection) for blob in artifact.manifest.files.values()
+            }
             idle = [blob for blob, put in self._blobs.stored() if put < before and blob.digest not in needed]
             for blob in idle if not dry_run else ():
                 self._blobs.remove(blob)

@@ -36,14 +36,14 @@ def gc(
 def fsck(home: Home = None, as_json: Json = False) -> None:
     """Check that database, manifests and files fit together, without hashing. What is wrong exits with 5."""
     with open_registry(home) as registry:
-        found = registry.check()
-    if found.problems:
-        raise IntegrityError("; ".join(found.problems), damaged=list(found.problems))
+        checked = registry.check()
+    if checked.problems:
+        raise IntegrityError("; ".join(checked.problems), damaged=list(checked.problems))
     if as_json:
-        print_json(asdict(found))
+        print_json(asdict(checked))
     else:
-        more = f"; {found.unneeded} blobs are needed by nothing (`gc`)" if found.unneeded else ""
-        typer.echo(f"{found.versions} versions, {found.blobs} blobs: all there{more}")
+        more = f"; {checked.unneeded} blobs are needed by nothing (`gc`)" if checked.unneeded else ""
+        typer.echo(f"{checked.versions} versions, {checked.blobs} blobs: all there{more}")
 
 
 @app.command()

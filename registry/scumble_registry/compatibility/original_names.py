@@ -72,7 +72,7 @@ class _Blocks:
         return None
 
     def _in_block(self, side: str, level: int, part: str, index: int, inner: str | None) -> str | None:
-        before = sum(self._resnets[side, each] + (side == "down") for each in range(level))
+        before = sum(self._resnets[side, lower] + (side == "down") for lower in range(level))
         block = f"input_blocks.{1 + before + index}" if side == "down" else f"output_blocks.{before + index}"
         if part == "resnets":
             return f"{block}.0.{_RESNET_BACK[inner]}" if inner in _RESNET_BACK else None

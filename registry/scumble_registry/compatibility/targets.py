@@ -88,14 +88,14 @@ def is_padded(target: str, requires: Mapping[str, Shape], base: BaseCompatibilit
 
 def norm_shapes(base: BaseCompatibility) -> dict[str, Shape]:
     """Every norm of the UNet and the text encoders → (channels,), read from the layer that it stands before."""
-    found: dict[str, Shape] = {}
+    norms: dict[str, Shape] = {}
     for target, shape in base.targets.items():
         for layer, norm in _NORMS:
             if target.endswith(layer):
-                found[target.removesuffix(layer) + norm] = (shape[1],)
+                norms[target.removesuffix(layer) + norm] = (shape[1],)
         if target.endswith(".mlp.fc1"):
-            found[f"{target.partition('.encoder.')[0]}.final_layer_norm"] = (shape[1],)
-    return dict(sorted(found.items()))
+            norms[f"{target.partition('.encoder.')[0]}.final_layer_norm"] = (shape[1],)
+    return dict(sorted(norms.items()))
 
 
 def has_bias(target: str) -> bool:

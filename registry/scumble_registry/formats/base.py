@@ -99,10 +99,10 @@ class _Folder:
             )
         targets: dict[str, Shape] = {}
         for component in ("unet", "vae", *encoders):
-            found = dict(self._weighted(component))
-            if not found:
+            weighted = dict(self._weighted(component))
+            if not weighted:
                 raise Refused(f"{component} has no safetensors weights; publish the whole folder")
-            targets |= {} if component == "vae" else found
+            targets |= {} if component == "vae" else weighted
         return BaseCompatibility(
             family=_family(widths),
             prediction_type=self._prediction_type(),
@@ -145,9 +145,9 @@ class _Folder:
             if isinstance(value, list) and (len(value) != 2 or value[0] not in _LIBRARIES):
                 raise Refused(f"model_index.json loads {name} from {value}; only diffusers and transformers may be")
         for name in self._text_encoders():
-            found = index.get(name)
-            if found not in [["transformers", encoder] for encoder in _TEXT_ENCODERS]:
-                raise Refused(f"model_index.json says {name} is {found}; only {' or '.join(_TEXT_ENCODERS)} can be")
+            loaded = index.get(name)
+            if loaded not in [["transformers", encoder] for encoder in _TEXT_ENCODERS]:
+                raise Refused(f"model_index.json says {name} is {loaded}; only {' or '.join(_TEXT_ENCODERS)} can be")
         if not any(name.startswith("tokenizer/") for name in self.source.files):
             raise Refused("the folder lacks tokenizer/; publish the whole folder")
 
@@ -161,10 +161,10 @@ class _Folder:
                     raise Refused(f"{name} names files that are not there: {', '.join(missing)}")
 
     def _check_class(self, component: str, expected: str) -> None:
-        found = self.config(component).get("_class_name")
-        if found != expected:
+        actual = self.config(component).get("_class_name")
+        if actual != expected:
             raise Refused(
-                f"{component} is a {found}, not a {expected}: only Stable Diffusion 1.x, 2.x and XL are bases"
+                f"{component} is a {actual}, not a {expected}: only Stable Diffusion 1.x, 2.x and XL are bases"
             )
 
     def _text_encoders(self) -> tuple[str, ...]:
@@ -177,10 +177,12 @@ class _Folder:
 
     def _prediction_type(self) -> PredictionType:
         name = "scheduler/scheduler_config.json"
-        found = _object(self.source.json(name), name).get("prediction_type", "epsilon")
-        if found not in get_args(PredictionType):
-            raise Refused(f"{name} says prediction_type {found!r}; {', '.join(get_args(PredictionType))} can be served")
-        return cast(PredictionType, found)
+        prediction = _object(self.source.json(name), name).get("prediction_type", "epsilon")
+        if prediction not in get_args(PredictionType):
+            raise Refused(
+                f"{name} says prediction_type {prediction!r}; {', '.join(get_args(PredictionType))} can be served"
+            )
+        return cast(PredictionType, prediction)
 
     def _weighted(self, component: str) -> Iterator[tuple[str, Shape]]:
         """Canonical name and weight shape of every matrix and convolution of a component."""

@@ -47,13 +47,13 @@ def inspect(source: Source, prefix: str) -> ImageEncoderCompatibility:
         raise Refused(f"the image encoder lacks {prefix}model.safetensors; save it with safe_serialization=True")
     header = read_header(file)
     check_finite(read_tensors(file, header))
-    found = _sizes(header)
-    for name, value in found.items():
+    sizes = _sizes(header)
+    for name, value in sizes.items():
         said = config.get(name, _DEFAULTS[name])
         if said != value:
             raise Refused(f"{prefix}config.json says {name} = {said}, but the weights have {value}")
-    _check_preparation(source, f"{prefix}preprocessor_config.json", found["image_size"])
-    return ImageEncoderCompatibility.model_validate(found)
+    _check_preparation(source, f"{prefix}preprocessor_config.json", sizes["image_size"])
+    return ImageEncoderCompatibility.model_validate(sizes)
 
 
 def _sizes(header: Header) -> dict[str, int]:
@@ -61,10 +61,10 @@ def _sizes(header: Header) -> dict[str, int]:
     ends = {"visual_projection.weight": 2, "patch_embedding.weight": 4, "position_embedding.weight": 2}
     shapes: dict[str, tuple[int, ...]] = {}
     for end, dimensions in ends.items():
-        found = [info.shape for name, info in header.tensors.items() if name.endswith(end)]
-        if len(found) != 1 or len(found[0]) != dimensions:
+        matching = [info.shape for name, info in header.tensors.items() if name.endswith(end)]
+        if len(matching) != 1 or len(matching[0]) != dimensions:
             raise Refused(f"the image encoder has no {end}; it is no CLIPVisionModelWithProjection")
-        shapes[end] = found[0]
+        shapes[end] = matching[0]
     projection, hidden = shapes["visual_projection.weight"]
     patch = shapes["patch_embedding.weight"][2]
     side = math.isqrt(max(shapes["position_embedding.weight"][0] - 1, 0))

@@ -2,8 +2,8 @@
 `modelspec.…`.
 
 All of it is untrusted text that nothing is derived from but what `inspect` shows; pictures in it may be megabytes.
-`read` bounds it, `kept` is the part that a manifest holds: what people look a LoRA up by, and nothing that tells of the
-trainer's own disk.
+`read` bounds it, `for_manifest` is the part that a manifest holds: what people look a LoRA up by, and nothing that
+tells of the trainer's own disk.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def read(weights: Mapping[str, Path]) -> dict[str, Any]:
     return {name: _value(name, metadata[name]) for name in names[:_MOST] if name not in _PICTURES}
 
 
-def kept(training: Mapping[str, Any]) -> dict[str, Any]:
+def for_manifest(training: Mapping[str, Any]) -> dict[str, Any]:
     """The part of `read` that stands in a manifest."""
     said = {name: str(training.get(name, "")) for name in _KEPT}
-    found = {name: text[:_MOST_KEPT_CHARACTERS] for name, text in said.items() if text not in {"", "None"}}
+    short = {name: text[:_MOST_KEPT_CHARACTERS] for name, text in said.items() if text not in {"", "None"}}
     tags = training.get(_TAGS)
-    return found | ({_TAGS: tags} if isinstance(tags, dict) and tags else {})
+    return short | ({_TAGS: tags} if isinstance(tags, dict) and tags else {})
 
 
 def _sound(text: str) -> str:

@@ -142,8 +142,8 @@ def _note_use(path: Path) -> None:
 
 
 def _bytes_held(path: Path) -> int:
-    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
-    return sum(stats.st_size for each in files if (stats := each.lstat()).st_nlink == 1)
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(stats.st_size for file in files if (stats := file.lstat()).st_nlink == 1)
 
 
 def _is_intact(path: Path, blob: Blob) -> bool:

@@ -89,18 +89,18 @@ def find_hash(connection: Connection, prefix: str, kinds: Iterable[HashKind] = H
         HASHES.c.hex.between(prefix, prefix + "g"), HASHES.c.kind.in_(list(kinds))
     )
     rows = connection.execute(known).all()
-    found = {(row.version_id, row.kind, row.hex) for row in rows}
+    known_by = {(row.version_id, row.kind, row.hex) for row in rows}
     own = select(VERSIONS.c.id, VERSIONS.c.digest).where(
         VERSIONS.c.digest.between(f"sha256:{prefix}", f"sha256:{prefix}g")
     )
-    found |= {(row.id, None, row.digest.removeprefix("sha256:")) for row in connection.execute(own)}
+    known_by |= {(row.id, None, row.digest.removeprefix("sha256:")) for row in connection.execute(own)}
     matches = [
         Match(
             _version(connection.execute(_versions().where(VERSIONS.c.id == version_id)).one()),
             HashKind(kind) if kind is not None else None,
             hex_,
         )
-        for version_id, kind, hex_ in found
+        for version_id, kind, hex_ in known_by
     ]
     return tuple(sorted(matches, key=lambda match: (match.version.name, match.version.version, match.kind or "")))
 
@@ -110,7 +110,7 @@ def add_hashes(connection: Connection, version: Version, hashes: Iterable[FileHa
     version_id = connection.execute(select(_id(version))).scalar_one()
     query = select(HASHES.c.kind, HASHES.c.hex).where(HASHES.c.version_id == version_id)
     known = {FileHash(HashKind(row.kind), row.hex) for row in connection.execute(query)}
-    if rows := [{"version_id": version_id, "kind": each.kind, "hex": each.hex} for each in set(hashes) - known]:
+    if rows := [{"version_id": version_id, "kind": hash_.kind, "hex": hash_.hex} for hash_ in set(hashes) - known]:
         connection.execute(insert(HASHES), rows)
     connection.execute(update(VERSIONS).where(VERSIONS.c.id == version_id).values(hashed=True))
 

@@ -113,13 +113,13 @@ def _prediction(source: Source, header: Header, parts: CheckpointParts, like: Pa
     """The publisher's word, then the file's, then that of the folder it is like. SD 2.x's cannot be guessed."""
     said = source.hints.prediction_type
     word = header.metadata.get("modelspec.prediction_type", "").lower()
-    found = "v_prediction" if V_PREDICTION in parts.marks else _WORDS.get(word)
-    if said is not None and found is not None and said != found:
+    marked = "v_prediction" if V_PREDICTION in parts.marks else _WORDS.get(word)
+    if said is not None and marked is not None and said != marked:
         raise InvalidRequest(
-            f"the file says that it predicts {found}, not {said}: leave --prediction-type out", field="prediction_type"
+            f"the file says that it predicts {marked}, not {said}: leave --prediction-type out", field="prediction_type"
         )
-    if said or found:
-        return said or found or "epsilon"
+    if said or marked:
+        return said or marked or "epsilon"
     if like is not None:
         config = json.loads((like / _SCHEDULER).read_text(encoding="utf-8"))
         return _WORDS.get(config.get("prediction_type", "epsilon"), "epsilon")
@@ -136,18 +136,18 @@ def _take_over(like: Path, parts: CheckpointParts, work: Path) -> dict[str, Path
 
     A component whose every weight equals that folder's stays that folder's. Raises Refused where structures differ.
     """
-    found = one_precision(replace(Source.scan(like), work=work)).source.files
+    files = one_precision(replace(Source.scan(like), work=work)).source.files
     for component, tensors in parts.components.items():
-        own = {name for name in found if _component(name) == component and ".safetensors" in name}
-        if f"{component}/config.json" not in found:
+        own = {name for name in files if _component(name) == component and ".safetensors" in name}
+        if f"{component}/config.json" not in files:
             raise Refused(
                 f"the checkpoint has a {component}, which {like.name} has not; they are of different families"
             )
         if component == "unet":
-            _check_structure(json.loads(found["unet/config.json"].read_text(encoding="utf-8")), tensors)
-        if not _equal(tensors, [found[name] for name in own if name.endswith(".safetensors")]):
-            found = {name: file for name, file in found.items() if name not in own}
-    return found
+            _check_structure(json.loads(files["unet/config.json"].read_text(encoding="utf-8")), tensors)
+        if not _equal(tensors, [files[name] for name in own if name.endswith(".safetensors")]):
+            files = {name: file for name, file in files.items() if name not in own}
+    return files
 
 
 def _equal(tensors: Mapping[str, Array], files: list[Path]) -> bool:
@@ -166,14 +166,14 @@ def _bytes(values: Array) -> Array:
 
 
 def _check_structure(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
-    found = configs.unet_structure(_shapes(tensors))
+    structure = configs.unet_structure(_shapes(tensors))
     for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
         said = config.get(key, 4 if key == "in_channels" else None)
-        if isinstance(said, list) != isinstance(found[key], list):
+        if isinstance(said, list) != isinstance(structure[key], list):
             continue  # written out for each level
-        if said != found[key]:
+        if said != structure[key]:
             raise Refused(
-                f"the checkpoint's UNet has {key} {found[key]}, the folder that it is said to be like {said}; "
+                f"the checkpoint's UNet has {key} {structure[key]}, the folder that it is said to be like {said}; "
                 "name one of its own kind"
             )
 

@@ -118,15 +118,15 @@ def _take_unet(parts: CheckpointParts, tensors: Mapping[str, Array], *, ema: boo
 
 def _convert_unet(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]:
     convert = original_names.converter(tensors)
-    found: dict[str, Array] = {}
+    renamed: dict[str, Array] = {}
     unknown: list[str] = []
     for name, values in tensors.items():
         module, _, role = name.rpartition(".")
         if (ours := convert(module)) is None:
             unknown.append(name)
         else:
-            found[f"{ours}.{role}"] = values
-    return found, unknown
+            renamed[f"{ours}.{role}"] = values
+    return renamed, unknown
 
 
 def _take(

@@ -50,17 +50,17 @@ def plain(name: str) -> str:
 
 
 def clip(tensors: Mapping[str, Array]) -> ConvertedText:
-    found = ConvertedText({}, [], [])
+    converted = ConvertedText({}, [], [])
     for name, values in tensors.items():
         if name in _UNUSED:
-            found.unused.append(name)
+            converted.unused.append(name)
         elif plain(name).startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
-            found.tensors[_MODEL + plain(name)] = values
+            converted.tensors[_MODEL + plain(name)] = values
         elif name == "text_projection.weight":
-            found.unused.append(name)
+            converted.unused.append(name)
         else:
-            found.unknown.append(name)
-    return found
+            converted.unknown.append(name)
+    return converted
 
 
 def open_clip(tensors: Mapping[str, Array]) -> ConvertedText:
@@ -75,21 +75,21 @@ def open_clip_penultimate(tensors: Mapping[str, Array]) -> ConvertedText:
 
 
 def _open_clip(tensors: Mapping[str, Array], layers: int | None) -> ConvertedText:
-    found = ConvertedText({}, [], [])
+    converted = ConvertedText({}, [], [])
     for name, values in tensors.items():
         match = _BLOCK.fullmatch(name)
         if name in _UNUSED or (layers is not None and (name == "text_projection" or _is_last(match, layers))):
-            found.unused.append(name)
+            converted.unused.append(name)
         elif name in {"text_projection", "text_projection.weight"}:
-            found.tensors["text_projection.weight"] = values.T if name == "text_projection" else values
+            converted.tensors["text_projection.weight"] = values.T if name == "text_projection" else values
         elif name in _OUTSIDE:
-            found.tensors[_MODEL + _OUTSIDE[name]] = values
+            converted.tensors[_MODEL + _OUTSIDE[name]] = values
         elif match and (parts := _of_block(match[2], values)):
             prefix = f"{_MODEL}encoder.layers.{match[1]}."
-            found.tensors |= {prefix + part: each for part, each in parts.items()}
+            converted.tensors |= {prefix + part: tensor for part, tensor in parts.items()}
         else:
-            found.unknown.append(name)
-    return found
+            converted.unknown.append(name)
+    return converted
 
 
 def _is_last(match: re.Match[str] | None, layers: int) -> bool:

@@ -31,13 +31,13 @@ def derive(
     form: Form = CLASSES.get(name) or ("control_lora" if CONTROL_LORA in header.tensors else "net")
     parsed = parse_net(config) if name else None
     pools = parsed.global_pool_conditions if parsed is not None else header.metadata.get(POOLS) == "true"
-    found = _of_net(shapes, form, parsed, base, pools=pools)
+    derived = _of_net(shapes, form, parsed, base, pools=pools)
     if parsed is not None:
-        _agree("cross_attention_dim", parsed.cross_attention_dim, found.cross_attention_dim)
-        _agree("in_channels", parsed.in_channels, found.in_channels)
-        _agree("conditioning_channels", parsed.conditioning_channels, found.conditioning_channels)
-        _agree("block_out_channels and layers_per_block", parsed.residual_widths, found.widths)
-    return found
+        _agree("cross_attention_dim", parsed.cross_attention_dim, derived.cross_attention_dim)
+        _agree("in_channels", parsed.in_channels, derived.in_channels)
+        _agree("conditioning_channels", parsed.conditioning_channels, derived.conditioning_channels)
+        _agree("block_out_channels and layers_per_block", parsed.residual_widths, derived.widths)
+    return derived
 
 
 def _of_net(
@@ -86,14 +86,14 @@ def _of_t2i(
     light = parsed.adapter_type == "light_adapter"
     first = "adapter.body.0.in_conv.weight" if light else "adapter.conv_in.weight"
     out = "adapter.body.{}.out_conv.weight" if light else "adapter.body.{}.resnets.0.block1.weight"
-    found = tuple(_shape(shapes, out.format(level))[0] for level in range(len(parsed.feature_widths)))
-    _agree("channels", parsed.feature_widths, found)
+    widths = tuple(_shape(shapes, out.format(level))[0] for level in range(len(parsed.feature_widths)))
+    _agree("channels", parsed.feature_widths, widths)
     _agree("in_channels", parsed.in_channels * parsed.downscale_factor**2, _shape(shapes, first)[1])
     return ControlNetCompatibility(
         form="t2i",
         family=_family(base, None),
         conditioning_channels=parsed.in_channels,
-        widths=found,
+        widths=widths,
         # Those for SDXL begin at the second level, where the latents are halved.
         pixels_per_latent=parsed.downscale_factor // (2 if parsed.adapter_type == "full_adapter_xl" else 1),
         parameters=_count(shapes),
@@ -126,10 +126,10 @@ def _shape(shapes: dict[str, Shape], name: str) -> Shape:
     return shape
 
 
-def _agree(field: str, said: object, found: object) -> None:
-    if said != found:
+def _agree(field: str, said: object, actual: object) -> None:
+    if said != actual:
         raise Refused(
-            f"config.json says {field} {said}, but the weights have {found}; these files do not belong together"
+            f"config.json says {field} {said}, but the weights have {actual}; these files do not belong together"
         )
 
 

@@ -39,13 +39,13 @@ def export(stored: Path, unet: dict[str, Any] | None, layout: str, folder: Path)
         if layout == "diffusers":
             shutil.copyfile(stored / _CONFIG, folder / _CONFIG)
         return
-    found = read_weights(weights)
-    if found.needs_base:
+    net = read_weights(weights)
+    if net.needs_base:
         raise Refused(
             "this net is a difference to its base, which diffusers has no layout for; export it as webui", layout=layout
         )
     header = read_header(weights)
-    shapes = {name: values.shape for name, values in found.full.items()}
+    shapes = {name: values.shape for name, values in net.full.items()}
     config = inferred_config.net_config(shapes, unet, pools=header.metadata.get(POOLS) == "true")
     (folder / _CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
-    write_file(folder / _WEIGHTS, found.full, {"format": "pt"})
+    write_file(folder / _WEIGHTS, net.full, {"format": "pt"})

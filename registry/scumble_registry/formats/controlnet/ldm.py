@@ -41,10 +41,10 @@ def converter(names: Iterable[str]) -> Callable[[str], str | None]:
 
     def convert(name: str) -> str | None:
         module, _, role = strip(name).rpartition(".")
-        found = _FIXED.get(module) or _residual(module) or of_encoder(module)
-        if found is None or found.startswith(_OF_DECODER):
+        renamed = _FIXED.get(module) or _residual(module) or of_encoder(module)
+        if renamed is None or renamed.startswith(_OF_DECODER):
             return None
-        return f"{found}.{role}"
+        return f"{renamed}.{role}"
 
     return convert
 

@@ -34,11 +34,11 @@ def unknown_keys(names: Iterable[str]) -> set[str]:
 
 def parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Each module → its own names of tensors (`down.0.weight`) → theirs in the file."""
-    found: dict[str, dict[str, str]] = {}
+    by_module: dict[str, dict[str, str]] = {}
     for name in names:
         if match := _KEY.fullmatch(name):
-            found.setdefault(match[1], {})[f"{match[2]}.{match[3]}"] = name
-    return found
+            by_module.setdefault(match[1], {})[f"{match[2]}.{match[3]}"] = name
+    return by_module
 
 
 def modules(shapes: Mapping[str, Shape]) -> dict[str, int]:

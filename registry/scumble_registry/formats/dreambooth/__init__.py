@@ -132,12 +132,12 @@ def read_changed(stored: Path, base_folder: Path) -> dict[str, dict[str, Array]]
 
     Raises IntegrityError.
     """
-    found: dict[str, dict[str, Array]] = {}
+    by_component: dict[str, dict[str, Array]] = {}
     for delta in sorted(stored.rglob(f"*{SUFFIX}")):
         component = delta.parent.relative_to(stored).as_posix()
         changed = read_delta(delta, _tensors(base_folder / component))
-        found.setdefault(component, {}).update({plain(name): values for name, values in changed.items()})
-    return found
+        by_component.setdefault(component, {}).update({plain(name): values for name, values in changed.items()})
+    return by_component
 
 
 def _check_architecture(own: BaseCompatibility, base: BaseCompatibility) -> None:

@@ -116,7 +116,7 @@ class PredictorRecord:
     @property
     def values(self) -> int:
         """How many numbers it holds."""
-        return sum(each.size for each in (*self.network.values(), *self.up.values(), *self.down.values()))
+        return sum(array.size for array in (*self.network.values(), *self.up.values(), *self.down.values()))
 
 
 def recognises(header: Header) -> bool:

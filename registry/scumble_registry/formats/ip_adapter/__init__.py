@@ -112,17 +112,17 @@ def _adapter_files(source: Source) -> list[Path]:
 
 
 def _single(source: Source) -> Path:
-    found = _adapter_files(source)
-    if len(found) == 1:
-        others = source.weights().keys() - {name for name, file in source.files.items() if file == found[0]}
+    adapters = _adapter_files(source)
+    if len(adapters) == 1:
+        others = source.weights().keys() - {name for name, file in source.files.items() if file == adapters[0]}
         refuse_unknown_keys(
             {name for name in others if not name.startswith(image_encoder.FOLDER)},
             hint="or have no place beside an IP-Adapter",
         )
-        return found[0]
+        return adapters[0]
     raise Refused(
-        f"{source.path} holds {len(found)} IP-Adapters ({', '.join(file.name for file in found[:4])} …); publish one "
-        "file at a time, or a folder with one of them beside image_encoder/"
+        f"{source.path} holds {len(adapters)} IP-Adapters ({', '.join(file.name for file in adapters[:4])} …); "
+        "publish one file at a time, or a folder with one of them beside image_encoder/"
     )
 
 

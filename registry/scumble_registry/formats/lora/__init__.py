@@ -95,17 +95,17 @@ def _read_all(source: Source) -> tuple[dict[str, Array], Mapping[str, Scaling], 
     for name, file in _weights(source).items():
         header = read_header(file)
         metadata |= header.metadata
-        found = _read_numbers(file, header, source.limit(_MAX_BYTES))
+        of_file = _read_numbers(file, header, source.limit(_MAX_BYTES))
         config = configs.get(name.rpartition("/")[0])
         if config is None:
             scalings |= parse_metadata(header.metadata)
         else:
-            component = _component(name.rpartition("/")[0], found)
+            component = _component(name.rpartition("/")[0], of_file)
             scalings[component] = config
-            found = {_in_component(key, component): values for key, values in found.items()}
-        if tensors.keys() & found.keys():
+            of_file = {_in_component(key, component): values for key, values in of_file.items()}
+        if tensors.keys() & of_file.keys():
             raise Refused("two files of the folder hold the same modules; publish one of them")
-        tensors |= found
+        tensors |= of_file
     keys, adapters = without_adapter_names(tensors)
     if len(adapters) > 1:
         raise Refused(f"the file holds {len(adapters)} adapters, {', '.join(adapters[:8])}; publish each on its own")
@@ -167,15 +167,15 @@ def _fitting_families(tensors: Mapping[str, Array], scalings: Mapping[str, Scali
     file that is made for another size, two where only shapes that SD 1.x and 2.x share are changed.
     """
     keys = [key for key in tensors if key.startswith((*_FLAT, "diffusion_model."))]
-    found = []
+    fitting = []
     for base in map(stable_diffusion, FAMILIES) if keys else ():
         names = Names(base)
         if not all(names.read(key) for key in keys):
             continue
         with contextlib.suppress(Refused, Incompatible):
             _derive(parse(tensors, scalings, base).record, base, None).fits(base)
-            found.append(base)
-    return found
+            fitting.append(base)
+    return fitting
 
 
 def _derive(record: LoraRecord, base: BaseCompatibility | None, family: Family | None) -> LoraCompatibility:

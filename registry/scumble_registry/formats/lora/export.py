@@ -120,15 +120,15 @@ def _peft(record: LoraRecord, folder: Path, metadata: dict[str, str]) -> None:
 
 def _by_component(record: LoraRecord, layout: str) -> dict[str, dict[str, LoraModule]]:
     """Modules without their component's name. Raises Refused for all but plain factors and DoRA by rows."""
-    found: dict[str, dict[str, LoraModule]] = {}
+    by_component: dict[str, dict[str, LoraModule]] = {}
     for target, module in record.items():
         if not isinstance(module, LoraModule) or module.inner is not None or module.bias is not None:
             raise _cannot(target, module, layout)
         if module.magnitude is not None and module.magnitude.axis != 0:
             raise Refused(f"{target} is a DoRA by columns, which {layout}'s layout cannot say; export it as kohya")
         component, _, name = target.partition(".")
-        found.setdefault(component, {})[name] = module
-    return found
+        by_component.setdefault(component, {})[name] = module
+    return by_component
 
 
 def _config(modules: Mapping[str, LoraModule]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def family_said(metadata: Mapping[str, str]) -> str | None:
     """`sd1`, `sd2`, `sdxl`, as the header says; what fits is derived from the shapes alone."""
     base, architecture = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
     for text, table in ((base, _FAMILIES), (architecture, _ARCHITECTURES)):
-        if found := [family for start, family in table.items() if text.startswith(start)]:
-            return found[0]
+        if named := [family for start, family in table.items() if text.startswith(start)]:
+            return named[0]
     return "sd2" if metadata.get("ss_v2") == "True" else None
 
 
@@ -44,8 +44,8 @@ def _most_frequent(text: str) -> list[str]:
 
 
 def _printable(words: Iterable[Any]) -> tuple[str, ...]:
-    found = (word.strip() for word in words if isinstance(word, str))
-    return tuple(word for word in found if 0 < len(word) <= _MAX_WORD and word.isprintable())[:_MAX_WORDS]
+    stripped = (word.strip() for word in words if isinstance(word, str))
+    return tuple(word for word in stripped if 0 < len(word) <= _MAX_WORD and word.isprintable())[:_MAX_WORDS]
 
 
 def _json(text: str) -> Any:

@@ -127,13 +127,13 @@ class Names:
 
 def without_adapter_names(keys: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """PEFT's dumps name the adapter in every key (`lora_A.default.weight`): key → key without, and the names."""
-    found: dict[str, str] = {}
+    short: dict[str, str] = {}
     names: set[str] = set()
     for key in keys:
         match = _NAMED.search(key)
-        found[key] = key if match is None else key[: match.start("name") - 1] + key[match.end("name") :]
+        short[key] = key if match is None else key[: match.start("name") - 1] + key[match.end("name") :]
         names |= {match["name"]} if match else set()
-    return found, tuple(sorted(names))
+    return short, tuple(sorted(names))
 
 
 def flat_names(base: BaseCompatibility) -> dict[str, tuple[str, str]]:

@@ -21,7 +21,7 @@ def sampling_of(metadata: Mapping[str, str], file_name: str) -> Sampling | None:
     4
     """
     names = (metadata.get("ss_output_name", ""), metadata.get("modelspec.title", ""), file_name)
-    return next((found for name in names if (found := _of_name(name.lower()[:200])) is not None), None)
+    return next((sampling for name in names if (sampling := _of_name(name.lower()[:200])) is not None), None)
 
 
 def _of_name(name: str) -> Sampling | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scumble_registry.formats.training_metadata import frequent_tags, kept, read
+from scumble_registry.formats.training_metadata import for_manifest, frequent_tags, read
 from scumble_registry.manifest import canonical_json
 
 LoraWriter = Callable[..., Path]
@@ -37,7 +37,7 @@ def test_what_trainers_write_is_read_and_pictures_are_not(write_lora: LoraWriter
 
 
 def test_a_manifest_keeps_what_people_look_for_and_no_paths(write_lora: LoraWriter) -> None:
-    found = kept(of(write_lora, KOHYA))
+    found = for_manifest(of(write_lora, KOHYA))
     assert found == {
         "modelspec.title": "Ink",
         "ss_base_model_version": "sd_v1",
@@ -50,7 +50,7 @@ def test_a_manifest_keeps_what_people_look_for_and_no_paths(write_lora: LoraWrit
 def test_long_texts_are_cut(write_lora: LoraWriter) -> None:
     found = of(write_lora, {"ss_network_args": "x" * 10_000})
     assert len(str(found["ss_network_args"])) == 2001
-    assert len(kept(found)["ss_network_args"]) == 300
+    assert len(for_manifest(found)["ss_network_args"]) == 300
 
 
 def test_a_file_without_metadata_and_a_model_of_many_files_say_nothing(write_lora: LoraWriter, base: Path) -> None:
