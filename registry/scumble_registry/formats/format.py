@@ -44,7 +44,7 @@ class Format:
     kind: str
     """The word in the manifest."""
     hint: str
-    """What its files look like, in a few words: `a LoRA is …`."""
+    """What its files look like, in a few words, for the sentence that refuses unknown ones."""
     recognises: Callable[[Source], bool]
     """Do these files look like this kind? Content decides, not endings."""
     read: Callable[[Source, BaseCompatibility | None], Draft]
