@@ -86,7 +86,7 @@ def examine(
 
     Raises NotFound, Refused, Incompatible, InvalidRequest, Unavailable.
     """
-    base = published_for.manifest if published_for is not None else None
+    base = published_for.manifest.as_base() if published_for is not None else None
     with explain_os_errors(path, "read"):
         source = replace(
             Source.scan(path, tuple(words)),

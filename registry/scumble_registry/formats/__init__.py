@@ -6,6 +6,7 @@ A new kind is a module here and one line in FORMATS.
 from __future__ import annotations
 
 from scumble.errors import Refused
+from scumble_registry.compatibility import BaseCompatibility
 from scumble_registry.formats import (
     base,
     controlnet,
@@ -22,7 +23,6 @@ from scumble_registry.formats.incoming import with_safetensors
 from scumble_registry.formats.refused_models import refuse_known_models
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_registry.formats.source import Draft, Source
-from scumble_registry.manifest import Manifest
 
 FORMATS: tuple[Format, ...] = (
     dreambooth.FORMAT,
@@ -46,13 +46,12 @@ def format_of(kind: str) -> Format:
     return _BY_KIND[kind]
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     """The draft of the one format that recognises `source`, whose pickles become safetensors first (`incoming.py`)."""
-    compatibility = base.as_base() if base is not None else None
     source = with_safetensors(source)
     for form in FORMATS:
         if form.recognises(source):
-            return form.read(source, compatibility)
+            return form.read(source, base)
     for name, file in source.weights().items():
         refuse_known_models(read_header(file).tensors, name)
     known = "; ".join(f"{form.kind}: {form.hint}" for form in FORMATS)

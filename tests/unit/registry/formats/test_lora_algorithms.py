@@ -12,10 +12,11 @@ import pytest
 
 from scumble.errors import Incompatible, Refused
 from scumble_registry import Registry, formats
-from scumble_registry.formats import lora as lora_format
 from scumble_registry.formats.lora import LoraModule, LoraRecord, read_record
+from scumble_registry.formats.lora import metadata as header_metadata
 from scumble_registry.formats.lora.export import export
 from scumble_registry.formats.lora.record import Dense, Gain, Kronecker, Product, Rotation, make_module
+from scumble_registry.formats.lora.sampling_hints import sampling_of
 from scumble_registry.formats.safetensors_header import write
 from scumble_registry.formats.source import Source
 from scumble_registry.formats.stable_diffusion import stable_diffusion
@@ -271,7 +272,7 @@ def test_two_spellings_of_one_module_are_refused(published: Any) -> None:
     ],
 )
 def test_trigger_words(metadata: dict[str, str], words: tuple[str, ...]) -> None:
-    assert lora_format.about.trigger_words(metadata) == words
+    assert header_metadata.trigger_words(metadata) == words
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_trigger_words(metadata: dict[str, str], words: tuple[str, ...]) -> None
 def test_speed_loras_are_known_by_their_makers_names(
     metadata: dict[str, str], name: str, expected: dict[str, Any] | None
 ) -> None:
-    found = lora_format.speed.sampling_of(metadata, name)
+    found = sampling_of(metadata, name)
     assert (found.model_dump() if found is not None else None) == expected
 
 
