@@ -174,7 +174,8 @@ def test_relatives_are_refused_by_their_names(published: Any, key: str, says: st
 
 def drafted(path: Path, base: Any = None, **options: Any) -> Any:
     source = Source.scan(path)
-    return formats.read(Source(source.path, source.files, **options), base)
+    compatibility = base.as_base() if base is not None else None
+    return formats.read(Source(source.path, source.files, **options), compatibility)
 
 
 def test_a_publisher_may_leave_out_what_is_not_understood(registry: Registry, base: Path, tmp_path: Path) -> None:
