@@ -1,9 +1,19 @@
-"""The versioned registry of adapters and bases, embedded: `Registry.open(home)`."""
+"""The versioned registry of adapters and bases, embedded: `Registry.open(home)`.
 
-from scumble_registry.catalogue import Status, Version
+registry.py         the one object: publish, resolve, materialise, verify, collect
+references.py, manifest.py, blob.py, hashes.py    what names and describes a version
+compatibility/      what fits what: one module per kind, names and shapes of targets
+formats/            from published files to records and back: one module per kind
+store/              blobs, database, cache, leases
+publishing.py, inspection.py, importing.py, exporting.py, extract.py, checking.py    what is done with versions
+sources/            the Hub and the web
+cli/                `scumble registry …`
+"""
+
 from scumble_registry.manifest import Manifest
-from scumble_registry.paths import default_home
 from scumble_registry.references import Reference, parse
 from scumble_registry.registry import Registry, Verified
+from scumble_registry.store.catalogue import Status, Version
+from scumble_registry.store.paths import default_home
 
 __all__ = ["Manifest", "Reference", "Registry", "Status", "Verified", "Version", "default_home", "parse"]

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, select
 
 from scumble.errors import IntegrityError, Refused
-from scumble_registry import artifacts
-from scumble_registry.blobs import Blob, BlobStore
+from scumble_registry.blob import Blob
+from scumble_registry.formats import format_of
 from scumble_registry.manifest import Manifest
-from scumble_registry.tables import ALIASES, NAMES, VERSIONS
+from scumble_registry.store import artifacts
+from scumble_registry.store.blobs import BlobStore
+from scumble_registry.store.tables import ALIASES, NAMES, VERSIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,9 @@ class Checked:
 def check_all(connection: Connection, blobs: BlobStore) -> Checked:
     """The caller holds a transaction; what is published meanwhile is not looked at."""
     manifests, problems = _manifests(connection)
-    needed = {blob: f"{word} of {ref}" for ref, each in manifests.items() for word, blob in each.blobs.items()}
-    found, more = _artifacts(connection)
-    needed = {**found, **needed}
+    needed = {blob: f"{word} of {ref}" for ref, manifest in manifests.items() for word, blob in manifest.blobs.items()}
+    of_artifacts, more = _artifacts(connection)
+    needed = {**of_artifacts, **needed}
     problems += more
     problems += _database(connection)
     problems += _names(connection, manifests)
@@ -45,15 +47,15 @@ def check_all(connection: Connection, blobs: BlobStore) -> Checked:
 
 def _manifests(connection: Connection) -> tuple[dict[str, Manifest], list[str]]:
     query = select(NAMES.c.name, VERSIONS.c.version, VERSIONS.c.digest, VERSIONS.c.manifest)
-    found: dict[str, Manifest] = {}
+    manifests: dict[str, Manifest] = {}
     problems: list[str] = []
     for row in connection.execute(query.join(NAMES).order_by(NAMES.c.name, VERSIONS.c.version)):
         ref = f"{row.name}@{row.version}"
         try:
-            found[ref] = Manifest.parse(row.manifest.encode(), row.digest)
+            manifests[ref] = Manifest.parse(row.manifest.encode(), row.digest)
         except (IntegrityError, Refused) as error:
             problems.append(f"{ref}: {error.message}")
-    return found, problems
+    return manifests, problems
 
 
 def _artifacts(connection: Connection) -> tuple[dict[Blob, str], list[str]]:
@@ -62,9 +64,9 @@ def _artifacts(connection: Connection) -> tuple[dict[Blob, str], list[str]]:
     except (IntegrityError, Refused) as error:
         return {}, [error.message]
     return {
-        blob: f"{name} of the {each.manifest.kind} {each.digest}"
-        for each in listed
-        for name, blob in each.manifest.files.items()
+        blob: f"{name} of the {artifact.manifest.kind} {artifact.digest}"
+        for artifact in listed
+        for name, blob in artifact.manifest.files.items()
     }, []
 
 
@@ -81,9 +83,9 @@ def _names(connection: Connection, manifests: dict[str, Manifest]) -> Iterator[s
     numbers = defaultdict[str, list[int]](list)
     for row in connection.execute(select(NAMES.c.name, VERSIONS.c.version).join(NAMES)):
         numbers[row.name].append(row.version)
-    for name, found in sorted(numbers.items()):
-        if sorted(found) != list(range(1, len(found) + 1)):
-            yield f"{name} has versions {', '.join(map(str, sorted(found)))}, which have gaps"
+    for name, versions in sorted(numbers.items()):
+        if sorted(versions) != list(range(1, len(versions) + 1)):
+            yield f"{name} has versions {', '.join(map(str, sorted(versions)))}, which have gaps"
     for ref, manifest in manifests.items():
         if manifest.kind != kinds[ref.partition("@")[0]]:
             yield f"{ref} is a {manifest.kind} under a name of kind {kinds[ref.partition('@')[0]]}"
@@ -96,14 +98,14 @@ def _bases(manifests: dict[str, Manifest]) -> Iterator[str]:
     """A checkpoint is only whole with its base."""
     here = {manifest.digest for manifest in manifests.values()}
     for ref, manifest in manifests.items():
-        if manifest.kind == "dreambooth" and manifest.base not in here:
+        if format_of(manifest.kind).needs_base and manifest.base not in here:
             yield f"{ref} is a difference to the base {manifest.base}, which is not here; publish it again"
 
 
 def _blob(stored: dict[str, Blob], blob: Blob, use: str) -> str | None:
-    found = stored.get(blob.digest)
-    if found is None:
+    in_store = stored.get(blob.digest)
+    if in_store is None:
         return f"{use} ({blob.digest}) is missing; publish the same file again or restore a backup"
-    if found.size != blob.size:
-        return f"{use} ({blob.digest}) has {found.size} bytes instead of {blob.size}; publish the same file again"
+    if in_store.size != blob.size:
+        return f"{use} ({blob.digest}) has {in_store.size} bytes instead of {blob.size}; publish the same file again"
     return None

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.catalogue import Version
-from scumble_registry.compatibility import BaseCompatibility
-from scumble_registry.formats import dreambooth
-from scumble_registry.formats.base import canonical_name
+from scumble_registry.compatibility import BaseCompatibility, canonical_name
+from scumble_registry.formats import format_of
+from scumble_registry.formats.checkpoint.text import plain
 from scumble_registry.formats.lora import FILE_NAME
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors, write
 from scumble_registry.registry import Registry
+from scumble_registry.store.catalogue import Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ def extract(registry: Registry, ref: str, rank: int, name: str, work: Path, *, a
     if rank < 1:
         raise InvalidRequest(f"rank is {rank}; 1 at least", field="rank")
     version = registry.resolve(ref)
-    if version.manifest.kind != dreambooth.KIND:
+    difference = format_of(version.manifest.kind).difference
+    if difference is None:
         raise Refused(f"{version.ref} is a {version.manifest.kind}; factors are extracted from checkpoints", ref=ref)
     base = registry.base_of(version)
-    assert isinstance(base.manifest.compatibility, BaseCompatibility)
     folder = registry.stored(base)
-    changed = dreambooth.read_changed(registry.stored(version), folder)
-    layers, left = _factorise(changed, folder, base.manifest.compatibility, rank)
+    changed = difference.read_changed(registry.stored(version), folder)
+    layers, left = _factorise(changed, folder, base.manifest.as_base(base.ref), rank)
     if not layers:
         raise Refused(f"{version.ref} changes no matrix or convolution that takes factors: {', '.join(left)}")
     tensors = {f"{layer.target}.lora_A.weight": layer.down for layer in layers}
@@ -86,7 +86,7 @@ def _pairs(changed: dict[str, dict[str, Array]], base_folder: Path) -> Iterator[
     for component, tensors in changed.items():
         own: dict[str, Array] = {}
         for file in (base_folder / component).glob("*.safetensors"):
-            own |= {dreambooth.plain(name): values for name, values in read_tensors(file, read_header(file)).items()}
+            own |= {plain(name): values for name, values in read_tensors(file, read_header(file)).items()}
         for name, after in sorted(tensors.items()):
             before = own.get(name)
             yield component, name, before if before is not None and before.shape == after.shape else None, after

@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.blobs import Blob
+from scumble_registry.blob import Blob
 from scumble_registry.formats.safetensors_header import read_header
 
 AUTO_V2, AUTO_V3 = 10, 12
@@ -62,14 +62,14 @@ def hashes_of(
     """All of a publication: `files` as published, of which those in `known` need not be hashed again, and what
     `tensor_hashes` found in them.
     """
-    found = {
+    hashes = {
         FileHash(HashKind.FILE, known[file].hex if file in known else file_sha256(file))
         for file in weights_of(files).values()
     }
-    found |= set(tensors)
+    hashes |= set(tensors)
     if record is not None:
-        found.add(FileHash(HashKind.RECORD, record.hex))
-    return frozenset(found)
+        hashes.add(FileHash(HashKind.RECORD, record.hex))
+    return frozenset(hashes)
 
 
 def tensor_hashes(weights: Iterable[Path]) -> list[FileHash]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from scumble.errors import IntegrityError, InvalidRequest
-from scumble_registry.catalogue import Version
 from scumble_registry.references import parse_alias, parse_name
 from scumble_registry.registry import Registry
 from scumble_registry.sources import Fetched, HubSource, WebSource, parse_source
 from scumble_registry.sources.web import Rules
+from scumble_registry.store.catalogue import Version
 
 _SHA256 = re.compile(r"(?:sha256:)?([0-9a-f]{64})", re.ASCII | re.IGNORECASE)
 

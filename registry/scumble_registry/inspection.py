@@ -18,14 +18,15 @@ from pydantic import JsonValue
 
 from scumble.errors import Incompatible, Refused
 from scumble_registry import formats
-from scumble_registry.blobs import Blob, copy_and_hash
-from scumble_registry.catalogue import Match
+from scumble_registry.blob import Blob
 from scumble_registry.compatibility import Compatibility, check_fit
 from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import AUTO_V2, AUTO_V3, FileHash, HashKind, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling
-from scumble_registry.publishing import Allowed, For, examined
+from scumble_registry.publishing import PublishedFor, ReadOptions, examine
 from scumble_registry.registry import Registry
+from scumble_registry.store.blobs import copy_and_hash
+from scumble_registry.store.catalogue import Match
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,26 +91,26 @@ def inspect(
     """
     published_for = _find_base(base, registry) if base is not None else None
     words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
-    allowed = Allowed(leftover=True, max_bytes=max_bytes, hints=hints or Hints())
+    read_options = ReadOptions(leftover=True, max_bytes=max_bytes, hints=hints or Hints())
     with (
         registry.scratch() if registry is not None else _temporary() as work,
-        examined(Path(path), published_for, words, allowed, work) as found,
+        examine(Path(path), published_for, words, read_options, work) as examined,
     ):
-        draft = found.draft
-        files = {name: _hash(file) for name, file in found.source.files.items()}
-        known = {file: files[name] for name, file in found.source.files.items()}
+        draft = examined.draft
+        files = {name: _hash(file) for name, file in examined.source.files.items()}
+        known = {file: files[name] for name, file in examined.source.files.items()}
         opened = draft.open_record()
         record = copy_and_hash(opened) if opened is not None else None
-        tensors = tensor_hashes(weights_of(found.source.files).values())
-        hashes = hashes_of(found.source.files, known, record, tensors)
+        tensors = tensor_hashes(weights_of(examined.source.files).values())
+        hashes = hashes_of(examined.source.files, known, record, tensors)
         return Inspection(
-            path=found.source.path,
+            path=examined.source.path,
             dialect=draft.dialect,
             compatibility=draft.compatibility,
             sampling=draft.sampling,
             trigger_words=words or draft.trigger_words,
             details=json.loads(json.dumps(dict(draft.details))),
-            training=found.training,
+            training=examined.training,
             leftover=draft.leftover,
             files=files,
             record=record.digest if record is not None else None,
@@ -128,8 +129,8 @@ def _temporary() -> Iterator[Path]:
 
 def hashes_to_dict(hashes: Iterable[FileHash]) -> dict[str, Any]:
     """By the names that people know: `sha256`, `autov2` and `autov3` of one file, null where there are several."""
-    files = [each.hex for each in hashes if each.kind is HashKind.FILE]
-    tensors = [each.hex for each in hashes if each.kind is HashKind.TENSORS]
+    files = [hash_.hex for hash_ in hashes if hash_.kind is HashKind.FILE]
+    tensors = [hash_.hex for hash_ in hashes if hash_.kind is HashKind.TENSORS]
     sha256 = files[0] if len(files) == 1 else None
     data = tensors[0] if len(tensors) == 1 else None
     return {
@@ -150,14 +151,15 @@ def match_to_dict(match: Match) -> dict[str, Any]:
     }
 
 
-def _find_base(base: str, registry: Registry | None) -> For:
+def _find_base(base: str, registry: Registry | None) -> PublishedFor:
     if base.startswith((".", "/", "~")):  # no reference does, and a folder may be called like one
         folder = Path(base).expanduser()
         draft = formats.read(Source.scan(folder), None)
-        if draft.compatibility.kind != "base":
-            raise Refused(f"{folder} is a {draft.compatibility.kind}, not a base; name a base")
-        files = {name: _hash(file) for name, file in draft.files.items()}
-        return For(Manifest(files=files, compatibility=draft.compatibility), lambda: folder)
+        manifest = Manifest(
+            files={name: _hash(file) for name, file in draft.files.items()}, compatibility=draft.compatibility
+        )
+        manifest.as_base(str(folder))
+        return PublishedFor(manifest, lambda: folder)
     if registry is None:
         raise Refused(
             f"there is no registry here that could have the base {base}; name a folder (./base), or --home DIR"
@@ -167,7 +169,7 @@ def _find_base(base: str, registry: Registry | None) -> For:
 
 def _misfit(draft: Draft, base: Manifest) -> str | None:
     try:
-        check_fit(draft.compatibility, base.compatibility)
+        check_fit(draft.compatibility, base.as_base())
     except Incompatible as error:
         return error.message
     return None

@@ -30,8 +30,8 @@ from pydantic import (
 
 from scumble.errors import IntegrityError, InvalidRequest, Refused
 from scumble.request import SchedulerName, TimestepSpacing
-from scumble_registry.blobs import Blob
-from scumble_registry.compatibility import Compatibility, check_fit
+from scumble_registry.blob import Blob
+from scumble_registry.compatibility import BaseCompatibility, Compatibility, check_fit
 from scumble_registry.references import parse_digest
 
 _MAX_BYTES = 8 << 20
@@ -133,6 +133,12 @@ class Manifest(BaseModel):
     def kind(self) -> str:
         return self.compatibility.kind
 
+    def as_base(self, name: str = "this") -> BaseCompatibility:
+        """Return its compatibility as a base's. Raises Refused for what is none, calling it `name`."""
+        if not isinstance(self.compatibility, BaseCompatibility):
+            raise Refused(f"{name} is a {self.kind}, not a base; name a base", ref=name)
+        return self.compatibility
+
     @property
     def blobs(self) -> dict[str, Blob]:
         """Every blob that this version needs, under the words that an error message uses for it."""
@@ -150,7 +156,7 @@ class Manifest(BaseModel):
 
     def fits(self, base: Manifest) -> None:
         """Raises Incompatible, naming the first target that does not match, or Refused if `base` is no base."""
-        check_fit(self.compatibility, base.compatibility)
+        check_fit(self.compatibility, base.as_base())
 
     @classmethod
     def parse(cls, text: bytes, digest: str) -> Manifest:

@@ -13,17 +13,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, NotFound, Refused
-from scumble_registry import formats, training_metadata
-from scumble_registry.blobs import Blob, BlobStore, explain_os_errors
-from scumble_registry.compatibility import (
-    BaseCompatibility,
-    ImageEncoderCompatibility,
-    IpAdapterCompatibility,
-    check_fit,
-)
+from scumble.files import explain_os_errors
+from scumble_registry import formats
+from scumble_registry.blob import Blob
+from scumble_registry.compatibility import check_fit
+from scumble_registry.formats import format_of, training_metadata
 from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import FileHash, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling, canonical_json
+from scumble_registry.store.blobs import BlobStore
 
 _MAX_WORDS, _MAX_WORD, _MAX_TEXT = 100, 200, 20_000
 _OWN = ("diffusers", "h94", "scumble")
@@ -33,7 +31,7 @@ _PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
 
 @dataclass(frozen=True, slots=True)
-class Details:
+class PublisherMetadata:
     """What a publisher says beside the files."""
 
     license: str | None = None
@@ -46,7 +44,7 @@ class Details:
 
 
 @dataclass(frozen=True, slots=True)
-class For:
+class PublishedFor:
     """The base that something is published for; `folder` has its files, filled when asked for."""
 
     manifest: Manifest
@@ -54,7 +52,7 @@ class For:
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
+class ReadOptions:
     """What a publisher lets through that is refused otherwise, and says of files that do not say it."""
 
     leftover: bool = False
@@ -81,22 +79,22 @@ class Stored:
 
 
 @contextmanager
-def examined(
-    path: Path, published_for: For | None, words: Iterable[str], allowed: Allowed, work: Path
+def examine(
+    path: Path, published_for: PublishedFor | None, words: Iterable[str], read_options: ReadOptions, work: Path
 ) -> Iterator[Examined]:
     """Read the files as publishing does; `work` is an empty folder for what a format makes of them.
 
     Raises NotFound, Refused, Incompatible, InvalidRequest, Unavailable.
     """
-    base = published_for.manifest if published_for is not None else None
+    base = published_for.manifest.as_base() if published_for is not None else None
     with explain_os_errors(path, "read"):
         source = replace(
             Source.scan(path, tuple(words)),
             work=work,
             base_folder=published_for.folder if published_for is not None else None,
-            allow_leftover=allowed.leftover,
-            max_bytes=allowed.max_bytes,
-            hints=allowed.hints,
+            allow_leftover=read_options.leftover,
+            max_bytes=read_options.max_bytes,
+            hints=read_options.hints,
         )
         _check_size(source)
         before = source.stamps()
@@ -108,49 +106,49 @@ def examined(
 
 def store(
     path: Path,
-    published_for: For | None,
-    details: Details,
+    published_for: PublishedFor | None,
+    details: PublisherMetadata,
     blobs: BlobStore,
     work: Path,
     encoder: Manifest | None = None,
-    allowed: Allowed = Allowed(),
+    read_options: ReadOptions = ReadOptions(),
 ) -> Stored:
     """Check the files, derive what is derived, put every blob. `work` is an empty folder.
 
     Raises NotFound, Refused, Incompatible, InvalidRequest before anything is stored, Unavailable at any time.
     """
     base = published_for.manifest if published_for is not None else None
-    with examined(path, published_for, details.trigger_words, allowed, work) as found:
-        draft = found.draft
+    with examine(path, published_for, details.trigger_words, read_options, work) as examined:
+        draft = examined.draft
         metadata = _metadata(details, draft)
         _check_sampling(details, draft)
         if base is not None:
-            check_fit(draft.compatibility, base.compatibility)
+            check_fit(draft.compatibility, base.as_base())
         if encoder is not None:
-            _check_encoder(draft, encoder)
+            format_of(draft.compatibility.kind).check_image_encoder(draft.compatibility, encoder.compatibility)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
-        files, record, tensors = _put_all(found, blobs)
+        files, record, tensors = _put_all(examined, blobs)
         known = {file: files[name] for name, file in draft.files.items()}
-        hashes = hashes_of(found.source.files, known, record, tensors)
+        hashes = hashes_of(examined.source.files, known, record, tensors)
     extra = {
         "base": base.digest if base else None,
         "image_encoder": encoder.digest if encoder else None,
         "sample_grid": grid,
         "sampling": details.sampling or draft.sampling,
         "dialect": None if draft.dialect.startswith(_OWN) else draft.dialect or None,
-        "training": training_metadata.kept(found.training),
+        "training": training_metadata.for_manifest(examined.training),
         "leftover": draft.leftover,
     }
     return Stored(_manifest(draft, files, record, metadata | extra), hashes)
 
 
-def _put_all(found: Examined, blobs: BlobStore) -> tuple[dict[str, Blob], Blob | None, list[FileHash]]:
+def _put_all(examined: Examined, blobs: BlobStore) -> tuple[dict[str, Blob], Blob | None, list[FileHash]]:
     """Files and record, and the hashes of the tensors: side by side, for each is mostly hashing."""
-    opened = found.draft.open_record()
+    opened = examined.draft.open_record()
     with ThreadPoolExecutor() as pool:
-        files = {name: pool.submit(put_file, file, blobs) for name, file in found.draft.files.items()}
+        files = {name: pool.submit(put_file, file, blobs) for name, file in examined.draft.files.items()}
         record = pool.submit(blobs.put, opened) if opened is not None else None
-        tensors = pool.submit(tensor_hashes, weights_of(found.source.files).values())
+        tensors = pool.submit(tensor_hashes, weights_of(examined.source.files).values())
         stored = {name: future.result() for name, future in files.items()}
         return stored, record.result() if record is not None else None, tensors.result()
 
@@ -173,8 +171,8 @@ def _check_size(source: Source) -> None:
         )
 
 
-def _check_sampling(details: Details, draft: Draft) -> None:
-    if details.sampling is not None and isinstance(draft.compatibility, BaseCompatibility | ImageEncoderCompatibility):
+def _check_sampling(details: PublisherMetadata, draft: Draft) -> None:
+    if details.sampling is not None and not format_of(draft.compatibility.kind).has_sampling:
         raise InvalidRequest(
             f"a {draft.compatibility.kind} has no sampling of its own: leave --sampling out; "
             "what a base gives to requests stands in its scumble.json",
@@ -182,21 +180,7 @@ def _check_sampling(details: Details, draft: Draft) -> None:
         )
 
 
-def _check_encoder(draft: Draft, encoder: Manifest) -> None:
-    adapter = draft.compatibility
-    if not isinstance(adapter, IpAdapterCompatibility):
-        raise InvalidRequest(f"a {adapter.kind} reads no pictures: leave --image-encoder out", field="image_encoder")
-    if not isinstance(encoder.compatibility, ImageEncoderCompatibility):
-        raise Refused(f"a {encoder.kind} is not an image encoder; name a version of kind image_encoder")
-    if adapter.encoder is not None:
-        raise InvalidRequest(
-            "the folder holds an image encoder of its own: leave --image-encoder out, or remove image_encoder/",
-            field="image_encoder",
-        )
-    adapter.check_encoder(encoder.compatibility)
-
-
-def _metadata(details: Details, draft: Draft) -> dict[str, Any]:
+def _metadata(details: PublisherMetadata, draft: Draft) -> dict[str, Any]:
     words = tuple(dict.fromkeys(details.trigger_words)) or draft.trigger_words
     if len(words) > _MAX_WORDS or not all(0 < len(word) <= _MAX_WORD and word.isprintable() for word in words):
         raise InvalidRequest(

@@ -15,21 +15,24 @@ from types import TracebackType
 from typing import Any, Self
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
-from scumble_registry import artifacts, catalogue, publishing
-from scumble_registry.artifacts import Artifact, ArtifactManifest
-from scumble_registry.blobs import Blob, BlobStore, FileStore, check, explain_os_errors, sync_folder
-from scumble_registry.cache import Cache
-from scumble_registry.catalogue import Match, Status, Version
+from scumble.files import explain_os_errors, new_folder, sync_folder
+from scumble_registry import publishing
+from scumble_registry.blob import Blob
 from scumble_registry.checking import Checked, check_all
-from scumble_registry.database import Database
-from scumble_registry.formats import dreambooth
+from scumble_registry.formats import format_of
 from scumble_registry.formats.source import Hints
 from scumble_registry.hashes import FileHash, HashKind, parse_prefix, tensor_hashes
-from scumble_registry.leases import Lease
 from scumble_registry.manifest import Sampling, canonical_json
-from scumble_registry.paths import Layout
-from scumble_registry.publishing import Allowed, Details, For
+from scumble_registry.publishing import PublishedFor, PublisherMetadata, ReadOptions
 from scumble_registry.references import parse, parse_alias, parse_digest, parse_name
+from scumble_registry.store import artifacts, catalogue
+from scumble_registry.store.artifacts import Artifact, ArtifactManifest
+from scumble_registry.store.blobs import BlobStore, FileStore, check
+from scumble_registry.store.cache import Cache
+from scumble_registry.store.catalogue import Match, Status, Version
+from scumble_registry.store.database import Database
+from scumble_registry.store.leases import Lease
+from scumble_registry.store.paths import HomePaths
 
 log = logging.getLogger(__name__)
 
@@ -54,25 +57,6 @@ class Collected:
     bytes: int
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder that becomes `target` (new or empty) at the end, unless something is raised. Raises Refused if
-    something is there, Unavailable.
-    """
-    target = Path(target).absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
-    with explain_os_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            yield work
-            work.chmod(0o755)
-            work.replace(target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
 class Registry:
     """Any thread may use it, and any number of processes may have the same one open. `close` (or `with`) ends
     it.
@@ -88,7 +72,7 @@ class Registry:
     @classmethod
     def open(cls, home: Path, *, create: bool = False) -> Self:
         """The registry under `home` (SCUMBLE_HOME). Raises NotFound if there is none and `create` is not set."""
-        layout = Layout(Path(home))
+        layout = HomePaths(Path(home))
         if not layout.database.is_file():
             if not create:
                 raise NotFound(
@@ -139,12 +123,12 @@ class Registry:
             parse_alias(alias)
         words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
         profile = Sampling.parse(sampling) if sampling is not None else None
-        details = Details(license, description, words, provenance or {}, metrics or {}, sample_grid, profile)
+        details = PublisherMetadata(license, description, words, provenance or {}, metrics or {}, sample_grid, profile)
         published_for = self.published_for(base) if base is not None else None
         encoder = self.resolve(image_encoder).manifest if image_encoder is not None else None
-        allowed = Allowed(allow_leftover, max_bytes, hints or Hints())
+        read_options = ReadOptions(allow_leftover, max_bytes, hints or Hints())
         with self.scratch() as work:
-            stored = publishing.store(Path(path), published_for, details, self._blobs, work, encoder, allowed)
+            stored = publishing.store(Path(path), published_for, details, self._blobs, work, encoder, read_options)
         with self._database.writing() as connection:
             self._check_there(stored.manifest.blobs.values())
             status = Status.STAGED if staged else Status.APPROVED
@@ -164,7 +148,7 @@ class Registry:
             yield Path(folder)
 
     def folder_of(self, like: str | Path | None) -> Callable[[], Path] | None:
-        """For `Hints.like`: a folder in the diffusers layout, or a base by its reference.
+        """PublishedFor `Hints.like`: a folder in the diffusers layout, or a base by its reference.
 
         Raises NotFound, Refused for what is neither.
         """
@@ -175,17 +159,13 @@ class Registry:
             return lambda: folder
         if folder.exists():
             raise Refused(f"{like} holds no model_index.json; --like names a folder in the diffusers layout, or a base")
-        version = self.resolve(str(like))
-        if version.manifest.kind != "base":
-            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; --like names a folder or a base")
+        version = self.base(str(like))
         return lambda: self.materialise(version)
 
-    def published_for(self, base: str) -> For:
+    def published_for(self, base: str) -> PublishedFor:
         """What publishing for `base` needs of it. Raises NotFound, and Refused for what is no base."""
-        version = self.resolve(base)
-        if version.manifest.kind != "base":
-            raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base")
-        return For(version.manifest, lambda: self.materialise(version))
+        version = self.base(base)
+        return PublishedFor(version.manifest, lambda: self.materialise(version))
 
     def find(self, ref: str) -> Version:
         """The version that `ref` names, whatever its status. Raises InvalidRequest, NotFound."""
@@ -203,13 +183,19 @@ class Registry:
             raise Refused(f"{version.ref} is quarantined and may not be used; choose another version", ref=version.ref)
         return version
 
+    def base(self, ref: str) -> Version:
+        """The base to use. Raises what `resolve` raises, and Refused for what is no base."""
+        version = self.resolve(ref)
+        version.manifest.as_base(version.ref)
+        return version
+
     def resolve_digest(self, digest: str) -> Version:
         """A version with this digest, whatever it is called. Raises NotFound, and Refused when all are quarantined."""
         with self._database.reading() as connection:
-            found = catalogue.find_digest(connection, parse_digest(digest))
-        usable = [version for version in found if version.status is not Status.QUARANTINED]
-        if found and not usable:
-            raise Refused(f"{found[0].ref} is quarantined and may not be used", ref=found[0].ref)
+            versions = catalogue.find_digest(connection, parse_digest(digest))
+        usable = [version for version in versions if version.status is not Status.QUARANTINED]
+        if versions and not usable:
+            raise Refused(f"{versions[0].ref} is quarantined and may not be used", ref=versions[0].ref)
         if not usable:
             raise NotFound(f"nothing with digest {digest} is published here; publish it again", digest=digest)
         return usable[0]
@@ -220,11 +206,11 @@ class Registry:
         Versions older than these hashes are hashed when nothing else is found. Raises InvalidRequest, NotFound.
         """
         digits = parse_prefix(prefix)
-        if found := self._matches(digits):
-            return found
+        if matches := self._matches(digits):
+            return matches
         self.hash_older()
-        if found := self._matches(digits):  # also where another process has hashed them meanwhile
-            return found
+        if matches := self._matches(digits):  # also where another process has hashed them meanwhile
+            return matches
         raise NotFound(f"no version here is known by the hash {digits}", hash=digits)
 
     def hashes(self, version: Version) -> tuple[FileHash, ...]:
@@ -235,8 +221,8 @@ class Registry:
     def matches(self, hashes: Iterable[FileHash]) -> tuple[Match, ...]:
         """The versions that hold these very files, tensors or record."""
         with self._database.reading() as connection:
-            found = [catalogue.find_hash(connection, each.hex, [each.kind]) for each in sorted(hashes)]
-        return tuple(match for matches in found for match in matches if match.kind is not None)
+            per_hash = [catalogue.find_hash(connection, hash_.hex, [hash_.kind]) for hash_ in sorted(hashes)]
+        return tuple(match for matches in per_hash for match in matches if match.kind is not None)
 
     def hash_older(self) -> int:
         """Hash what was published before hashes were kept, and say how many versions that were."""
@@ -245,12 +231,12 @@ class Registry:
         done = 0
         for version in older:
             try:
-                found = self._hashes_of_stored(version)
-            except (IntegrityError, NotFound) as error:  # `verify` lists such; the others can still be found
+                hashes = self._hashes_of_stored(version)
+            except (IntegrityError, NotFound) as error:  # `verify` lists such; the others can still be hashes
                 log.warning("%s cannot be hashed: %s", version.ref, error)
                 continue
             with self._database.writing() as connection:
-                catalogue.add_hashes(connection, version, found)
+                catalogue.add_hashes(connection, version, hashes)
             done += 1
         return done
 
@@ -294,13 +280,14 @@ class Registry:
         Of a checkpoint, that needs its base. Raises IntegrityError, NotFound, Unavailable.
         """
         stored = self.stored(version)
-        if version.manifest.kind != dreambooth.KIND:
+        difference = format_of(version.manifest.kind).difference
+        if difference is None:
             return stored
         base = self.stored(self.base_of(version))
         return self._cache.made(
             f"{version.digest}-whole",
-            lambda folder: dreambooth.write_folder(stored, base, folder),
-            lambda folder: dreambooth.is_folder(stored, folder),
+            lambda folder: difference.materialise(stored, base, folder),
+            lambda folder: difference.is_whole(stored, folder),
         )
 
     def stored(self, version: Version) -> Path:
@@ -335,10 +322,11 @@ class Registry:
 
     def copy(self, version: Version, folder: Path) -> None:
         """The files as they were published, as the caller's own, into an empty folder. Raises IntegrityError."""
-        if version.manifest.kind == dreambooth.KIND:
-            dreambooth.write_folder(self.stored(version), self.stored(self.base_of(version)), folder)
-        else:
+        difference = format_of(version.manifest.kind).difference
+        if difference is None:
             self._cache.copy(version.manifest, folder)
+        else:
+            difference.materialise(self.stored(version), self.stored(self.base_of(version)), folder)
 
     def publish_artifact(
         self,
@@ -352,7 +340,7 @@ class Registry:
 
         Atomic, as `publish` is.
         """
-        plain_key, about = (json.loads(canonical_json(dict(each))) for each in (key, provenance or {}))
+        plain_key, about = (json.loads(canonical_json(dict(data))) for data in (key, provenance or {}))
         stored = {name: publishing.put_file(path, self._blobs) for name, path in files.items()}
         manifest = ArtifactManifest(kind=kind, of=of.digest, key=plain_key, files=stored, provenance=about)
         with self._database.writing() as connection:
@@ -407,7 +395,9 @@ class Registry:
                 for version in catalogue.all_versions(connection)
                 for blob in version.manifest.blobs.values()
             }
-            needed |= {blob.digest for each in artifacts.listed(connection) for blob in each.manifest.files.values()}
+            needed |= {
+                blob.digest for artifact in artifacts.listed(connection) for blob in artifact.manifest.files.values()
+            }
             idle = [blob for blob, put in self._blobs.stored() if put < before and blob.digest not in needed]
             for blob in idle if not dry_run else ():
                 self._blobs.remove(blob)
@@ -440,10 +430,10 @@ class Registry:
     def _hashes_of_stored(self, version: Version) -> list[FileHash]:
         """What the files tell that the manifest does not: the data's hash, and what a checkpoint's files once were."""
         folder = self.stored(version)
-        files = {name: folder / name for name in version.manifest.files}
-        if version.manifest.kind == dreambooth.KIND:
-            return [FileHash(HashKind.FILE, each) for each in dreambooth.published_digests(folder)]
-        return tensor_hashes(file for file in files.values() if file.suffix == ".safetensors")
+        difference = format_of(version.manifest.kind).difference
+        if difference is not None:
+            return [FileHash(HashKind.FILE, digest) for digest in difference.published_digests(folder)]
+        return tensor_hashes(folder / name for name in version.manifest.files if name.endswith(".safetensors"))
 
     def _check_there(self, blobs: Iterable[Blob]) -> None:
         """Inside the transaction that makes them needed: from there on `collect` leaves them alone."""

@@ -91,10 +91,10 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
 
     Raises NotFound, Refused, IntegrityError or Unavailable.
     """
-    version = registry.resolve(ref)
-    compatibility, defaults = version.manifest.compatibility, version.manifest.defaults
-    if not isinstance(compatibility, BaseCompatibility) or defaults is None:
-        raise Refused(f"{version.ref} is a {version.manifest.kind}, not a base; name a base", ref=ref)
+    version = registry.base(ref)
+    compatibility, defaults = version.manifest.as_base(version.ref), version.manifest.defaults
+    if defaults is None:
+        raise Refused(f"{version.ref} has no defaults for requests; publish it again", ref=ref)
     channels, of_latents = compatibility.in_channels, compatibility.latent_channels
     if channels not in {of_latents, 2 * of_latents + 1}:
         raise Refused(

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scumble.errors import NotFound
-from scumble_registry.blobs import Blob, BlobStore, FileStore, check
+from scumble_registry.blob import Blob
+from scumble_registry.store.blobs import BlobStore, FileStore, check
 
 STORES: dict[str, Callable[[Path], BlobStore]] = {"file": FileStore}
 NOTHING = Blob(digest="sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", size=0)

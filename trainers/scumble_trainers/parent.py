@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar as disable_loading_b
 
 from scumble.errors import Incompatible, NotFound
 from scumble_registry import Registry, Status, Version
+from scumble_registry.compatibility import vae_scale
 
 INDEX = "model_index.json"
 
@@ -80,8 +81,7 @@ def native_resolution(parent: Parent) -> int:
     """Pixels a side that the base was trained at; read from its configuration, before any weight."""
     unet = json.loads((parent.folder / "unet" / "config.json").read_text("utf-8"))
     vae = json.loads((parent.folder / "vae" / "config.json").read_text("utf-8"))
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return int(unet["sample_size"]) * int(scale)
+    return int(unet["sample_size"]) * vae_scale(vae)
 
 
 def schedule_config(parent: Parent) -> dict[str, object]:
@@ -94,7 +94,7 @@ def side_multiple(parent: Parent) -> int:
     """Pixels that a picture's sides must be a multiple of: the UNet halves latents between its levels."""
     unet = json.loads((parent.folder / "unet" / "config.json").read_text("utf-8"))
     vae = json.loads((parent.folder / "vae" / "config.json").read_text("utf-8"))
-    return int(2 ** (len(vae["block_out_channels"]) + len(unet["block_out_channels"]) - 2))
+    return int(vae_scale(vae) * 2 ** (len(unet["block_out_channels"]) - 1))
 
 
 def folder_digest(folder: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scumble.errors import OutOfMemory, Refused, ScumbleError
+from scumble.files import write_whole
 from scumble_build.engines.api import Builder, BuilderConfig, Flavour, Network, NetworkTensor, TensorRT, load
 from scumble_build.engines.memory import Peak
 from scumble_build.engines.profiles import Profile
@@ -93,7 +94,7 @@ def build(
             raise watch.failed
         if made is None:
             raise _failure(manifest, said)
-        _write(plan, made)
+        write_whole(plan, memoryview(made))
         _keep_timing_cache(config, flavour, options)
         built = time.monotonic()
     return Report(
@@ -210,19 +211,12 @@ def current_sm() -> int | None:
     return 10 * major + minor
 
 
-def _write(plan: Path, made: Any) -> None:
-    """The whole plan or none."""
-    part = plan.with_suffix(".part")
-    part.write_bytes(memoryview(made))
-    part.replace(plan)
-
-
 def _keep_timing_cache(config: BuilderConfig, flavour: Flavour, options: Options) -> None:
     if flavour.is_rtx or options.timing_cache is None:  # TensorRT for RTX measures nothing ahead, and asks for a GPU
         return
     cache = config.get_timing_cache()
     if cache is not None:
-        _write(options.timing_cache, cache.serialize())
+        write_whole(options.timing_cache, memoryview(cache.serialize()))
 
 
 def _failure(manifest: GraphManifest, said: Said) -> ScumbleError:

@@ -17,7 +17,7 @@ from scumble_build.engines.builder import Report
 from scumble_build.engines.key import EngineKey, Machine, misfits
 from scumble_build.export.manifest import GraphManifest
 from scumble_registry import Registry, Version
-from scumble_registry.artifacts import Artifact
+from scumble_registry.store.artifacts import Artifact
 
 log = logging.getLogger(__name__)
 

@@ -10,18 +10,14 @@ from torch import Tensor, nn
 from scumble_build.export.graph import PRECISIONS, Graph
 from scumble_build.export.manifest import FLOAT, Axis, Port, Precision
 from scumble_build.export.ports import HEIGHT, WIDTH
+from scumble_registry.compatibility import vae_scale
 
 _IMAGES = Axis(min=1, opt=1, max=16, about="Pictures of a call.")
 
 
-def vae_scale(vae: Any) -> int:
-    """How many pixels a latent spans."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
 def decoder_graph(vae: Any, parameters: Mapping[str, Tensor], precision: Precision, kept: tuple[str, ...]) -> Graph:
     """Latents in the VAE's own scale → pixels in about -1…1."""
-    scale = vae_scale(vae)
+    scale = vae_scale(vae.config)
     latents = ("rows", int(vae.config.latent_channels), "height", "width")
     inputs = (Port(name="latents", dtype="float32", dims=latents, about="In the VAE's own scale."),)
     outputs = (
@@ -41,7 +37,7 @@ def encoder_graph(vae: Any, parameters: Mapping[str, Tensor], precision: Precisi
     )
     moments = ("rows", 2 * int(vae.config.latent_channels), "height", "width")
     outputs = (Port(name="moments", dtype="float32", dims=moments, about="Means, then logarithms of variances."),)
-    axes = {"rows": _IMAGES, **pixel_axes(vae_scale(vae)), "height": HEIGHT, "width": WIDTH}
+    axes = {"rows": _IMAGES, **pixel_axes(vae_scale(vae.config)), "height": HEIGHT, "width": WIDTH}
     module = _Encoder(vae, precision)
     return Graph("vae_encoder", "vae_encoder", module, inputs, outputs, axes, precision, parameters, kept_in_fp32=kept)
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, relu
 
 from scumble.errors import Refused
+from scumble_registry.compatibility import lllite_names
 from scumble_registry.formats.controlnet import FILE_NAME
-from scumble_registry.formats.controlnet.lllite import canonical_names, parts
+from scumble_registry.formats.controlnet.lllite import parts
 
 Embeddings = Mapping[str, Tensor]
 """Target → `(1, N, e)`, one for each of the N places of its hidden states."""
@@ -73,7 +74,7 @@ class LLLite(nn.Module):
 def load_lllite(folder: Path, targets: Iterable[str]) -> LLLite:
     """From a published folder; `targets` are the base's. Raises Refused for a module that the base has not."""
     tensors = load_file(folder / FILE_NAME)
-    names = canonical_names(targets)
+    names = lllite_names(targets)
     networks: dict[str, dict[str, Tensor]] = {}
     for module, own in parts(tensors).items():
         if module not in names:

@@ -16,7 +16,8 @@ import typer
 from scumble.client import Client
 from scumble.errors import InvalidRequest, NotFound
 from scumble.events import Done
-from scumble.images import Images, check_path, encoded, write_whole
+from scumble.files import write_whole
+from scumble.images import Images, check_path, encoded
 from scumble.local import local_server
 from scumble.progress import ProgressBar
 from scumble.receipt import find_inputs, input_digests, read_receipt, request_from_receipt

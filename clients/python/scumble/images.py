@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from scumble.errors import InvalidRequest, NotFound
 from scumble.events import Pixels
+from scumble.files import write_whole
 from scumble.request import Format
 
 PNG_RECEIPT = "scumble_receipt"
@@ -123,13 +124,3 @@ def check_path(path: Path) -> None:
         raise InvalidRequest(f"{path}: pictures are written as {', '.join(FORMATS)}; name such a file", field="out")
     if not path.parent.is_dir():
         raise NotFound(f"folder {path.parent} does not exist; make it first", path=str(path.parent))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Put `content` at `path`; who reads there meanwhile finds the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from scumble.client import Client
-from scumble.images import Images, write_whole
+from scumble.files import write_whole
+from scumble.images import Images
 from scumble.receipt import receipt_digest
 from scumble_demo.grid.grid import draw_grid
 from scumble_demo.grid.plan import Column, Plan, Publish, Row

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from scumble.files import whole_file
 
 
 def save_checkpoint(
@@ -14,12 +15,8 @@ def save_checkpoint(
 ) -> None:
     """Replaces `path` at once: whoever is killed here leaves the old or the new checkpoint, whole."""
     state = {"step": step, "module": module.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with whole_file(path, durable=True) as partial:
+        torch.save(state, partial)
 
 
 def load_checkpoint(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from scumble.errors import NotFound
+from scumble.files import work_folder
 from scumble_demo.emoji.concepts import STYLES, concepts
 from scumble_demo.pretraining.scheduler import new_scheduler
 from scumble_demo.pretraining.towers import Clip, new_image_processor
@@ -55,8 +56,17 @@ def export_base(out: Path, parts: Parts) -> None:
     The folder is written beside it first; a reader meets no half-written file, though for a moment
     parts of two bases.
     """
-    draft = out.with_name(out.name + ".partial")
-    shutil.rmtree(draft, ignore_errors=True)
+    with work_folder(out.parent, f".{out.name}-") as draft:
+        _write_folder(draft, parts)
+        out.mkdir(parents=True, exist_ok=True)
+        for part in draft.iterdir():
+            target = out / part.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            part.replace(target)
+
+
+def _write_folder(draft: Path, parts: Parts) -> None:
     pipeline_of(parts.vae, parts.clip, parts.tokenizer, parts.unet).save_pretrained(draft, safe_serialization=True)
     (draft / SCORER_FILE).parent.mkdir()
     save_file({name: value.contiguous() for name, value in parts.scorer.state_dict().items()}, draft / SCORER_FILE)
@@ -66,13 +76,6 @@ def export_base(out: Path, parts: Parts) -> None:
     )
     for weights in draft.rglob("*.safetensors"):
         _halve(weights)
-    out.mkdir(parents=True, exist_ok=True)
-    for part in draft.iterdir():
-        target = out / part.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        part.replace(target)
-    draft.rmdir()
 
 
 def load_parts(folder: Path) -> Parts:

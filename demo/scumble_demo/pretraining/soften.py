@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
+from scumble.files import whole_file
 from scumble_demo.emoji.concepts import concepts
 from scumble_demo.emoji.gallery import Gallery
 from scumble_demo.pretraining.device import mixed_precision, step_generator
@@ -39,7 +40,6 @@ def soften(
             level = torch.rand((len(means), 1, 1, 1), generator=generator) * NOISE * means.std().cpu()
             disturbed = means + (torch.randn(means.shape, generator=generator) * level).to(device)
             softened[row] = to_bytes(model.decode(disturbed).sample)
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, softened)
-    partial.replace(path)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.save(file, softened)
     return softened

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import typer
 
-from scumble_registry.cli import importing, inspect, keep, publish, status, versions
+from scumble_registry.cli import importing, inspect, maintenance, publish, status, versions
 
 app = typer.Typer(help="Publish, find and check adapters and bases.", no_args_is_help=True)
-for part in (publish, importing, inspect, versions, status, keep):
+for part in (publish, importing, inspect, versions, status, maintenance):
     app.add_typer(part.app)

@@ -57,7 +57,7 @@ def inspect(
 ) -> None:
     """Say what a file is, without publishing it. Exits with 4 where publishing it so would be refused."""
     with registry_if_there(home) or nullcontext() as registry:
-        found = look_at(
+        inspection = look_at(
             path,
             registry,
             base=base,
@@ -66,66 +66,67 @@ def inspect(
             hints=Hints(folder_of(like, registry), prediction, averaged, shortcut),
         )
     if as_json:
-        print_json(found.to_dict())
+        print_json(inspection.to_dict())
     else:
-        _print(found, None if every else _MOST_MODULES)
-    if found.misfit is not None or (found.leftover and not allow_leftover):
+        _print(inspection, None if every else _MOST_MODULES)
+    if inspection.misfit is not None or (inspection.leftover and not allow_leftover):
         raise typer.Exit(_REFUSED)
 
 
-def _print(found: Inspection, most: int | None) -> None:
-    print_rows(_rows(found))
-    modules = found.details.get("modules")
+def _print(inspection: Inspection, most: int | None) -> None:
+    print_rows(_rows(inspection))
+    modules = inspection.details.get("modules")
     if isinstance(modules, dict) and modules:
         print()
         _print_modules(modules, most)
-    if found.training:
+    if inspection.training:
         print("\nWhat the file says of its training (nobody checked it):")
-        print_rows({plain(key, 60): _value(value) for key, value in found.training.items()})
+        print_rows({plain(key, 60): _value(value) for key, value in inspection.training.items()})
 
 
-def _rows(found: Inspection) -> dict[str, object]:
-    hashes = hashes_to_dict(found.hashes)
-    fit = f"no: {plain(found.misfit)}" if found.misfit else f"{plain(found.base)}: fits"
-    left = f"{len(found.leftover)} keys, which publish leaves out with --allow-leftover only: {listed(found.leftover)}"
-    others = {key: value for key, value in found.details.items() if key not in {"family", "modules", "training"}}
+def _rows(inspection: Inspection) -> dict[str, object]:
+    hashes = hashes_to_dict(inspection.hashes)
+    fit = f"no: {plain(inspection.misfit)}" if inspection.misfit else f"{plain(inspection.base)}: fits"
+    keys = inspection.leftover
+    left = f"{len(keys)} keys, which publish leaves out with --allow-leftover only: {listed(keys)}"
+    others = {key: value for key, value in inspection.details.items() if key not in {"family", "modules", "training"}}
     return {
-        "kind": found.kind,
-        "dialect": plain(found.dialect),
-        "family": found.compatibility.family or "?",
-        "family told by": _value(found.details.get("family") or ""),
-        **{key: plain(value) for key, value in _shape(found).items()},
+        "kind": inspection.kind,
+        "dialect": plain(inspection.dialect),
+        "family": inspection.compatibility.family or "?",
+        "family told by": _value(inspection.details.get("family") or ""),
+        **{key: plain(value) for key, value in _shape(inspection).items()},
         **{_words(plain(key, 40)): _value(value) for key, value in others.items()},
-        "trigger words": listed(found.trigger_words),
-        "sampling": found.sampling and found.sampling.model_dump_json(),
-        "not understood": left if found.leftover else None,
-        "base": fit if found.base else None,
-        "size": f"{sum(blob.size for blob in found.files.values()):,} bytes in {len(found.files)} files",
+        "trigger words": listed(inspection.trigger_words),
+        "sampling": inspection.sampling and inspection.sampling.model_dump_json(),
+        "not understood": left if keys else None,
+        "base": fit if inspection.base else None,
+        "size": f"{sum(blob.size for blob in inspection.files.values()):,} bytes in {len(inspection.files)} files",
         "sha256": hashes["sha256"],
         "AutoV2": hashes["autov2"],
         "AutoV3": hashes["autov3"],
-        "record": found.record,
-        "published": _published(found),
+        "record": inspection.record,
+        "published": _published(inspection),
     }
 
 
-def _published(found: Inspection) -> str:
+def _published(inspection: Inspection) -> str:
     same: dict[str, list[str]] = {}
-    for match in found.known:
+    for match in inspection.known:
         same.setdefault(f"{match.version.ref} ({match.version.status})", []).append(str(match.kind))
     return "; ".join(f"{version}: same {', '.join(dict.fromkeys(kinds))}" for version, kinds in same.items())
 
 
-def _shape(found: Inspection) -> dict[str, object]:
+def _shape(inspection: Inspection) -> dict[str, object]:
     """What the compatibility says in a few words: long tables are counted."""
-    said = found.compatibility.model_dump(mode="json", exclude={"kind", "family"}, exclude_none=True)
+    said = inspection.compatibility.model_dump(mode="json", exclude={"kind", "family"}, exclude_none=True)
     return {_words(key): _counted(value) for key, value in said.items() if value not in ({}, [], False)}
 
 
 def _counted(value: Any) -> str:
     if not isinstance(value, dict) or len(value) <= 4:
         return _value(value)
-    numbers = sorted({each for each in value.values() if isinstance(each, int)})
+    numbers = sorted({number for number in value.values() if isinstance(number, int)})
     if not numbers:
         return f"{len(value)} modules"
     return (

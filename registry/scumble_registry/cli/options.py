@@ -12,16 +12,16 @@ import typer
 
 from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble_registry.compatibility import PredictionType
-from scumble_registry.paths import Layout, default_home
 from scumble_registry.registry import Registry
+from scumble_registry.store.paths import HomePaths, default_home
 
 Home = Annotated[
     Path | None, typer.Option("--home", help="Where the registry is. [default: $SCUMBLE_HOME or ~/.scumble]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Ref = Annotated[str, typer.Argument(help="ns/name, ns/name@7, ns/name@prod or ns/name@sha256:…", metavar="REF")]
-Name = Annotated[str, typer.Option(help="ns/name to publish as.")]
-Base = Annotated[str | None, typer.Option(help="The base that the adapter is for; checked now.")]
+PublishedName = Annotated[str, typer.Option(help="ns/name to publish as.")]
+BaseRef = Annotated[str | None, typer.Option(help="The base that the adapter is for; checked now.")]
 ImageEncoder = Annotated[
     str | None, typer.Option(help="What an IP-Adapter reads pictures with, if it does not bring its own.")
 ]
@@ -67,7 +67,7 @@ def open_registry(home: Path | None, *, create: bool = False) -> Registry:
 
 def registry_if_there(home: Path | None) -> Registry | None:
     """None where nothing was ever published, unless that place was named."""
-    if home is None and not Layout(default_home()).database.is_file():
+    if home is None and not HomePaths(default_home()).database.is_file():
         return None
     return open_registry(home)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scumble_registry.catalogue import Version
+from scumble_registry.store.catalogue import Version
 
 _MOST = 400
 
@@ -37,7 +37,7 @@ def note(version: Version) -> None:
 
 
 def entry(version: Version, aliases: dict[str, int] | None = None) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "ref": version.ref,
         "name": version.name,
         "version": version.version,
@@ -48,8 +48,8 @@ def entry(version: Version, aliases: dict[str, int] | None = None) -> dict[str, 
         "created": version.created.isoformat(),
     }
     if aliases is not None:
-        found["aliases"] = [alias for alias, number in aliases.items() if number == version.version]
-    return found
+        fields["aliases"] = [alias for alias, number in aliases.items() if number == version.version]
+    return fields
 
 
 def print_rows(rows: Mapping[str, object]) -> None:
@@ -67,7 +67,7 @@ def plain(text: object, most: int = _MOST) -> str:
     >>> plain("ink\x1b[2J")
     'ink�[2J'
     """
-    shown = "".join(each if each.isprintable() else "�" for each in " ".join(str(text).split()))
+    shown = "".join(character if character.isprintable() else "�" for character in " ".join(str(text).split()))
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 

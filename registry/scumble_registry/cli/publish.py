@@ -8,81 +8,29 @@ from typing import Annotated
 
 import typer
 
-from scumble_registry.catalogue import Version
-from scumble_registry.cli.options import (
-    Alias,
-    AllowLeftover,
-    Averaged,
-    Base,
-    Description,
-    Home,
-    ImageEncoder,
-    Json,
-    Licence,
-    Like,
-    MaxSize,
-    Name,
-    Prediction,
-    Ref,
-    SampleGrid,
-    SamplingText,
-    Shortcut,
-    Staged,
-    Trigger,
-    open_registry,
-    read_sampling,
-    read_size,
-)
+from scumble_registry.cli.options import Alias, Home, Json, PublishedName, Ref, open_registry
 from scumble_registry.cli.printing import listed, plain, say
+from scumble_registry.cli.publish_options import PublishOptions, with_publish_options
 from scumble_registry.extract import extract
-from scumble_registry.formats.source import Hints
+from scumble_registry.store.catalogue import Version
 
 app = typer.Typer()
 
 
 @app.command()
+@with_publish_options
 def publish(
     path: Annotated[
         Path,
         typer.Argument(help="An adapter's file, or a folder (of a base, say).", metavar="FILE-OR-DIR"),
     ],
-    name: Name,
-    base: Base = None,
-    image_encoder: ImageEncoder = None,
-    alias: Alias = None,
-    licence: Licence = None,
-    staged: Staged = False,
-    trigger: Trigger = None,
-    description: Description = "",
-    sample_grid: SampleGrid = None,
-    sampling: SamplingText = None,
-    allow_leftover: AllowLeftover = False,
-    max_size: MaxSize = None,
-    like: Like = None,
-    prediction: Prediction = None,
-    averaged: Averaged = False,
-    shortcut: Shortcut = None,
+    options: PublishOptions,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Publish a file or folder as the next version. The same content again gives the same version back."""
     with open_registry(home, create=True) as registry:
-        version = registry.publish(
-            path,
-            name,
-            base=base,
-            image_encoder=image_encoder,
-            alias=alias,
-            license=licence,
-            staged=staged,
-            trigger_words=trigger or (),
-            description=description,
-            sample_grid=sample_grid,
-            sampling=read_sampling(sampling),
-            allow_leftover=allow_leftover,
-            max_bytes=read_size(max_size),
-            hints=Hints(registry.folder_of(like), prediction, averaged, shortcut),
-        )
+        version = registry.publish(path, **options.arguments(registry))
     say(version, as_json, f"{version.ref} ({version.status}) {version.digest}\n{derived(version)}")
 
 
@@ -90,7 +38,7 @@ def publish(
 def extract_factors(
     ref: Ref,
     rank: Annotated[int, typer.Option(min=1, help="Columns of the factors; more keep more.")],
-    name: Name,
+    name: PublishedName,
     alias: Alias = None,
     home: Home = None,
     as_json: Json = False,

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from scumble_registry.catalogue import Status
 from scumble_registry.cli.options import Home, Json, Ref, open_registry
 from scumble_registry.cli.printing import say
 from scumble_registry.references import parse_version
+from scumble_registry.store.catalogue import Status
 
 app = typer.Typer()
 

@@ -27,18 +27,18 @@ def list_versions(
     """List names, or the versions of one."""
     with open_registry(home) as registry:
         names = (name,) if name else registry.names()
-        found = [(registry.versions(each), registry.aliases(each)) for each in names]
+        per_name = [(registry.versions(name_), registry.aliases(name_)) for name_ in names]
     if as_json:
-        print_json([entry(version, aliases) for versions, aliases in found for version in versions])
+        print_json([entry(version, aliases) for versions, aliases in per_name for version in versions])
         return
     table = Table("version", "kind", "family", "status", "aliases", "published", box=None)
-    for versions, aliases in found:
+    for versions, aliases in per_name:
         for version in versions if name else versions[-1:]:
             pointing = ", ".join(alias for alias, number in aliases.items() if number == version.version)
             family = version.manifest.compatibility.family or "?"
             created = f"{version.created:%Y-%m-%d %H:%M}"
             table.add_row(version.ref, version.manifest.kind, family, version.status, pointing, created)
-    Console().print(table if found else "Nothing is published yet.")
+    Console().print(table if per_name else "Nothing is published yet.")
 
 
 @app.command()
@@ -110,12 +110,12 @@ def find(
 ) -> None:
     """Find the versions that a hash is known by: of a file as it was published, of its tensors, of the record."""
     with open_registry(home) as registry:
-        found = registry.find_hash(hash_)
+        matches = registry.find_hash(hash_)
     if as_json:
-        print_json([match_to_dict(match) for match in found])
+        print_json([match_to_dict(match) for match in matches])
         return
     table = Table("version", "kind", "status", "same", "hash", box=None)
-    for match in found:
+    for match in matches:
         version = match.version
         table.add_row(version.ref, version.manifest.kind, version.status, match.kind or "version", match.hex)
     Console().print(table)

@@ -13,13 +13,14 @@ from typing import Any, cast, get_args
 from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.compatibility import BaseCompatibility, Family, PredictionType, Shape
+from scumble_registry.compatibility import BaseCompatibility, Family, PredictionType, Shape, canonical_name, vae_scale
 from scumble_registry.formats import checkpoint
 from scumble_registry.formats.checkpoint.precision import one_precision
 from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, Unpacked, check_plain
-from scumble_registry.manifest import Defaults, Manifest
+from scumble_registry.manifest import Defaults
 
 KIND = "base"
 _LIBRARIES = {
@@ -36,7 +37,7 @@ def recognises(source: Source) -> bool:
     return "model_index.json" in source.files or checkpoint.recognises(source)
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if base is not None:
         raise InvalidRequest("a base stands alone: leave --base out", field="base")
     whole = in_diffusers_layout(source)
@@ -98,17 +99,17 @@ class _Folder:
             )
         targets: dict[str, Shape] = {}
         for component in ("unet", "vae", *encoders):
-            found = dict(self._weighted(component))
-            if not found:
+            weighted = dict(self._weighted(component))
+            if not weighted:
                 raise Refused(f"{component} has no safetensors weights; publish the whole folder")
-            targets |= {} if component == "vae" else found
+            targets |= {} if component == "vae" else weighted
         return BaseCompatibility(
             family=_family(widths),
             prediction_type=self._prediction_type(),
             in_channels=in_channels,
             latent_channels=latents,
             sample_size=_same(unet.get("sample_size"), "sample_size"),
-            vae_scale=2 ** (len(vae.get("block_out_channels") or [0]) - 1),
+            vae_scale=vae_scale(vae),
             cross_attention_dim=context,
             text_widths=widths,
             targets=targets,
@@ -119,7 +120,7 @@ class _Folder:
         otherwise.
         """
         unet, vae = self.config("unet"), self.config("vae")
-        side = _same(unet.get("sample_size"), "sample_size") * 2 ** (len(vae.get("block_out_channels") or [0]) - 1)
+        side = _same(unet.get("sample_size"), "sample_size") * vae_scale(vae)
         values: dict[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scheduler": "ddim"}
         values |= {"width": side, "height": side}
         if "scumble.json" in self.source.files:
@@ -144,9 +145,9 @@ class _Folder:
             if isinstance(value, list) and (len(value) != 2 or value[0] not in _LIBRARIES):
                 raise Refused(f"model_index.json loads {name} from {value}; only diffusers and transformers may be")
         for name in self._text_encoders():
-            found = index.get(name)
-            if found not in [["transformers", encoder] for encoder in _TEXT_ENCODERS]:
-                raise Refused(f"model_index.json says {name} is {found}; only {' or '.join(_TEXT_ENCODERS)} can be")
+            loaded = index.get(name)
+            if loaded not in [["transformers", encoder] for encoder in _TEXT_ENCODERS]:
+                raise Refused(f"model_index.json says {name} is {loaded}; only {' or '.join(_TEXT_ENCODERS)} can be")
         if not any(name.startswith("tokenizer/") for name in self.source.files):
             raise Refused("the folder lacks tokenizer/; publish the whole folder")
 
@@ -160,10 +161,10 @@ class _Folder:
                     raise Refused(f"{name} names files that are not there: {', '.join(missing)}")
 
     def _check_class(self, component: str, expected: str) -> None:
-        found = self.config(component).get("_class_name")
-        if found != expected:
+        actual = self.config(component).get("_class_name")
+        if actual != expected:
             raise Refused(
-                f"{component} is a {found}, not a {expected}: only Stable Diffusion 1.x, 2.x and XL are bases"
+                f"{component} is a {actual}, not a {expected}: only Stable Diffusion 1.x, 2.x and XL are bases"
             )
 
     def _text_encoders(self) -> tuple[str, ...]:
@@ -176,10 +177,12 @@ class _Folder:
 
     def _prediction_type(self) -> PredictionType:
         name = "scheduler/scheduler_config.json"
-        found = _object(self.source.json(name), name).get("prediction_type", "epsilon")
-        if found not in get_args(PredictionType):
-            raise Refused(f"{name} says prediction_type {found!r}; {', '.join(get_args(PredictionType))} can be served")
-        return cast(PredictionType, found)
+        prediction = _object(self.source.json(name), name).get("prediction_type", "epsilon")
+        if prediction not in get_args(PredictionType):
+            raise Refused(
+                f"{name} says prediction_type {prediction!r}; {', '.join(get_args(PredictionType))} can be served"
+            )
+        return cast(PredictionType, prediction)
 
     def _weighted(self, component: str) -> Iterator[tuple[str, Shape]]:
         """Canonical name and weight shape of every matrix and convolution of a component."""
@@ -190,19 +193,6 @@ class _Folder:
                 module, _, role = key.rpartition(".")
                 if role == "weight" and len(info.shape) in {2, 4} and "embeddings." not in module:
                     yield canonical_name(f"{component}.{module}"), info.shape
-
-
-def canonical_name(module: str) -> str:
-    """`text_encoder.encoder…` → `text_encoder.text_model.encoder…`: transformers ≥ 5.6 saves some folders
-    without.
-
-    >>> canonical_name("text_encoder.encoder.layers.0.mlp.fc1")
-    'text_encoder.text_model.encoder.layers.0.mlp.fc1'
-    """
-    component, _, rest = module.partition(".")
-    if component.startswith("text_encoder") and not rest.startswith(("text_model.", "text_projection")):
-        return f"{component}.text_model.{rest}"
-    return module
 
 
 def _family(widths: tuple[int, ...]) -> Family:
@@ -231,3 +221,12 @@ def _object(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refused(f"{name} must hold a JSON object")
     return value
+
+
+FORMAT = Format(
+    KIND,
+    "a folder with model_index.json, or a single file with model.diffusion_model",
+    recognises,
+    read,
+    has_sampling=False,
+)

@@ -10,13 +10,15 @@ import math
 from typing import Any
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.compatibility import ImageEncoderCompatibility
+from scumble_registry.compatibility import BaseCompatibility, ImageEncoderCompatibility
 from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
-from scumble_registry.manifest import Manifest
 
 KIND = "image_encoder"
+FOLDER = "image_encoder/"
+"""Where an IP-Adapter's own encoder is, beside its file."""
 _DEFAULTS = {"hidden_size": 768, "projection_dim": 512, "image_size": 224, "patch_size": 32}
 """transformers' own, for what a config leaves out."""
 
@@ -25,7 +27,7 @@ def recognises(source: Source) -> bool:
     return "config.json" in source.files and _config(source, "").get("model_type") == "clip_vision_model"
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if base is not None:
         raise InvalidRequest("an image encoder stands alone: leave --base out", field="base")
     check_plain(source)
@@ -45,13 +47,13 @@ def inspect(source: Source, prefix: str) -> ImageEncoderCompatibility:
         raise Refused(f"the image encoder lacks {prefix}model.safetensors; save it with safe_serialization=True")
     header = read_header(file)
     check_finite(read_tensors(file, header))
-    found = _sizes(header)
-    for name, value in found.items():
+    sizes = _sizes(header)
+    for name, value in sizes.items():
         said = config.get(name, _DEFAULTS[name])
         if said != value:
             raise Refused(f"{prefix}config.json says {name} = {said}, but the weights have {value}")
-    _check_preparation(source, f"{prefix}preprocessor_config.json", found["image_size"])
-    return ImageEncoderCompatibility.model_validate(found)
+    _check_preparation(source, f"{prefix}preprocessor_config.json", sizes["image_size"])
+    return ImageEncoderCompatibility.model_validate(sizes)
 
 
 def _sizes(header: Header) -> dict[str, int]:
@@ -59,10 +61,10 @@ def _sizes(header: Header) -> dict[str, int]:
     ends = {"visual_projection.weight": 2, "patch_embedding.weight": 4, "position_embedding.weight": 2}
     shapes: dict[str, tuple[int, ...]] = {}
     for end, dimensions in ends.items():
-        found = [info.shape for name, info in header.tensors.items() if name.endswith(end)]
-        if len(found) != 1 or len(found[0]) != dimensions:
+        matching = [info.shape for name, info in header.tensors.items() if name.endswith(end)]
+        if len(matching) != 1 or len(matching[0]) != dimensions:
             raise Refused(f"the image encoder has no {end}; it is no CLIPVisionModelWithProjection")
-        shapes[end] = found[0]
+        shapes[end] = matching[0]
     projection, hidden = shapes["visual_projection.weight"]
     patch = shapes["patch_embedding.weight"][2]
     side = math.isqrt(max(shapes["position_embedding.weight"][0] - 1, 0))
@@ -82,3 +84,6 @@ def _check_preparation(source: Source, name: str, image_size: int) -> None:
 def _config(source: Source, prefix: str) -> dict[str, Any]:
     config = source.json(f"{prefix}config.json")
     return config if isinstance(config, dict) else {}
+
+
+FORMAT = Format(KIND, "a folder with CLIP's vision tower", recognises, read, has_sampling=False)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from pydantic import JsonValue
 
 from scumble.errors import NotFound, Refused
-from scumble_registry.blobs import reading
+from scumble.files import reading
 from scumble_registry.compatibility import Compatibility, PredictionType
 from scumble_registry.formats.pickled.tree import Plain
 from scumble_registry.formats.safetensors_header import Unwritten
@@ -87,8 +87,8 @@ class Source:
 
     def stamps(self) -> dict[str, Stamp]:
         """To be compared before and after: a file that changes while it is published is refused."""
-        found = {name: file.stat() for name, file in self.files.items()}
-        return {name: (stats.st_ino, stats.st_size, stats.st_mtime_ns) for name, stats in found.items()}
+        by_name = {name: file.stat() for name, file in self.files.items()}
+        return {name: (stats.st_ino, stats.st_size, stats.st_mtime_ns) for name, stats in by_name.items()}
 
     def json(self, name: str) -> Any:
         """Raises Refused, naming the file, when it is missing, too large or no JSON."""

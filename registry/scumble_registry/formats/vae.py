@@ -10,13 +10,13 @@ from math import prod
 from typing import Any
 
 from scumble.errors import InvalidRequest, Refused
-from scumble_registry.compatibility import VaeCompatibility
+from scumble_registry.compatibility import BaseCompatibility, VaeCompatibility, vae_scale
 from scumble_registry.formats.checkpoint import lone_vae
 from scumble_registry.formats.checkpoint.lone_vae import FILE_NAME
 from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, Unpacked, check_plain
-from scumble_registry.manifest import Manifest
 
 KIND = "vae"
 
@@ -27,7 +27,7 @@ def recognises(source: Source) -> bool:
     return lone_vae.layout_of(source) is not None
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     """Raises InvalidRequest, or Refused where weights and config disagree."""
     if base is not None:
         raise InvalidRequest("a VAE stands alone: leave --base out", field="base")
@@ -51,7 +51,7 @@ def read(source: Source, base: Manifest | None) -> Draft:
         source.files,
         VaeCompatibility(
             latent_channels=channels,
-            scale=2 ** (len(config.get("block_out_channels") or [0]) - 1),
+            scale=vae_scale(config),
             parameters=sum(prod(info.shape) for info in tensors.values()),
             float32=bool(
                 config.get("force_upcast")
@@ -66,3 +66,6 @@ def read(source: Source, base: Manifest | None) -> Draft:
 def _config(source: Source) -> dict[str, Any]:
     config = source.json("config.json")
     return config if isinstance(config, dict) else {}
+
+
+FORMAT = Format(KIND, "a folder with an AutoencoderKL, or its weights alone", recognises, read)

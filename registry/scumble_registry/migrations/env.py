@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
-from scumble_registry.tables import METADATA
+from scumble_registry.store.tables import METADATA
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=METADATA)
 context.run_migrations()

@@ -82,7 +82,7 @@ class CheckedNetwork(httpcore2.NetworkBackend):
 def resolve(host: str, port: int) -> list[str]:
     """All addresses of a name, each once, in the system's order. Raises NotFound."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise NotFound(f"the name {host} has no address: {error}; check the URL and the network", host=host) from error
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+    return list(dict.fromkeys(str(address[0]) for *_, address in resolved))

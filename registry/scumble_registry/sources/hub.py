@@ -42,7 +42,7 @@ def fetch(source: HubSource, folder: Path, *, include: Collection[str] = (), max
         info = HfApi(endpoint=_endpoint()).model_info(
             source.repo, revision=source.revision, files_metadata=True, timeout=_TIMEOUT
         )
-        siblings = {each.rfilename: each for each in info.siblings or () if _stays_inside(each.rfilename)}
+        siblings = {sibling.rfilename: sibling for sibling in info.siblings or () if _stays_inside(sibling.rfilename)}
         names = choose(siblings, source.path, include)
         limit = LARGEST if max_bytes is None else max_bytes
         _check_size(names, sum(siblings[name].size or 0 for name in names), limit, source)

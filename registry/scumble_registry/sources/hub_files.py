@@ -39,24 +39,24 @@ def choose(names: Collection[str], path: str, include: Collection[str] = ()) -> 
     if not inside:
         raise NotFound(f"the repository has no {path!r}; it has {_list(names)}", path=path)
     if include:
-        found = {name for name in inside if any(fnmatchcase(name, pattern) for pattern in include)}
-        if not found:
+        chosen = {name for name in inside if any(fnmatchcase(name, pattern) for pattern in include)}
+        if not chosen:
             raise NotFound(f"nothing matches {', '.join(include)}; there are {_list(inside)}")
     else:
-        found = _needed(inside)
-    return sorted(start + name for name in found)
+        chosen = _needed(inside)
+    return sorted(start + name for name in chosen)
 
 
 def _needed(names: set[str]) -> set[str]:
     if "model_index.json" in names:
         components = {name.partition("/")[0] for name in names if name.count("/") == 1}
-        models = [{name for name in names if name.startswith(f"{each}/")} for each in components]
+        models = [{name for name in names if name.startswith(f"{component}/")} for component in components]
         parts = [part for model in models if (part := _model(model))]
         return {"model_index.json"}.union(*parts)
     if {"config.json", "adapter_config.json"} & names:
-        found = _model({name for name in names if "/" not in name})
+        adapter = _model({name for name in names if "/" not in name})
         encoder = _model({name for name in names if name.startswith("image_encoder/") and name.count("/") == 1})
-        return found | encoder
+        return adapter | encoder
     weights = sorted(name for name in names if name.endswith(_ENDINGS))
     best = [name for name in weights if name.endswith(".safetensors")] or weights
     if len(best) != 1:
@@ -78,12 +78,12 @@ def _model(names: set[str]) -> set[str]:
         return texts | set([name for name in others if name.endswith(".safetensors")] or others)
     for ending in (".safetensors", ".bin"):
         for variant in (None, *_HALF):
-            found = {
+            weights = {
                 name for name, match in matches.items() if match["ending"] == ending and match["variant"] == variant
             }
-            if found:
-                whole = {name for name in found if not matches[name]["shard"]}
-                return texts | (whole or found)
+            if weights:
+                whole = {name for name in weights if not matches[name]["shard"]}
+                return texts | (whole or weights)
     return texts | set(matches)
 
 

@@ -112,7 +112,7 @@ def _check(url: str) -> None:
         raise InvalidRequest(f"the address is no URL: {error}; write https://host/path", field="source") from error
     if parts.scheme != "https":
         raise Refused(f"{shown(url)} is not https; what comes by other ways may have been changed")
-    if not parts.hostname or any(each.isspace() or not each.isprintable() for each in url):
+    if not parts.hostname or any(character.isspace() or not character.isprintable() for character in url):
         raise InvalidRequest("the address is no URL: write https://host/path", field="source")
     if parts.username is not None or parts.password is not None:
         raise InvalidRequest(f"{shown(url)} was given with a password, which others could read; leave it out")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from scumble.errors import InvalidRequest, NotFound
-from scumble.images import Images, encode, write_whole
+from scumble.images import Images, encode
 from scumble.receipt import read_receipt
 
 
@@ -65,11 +65,3 @@ def test_only_known_endings_are_written_and_only_where_a_folder_is(tmp_path: Pat
         some_images().save(tmp_path / "a.bmp")
     with pytest.raises(NotFound, match="missing"):
         some_images().save(tmp_path / "missing" / "a.png")
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
-    file = tmp_path / "a.png"
-    file.write_bytes(b"old")
-    with pytest.raises(TypeError):
-        write_whole(file, "not bytes")  # type: ignore[arg-type]
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

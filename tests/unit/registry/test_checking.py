@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from scumble_registry import Registry
-from scumble_registry.blobs import FileStore
+from scumble_registry.store.blobs import FileStore
 
 LoraWriter = Callable[..., Path]
 

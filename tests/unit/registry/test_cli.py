@@ -13,7 +13,7 @@ import pytest
 
 from scumble.cli import run
 from scumble_registry import Registry
-from scumble_registry.blobs import FileStore
+from scumble_registry.store.blobs import FileStore
 from support.stand_ins import Hub, serving
 
 Scumble = Callable[..., tuple[int, str, str]]

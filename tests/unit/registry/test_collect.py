@@ -14,8 +14,8 @@ from sqlalchemy import text
 
 from scumble.errors import IntegrityError, Refused, Unavailable
 from scumble_registry import Registry
-from scumble_registry.blobs import FileStore
 from scumble_registry.formats.safetensors_header import write
+from scumble_registry.store.blobs import FileStore
 
 LoraWriter = Callable[..., Path]
 

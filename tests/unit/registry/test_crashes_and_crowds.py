@@ -19,8 +19,9 @@ BaseWriter = LoraWriter = Callable[..., Path]
 DIE = """
 import os, signal, sys
 from pathlib import Path
-from scumble_registry import Registry, catalogue, publishing
-from scumble_registry.blobs import FileStore
+from scumble_registry import Registry, publishing
+from scumble_registry.store import catalogue
+from scumble_registry.store.blobs import FileStore
 
 home, file, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from scumble.errors import Refused, ScumbleError
 from scumble_registry import Registry
-from scumble_registry.exporting import WRITERS, export
-from scumble_registry.formats import FORMATS
+from scumble_registry.compatibility import Compatibility
+from scumble_registry.exporting import export
+from scumble_registry.formats import FORMATS, format_of
 from support.control_nets import load_unet, make_net, write_cldm, write_control_lora
 from support.every_kind import EveryKind, publish_every_kind
 from support.tiny_ip import make_image_encoder, make_ip_adapter
@@ -26,9 +28,10 @@ def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield registry, publish_every_kind(registry, tiny_base, folder / "files")
 
 
-def test_every_kind_has_layouts() -> None:
-    assert WRITERS.keys() == {form.KIND for form in FORMATS}
-    assert all(layouts for layouts, _ in WRITERS.values())
+def test_every_kind_has_a_format_and_layouts() -> None:
+    kinds = [model.model_fields["kind"].default for model in get_args(get_args(Compatibility)[0])]
+    assert sorted(kinds) == sorted(form.kind for form in FORMATS)
+    assert all(form.layouts for form in FORMATS)
 
 
 def test_exported_and_published_again_everything_has_the_same_record(
@@ -38,7 +41,7 @@ def test_exported_and_published_again_everything_has_the_same_record(
     count = 0
     for name in every.files:
         version = registry.resolve(name)
-        for layout in WRITERS[version.manifest.kind][0]:
+        for layout in format_of(version.manifest.kind).layouts:
             out = tmp_path / f"{layout}-{name}"
             if name == "hyper/predictor":
                 with pytest.raises(Refused, match="no other tool"):

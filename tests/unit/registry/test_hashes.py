@@ -17,9 +17,9 @@ from sqlalchemy import text
 
 from scumble.errors import InvalidRequest, NotFound
 from scumble_registry import Registry, Status
-from scumble_registry.database import Database
 from scumble_registry.hashes import HashKind, parse_prefix
-from scumble_registry.paths import Layout
+from scumble_registry.store.database import Database
+from scumble_registry.store.paths import HomePaths
 
 LoraWriter = Callable[..., Path]
 
@@ -126,7 +126,7 @@ def test_a_registry_from_before_there_were_hashes_finds_its_files(
 
 def make_old(home: Path) -> None:
     """The schema that the first release had, with what is in it."""
-    database = Database(Layout(home))
+    database = Database(HomePaths(home))
     with database.writing() as connection:
         connection.execute(text("DROP TABLE artifacts"))
         connection.execute(text("DROP TABLE hashes"))

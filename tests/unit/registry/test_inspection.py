@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from scumble.errors import NotFound, Refused
-from scumble_registry import Registry
-from scumble_registry.formats import lora as lora_format
+from scumble_registry import Registry, formats
+from scumble_registry.compatibility import BaseCompatibility
 from scumble_registry.formats.source import Draft, Source
 from scumble_registry.inspection import inspect
-from scumble_registry.manifest import Manifest, Sampling
+from scumble_registry.manifest import Sampling
 
 LoraWriter = Callable[..., Path]
 
@@ -108,15 +108,16 @@ def test_what_a_format_tells_goes_into_the_manifest(
     registry: Registry, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here of a format that leaves two keys out and knows how its file is to be sampled."""
-    read = lora_format.read
+    read = formats.format_of("lora").read
 
-    def tells(source: Source, base: Manifest | None) -> Draft:
+    def tells(source: Source, base: BaseCompatibility | None) -> Draft:
         if not source.allow_leftover:
             raise Refused("2 keys are not understood")
         draft = read(source, base)
         return replace(draft, dialect="odd", leftover=("a.b", "a.c"), sampling=Sampling(scheduler="lcm", steps=4))
 
-    monkeypatch.setattr(lora_format, "read", tells)
+    told = tuple(replace(form, read=tells) if form.kind == "lora" else form for form in formats.FORMATS)
+    monkeypatch.setattr(formats, "FORMATS", told)
     with pytest.raises(Refused, match="not understood"):
         registry.publish(lora, "a/b")
     told = inspect(lora)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from scumble.errors import IntegrityError, InvalidRequest, Refused
 from scumble.request import SchedulerName, TimestepSpacing
-from scumble_registry.blobs import Blob
+from scumble_registry.blob import Blob
 from scumble_registry.compatibility import LoraCompatibility
 from scumble_registry.manifest import Manifest, Sampling, canonical_json
 

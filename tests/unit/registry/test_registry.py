@@ -14,8 +14,9 @@ from sqlalchemy import text
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
 from scumble_registry import Registry, Status
-from scumble_registry.blobs import Blob, FileStore
+from scumble_registry.blob import Blob
 from scumble_registry.formats.safetensors_header import write
+from scumble_registry.store.blobs import FileStore
 
 LoraWriter = Callable[..., Path]
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scumble.files import whole_file
 from scumble_trainers.data.buckets import Size
 from scumble_trainers.data.dataset import Example, load_picture
 
@@ -114,15 +115,10 @@ def cached_latents(
         return kept
     latents = encode_pictures(vae, examples, sizes, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
     tensors = {f"mean.{index}": value.clone() for index, value in enumerate(latents.mean)}
     tensors |= {f"std.{index}": value.clone() for index, value in enumerate(latents.std)}
-    try:
+    with whole_file(file) as partial:
         save_file(tensors, partial, metadata={"key": key})
-    except Exception:  # a full disk, as a rule: what was begun would only keep it full
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(file)
     return latents
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scumble.files import write_whole
 from scumble_registry import Registry, Version
 from scumble_registry.formats import dreambooth
 
@@ -36,9 +37,7 @@ class Result:
 
 def write_result(out: Path, result: Result) -> None:
     """Writes training.json last and whole: where it is, the run is finished."""
-    partial = out / f".{CARD}"
-    partial.write_text(json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    partial.replace(out / CARD)
+    write_whole(out / CARD, (json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_result(out: Path) -> Result | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from scumble_registry.blobs import explain_os_errors
+from scumble.files import explain_os_errors
 
 _TORCH = re.compile(r"inline_container|PytorchStreamWriter")  # torch.save's own writer
 

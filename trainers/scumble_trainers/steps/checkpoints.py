@@ -10,7 +10,6 @@ OUT/checkpoints/step-000250/
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scumble.errors import IntegrityError
+from scumble.files import replace_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +47,13 @@ def write_checkpoint(
     nothing else.
     """
     final = folder / f"step-{step:06d}"
-    partial = folder / f".partial-{step:06d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replace_folder(final, durable=True) as partial:
         tensors = {name: parameter.detach().float().cpu().contiguous() for name, parameter in parameters.items()}
         save_file(tensors, partial / "trained.safetensors")
         torch.save(dict(optimizer), partial / "optimizer.pt")
         if extras is not None:
             extras(partial)
         (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=2), "utf-8")
-        _sync(partial)
-    except Exception:  # a full disk, as a rule: what was begun would only keep it full
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _sync(folder)
     for old in _folders(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return Checkpoint(final, step, {**state, "step": step})
@@ -102,15 +92,3 @@ def restore_optimizer(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
-
-
-def _sync(folder: Path) -> None:
-    """Puts a folder's files and its own entries on the disk."""
-    for path in (*folder.iterdir(), folder):
-        if path.is_dir() and path != folder:
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

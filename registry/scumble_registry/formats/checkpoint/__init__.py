@@ -20,15 +20,15 @@ from pydantic import JsonValue
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import Family, PredictionType, Shape
 from scumble_registry.formats.checkpoint import configs
-from scumble_registry.formats.checkpoint.parts import V_PREDICTION, ZERO_SNR, Parts, is_whole, take_apart
+from scumble_registry.formats.checkpoint.parts import V_PREDICTION, ZERO_SNR, CheckpointParts, is_whole, take_apart
 from scumble_registry.formats.checkpoint.precision import one_precision
 from scumble_registry.formats.checkpoint.text import plain
 from scumble_registry.formats.checkpoint.vocabulary import write_tokenizer
 from scumble_registry.formats.floats import is_finite
-from scumble_registry.formats.leftover import leave_out
+from scumble_registry.formats.refused_models import refuse_known_models
 from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors, write_file
 from scumble_registry.formats.source import Source, Unpacked
-from scumble_registry.formats.strangers import refuse_strangers
+from scumble_registry.formats.unknown_keys import leave_out
 
 _FILES = {"unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
 _TEXT_FILE = "model.safetensors"
@@ -59,11 +59,11 @@ def unpack(source: Source) -> Unpacked:
     if file.stat().st_size > source.limit(_MAX_BYTES):
         raise Refused(f"{file.name} is larger than {source.limit(_MAX_BYTES)} bytes, too large for a checkpoint")
     header = read_header(file)
-    refuse_strangers(header.tensors, file.name)
+    refuse_known_models(header.tensors, file.name)
     folder = source.hints.like or source.base_folder
     like = folder() if folder else None
     parts = take_apart(read_tensors(file, header), _family_of(like) if like else None, ema=source.hints.ema)
-    leftover = leave_out(source, parts.strangers, "or no part of Stable Diffusion")
+    leftover = leave_out(source, parts.unknown, "or no part of Stable Diffusion")
     _check_values(parts)
     prediction = _prediction(source, header, parts, like)
     assert source.work is not None
@@ -100,7 +100,7 @@ def _component(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _check_values(parts: Parts) -> None:
+def _check_values(parts: CheckpointParts) -> None:
     for component, tensors in parts.components.items():
         for name, values in tensors.items():
             if values.dtype.name not in {"float32", "float16", "bfloat16"}:
@@ -109,17 +109,17 @@ def _check_values(parts: Parts) -> None:
                 raise Refused(f"{component}: {name} holds NaN or infinite values; the merge or training went wrong")
 
 
-def _prediction(source: Source, header: Header, parts: Parts, like: Path | None) -> PredictionType:
+def _prediction(source: Source, header: Header, parts: CheckpointParts, like: Path | None) -> PredictionType:
     """The publisher's word, then the file's, then that of the folder it is like. SD 2.x's cannot be guessed."""
     said = source.hints.prediction_type
     word = header.metadata.get("modelspec.prediction_type", "").lower()
-    found = "v_prediction" if V_PREDICTION in parts.marks else _WORDS.get(word)
-    if said is not None and found is not None and said != found:
+    marked = "v_prediction" if V_PREDICTION in parts.marks else _WORDS.get(word)
+    if said is not None and marked is not None and said != marked:
         raise InvalidRequest(
-            f"the file says that it predicts {found}, not {said}: leave --prediction-type out", field="prediction_type"
+            f"the file says that it predicts {marked}, not {said}: leave --prediction-type out", field="prediction_type"
         )
-    if said or found:
-        return said or found or "epsilon"
+    if said or marked:
+        return said or marked or "epsilon"
     if like is not None:
         config = json.loads((like / _SCHEDULER).read_text(encoding="utf-8"))
         return _WORDS.get(config.get("prediction_type", "epsilon"), "epsilon")
@@ -131,23 +131,23 @@ def _prediction(source: Source, header: Header, parts: Parts, like: Path | None)
     return "epsilon"
 
 
-def _take_over(like: Path, parts: Parts, work: Path) -> dict[str, Path]:
+def _take_over(like: Path, parts: CheckpointParts, work: Path) -> dict[str, Path]:
     """Files of the folder that the checkpoint is like: all but the weights that it has itself.
 
     A component whose every weight equals that folder's stays that folder's. Raises Refused where structures differ.
     """
-    found = one_precision(replace(Source.scan(like), work=work)).source.files
+    files = one_precision(replace(Source.scan(like), work=work)).source.files
     for component, tensors in parts.components.items():
-        own = {name for name in found if _component(name) == component and ".safetensors" in name}
-        if f"{component}/config.json" not in found:
+        own = {name for name in files if _component(name) == component and ".safetensors" in name}
+        if f"{component}/config.json" not in files:
             raise Refused(
                 f"the checkpoint has a {component}, which {like.name} has not; they are of different families"
             )
         if component == "unet":
-            _check_structure(json.loads(found["unet/config.json"].read_text(encoding="utf-8")), tensors)
-        if not _equal(tensors, [found[name] for name in own if name.endswith(".safetensors")]):
-            found = {name: file for name, file in found.items() if name not in own}
-    return found
+            _check_structure(json.loads(files["unet/config.json"].read_text(encoding="utf-8")), tensors)
+        if not _equal(tensors, [files[name] for name in own if name.endswith(".safetensors")]):
+            files = {name: file for name, file in files.items() if name not in own}
+    return files
 
 
 def _equal(tensors: Mapping[str, Array], files: list[Path]) -> bool:
@@ -166,20 +166,20 @@ def _bytes(values: Array) -> Array:
 
 
 def _check_structure(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
-    found = configs.unet_structure(_shapes(tensors))
+    structure = configs.unet_structure(_shapes(tensors))
     for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
         said = config.get(key, 4 if key == "in_channels" else None)
-        if isinstance(said, list) != isinstance(found[key], list):
+        if isinstance(said, list) != isinstance(structure[key], list):
             continue  # written out for each level
-        if said != found[key]:
+        if said != structure[key]:
             raise Refused(
-                f"the checkpoint's UNet has {key} {found[key]}, the folder that it is said to be like {said}; "
+                f"the checkpoint's UNet has {key} {structure[key]}, the folder that it is said to be like {said}; "
                 "name one of its own kind"
             )
 
 
 def _write_configs(
-    folder: Path, parts: Parts, prediction: PredictionType, given: Mapping[str, Path]
+    folder: Path, parts: CheckpointParts, prediction: PredictionType, given: Mapping[str, Path]
 ) -> dict[str, Path]:
     """What `given` lacks, and a scheduler that says what is predicted."""
     made: dict[str, dict[str, Any]] = {}
@@ -210,7 +210,7 @@ def _write_configs(
     return {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
 
 
-def _check_complete(parts: Parts) -> None:
+def _check_complete(parts: CheckpointParts) -> None:
     needed = {"unet", "vae", "text_encoder", *(("text_encoder_2",) if parts.family == "sdxl" else ())}
     if missing := sorted(needed - parts.components.keys()):
         raise Refused(
@@ -219,7 +219,7 @@ def _check_complete(parts: Parts) -> None:
         )
 
 
-def _text_config(parts: Parts, name: str) -> dict[str, Any]:
+def _text_config(parts: CheckpointParts, name: str) -> dict[str, Any]:
     is_open_clip = parts.family == "sd2" or name == "text_encoder_2"
     return configs.text_config(_shapes(parts.components[name]), is_open_clip=is_open_clip)
 

@@ -31,19 +31,21 @@ Shapes = Mapping[str, Shape]
 
 def unet_config(shapes: Shapes, family: Family, prediction: PredictionType) -> dict[str, Any]:
     """Raises Refused for a UNet that is none of Stable Diffusion's."""
-    found = unet_structure(shapes)
-    widths = tuple(found["block_out_channels"])
-    if widths != WIDTHS[family] or found["transformer_layers_per_block"] is None:
+    structure = unet_structure(shapes)
+    widths = tuple(structure["block_out_channels"])
+    if widths != WIDTHS[family] or structure["transformer_layers_per_block"] is None:
         raise Refused(
             f"the checkpoint's UNet (widths {widths}) is not built as {family}'s own {WIDTHS[family]}; its config "
             "cannot be told from its weights: say which folder in the diffusers layout, or base, has it: --like"
         )
-    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in found["transformer_layers_per_block"]]
-    up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(found["transformer_layers_per_block"])]
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in structure["transformer_layers_per_block"]]
+    up = [
+        "CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(structure["transformer_layers_per_block"])
+    ]
     config = {
         "_class_name": "UNet2DConditionModel",
-        **found,
-        "transformer_layers_per_block": [depth or 1 for depth in found["transformer_layers_per_block"]],
+        **structure,
+        "transformer_layers_per_block": [depth or 1 for depth in structure["transformer_layers_per_block"]],
         "sample_size": _side(family, prediction),
         "out_channels": 4,
         "attention_head_dim": 8 if family == "sd1" else [width // 64 for width in widths],
@@ -93,15 +95,15 @@ def unet_structure(shapes: Shapes) -> dict[str, Any]:
 def _depths(
     depths: Mapping[tuple[str, int], Mapping[int, int]], resnets: Mapping[tuple[str, int], int], levels: int
 ) -> list[int] | None:
-    found = []
+    by_level = []
     for level in range(levels):
         down, up = ("down", level), ("up", levels - 1 - level)
-        each = [*depths.get(down, {}).values(), *depths.get(up, {}).values()]
-        expected = resnets.get(down, 0) + resnets.get(up, 0) if each else 0
-        if len(set(each)) > 1 or len(each) != expected or resnets.get(up) != resnets.get(("down", 0), 0) + 1:
+        counts = [*depths.get(down, {}).values(), *depths.get(up, {}).values()]
+        expected = resnets.get(down, 0) + resnets.get(up, 0) if counts else 0
+        if len(set(counts)) > 1 or len(counts) != expected or resnets.get(up) != resnets.get(("down", 0), 0) + 1:
             return None
-        found.append(each[0] if each else 0)
-    return found
+        by_level.append(counts[0] if counts else 0)
+    return by_level
 
 
 def vae_config(shapes: Shapes, family: Family, prediction: PredictionType) -> dict[str, Any]:

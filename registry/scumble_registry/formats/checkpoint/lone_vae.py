@@ -16,9 +16,9 @@ from pydantic import JsonValue
 from scumble.errors import Refused
 from scumble_registry.formats.checkpoint import configs
 from scumble_registry.formats.checkpoint.vae import convert
-from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.safetensors_header import read_header, read_tensors, write_file
 from scumble_registry.formats.source import Source, Unpacked
+from scumble_registry.formats.unknown_keys import leave_out
 
 FILE_NAME = "diffusion_pytorch_model.safetensors"
 _PREFIX = re.compile(r"^(?:state_dict\.)?(?:first_stage_model\.)?")
@@ -49,10 +49,10 @@ def in_folder(source: Source, layout: str) -> Unpacked:
     header = read_header(file)
     tensors = {_PREFIX.sub("", name): values for name, values in read_tensors(file, header).items()}
     known = {name: values for name, values in tensors.items() if not _UNUSED.fullmatch(name)}
-    found, strangers = convert(known) if layout == "original" else (known, [])
-    leftover = leave_out(source, strangers, "in a VAE in the original layout")
+    converted, unknown = convert(known) if layout == "original" else (known, [])
+    leftover = leave_out(source, unknown, "in a VAE in the original layout")
     config: dict[str, Any] = json.loads((source.hints.like() / "vae/config.json").read_text(encoding="utf-8"))
-    told = configs.vae_config({name: values.shape for name, values in found.items()}, "sd1", "epsilon")
+    told = configs.vae_config({name: values.shape for name, values in converted.items()}, "sd1", "epsilon")
     for key, default in _STRUCTURE.items():
         if config.get(key, default) != told[key]:
             raise Refused(
@@ -63,7 +63,7 @@ def in_folder(source: Source, layout: str) -> Unpacked:
     folder = source.work / "vae"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    write_file(folder / FILE_NAME, found, {"format": "pt"})
+    write_file(folder / FILE_NAME, converted, {"format": "pt"})
     files = {name: folder / name for name in ("config.json", FILE_NAME)}
     unused = list[JsonValue](sorted(tensors.keys() - known.keys()))
     whole = replace(source, path=folder, files=files)

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from scumble.errors import Refused
-from scumble_registry.compatibility import Family
-from scumble_registry.formats import ldm
+from scumble_registry.compatibility import Family, original_names
 from scumble_registry.formats.checkpoint import vae
 from scumble_registry.formats.checkpoint.text import Convert, clip, open_clip, open_clip_penultimate
 from scumble_registry.formats.safetensors_header import Array
@@ -46,7 +45,7 @@ _OF_LIGHTNING = re.compile(
 
 
 @dataclass(slots=True)
-class Parts:
+class CheckpointParts:
     """By component (`unet`, `vae`, the text encoders): tensors by the names of the diffusers layout."""
 
     family: Family
@@ -56,7 +55,7 @@ class Parts:
     """What no picture depends on."""
     averaged: int = 0
     """How many tensors are averages that were not asked for."""
-    strangers: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
 
 def is_whole(names: Iterable[str]) -> bool:
@@ -65,13 +64,13 @@ def is_whole(names: Iterable[str]) -> bool:
     return any(name.startswith(UNET) for name in plain) and not any(name.startswith(_CONTROL) for name in plain)
 
 
-def take_apart(tensors: Mapping[str, Array], like: Family | None = None, *, ema: bool) -> Parts:
+def take_apart(tensors: Mapping[str, Array], like: Family | None = None, *, ema: bool) -> CheckpointParts:
     """`like` is the family of the folder that it is said to be like.
 
     Raises Refused if averages are asked for and there are none, or if the family cannot be told.
     """
     inner = _inside(tensors)
-    parts = Parts(_family(inner, like), marks=frozenset(inner.keys() & {V_PREDICTION, ZERO_SNR}))
+    parts = CheckpointParts(_family(inner, like), marks=frozenset(inner.keys() & {V_PREDICTION, ZERO_SNR}))
     parts.unused += [name for name in tensors if _OF_LIGHTNING.match(name)]
     rest = {name for name in inner if not _OF_LIGHTNING.match(name)}
     rest -= _take_unet(parts, inner, ema=ema)
@@ -80,7 +79,7 @@ def take_apart(tensors: Mapping[str, Array], like: Family | None = None, *, ema:
         if family == parts.family:
             rest -= _take_text(parts, inner, prefix, component, convert)
     parts.unused += sorted(name for name in rest if _UNUSED.fullmatch(name))
-    parts.strangers += sorted(name for name in rest if not _UNUSED.fullmatch(name))
+    parts.unknown += sorted(name for name in rest if not _UNUSED.fullmatch(name))
     return parts
 
 
@@ -103,7 +102,7 @@ def _family(tensors: Mapping[str, Array], like: Family | None) -> Family:
     return families[context]
 
 
-def _take_unet(parts: Parts, tensors: Mapping[str, Array], *, ema: bool) -> set[str]:
+def _take_unet(parts: CheckpointParts, tensors: Mapping[str, Array], *, ema: bool) -> set[str]:
     own = {name: values for name, values in tensors.items() if name.startswith(UNET)}
     averages = {name: f"{EMA}{name.removeprefix('model.').replace('.', '')}" for name in own}
     present = {average for average in averages.values() if average in tensors}
@@ -118,20 +117,20 @@ def _take_unet(parts: Parts, tensors: Mapping[str, Array], *, ema: bool) -> set[
 
 
 def _convert_unet(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]:
-    convert = ldm.converter(tensors)
-    found: dict[str, Array] = {}
-    strangers: list[str] = []
+    convert = original_names.converter(tensors)
+    renamed: dict[str, Array] = {}
+    unknown: list[str] = []
     for name, values in tensors.items():
         module, _, role = name.rpartition(".")
         if (ours := convert(module)) is None:
-            strangers.append(name)
+            unknown.append(name)
         else:
-            found[f"{ours}.{role}"] = values
-    return found, strangers
+            renamed[f"{ours}.{role}"] = values
+    return renamed, unknown
 
 
 def _take(
-    parts: Parts,
+    parts: CheckpointParts,
     tensors: Mapping[str, Array],
     prefix: str,
     component: str,
@@ -140,15 +139,17 @@ def _take(
     own = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
     own = {name: values for name, values in own.items() if not _UNUSED.fullmatch(prefix + name)}
     if own:
-        parts.components[component], strangers = convert(own)
-        parts.strangers += [prefix + name for name in strangers]
+        parts.components[component], unknown = convert(own)
+        parts.unknown += [prefix + name for name in unknown]
     return {prefix + name for name in own}
 
 
-def _take_text(parts: Parts, tensors: Mapping[str, Array], prefix: str, component: str, convert: Convert) -> set[str]:
+def _take_text(
+    parts: CheckpointParts, tensors: Mapping[str, Array], prefix: str, component: str, convert: Convert
+) -> set[str]:
     def both(own: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]:
         text = convert(own)
         parts.unused += [prefix + name for name in text.unused]
-        return text.tensors, text.strangers
+        return text.tensors, text.unknown
 
     return _take(parts, tensors, prefix, component, both)

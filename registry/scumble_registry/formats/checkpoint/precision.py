@@ -30,16 +30,16 @@ def one_precision(source: Source) -> Unpacked:
             continue
         words.setdefault(folder, set()).add(match["word"])
         renamed[name] = f"{match['stem']}{_part(match)}"
-    for folder, found in words.items():
-        if len(found) > 1:
-            raise Refused(f"{folder} holds its weights as {' and '.join(sorted(found))}; keep the one to be served")
+    for folder, of_folder in words.items():
+        if len(of_folder) > 1:
+            raise Refused(f"{folder} holds its weights as {' and '.join(sorted(of_folder))}; keep the one to be served")
     if not renamed:
         return Unpacked(source)
     files = {renamed.get(name, name): file for name, file in source.files.items()}
     for name, new in renamed.items():
         if _INDEX.fullmatch(name):
             files[new] = _write_index(source, name, renamed)
-    said = ", ".join(sorted({word for found in words.values() for word in found}))
+    said = ", ".join(sorted({word for of_folder in words.values() for word in of_folder}))
     whole = replace(source, files=dict(sorted(files.items())))
     return Unpacked(whole, {"renamed": dict(renamed)}, (), f"diffusers folder ({said})")
 

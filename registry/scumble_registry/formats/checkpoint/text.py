@@ -33,15 +33,15 @@ _UNUSED = frozenset({"logit_scale", "attn_mask", "embeddings.position_ids", "tex
 
 
 @dataclass(slots=True)
-class Text:
+class ConvertedText:
     """By transformers' names; what no picture depends on; what is not understood."""
 
     tensors: dict[str, Array]
     unused: list[str]
-    strangers: list[str]
+    unknown: list[str]
 
 
-Convert = Callable[[Mapping[str, Array]], Text]
+Convert = Callable[[Mapping[str, Array]], ConvertedText]
 
 
 def plain(name: str) -> str:
@@ -49,47 +49,47 @@ def plain(name: str) -> str:
     return name.removeprefix(_MODEL)
 
 
-def clip(tensors: Mapping[str, Array]) -> Text:
-    found = Text({}, [], [])
+def clip(tensors: Mapping[str, Array]) -> ConvertedText:
+    converted = ConvertedText({}, [], [])
     for name, values in tensors.items():
         if name in _UNUSED:
-            found.unused.append(name)
+            converted.unused.append(name)
         elif plain(name).startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
-            found.tensors[_MODEL + plain(name)] = values
+            converted.tensors[_MODEL + plain(name)] = values
         elif name == "text_projection.weight":
-            found.unused.append(name)
+            converted.unused.append(name)
         else:
-            found.strangers.append(name)
-    return found
+            converted.unknown.append(name)
+    return converted
 
 
-def open_clip(tensors: Mapping[str, Array]) -> Text:
+def open_clip(tensors: Mapping[str, Array]) -> ConvertedText:
     """With the projection and all layers (SDXL's second)."""
     return _open_clip(tensors, layers=None)
 
 
-def open_clip_penultimate(tensors: Mapping[str, Array]) -> Text:
+def open_clip_penultimate(tensors: Mapping[str, Array]) -> ConvertedText:
     """Without the projection and the last layer (SD 2.x)."""
     layers = {int(match[1]) for name in tensors if (match := _BLOCK.fullmatch(name))}
     return _open_clip(tensors, layers=max(layers, default=0))
 
 
-def _open_clip(tensors: Mapping[str, Array], layers: int | None) -> Text:
-    found = Text({}, [], [])
+def _open_clip(tensors: Mapping[str, Array], layers: int | None) -> ConvertedText:
+    converted = ConvertedText({}, [], [])
     for name, values in tensors.items():
         match = _BLOCK.fullmatch(name)
         if name in _UNUSED or (layers is not None and (name == "text_projection" or _is_last(match, layers))):
-            found.unused.append(name)
+            converted.unused.append(name)
         elif name in {"text_projection", "text_projection.weight"}:
-            found.tensors["text_projection.weight"] = values.T if name == "text_projection" else values
+            converted.tensors["text_projection.weight"] = values.T if name == "text_projection" else values
         elif name in _OUTSIDE:
-            found.tensors[_MODEL + _OUTSIDE[name]] = values
+            converted.tensors[_MODEL + _OUTSIDE[name]] = values
         elif match and (parts := _of_block(match[2], values)):
             prefix = f"{_MODEL}encoder.layers.{match[1]}."
-            found.tensors |= {prefix + part: each for part, each in parts.items()}
+            converted.tensors |= {prefix + part: tensor for part, tensor in parts.items()}
         else:
-            found.strangers.append(name)
-    return found
+            converted.unknown.append(name)
+    return converted
 
 
 def _is_last(match: re.Match[str] | None, layers: int) -> bool:
@@ -97,7 +97,7 @@ def _is_last(match: re.Match[str] | None, layers: int) -> bool:
 
 
 def _of_block(inner: str, values: Array) -> dict[str, Array]:
-    """One tensor of a layer, or the three that are joined in it; {} for a stranger."""
+    """One tensor of a layer, or the three that are joined in it; {} for another tensor."""
     if inner in {"attn.in_proj_weight", "attn.in_proj_bias"} and len(values) % 3 == 0:
         role, width = inner.rpartition("_")[2], len(values) // 3
         return {

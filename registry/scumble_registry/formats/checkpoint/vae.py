@@ -22,17 +22,17 @@ _ALONE = frozenset({"quant_conv", "post_quant_conv"})
 def convert(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]:
     """By diffusers' names, and what has none."""
     levels = _levels(tensors)
-    found: dict[str, Array] = {}
-    strangers: list[str] = []
+    renamed: dict[str, Array] = {}
+    unknown: list[str] = []
     for name, values in tensors.items():
         module, _, role = name.rpartition(".")
         ours = _module(module, levels)
         if ours is None:
-            strangers.append(name)
+            unknown.append(name)
         else:
             is_matrix = ".attentions." in ours and values.ndim == 4
-            found[f"{ours}.{role}"] = values.reshape(values.shape[:2]) if is_matrix else values
-    return found, strangers
+            renamed[f"{ours}.{role}"] = values.reshape(values.shape[:2]) if is_matrix else values
+    return renamed, unknown
 
 
 def _levels(names: Iterable[str]) -> int:

@@ -22,16 +22,17 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from scumble.errors import Refused
-from scumble_registry.compatibility import ControlNetCompatibility
-from scumble_registry.formats.controlnet import bare, ldm, lllite, t2i
-from scumble_registry.formats.controlnet.adopt import Adopted, adopt, write_config
+from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility
+from scumble_registry.formats.controlnet import inferred_config, ldm, lllite, t2i
+from scumble_registry.formats.controlnet.conversion import Converted, convert_file, write_config
 from scumble_registry.formats.controlnet.derive import CLASSES, derive
-from scumble_registry.formats.controlnet.strangers import stranger
+from scumble_registry.formats.controlnet.export import LAYOUTS, export_version
+from scumble_registry.formats.controlnet.refused_models import refused_model
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, Weights, read_weights
 from scumble_registry.formats.floats import check_finite
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
-from scumble_registry.manifest import Manifest
 
 KIND = "controlnet"
 FILE_NAME = "diffusion_pytorch_model.safetensors"
@@ -45,7 +46,7 @@ def recognises(source: Source) -> bool:
     if "model_index.json" in source.files:
         return False
     name = _class_name(source)
-    if name in CLASSES or stranger((), name) is not None:
+    if name in CLASSES or refused_model((), name) is not None:
         return True
     files = list(source.weights().values())
     return len(files) == 1 and _looks_like_net(read_header(files[0]))
@@ -53,15 +54,20 @@ def recognises(source: Source) -> bool:
 
 def _looks_like_net(header: Header) -> bool:
     names = header.tensors
-    known = is_original(header) or bare.is_bare(names) or t2i.is_original(names) or t2i.is_bare(names)
+    known = (
+        is_original(header)
+        or inferred_config.is_diffusers_net(names)
+        or t2i.is_original(names)
+        or t2i.is_diffusers(names)
+    )
     known = known or lllite.is_lllite(names)
-    return known or stranger(names, "") is not None
+    return known or refused_model(names, "") is not None
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if source.path.is_dir():
         check_plain(source)
-    if (what := stranger((), _class_name(source))) is not None:
+    if (what := refused_model((), _class_name(source))) is not None:
         raise Refused(f"this is {what}; it is not served here")
     files = list(source.weights().values())
     if len(files) != 1:
@@ -72,33 +78,33 @@ def read(source: Source, base: Manifest | None) -> Draft:
         raise Refused(f"{file.name} is larger than {source.limit(_MAX_BYTES)} bytes, too large for a ControlNet")
     header = read_header(file)
     name = "" if is_original(header) or t2i.is_original(header.tensors) else _class_name(source)
-    if (what := stranger(header.tensors, name)) is not None:
+    if (what := refused_model(header.tensors, name)) is not None:
         raise Refused(f"this is {what}; it is not served here")
-    adopted = Adopted(file, "diffusers", source.json("config.json")) if name else adopt(source, file, header)
-    header = read_header(adopted.file)
-    _check_values(adopted.file, header)
-    config = adopted.config or {}
+    converted = Converted(file, "diffusers", source.json("config.json")) if name else convert_file(source, file, header)
+    header = read_header(converted.file)
+    _check_values(converted.file, header)
+    config = converted.config or {}
     compatibility = derive(header, str(config.get("_class_name", "")), dict(config), base)
     others = {key: path for key, path in source.files.items() if path != file} if source.path.is_dir() else {}
-    if adopted.config is not None and not name:
-        others["config.json"] = write_config(source, adopted.config)
+    if converted.config is not None and not name:
+        others["config.json"] = write_config(source, converted.config)
     return Draft(
-        files={**others, FILE_NAME: adopted.file},
+        files={**others, FILE_NAME: converted.file},
         compatibility=compatibility,
-        dialect=adopted.dialect,
-        details=_details(compatibility, adopted, has_base=base is not None),
-        leftover=adopted.leftover,
+        dialect=converted.dialect,
+        details=_details(compatibility, converted, has_base=base is not None),
+        leftover=converted.leftover,
     )
 
 
-def _details(compatibility: ControlNetCompatibility, adopted: Adopted, *, has_base: bool) -> dict[str, JsonValue]:
+def _details(compatibility: ControlNetCompatibility, converted: Converted, *, has_base: bool) -> dict[str, JsonValue]:
     served = {
         "t2i": "features of a picture, once per request",
         "lllite": "networks on what attention's matrices read, every step",
     }
     return {
         "serving": served.get(compatibility.form, "residuals of a net, every step"),
-        "left_out_of_the_base_in_the_file": adopted.of_base,
+        "left_out_of_the_base_in_the_file": converted.of_base,
         "family_told_by": "the base" if has_base else "the width of the text that it reads",
     }
 
@@ -122,4 +128,13 @@ def _class_name(source: Source) -> str:
     return str(config.get("_class_name", "")) if isinstance(config, dict) else ""
 
 
-__all__ = ["FILE_NAME", "KIND", "Weights", "is_original", "read", "read_weights", "recognises"]
+FORMAT = Format(
+    KIND,
+    "a ControlNet's or T2I-Adapter's weights, with config.json or without",
+    recognises,
+    read,
+    LAYOUTS,
+    export_version,
+)
+
+__all__ = ["FILE_NAME", "FORMAT", "KIND", "Weights", "is_original", "read", "read_weights", "recognises"]

@@ -8,11 +8,10 @@ from typing import Any, Literal
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility, Family, Shape
 from scumble_registry.formats.controlnet import lllite
-from scumble_registry.formats.controlnet.adopt import POOLS
 from scumble_registry.formats.controlnet.config import NetConfig, parse_net, parse_t2i
+from scumble_registry.formats.controlnet.conversion import POOLS
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, shapes_of
 from scumble_registry.formats.safetensors_header import Header
-from scumble_registry.manifest import Manifest
 
 Form = Literal["net", "union", "t2i", "control_lora", "lllite"]
 CLASSES: dict[str, Form] = {"ControlNetModel": "net", "ControlNetUnionModel": "union", "T2IAdapter": "t2i"}
@@ -20,7 +19,9 @@ _FAMILIES: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _EMBEDDED = "controlnet_cond_embedding.blocks."
 
 
-def derive(header: Header, name: str, config: dict[str, Any], base: Manifest | None) -> ControlNetCompatibility:
+def derive(
+    header: Header, name: str, config: dict[str, Any], base: BaseCompatibility | None
+) -> ControlNetCompatibility:
     """`name` is the class in config.json, or "" where there is none. Raises Refused."""
     if lllite.is_lllite(header.tensors):
         return _of_lllite(header, base)
@@ -30,17 +31,17 @@ def derive(header: Header, name: str, config: dict[str, Any], base: Manifest | N
     form: Form = CLASSES.get(name) or ("control_lora" if CONTROL_LORA in header.tensors else "net")
     parsed = parse_net(config) if name else None
     pools = parsed.global_pool_conditions if parsed is not None else header.metadata.get(POOLS) == "true"
-    found = _of_net(shapes, form, parsed, base, pools=pools)
+    derived = _of_net(shapes, form, parsed, base, pools=pools)
     if parsed is not None:
-        _agree("cross_attention_dim", parsed.cross_attention_dim, found.cross_attention_dim)
-        _agree("in_channels", parsed.in_channels, found.in_channels)
-        _agree("conditioning_channels", parsed.conditioning_channels, found.conditioning_channels)
-        _agree("block_out_channels and layers_per_block", parsed.residual_widths, found.widths)
-    return found
+        _agree("cross_attention_dim", parsed.cross_attention_dim, derived.cross_attention_dim)
+        _agree("in_channels", parsed.in_channels, derived.in_channels)
+        _agree("conditioning_channels", parsed.conditioning_channels, derived.conditioning_channels)
+        _agree("block_out_channels and layers_per_block", parsed.residual_widths, derived.widths)
+    return derived
 
 
 def _of_net(
-    shapes: dict[str, Shape], form: Form, config: NetConfig | None, base: Manifest | None, *, pools: bool
+    shapes: dict[str, Shape], form: Form, config: NetConfig | None, base: BaseCompatibility | None, *, pools: bool
 ) -> ControlNetCompatibility:
     text = next((shape for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
     if text is None:
@@ -78,26 +79,28 @@ def _control_types(shapes: dict[str, Shape], config: NetConfig | None) -> int:
     return types
 
 
-def _of_t2i(shapes: dict[str, Shape], config: dict[str, Any], base: Manifest | None) -> ControlNetCompatibility:
+def _of_t2i(
+    shapes: dict[str, Shape], config: dict[str, Any], base: BaseCompatibility | None
+) -> ControlNetCompatibility:
     parsed = parse_t2i(config)
     light = parsed.adapter_type == "light_adapter"
     first = "adapter.body.0.in_conv.weight" if light else "adapter.conv_in.weight"
     out = "adapter.body.{}.out_conv.weight" if light else "adapter.body.{}.resnets.0.block1.weight"
-    found = tuple(_shape(shapes, out.format(level))[0] for level in range(len(parsed.feature_widths)))
-    _agree("channels", parsed.feature_widths, found)
+    widths = tuple(_shape(shapes, out.format(level))[0] for level in range(len(parsed.feature_widths)))
+    _agree("channels", parsed.feature_widths, widths)
     _agree("in_channels", parsed.in_channels * parsed.downscale_factor**2, _shape(shapes, first)[1])
     return ControlNetCompatibility(
         form="t2i",
         family=_family(base, None),
         conditioning_channels=parsed.in_channels,
-        widths=found,
+        widths=widths,
         # Those for SDXL begin at the second level, where the latents are halved.
         pixels_per_latent=parsed.downscale_factor // (2 if parsed.adapter_type == "full_adapter_xl" else 1),
         parameters=_count(shapes),
     )
 
 
-def _of_lllite(header: Header, base: Manifest | None) -> ControlNetCompatibility:
+def _of_lllite(header: Header, base: BaseCompatibility | None) -> ControlNetCompatibility:
     shapes = {name: info.shape for name, info in header.tensors.items()}
     return ControlNetCompatibility(
         form="lllite",
@@ -109,9 +112,9 @@ def _of_lllite(header: Header, base: Manifest | None) -> ControlNetCompatibility
     )
 
 
-def _family(base: Manifest | None, context: int | None) -> Family | None:
-    if base is not None and isinstance(base.compatibility, BaseCompatibility):
-        return base.compatibility.family
+def _family(base: BaseCompatibility | None, context: int | None) -> Family | None:
+    if base is not None:
+        return base.family
     return _FAMILIES.get(context) if context is not None else None
 
 
@@ -123,10 +126,10 @@ def _shape(shapes: dict[str, Shape], name: str) -> Shape:
     return shape
 
 
-def _agree(field: str, said: object, found: object) -> None:
-    if said != found:
+def _agree(field: str, said: object, actual: object) -> None:
+    if said != actual:
         raise Refused(
-            f"config.json says {field} {said}, but the weights have {found}; these files do not belong together"
+            f"config.json says {field} {said}, but the weights have {actual}; these files do not belong together"
         )
 
 

@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from scumble.errors import Refused
-from scumble_registry.formats.controlnet import bare
-from scumble_registry.formats.controlnet.adopt import POOLS
+from scumble_registry.formats.controlnet import inferred_config
+from scumble_registry.formats.controlnet.conversion import POOLS
 from scumble_registry.formats.controlnet.weights import read_weights
 from scumble_registry.formats.safetensors_header import read_header, write_file
+from scumble_registry.formats.stored import StoredVersion
 
 LAYOUTS = ("diffusers", "webui")
 _WEIGHTS, _CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
+
+
+def export_version(version: StoredVersion, layout: str, target: Path) -> None:
+    base = version.base_folder()
+    unet = json.loads((base / "unet/config.json").read_bytes()) if base is not None else None
+    export(version.folder(), unet, layout, target)
 
 
 def export(stored: Path, unet: dict[str, Any] | None, layout: str, folder: Path) -> None:
@@ -32,13 +39,13 @@ def export(stored: Path, unet: dict[str, Any] | None, layout: str, folder: Path)
         if layout == "diffusers":
             shutil.copyfile(stored / _CONFIG, folder / _CONFIG)
         return
-    found = read_weights(weights)
-    if found.needs_base:
+    net = read_weights(weights)
+    if net.needs_base:
         raise Refused(
             "this net is a difference to its base, which diffusers has no layout for; export it as webui", layout=layout
         )
     header = read_header(weights)
-    shapes = {name: values.shape for name, values in found.full.items()}
-    config = bare.net_config(shapes, unet, pools=header.metadata.get(POOLS) == "true")
+    shapes = {name: values.shape for name, values in net.full.items()}
+    config = inferred_config.net_config(shapes, unet, pools=header.metadata.get(POOLS) == "true")
     (folder / _CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
-    write_file(folder / _WEIGHTS, found.full, {"format": "pt"})
+    write_file(folder / _WEIGHTS, net.full, {"format": "pt"})

@@ -1,14 +1,14 @@
 """Names of the original (ldm) ControlNet's weights → names of diffusers' ControlNetModel.
 
-The encoder's are those of a UNet (`formats/ldm.py`). A residual leaves behind each of the `input_blocks` through
-`zero_convs`.
+The encoder's are those of a UNet (`compatibility/original_names.py`). A residual leaves behind each of the
+`input_blocks` through `zero_convs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from scumble_registry.formats import ldm
+from scumble_registry.compatibility import original_names
 
 PREFIX = "control_model."
 MARKS = ("lora_controlnet", "difference")
@@ -37,14 +37,14 @@ def converter(names: Iterable[str]) -> Callable[[str], str | None]:
 
     The last word of a name stays: `weight`, `bias`, or a factor's.
     """
-    of_encoder = ldm.converter(strip(name) for name in names)
+    of_encoder = original_names.converter(strip(name) for name in names)
 
     def convert(name: str) -> str | None:
         module, _, role = strip(name).rpartition(".")
-        found = _FIXED.get(module) or _residual(module) or of_encoder(module)
-        if found is None or found.startswith(_OF_DECODER):
+        renamed = _FIXED.get(module) or _residual(module) or of_encoder(module)
+        if renamed is None or renamed.startswith(_OF_DECODER):
             return None
-        return f"{found}.{role}"
+        return f"{renamed}.{role}"
 
     return convert
 

@@ -19,34 +19,26 @@ from collections.abc import Iterable, Mapping
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import Shape
-from scumble_registry.formats.ldm import original_names
+from scumble_registry.compatibility.targets import LLLITE
 
-PREFIX = "lllite_unet_"
-_KEY = re.compile(rf"({PREFIX}\w+)\.(conditioning1\.[024]|down\.0|mid\.0|up\.0)\.(weight|bias)")
+_KEY = re.compile(rf"({LLLITE}\w+)\.(conditioning1\.[024]|down\.0|mid\.0|up\.0)\.(weight|bias)")
 
 
 def is_lllite(names: Iterable[str]) -> bool:
     return any(_KEY.fullmatch(name) for name in names)
 
 
-def strangers(names: Iterable[str]) -> set[str]:
+def unknown_keys(names: Iterable[str]) -> set[str]:
     return {name for name in names if not _KEY.fullmatch(name)}
-
-
-def canonical_names(targets: Iterable[str]) -> dict[str, str]:
-    """What an LLLite calls a UNet's modules (by their original names, or diffusers') → their canonical names."""
-    own = [name.removeprefix("unet.") for name in targets if name.startswith("unet.")]
-    names = dict(zip(own, own, strict=True)) | {theirs: ours for ours, theirs in original_names(own).items()}
-    return {PREFIX + name.replace(".", "_"): f"unet.{ours}" for name, ours in names.items()}
 
 
 def parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Each module → its own names of tensors (`down.0.weight`) → theirs in the file."""
-    found: dict[str, dict[str, str]] = {}
+    by_module: dict[str, dict[str, str]] = {}
     for name in names:
         if match := _KEY.fullmatch(name):
-            found.setdefault(match[1], {})[f"{match[2]}.{match[3]}"] = name
-    return found
+            by_module.setdefault(match[1], {})[f"{match[2]}.{match[3]}"] = name
+    return by_module
 
 
 def modules(shapes: Mapping[str, Shape]) -> dict[str, int]:

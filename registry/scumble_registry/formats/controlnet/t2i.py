@@ -31,7 +31,7 @@ def is_original(names: Mapping[str, object]) -> bool:
     return any(name.startswith(("body.0.block1.", "body.0.body.0.block1.")) for name in plain)
 
 
-def is_bare(names: Mapping[str, object]) -> bool:
+def is_diffusers(names: Mapping[str, object]) -> bool:
     """diffusers' own, without a config.json."""
     return any(name.startswith(f"{_PREFIX}body.0.resnets.0.block1.") for name in names)
 
@@ -40,18 +40,18 @@ def rename(shapes: Mapping[str, Shape]) -> dict[str, str]:
     """The original's tensor → diffusers' name. Strangers are left out."""
     plain = {name: name.removeprefix(_PREFIX) for name in shapes}
     per_level = _resnets_per_level(plain.values())
-    found: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     for name, short in plain.items():
         if short.startswith("conv_in."):
-            found[name] = _PREFIX + short
+            renamed[name] = _PREFIX + short
         elif match := _FULL.fullmatch(short):
             level, index = divmod(int(match[1]), per_level)
             part = match[2] if match[2] == "in_conv" else f"resnets.{index}.{match[2]}"
-            found[name] = f"{_PREFIX}body.{level}.{part}.{match[3]}"
+            renamed[name] = f"{_PREFIX}body.{level}.{part}.{match[3]}"
         elif match := _LIGHT.fullmatch(short):
             part = match[4] or f"resnets.{match[2]}.{match[3]}"
-            found[name] = f"{_PREFIX}body.{match[1]}.{part}.{match[5]}"
-    return found
+            renamed[name] = f"{_PREFIX}body.{match[1]}.{part}.{match[5]}"
+    return renamed
 
 
 def _resnets_per_level(names: Any) -> int:

@@ -37,12 +37,12 @@ class Weights:
 
 
 def names_of(header: Header) -> dict[str, str]:
-    """Tensor → its name in diffusers' spelling, without the marks. Raises Refused for a stranger."""
+    """Tensor → its name in diffusers' spelling, without the marks. Raises Refused for a tensor of no ControlNet."""
     names = [name for name in header.tensors if name.removeprefix(ldm.PREFIX) not in _MARKS]
     convert = ldm.converter(names) if ldm.is_ldm(names) else str
     renamed = {name: convert(name) for name in names}
-    if strangers := [name for name, new in renamed.items() if new is None]:
-        raise Refused(f"tensor {strangers[0]} belongs to no ControlNet; is it another kind of file?")
+    if unknown := [name for name, new in renamed.items() if new is None]:
+        raise Refused(f"tensor {unknown[0]} belongs to no ControlNet; is it another kind of file?")
     return {name: new for name, new in renamed.items() if new is not None}
 
 

@@ -24,9 +24,9 @@ from scumble_registry.formats.dreambooth.delta import (
     read_delta,
     write_delta,
 )
+from scumble_registry.formats.format import Difference, Format
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source
-from scumble_registry.manifest import Manifest
 
 KIND = "dreambooth"
 _SCHEDULER = "scheduler/scheduler_config.json"
@@ -38,13 +38,12 @@ def recognises(source: Source) -> bool:
     return source.base_folder is not None and base_format.recognises(source)
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     """Raises Incompatible, naming what differs, if the base's graphs cannot run these weights."""
     assert base is not None and source.base_folder is not None and source.work is not None
     whole = base_format.in_diffusers_layout(source)
     own, _ = base_format.examine(whole.source)
-    assert isinstance(base.compatibility, BaseCompatibility)
-    _check_architecture(own, base.compatibility)
+    _check_architecture(own, base)
     folder = source.base_folder()
     files: dict[str, Path] = {}
     changed: dict[str, int] = {}
@@ -133,12 +132,12 @@ def read_changed(stored: Path, base_folder: Path) -> dict[str, dict[str, Array]]
 
     Raises IntegrityError.
     """
-    found: dict[str, dict[str, Array]] = {}
+    by_component: dict[str, dict[str, Array]] = {}
     for delta in sorted(stored.rglob(f"*{SUFFIX}")):
         component = delta.parent.relative_to(stored).as_posix()
         changed = read_delta(delta, _tensors(base_folder / component))
-        found.setdefault(component, {}).update({plain(name): values for name, values in changed.items()})
-    return found
+        by_component.setdefault(component, {}).update({plain(name): values for name, values in changed.items()})
+    return by_component
 
 
 def _check_architecture(own: BaseCompatibility, base: BaseCompatibility) -> None:
@@ -177,7 +176,16 @@ def _is_same(file: Path, other: Path) -> bool:
     return True
 
 
+FORMAT = Format(
+    KIND,
+    "a base's folder or file, with --base",
+    recognises,
+    read,
+    difference=Difference(write_folder, is_folder, published_digests, read_changed),
+)
+
 __all__ = [
+    "FORMAT",
     "KIND",
     "is_difference",
     "is_folder",

@@ -15,15 +15,16 @@ from typing import TypeAlias
 from pydantic import JsonValue
 
 from scumble.errors import IntegrityError, Refused
-from scumble_registry.compatibility import ContextNetworks, HypernetworkCompatibility
+from scumble_registry.compatibility import BaseCompatibility, ContextNetworks, HypernetworkCompatibility
 from scumble_registry.formats.floats import read_floats
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.hypernetwork import context, predictor, webui
 from scumble_registry.formats.hypernetwork.context_record import ContextRecord
+from scumble_registry.formats.hypernetwork.export import LAYOUTS, export_version
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
-from scumble_registry.formats.leftover import leave_out
 from scumble_registry.formats.safetensors_header import Array, Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
-from scumble_registry.manifest import Manifest
+from scumble_registry.formats.unknown_keys import leave_out
 
 KIND = "hypernetwork"
 FILE_NAME = "hypernetwork.safetensors"
@@ -40,7 +41,7 @@ def recognises(source: Source) -> bool:
     return len(weights) == 1 and (webui.recognises(header := read_header(weights[0])) or _form(header) is not None)
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     ((name, file),) = source.weights().items()
     if source.path.is_dir():
         check_plain(source)
@@ -51,11 +52,11 @@ def read(source: Source, base: Manifest | None) -> Draft:
     tensors = read_floats(file, header, what="a hypernetwork", max_bytes=source.limit(_MAX_BYTES))
     form = _form(header)
     assert form is not None  # `recognises` has seen to it
-    leftover = leave_out(source, form.strangers(header), "beside a hypernetwork's own")
+    leftover = leave_out(source, form.unknown_keys(header), "beside a hypernetwork's own")
     known = {key: values for key, values in tensors.items() if key not in leftover}
     record, network, family = form.parse(known, header.metadata)
     if base is not None:
-        family = base.compatibility.family
+        family = base.family
     compatibility = HypernetworkCompatibility(family=family, network=network)
     others = {key: path for key, path in source.files.items() if key != name} if source.path.is_dir() else {}
     return Draft(
@@ -97,4 +98,14 @@ def _form(header: Header) -> ModuleType | None:
     return next((form for form in (predictor, context) if form.recognises(header)), None)
 
 
-__all__ = ["KIND", "HypernetworkRecord", "read", "read_record", "recognises"]
+FORMAT = Format(
+    KIND,
+    "the webui's .pt, a file of <width>.k.linear.<i> and <width>.v.linear.<i>, or one whose header holds "
+    "scumble.predictor",
+    recognises,
+    read,
+    LAYOUTS,
+    export_version,
+)
+
+__all__ = ["FORMAT", "KIND", "HypernetworkRecord", "read", "read_record", "recognises"]

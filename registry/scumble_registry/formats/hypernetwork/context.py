@@ -69,7 +69,7 @@ def recognises(header: Header) -> bool:
     return any(_KEY.fullmatch(name) for name in header.tensors)
 
 
-def strangers(header: Header) -> set[str]:
+def unknown_keys(header: Header) -> set[str]:
     """Keys that are none of such a network's."""
     return {name for name in header.tensors if not _KEY.fullmatch(name)}
 
@@ -145,10 +145,10 @@ def _check_place(name: str, place: int, expected: tuple[int, ...]) -> None:
 
 
 def _check_shape(name: str, pair: Mapping[str, Array], shape: tuple[int, ...]) -> None:
-    found = pair["weight"].shape
-    if found != shape or pair["bias"].shape != shape[:1]:
+    actual = pair["weight"].shape
+    if actual != shape or pair["bias"].shape != shape[:1]:
         raise Refused(
-            f"{name} has shape {found} with a bias of {pair['bias'].shape}; layer_structure and is_layer_norm say "
+            f"{name} has shape {actual} with a bias of {pair['bias'].shape}; layer_structure and is_layer_norm say "
             f"{shape} and {shape[:1]}",
             tensor=name,
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from scumble.errors import Refused, Unavailable
 from scumble_registry.formats.safetensors_header import read_header
+from scumble_registry.formats.stored import StoredVersion
 
 LAYOUTS = ("webui",)
 _KEY = re.compile(r"(\d+)\.([kv])\.(.+)")
@@ -27,6 +28,12 @@ _SAID_AS_JSON = frozenset(
         "use_dropout",
     }
 )
+
+
+def export_version(version: StoredVersion, _layout: str, target: Path) -> None:
+    stored = version.folder()
+    (file,) = (stored / name for name in version.manifest.files if name.endswith(".safetensors"))
+    export(file, target)
 
 
 def export(stored: Path, folder: Path) -> None:

@@ -40,8 +40,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import Family, LoraCompatibility, Shape, WeightPredictor
-from scumble_registry.formats.leftover import refuse_leftover
 from scumble_registry.formats.safetensors_header import Array, Header, write
+from scumble_registry.formats.unknown_keys import refuse_unknown_keys
 
 CONFIG = "scumble.predictor"
 FORMAT = "scumble.hypernetwork.predictor.1"
@@ -116,14 +116,14 @@ class PredictorRecord:
     @property
     def values(self) -> int:
         """How many numbers it holds."""
-        return sum(each.size for each in (*self.network.values(), *self.up.values(), *self.down.values()))
+        return sum(array.size for array in (*self.network.values(), *self.up.values(), *self.down.values()))
 
 
 def recognises(header: Header) -> bool:
     return CONFIG in header.metadata
 
 
-def strangers(_: Header) -> set[str]:
+def unknown_keys(_: Header) -> set[str]:
     """None that may be left out: this layout is ours alone, and `parse` refuses what it does not know."""
     return set()
 
@@ -152,7 +152,7 @@ def make_record(tensors: Mapping[str, Array], config: PredictorConfig) -> Predic
     shapes = config.network_shapes(condition_width)
     network = {name: _tensor(tensors, name, shape) for name, shape in shapes.items()}
     known = network.keys() | {f"aux.{name}.{side}" for name in config.targets for side in ("up", "down")}
-    refuse_leftover(tensors.keys() - known, "beside the predictor that the header describes")
+    refuse_unknown_keys(tensors.keys() - known, "beside the predictor that the header describes")
     return PredictorRecord(config, network, up, down)
 
 

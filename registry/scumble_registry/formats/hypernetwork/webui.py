@@ -54,5 +54,5 @@ def _metadata(settings: Mapping[str, Plain]) -> dict[str, str]:
 
 def _is_setting(value: Plain) -> bool:
     if isinstance(value, list | tuple):
-        return all(_is_setting(each) and not isinstance(each, list | tuple) for each in value)
+        return all(_is_setting(item) and not isinstance(item, list | tuple) for item in value)
     return not isinstance(value, dict | Placeholder) and isinstance(value, str | int | float | bool)

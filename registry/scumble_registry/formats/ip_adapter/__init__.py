@@ -23,25 +23,26 @@ from pydantic import JsonValue
 from scumble.errors import Incompatible, InvalidRequest, Refused
 from scumble_registry.compatibility import (
     BaseCompatibility,
+    Compatibility,
     ImageEncoderCompatibility,
     IpAdapterCompatibility,
     LoraCompatibility,
 )
 from scumble_registry.formats import image_encoder
 from scumble_registry.formats.floats import read_floats
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.ip_adapter.attentions import attentions
+from scumble_registry.formats.ip_adapter.export import LAYOUTS, export_version
 from scumble_registry.formats.ip_adapter.projection import Projection, inspect
 from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record, unwritten, write_record
-from scumble_registry.formats.leftover import leave_out, refuse_leftover
 from scumble_registry.formats.lora.record import LoraModule, make_module
 from scumble_registry.formats.safetensors_header import Array, Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain
-from scumble_registry.manifest import Manifest
+from scumble_registry.formats.unknown_keys import leave_out, refuse_unknown_keys
 
 KIND = "ip_adapter"
 FILE_NAME, FILE_NAME_V2 = "ip-adapter.safetensors", "ip-adapter-plusv2.safetensors"
 """What a single file is called inside the registry: what was pulled publishes as what it was."""
-ENCODER = "image_encoder/"
 
 _MAX_BYTES = 4 << 30
 _PICTURE = ("image_proj.", "image_proj_model.")
@@ -57,25 +58,29 @@ def recognises(source: Source) -> bool:
     return bool(_adapter_files(source))
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     file = _single(source)
     if source.path.is_dir():
         check_plain(source)
-    if base is None or not isinstance(base.compatibility, BaseCompatibility):
+    if base is None:
         raise Refused(
             "an IP-Adapter counts the attention layers of its base, and can only be read with the base at hand: "
             "publish it with --base REF"
         )
     header = read_header(file)
     tensors = read_floats(file, header, what="an IP-Adapter", max_bytes=source.limit(_MAX_BYTES))
-    strangers = {name for name in tensors if not name.startswith((*_PICTURE, *_ATTENTION))}
-    leftover = leave_out(source, strangers, "or belong to a training checkpoint's UNet; keep image_proj and ip_adapter")
+    unknown = {name for name in tensors if not name.startswith((*_PICTURE, *_ATTENTION))}
+    leftover = leave_out(source, unknown, "or belong to a training checkpoint's UNet; keep image_proj and ip_adapter")
     projection_part, attention_part = _split(tensors)
     projection = inspect({name: values.shape for name, values in projection_part.items()})
-    record = _parse(projection_part, attention_part, base.compatibility)
-    encoder = image_encoder.inspect(source, ENCODER) if f"{ENCODER}config.json" in source.files else None
+    record = _parse(projection_part, attention_part, base)
+    encoder = (
+        image_encoder.inspect(source, image_encoder.FOLDER)
+        if f"{image_encoder.FOLDER}config.json" in source.files
+        else None
+    )
     shortcut = _has_shortcut(source, header, file) if projection.kind == "faceid_plus" else _no_shortcut(source)
-    compatibility = _derive(projection, record, base.compatibility, shortcut=shortcut, encoder=encoder)
+    compatibility = _derive(projection, record, base, shortcut=shortcut, encoder=encoder)
     name = FILE_NAME_V2 if shortcut else FILE_NAME
     return Draft(
         files=source.files if source.path.is_dir() else {name: file},
@@ -102,21 +107,22 @@ def _details(compatibility: IpAdapterCompatibility) -> dict[str, JsonValue]:
 
 
 def _adapter_files(source: Source) -> list[Path]:
-    outside = [file for name, file in source.weights().items() if not name.startswith(ENCODER)]
+    outside = [file for name, file in source.weights().items() if not name.startswith(image_encoder.FOLDER)]
     return [file for file in outside if any(key.startswith(_PICTURE) for key in read_header(file).tensors)]
 
 
 def _single(source: Source) -> Path:
-    found = _adapter_files(source)
-    if len(found) == 1:
-        others = source.weights().keys() - {name for name, file in source.files.items() if file == found[0]}
-        refuse_leftover(
-            {name for name in others if not name.startswith(ENCODER)}, hint="or have no place beside an IP-Adapter"
+    adapters = _adapter_files(source)
+    if len(adapters) == 1:
+        others = source.weights().keys() - {name for name, file in source.files.items() if file == adapters[0]}
+        refuse_unknown_keys(
+            {name for name in others if not name.startswith(image_encoder.FOLDER)},
+            hint="or have no place beside an IP-Adapter",
         )
-        return found[0]
+        return adapters[0]
     raise Refused(
-        f"{source.path} holds {len(found)} IP-Adapters ({', '.join(file.name for file in found[:4])} …); publish one "
-        "file at a time, or a folder with one of them beside image_encoder/"
+        f"{source.path} holds {len(adapters)} IP-Adapters ({', '.join(file.name for file in adapters[:4])} …); "
+        "publish one file at a time, or a folder with one of them beside image_encoder/"
     )
 
 
@@ -152,7 +158,7 @@ def _parse(projection: dict[str, Array], attention: dict[str, Array], base: Base
             (keys if match[2] == "k" else values)[names[index]] = array
         else:
             factors.setdefault(f"{names[index]}.{_LAYERS[match[2]]}", {})[match[3]] = array
-    refuse_leftover(leftover, hint="or name no attention")
+    refuse_unknown_keys(leftover, hint="or name no attention")
     lora: dict[str, LoraModule] = {}
     for target, pair in sorted(factors.items()):
         if len(pair) != 2:
@@ -212,4 +218,27 @@ def _has_shortcut(source: Source, header: Header, file: Path) -> bool:
     return said == "true" if said else "plusv2" in file.name.lower()
 
 
-__all__ = ["KIND", "IpAdapterRecord", "read", "read_record", "recognises", "write_record"]
+def check_image_encoder(adapter: Compatibility, encoder: Compatibility) -> None:
+    """Raises InvalidRequest where it has an image encoder of its own, Refused for what is none, Incompatible."""
+    assert isinstance(adapter, IpAdapterCompatibility)
+    if not isinstance(encoder, ImageEncoderCompatibility):
+        raise Refused(f"a {encoder.kind} is not an image encoder; name a version of kind image_encoder")
+    if adapter.encoder is not None:
+        raise InvalidRequest(
+            "the folder holds an image encoder of its own: leave --image-encoder out, or remove image_encoder/",
+            field="image_encoder",
+        )
+    adapter.check_encoder(encoder)
+
+
+FORMAT = Format(
+    KIND,
+    "a file with image_proj and ip_adapter",
+    recognises,
+    read,
+    LAYOUTS,
+    export_version,
+    check_image_encoder=check_image_encoder,
+)
+
+__all__ = ["FORMAT", "KIND", "IpAdapterRecord", "read", "read_record", "recognises", "write_record"]

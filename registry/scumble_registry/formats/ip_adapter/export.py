@@ -5,17 +5,32 @@ The file's name and header say whether a FaceID-Plus is a PlusV2: no tensor does
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from scumble.errors import Refused
+from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import BaseCompatibility, IpAdapterCompatibility
+from scumble_registry.formats import image_encoder
 from scumble_registry.formats.ip_adapter.attentions import attentions
-from scumble_registry.formats.ip_adapter.record import IpAdapterRecord
+from scumble_registry.formats.ip_adapter.record import IpAdapterRecord, read_record
 from scumble_registry.formats.safetensors_header import Array, write
+from scumble_registry.formats.stored import StoredVersion
 
 LAYOUTS = ("diffusers", "webui")
 _LAYERS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"}
+
+
+def export_version(version: StoredVersion, _layout: str, target: Path) -> None:
+    """Both layouts are one. Raises InvalidRequest without a base."""
+    adapter = version.manifest.compatibility
+    assert isinstance(adapter, IpAdapterCompatibility)
+    if version.base is None:
+        raise InvalidRequest("the base tells how attentions are counted: name it with --base", field="base")
+    export(read_record(version.record()), adapter, version.base, target)
+    encoder = version.folder() / image_encoder.FOLDER
+    if encoder.is_dir():
+        shutil.copytree(encoder, target / image_encoder.FOLDER, copy_function=shutil.copyfile)
 
 
 def export(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import IpAdapterKind, Shape
-from scumble_registry.formats.leftover import refuse_leftover
+from scumble_registry.formats.unknown_keys import refuse_unknown_keys
 
 _ARCFACE = 512
 _HEAD = 64  # channels of one head of a resampler: fixed in all of them
@@ -99,7 +99,7 @@ class _Given:
         return out, into
 
     def done(self) -> None:
-        refuse_leftover(
+        refuse_unknown_keys(
             {f"image_proj.{name}" for name in self._shapes.keys() - self._used}, hint="or of another kind of projection"
         )
 

@@ -1,9 +1,9 @@
 """LoRA and its family: for some modules of the base, what becomes of their weights.
 
-A file is read key by key (`names.py`: whose spelling), module by module (`bodies.py`: which algorithm), into one
+A file is read key by key (`names.py`: whose spelling), module by module (`algorithms.py`: which algorithm), into one
 record (`record.py`). What is exactly of low rank becomes factors (`algebra.py`). `peft.py` reads the configs that give
-the numbers of PEFT's files, `about.py` what a file tells people, `speed.py` how it is to be sampled; `export.py` writes
-back.
+the numbers of PEFT's files, `metadata.py` what a header tells people, `sampling_hints.py` how it is to be sampled;
+`serving.py` says how each module is served, `export.py` writes back.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pydantic import JsonValue
 from scumble.errors import Incompatible, Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, LoraCompatibility, norm_shapes
 from scumble_registry.formats.floats import read_floats
-from scumble_registry.formats.leftover import refuse_leftover
-from scumble_registry.formats.lora import about
+from scumble_registry.formats.format import Format
+from scumble_registry.formats.lora import metadata as header_metadata
+from scumble_registry.formats.lora.export import LAYOUTS, export_version
 from scumble_registry.formats.lora.names import Names, without_adapter_names
 from scumble_registry.formats.lora.parse import Parsed, parse
 from scumble_registry.formats.lora.peft import Scaling, parse_config, parse_metadata
@@ -32,12 +33,13 @@ from scumble_registry.formats.lora.record import (
     unwritten,
     write_record,
 )
-from scumble_registry.formats.lora.speed import sampling_of
-from scumble_registry.formats.lora.strangers import known_stranger
+from scumble_registry.formats.lora.refused_models import refused_model
+from scumble_registry.formats.lora.sampling_hints import sampling_of
+from scumble_registry.formats.lora.serving import count_modules, describe_modules, serving
 from scumble_registry.formats.safetensors_header import DTYPES, Array, Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
-from scumble_registry.formats.standard import STANDARD, standard
-from scumble_registry.manifest import Manifest
+from scumble_registry.formats.stable_diffusion import FAMILIES, stable_diffusion
+from scumble_registry.formats.unknown_keys import refuse_unknown_keys
 
 KIND = "lora"
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -63,24 +65,23 @@ def recognises(source: Source) -> bool:
     return all(_looks_like_lora(read_header(file)) for file in weights)
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if source.path.is_dir():
         check_plain(source)
     tensors, scalings, metadata = _read_all(source)
-    known = _base_of(base)
-    likely = _standards(tensors, scalings) if known is None else []
-    of_base = likely[0] if likely else known
+    likely = _fitting_families(tensors, scalings) if base is None else []
+    of_base = likely[0] if likely else base
     parsed = parse(tensors, scalings, of_base)
     _check_leftover(parsed, source, of_base)
-    family = known.family if known is not None else likely[0].family if len(likely) == 1 else None
+    family = base.family if base is not None else likely[0].family if len(likely) == 1 else None
     return Draft(
         files=source.files if source.path.is_dir() else {FILE_NAME: next(iter(_weights(source).values()))},
         compatibility=_derive(parsed.record, of_base, family),
         record=unwritten(parsed.record),
         sampling=sampling_of(metadata, source.path.name),
-        trigger_words=about.trigger_words(metadata),
+        trigger_words=header_metadata.trigger_words(metadata),
         dialect=parsed.dialect,
-        details=_details(parsed, metadata, "the base" if known else "its modules" if likely else "the width of text"),
+        details=_details(parsed, metadata, "the base" if base else "its modules" if likely else "the width of text"),
         leftover=parsed.leftover,
     )
 
@@ -94,17 +95,17 @@ def _read_all(source: Source) -> tuple[dict[str, Array], Mapping[str, Scaling], 
     for name, file in _weights(source).items():
         header = read_header(file)
         metadata |= header.metadata
-        found = _read_numbers(file, header, source.limit(_MAX_BYTES))
+        of_file = _read_numbers(file, header, source.limit(_MAX_BYTES))
         config = configs.get(name.rpartition("/")[0])
         if config is None:
             scalings |= parse_metadata(header.metadata)
         else:
-            component = _component(name.rpartition("/")[0], found)
+            component = _component(name.rpartition("/")[0], of_file)
             scalings[component] = config
-            found = {_in_component(key, component): values for key, values in found.items()}
-        if tensors.keys() & found.keys():
+            of_file = {_in_component(key, component): values for key, values in of_file.items()}
+        if tensors.keys() & of_file.keys():
             raise Refused("two files of the folder hold the same modules; publish one of them")
-        tensors |= found
+        tensors |= of_file
     keys, adapters = without_adapter_names(tensors)
     if len(adapters) > 1:
         raise Refused(f"the file holds {len(adapters)} adapters, {', '.join(adapters[:8])}; publish each on its own")
@@ -149,8 +150,8 @@ def _weights(source: Source) -> dict[str, Path]:
 def _check_leftover(parsed: Parsed, source: Source, base: BaseCompatibility | None) -> None:
     """Raises Refused, unless the publisher lets what is not understood be left out and something is left."""
     if base is None and (flat := [key for key in parsed.leftover if key.startswith(_FLAT)]):
-        stranger = known_stranger(flat)
-        refuse_leftover(flat if stranger else (), "", of=stranger)
+        refused = refused_model(flat)
+        refuse_unknown_keys(flat if refused else (), "", of=refused)
         raise Refused(
             "this LoRA is in kohya's layout, whose names can only be read with the base at hand, and it is for none of "
             "Stable Diffusion's own sizes: publish it with --base REF"
@@ -158,23 +159,23 @@ def _check_leftover(parsed: Parsed, source: Source, base: BaseCompatibility | No
     if source.allow_leftover and parsed.record:
         return
     hint = f"or they name no module of this {base.family} base" if base else "or are no whole module of a known layout"
-    refuse_leftover(parsed.leftover, hint, of=known_stranger(parsed.leftover))
+    refuse_unknown_keys(parsed.leftover, hint, of=refused_model(parsed.leftover))
 
 
-def _standards(tensors: Mapping[str, Array], scalings: Mapping[str, Scaling]) -> list[BaseCompatibility]:
+def _fitting_families(tensors: Mapping[str, Array], scalings: Mapping[str, Scaling]) -> list[BaseCompatibility]:
     """Stable Diffusion's own families that a file fits whose names cannot be read without a base: often one, none for a
     file that is made for another size, two where only shapes that SD 1.x and 2.x share are changed.
     """
     keys = [key for key in tensors if key.startswith((*_FLAT, "diffusion_model."))]
-    found = []
-    for base in map(standard, STANDARD) if keys else ():
+    fitting = []
+    for base in map(stable_diffusion, FAMILIES) if keys else ():
         names = Names(base)
         if not all(names.read(key) for key in keys):
             continue
         with contextlib.suppress(Refused, Incompatible):
             _derive(parse(tensors, scalings, base).record, base, None).fits(base)
-            found.append(base)
-    return found
+            fitting.append(base)
+    return fitting
 
 
 def _derive(record: LoraRecord, base: BaseCompatibility | None, family: Family | None) -> LoraCompatibility:
@@ -193,7 +194,7 @@ def _derive(record: LoraRecord, base: BaseCompatibility | None, family: Family |
         family=family or _guess_family(requires),
         requires=requires,
         ranks=in_rows,
-        magnitudes=any(about.serving(target, record[target]) == "row with gain" for target in in_rows),
+        magnitudes=any(serving(target, record[target]) == "row with gain" for target in in_rows),
         merged=tuple(sorted(record.keys() - in_rows.keys())),
     )
 
@@ -208,25 +209,28 @@ def _guess_family(requires: Mapping[str, tuple[int, ...]]) -> Family | None:
 
 def _details(parsed: Parsed, metadata: Mapping[str, str], rests_on: str) -> dict[str, JsonValue]:
     return {
-        "counts": about.counts(parsed.record, parsed.algorithms),
-        "modules": about.modules(parsed.record, parsed.algorithms),
-        "family": {"rests_on": rests_on, "header_says": about.family_said(metadata)},
+        "counts": count_modules(parsed.record, parsed.algorithms),
+        "modules": describe_modules(parsed.record, parsed.algorithms),
+        "family": {"rests_on": rests_on, "header_says": header_metadata.family_said(metadata)},
     }
-
-
-def _base_of(base: Manifest | None) -> BaseCompatibility | None:
-    if base is None:
-        return None
-    assert isinstance(base.compatibility, BaseCompatibility)
-    return base.compatibility
 
 
 def _looks_like_lora(header: Header) -> bool:
     return any(any(word in name for word in _WORDS) or name.endswith(_ENDS) for name in header.tensors)
 
 
+FORMAT = Format(
+    KIND,
+    "a file (or a folder with one) of lora_A/lora_B or lora_down/lora_up",
+    recognises,
+    read,
+    LAYOUTS,
+    export_version,
+)
+
 __all__ = [
     "FILE_NAME",
+    "FORMAT",
     "KIND",
     "LoraModule",
     "LoraRecord",

@@ -31,17 +31,29 @@ from scumble_registry.formats.lora.record import (
     Module,
     Product,
     Rotation,
+    read_record,
 )
 from scumble_registry.formats.safetensors_header import Array, write
+from scumble_registry.formats.stored import StoredVersion, header_metadata
 
-Layout = Literal["diffusers", "kohya", "peft", "webui"]
-LAYOUTS: tuple[Layout, ...] = ("diffusers", "kohya", "peft", "webui")
+LoraLayout = Literal["diffusers", "kohya", "peft", "webui"]
+LAYOUTS: tuple[LoraLayout, ...] = ("diffusers", "kohya", "peft", "webui")
 FILE = "pytorch_lora_weights.safetensors"
+
+
+def export_version(version: StoredVersion, layout: str, target: Path) -> None:
+    export(
+        read_record(version.record()),
+        next(name for name in LAYOUTS if name == layout),
+        target,
+        base=version.base,
+        metadata=header_metadata(version),
+    )
 
 
 def export(
     record: LoraRecord,
-    layout: Layout,
+    layout: LoraLayout,
     folder: Path,
     *,
     base: BaseCompatibility | None = None,
@@ -108,15 +120,15 @@ def _peft(record: LoraRecord, folder: Path, metadata: dict[str, str]) -> None:
 
 def _by_component(record: LoraRecord, layout: str) -> dict[str, dict[str, LoraModule]]:
     """Modules without their component's name. Raises Refused for all but plain factors and DoRA by rows."""
-    found: dict[str, dict[str, LoraModule]] = {}
+    by_component: dict[str, dict[str, LoraModule]] = {}
     for target, module in record.items():
         if not isinstance(module, LoraModule) or module.inner is not None or module.bias is not None:
             raise _cannot(target, module, layout)
         if module.magnitude is not None and module.magnitude.axis != 0:
             raise Refused(f"{target} is a DoRA by columns, which {layout}'s layout cannot say; export it as kohya")
         component, _, name = target.partition(".")
-        found.setdefault(component, {})[name] = module
-    return found
+        by_component.setdefault(component, {})[name] = module
+    return by_component
 
 
 def _config(modules: Mapping[str, LoraModule]) -> dict[str, Any]:

@@ -17,9 +17,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from scumble_registry.compatibility import BaseCompatibility, norm_shapes
-from scumble_registry.formats.base import canonical_name
-from scumble_registry.formats.ldm import original_names
+from scumble_registry.compatibility import BaseCompatibility, canonical_name, norm_shapes
+from scumble_registry.compatibility.original_names import original_names
 
 PARTS: dict[str, str] = {
     "lora_down.weight": "down",
@@ -69,7 +68,7 @@ _IN_TEXT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NamedKey:
     """Where a key belongs; `dialect` is whose spelling it was."""
 
     target: str
@@ -84,18 +83,18 @@ class Names:
         self._flat: dict[str, tuple[str, str]] = flat_names(base) if base is not None else {}
         self._original = _original(base) if base is not None else {}
 
-    def read(self, key: str) -> Place | None:
+    def read(self, key: str) -> NamedKey | None:
         """None for a key that is in no spelling known here."""
         return self._read_flat(key) or self._read_processor(key) or self._read_dotted(key)
 
-    def _read_flat(self, key: str) -> Place | None:
+    def _read_flat(self, key: str) -> NamedKey | None:
         module, _, part = key.partition(".")
         if module not in self._flat or part not in PARTS:
             return None
         target, dialect = self._flat[module]
-        return Place(target, PARTS[part], dialect)
+        return NamedKey(target, PARTS[part], dialect)
 
-    def _read_processor(self, key: str) -> Place | None:
+    def _read_processor(self, key: str) -> NamedKey | None:
         match = _PROCESSOR.fullmatch(key) or _PROCESSOR_ALPHA.fullmatch(key)
         if match is None:
             return None
@@ -104,37 +103,37 @@ class Names:
             return None
         in_text = module.startswith("text_encoder")
         layer = _IN_TEXT[match["layer"]] if in_text else {"out": "to_out.0"}.get(match["layer"], f"to_{match['layer']}")
-        return Place(canonical_name(f"{module}.{layer}"), match["part"], dialect)
+        return NamedKey(canonical_name(f"{module}.{layer}"), match["part"], dialect)
 
-    def _read_dotted(self, key: str) -> Place | None:
+    def _read_dotted(self, key: str) -> NamedKey | None:
         match = _DOTTED.fullmatch(key)
         if match is None:
             return None
         part, module = PARTS[match["part"]], match["module"].removesuffix(".lora_linear_layer")
         if module.startswith(("diffusion_model.", "model.diffusion_model.")):
             target = self._original.get(module.partition("diffusion_model.")[2])
-            return Place(target, part, "original names") if target is not None else None
+            return NamedKey(target, part, "original names") if target is not None else None
         if module.startswith("text_encoders."):
             tower, _, rest = module.removeprefix("text_encoders.").partition(".transformer.")
             known = tower in _TOWERS and rest
-            return Place(f"{_TOWERS[tower]}.{rest}", part, "original names") if known else None
+            return NamedKey(f"{_TOWERS[tower]}.{rest}", part, "original names") if known else None
         named, dialect = _with_component(module)
         if named is None:
             return None
         if dialect == "diffusers" and match["part"].startswith(("lora_A", "lora_B", "lora_mag")):
             dialect = "diffusers/PEFT"
-        return Place(canonical_name(named), part, dialect)
+        return NamedKey(canonical_name(named), part, dialect)
 
 
 def without_adapter_names(keys: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """PEFT's dumps name the adapter in every key (`lora_A.default.weight`): key → key without, and the names."""
-    found: dict[str, str] = {}
+    short: dict[str, str] = {}
     names: set[str] = set()
     for key in keys:
         match = _NAMED.search(key)
-        found[key] = key if match is None else key[: match.start("name") - 1] + key[match.end("name") :]
+        short[key] = key if match is None else key[: match.start("name") - 1] + key[match.end("name") :]
         names |= {match["name"]} if match else set()
-    return found, tuple(sorted(names))
+    return short, tuple(sorted(names))
 
 
 def flat_names(base: BaseCompatibility) -> dict[str, tuple[str, str]]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, norm_shapes
-from scumble_registry.formats.lora.bodies import Parts, build
-from scumble_registry.formats.lora.names import Names, Place
+from scumble_registry.formats.lora.algorithms import ModuleTensors, build
+from scumble_registry.formats.lora.names import NamedKey, Names
 from scumble_registry.formats.lora.peft import Scaling
 from scumble_registry.formats.lora.record import LoraRecord
 from scumble_registry.formats.safetensors_header import Array
@@ -59,7 +59,7 @@ def parse(tensors: Mapping[str, Array], scalings: Mapping[str, Scaling], base: B
     for target in sorted(groups):
         group = groups[target]
         scaling = scalings.get(target.partition(".")[0], _NO_SCALING) if group.scaled else _NO_SCALING
-        parts = Parts(target, group.values, shapes.get(target), scaling, group.clamped)
+        parts = ModuleTensors(target, group.values, shapes.get(target), scaling, group.clamped)
         built = build(parts)
         if built is not None:
             record[target], algorithms[target] = built
@@ -68,7 +68,7 @@ def parse(tensors: Mapping[str, Array], scalings: Mapping[str, Scaling], base: B
     return Parsed(record, dialect, algorithms, tuple(sorted(leftover)))
 
 
-def _put(groups: dict[str, _Group], place: Place, key: str, values: Array) -> None:
+def _put(groups: dict[str, _Group], place: NamedKey, key: str, values: Array) -> None:
     group = groups.setdefault(place.target, _Group())
     if place.part in group.keys:
         raise Refused(

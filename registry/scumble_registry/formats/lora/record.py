@@ -1,7 +1,7 @@
 """The normalised LoRA: what every dialect and every algorithm becomes, module by module, and what the server reads.
 
-A canonical safetensors file. For each target (`compatibility.py` says what a target's name is) it holds the parts of
-one of these, which say what the base's weight W (out, in[, k, k]) becomes at strength 1:
+A canonical safetensors file. For each target (`compatibility/targets.py` says what a target's name is) it holds the
+parts of one of these, which say what the base's weight W (out, in[, k, k]) becomes at strength 1:
 
     factors    .down (r, in[, k, k])  .up (out, r[, 1, 1])  .alpha ()       W + alpha / r · up @ down
                and of a GLoRA .inner.down (r, in)  .inner.up (in, r)        … + alpha / r · W (inner.up @ inner.down)
@@ -312,13 +312,13 @@ def read_record(path: Path) -> LoraRecord:
         header = read_header(path)
         if header.metadata != _METADATA:
             raise Refused(f"its metadata is {header.metadata}, not {_METADATA}")
-        found: dict[str, dict[str, Array]] = {}
+        by_target: dict[str, dict[str, Array]] = {}
         for name, values in read_tensors(path, header).items():
             part = next((part for part in _PARTS if name.endswith(f".{part}")), None)
             if part is None:
                 raise Refused("it has tensors that belong to no target")
-            found.setdefault(name.removesuffix(f".{part}"), {})[part] = values
-        return {target: _module(target, found[target]) for target in sorted(found)}
+            by_target.setdefault(name.removesuffix(f".{part}"), {})[part] = values
+        return {target: _module(target, by_target[target]) for target in sorted(by_target)}
     except (Refused, KeyError, StopIteration, ValueError) as error:
         raise IntegrityError(f"{path} is not a LoRA record: {error}; clear the cache and try again") from error
 
@@ -332,7 +332,7 @@ def _module(target: str, parts: dict[str, Array]) -> Module:
         inner = Pair(parts["inner.up"], parts["inner.down"]) if "inner.up" in parts else None
         return make_module(target, parts["down"], parts["up"], float(parts["alpha"]), magnitude, inner, bias)
     if "first.up" in parts:
-        first, second = (Pair(parts[f"{each}.up"], parts[f"{each}.down"]) for each in ("first", "second"))
+        first, second = (Pair(parts[f"{half}.up"], parts[f"{half}.down"]) for half in ("first", "second"))
         return Product(first, second, float(parts["product.alpha"]), tuple(map(int, parts["shape"])), magnitude, bias)
     if "left" in parts:
         return Kronecker(parts["left"], parts["right"], magnitude, bias)

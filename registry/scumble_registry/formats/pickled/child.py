@@ -47,8 +47,8 @@ def read(source: tensors.Input, out: BinaryIO) -> Any:
     """Write the tensors of `source` to `out` and give the encoded tree. Raises Unsound, OSError."""
     storages: dict[str, Storage] = {}
     if bytes(source.data[:4]) == archive.MAGIC:
-        found = archive.read_archive(source.data)
-        root, spans, big_endian = _run(BytesIO(found.pickle), storages), found.storages, found.big_endian
+        zipped = archive.read_archive(source.data)
+        root, spans, big_endian = _run(BytesIO(zipped.pickle), storages), zipped.storages, zipped.big_endian
     else:
         root, spans, big_endian = legacy.read_legacy(source.data, lambda part: _run(part, storages), storages, _SIZES)
     flattening = Flattening()
@@ -59,10 +59,10 @@ def read(source: tensors.Input, out: BinaryIO) -> Any:
 
 def _run(file: BytesIO, storages: dict[str, Storage]) -> Any:
     def fetch(words: Any) -> Storage | Global:
-        found = meaning.fetch(words)
-        if isinstance(found, Storage) and storages.setdefault(found.key, found) != found:
+        meant = meaning.fetch(words)
+        if isinstance(meant, Storage) and storages.setdefault(meant.key, meant) != meant:
             raise Unsound("one storage with two types or sizes")
-        return found
+        return meant
 
     return Machine(meaning.find, meaning.call, fetch).run(file)
 

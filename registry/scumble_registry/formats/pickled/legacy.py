@@ -17,12 +17,12 @@ from scumble_registry.formats.pickled.machine import MAX_PICKLE, Storage, Unsoun
 
 _MAGIC_NUMBER, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
-Run = Callable[[BytesIO], Any]
+RunPickle = Callable[[BytesIO], Any]
 """Runs one pickle from where the file stands."""
 
 
 def read_legacy(
-    data: memoryview, run: Run, storages: dict[str, Storage], sizes: dict[str, int]
+    data: memoryview, run: RunPickle, storages: dict[str, Storage], sizes: dict[str, int]
 ) -> tuple[Any, dict[str, tuple[int, int]], bool]:
     """The object, where each storage's bytes begin and end, and whether they are big-endian. Raises Unsound.
 

@@ -170,10 +170,10 @@ def _default_dict(*_: Any) -> dict[Any, Any]:
 
 
 def _listed(*values: Any) -> list[Any]:
-    found = values[0] if values else []
-    if len(values) > 1 or not isinstance(found, list | tuple):
+    items = values[0] if values else []
+    if len(values) > 1 or not isinstance(items, list | tuple):
         raise Unsound("a set of something else than values")
-    return list(found)
+    return list(items)
 
 
 def _size(values: Any) -> tuple[Any, ...]:

@@ -114,7 +114,7 @@ class Flattening:
             inner = value.values()
         elif isinstance(value, list | tuple):
             inner = value
-        return sum(self._tensors_in(each, depth + 1) for each in inner)
+        return sum(self._tensors_in(item, depth + 1) for item in inner)
 
     _KINDS: ClassVar[dict[Any, Callable[[Any, Any, tuple[str, ...]], Any]]] = {
         int: _int,
@@ -142,12 +142,12 @@ def decode(encoded: Any) -> Plain:
         case {"tuple": list(values)}:
             return tuple(decode(value) for value in values)
         case {"dict": list(pairs)}:
-            found: dict[str | int, Plain] = {}
+            decoded: dict[str | int, Plain] = {}
             for key, value in pairs:
                 if not isinstance(key, str | int):
                     raise ValueError("a key that is neither text nor a whole number")
-                found[key] = decode(value)
-            return found
+                decoded[key] = decode(value)
+            return decoded
     raise ValueError("no encoded value")
 
 

@@ -15,10 +15,11 @@ from pydantic import JsonValue
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, TextualInversionCompatibility
 from scumble_registry.formats.floats import read_floats
-from scumble_registry.formats.leftover import leave_out
+from scumble_registry.formats.format import Format
 from scumble_registry.formats.pickled import Plain
 from scumble_registry.formats.safetensors_header import Header, read_header, write_file
 from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.formats.textual_inversion.export import LAYOUTS, export_version
 from scumble_registry.formats.textual_inversion.layouts import Embedding, find, is_negative
 from scumble_registry.formats.textual_inversion.record import (
     TextualInversionRecord,
@@ -26,7 +27,7 @@ from scumble_registry.formats.textual_inversion.record import (
     read_record,
     write_record,
 )
-from scumble_registry.manifest import Manifest
+from scumble_registry.formats.unknown_keys import leave_out
 
 KIND = "textual_inversion"
 FILE_NAME = "learned_embeds.safetensors"
@@ -46,7 +47,7 @@ def recognises(source: Source) -> bool:
     return _find(read_header(file), source.plain.get(name)) is not None
 
 
-def read(source: Source, base: Manifest | None) -> Draft:
+def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if _is_picture(source):
         raise Refused(
             "a picture that may carry an embedding is not read here; let the webui save the embedding as a file, and "
@@ -113,11 +114,13 @@ def _token(source: Source, layout: Embedding, file: Path) -> str:
     return token
 
 
-def _derive(record: TextualInversionRecord, token: str, base: Manifest | None) -> TextualInversionCompatibility:
+def _derive(
+    record: TextualInversionRecord, token: str, base: BaseCompatibility | None
+) -> TextualInversionCompatibility:
     widths = tuple(vectors.shape[1] for vectors in record.values())
     family = _FAMILIES.get(widths)
-    if base is not None and isinstance(base.compatibility, BaseCompatibility):
-        family = base.compatibility.family
+    if base is not None:
+        family = base.family
     count = len(next(iter(record.values())))
     return TextualInversionCompatibility(family=family, widths=widths, vectors=count, token=token)
 
@@ -127,4 +130,22 @@ def _can_name_a_file(token: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,99}", token) is not None
 
 
-__all__ = ["KIND", "TextualInversionRecord", "make_record", "read", "read_record", "recognises", "write_record"]
+FORMAT = Format(
+    KIND,
+    "a file with a single tensor, named by its token or emb_params",
+    recognises,
+    read,
+    LAYOUTS,
+    export_version,
+)
+
+__all__ = [
+    "FORMAT",
+    "KIND",
+    "TextualInversionRecord",
+    "make_record",
+    "read",
+    "read_record",
+    "recognises",
+    "write_record",
+]

@@ -12,11 +12,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from scumble_registry.compatibility import TextualInversionCompatibility
 from scumble_registry.formats.safetensors_header import write
-from scumble_registry.formats.textual_inversion.record import TextualInversionRecord
+from scumble_registry.formats.stored import StoredVersion, header_metadata
+from scumble_registry.formats.textual_inversion.record import TextualInversionRecord, read_record
 
 LAYOUTS = ("diffusers", "kohya", "webui")
 _PAIR = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
+
+def export_version(version: StoredVersion, layout: str, target: Path) -> None:
+    adapter = version.manifest.compatibility
+    assert isinstance(adapter, TextualInversionCompatibility)
+    export(read_record(version.record()), adapter.token, layout, target, header_metadata(version))
 
 
 def export(

@@ -7,19 +7,17 @@ by the stepping that all executors of a device share, because one thread runs th
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scumble.errors import IntegrityError, OutOfMemory, Refused, ScumbleError, Unavailable
+from scumble.files import write_whole
 from scumble_build.engines.api import Dims, Engine, ExecutionContext, RuntimeCache, TensorRT
 from scumble_build.engines.builder import DTYPES
 from scumble_build.engines.progress import Said, logger
@@ -149,10 +147,7 @@ class RunningEngine:
         if self._cache is None or self._cache_file is None:
             return
         with suppress(OSError):
-            handle, name = tempfile.mkstemp(dir=self._cache_file.parent, prefix=".runtime-")
-            with os.fdopen(handle, "wb") as file:
-                file.write(memoryview(self._cache.serialize()))
-            Path(name).replace(self._cache_file)
+            write_whole(self._cache_file, memoryview(self._cache.serialize()))
 
     def _check_validity(self, plan: bytes) -> None:
         """What the head of a plan for RTX says of this machine, before it is read."""

@@ -198,7 +198,7 @@ REAL: dict[str, dict[str, Any]] = {
 def test_the_config_of_a_real_net_is_told_from_its_shapes(family: str, union: bool) -> None:
     from diffusers import ControlNetModel, ControlNetUnionModel
 
-    from scumble_registry.formats.controlnet.bare import net_config
+    from scumble_registry.formats.controlnet.inferred_config import net_config
 
     kind = ControlNetUnionModel if union else ControlNetModel
     of_union = {

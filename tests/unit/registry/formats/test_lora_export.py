@@ -13,7 +13,7 @@ import pytest
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import BaseCompatibility
-from scumble_registry.formats.lora.export import LAYOUTS, Layout, export
+from scumble_registry.formats.lora.export import LAYOUTS, LoraLayout, export
 from scumble_registry.formats.lora.record import (
     Dense,
     Gain,
@@ -96,7 +96,7 @@ def others(base: BaseCompatibility) -> dict[str, Module]:
     return dict(sorted(found.items()))
 
 
-def again(registry: Registry, record: dict[str, Module], layout: Layout, family: str, folder: Path) -> Version:
+def again(registry: Registry, record: dict[str, Module], layout: LoraLayout, family: str, folder: Path) -> Version:
     """Exported, then published."""
     folder.mkdir()
     export(record, layout, folder, base=base_of(registry, family), metadata={"modelspec.title": "ink"})
@@ -106,7 +106,7 @@ def again(registry: Registry, record: dict[str, Module], layout: Layout, family:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_factors_come_back_bit_for_bit(opened: Registry, tmp_path: Path, layout: Layout, family: str) -> None:
+def test_factors_come_back_bit_for_bit(opened: Registry, tmp_path: Path, layout: LoraLayout, family: str) -> None:
     record = plain(base_of(opened, family))
     if layout == "peft":  # which names no second text encoder but by its folder
         assert {name.partition(".")[0] for name in record} >= {"unet", "text_encoder"}
@@ -115,7 +115,7 @@ def test_factors_come_back_bit_for_bit(opened: Registry, tmp_path: Path, layout:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "peft", "kohya"])
-def test_a_dora_by_rows_comes_back(opened: Registry, tmp_path: Path, layout: Layout) -> None:
+def test_a_dora_by_rows_comes_back(opened: Registry, tmp_path: Path, layout: LoraLayout) -> None:
     record: dict[str, Module] = {
         name: dataclasses.replace(module, magnitude=Magnitude(draw(5, module.shape[0]), 0))
         for name, module in plain(base_of(opened, "sd1")).items()
@@ -150,7 +150,7 @@ def test_every_kind_survives_being_written_and_read(opened: Registry, tmp_path: 
 @pytest.mark.parametrize("layout", ["diffusers", "peft"])
 @pytest.mark.parametrize("target", [TO_Q, NORM, CONV, LINEAR])
 def test_what_a_layout_cannot_say_is_refused_by_name(
-    opened: Registry, tmp_path: Path, layout: Layout, target: str
+    opened: Registry, tmp_path: Path, layout: LoraLayout, target: str
 ) -> None:
     record = {target: others(base_of(opened, "sd1"))[target]}
     with pytest.raises(Refused, match=target):

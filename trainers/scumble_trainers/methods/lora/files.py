@@ -23,7 +23,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scumble_registry.formats.base import canonical_name
+from scumble.files import write_whole
+from scumble_registry.compatibility import canonical_name
 from scumble_trainers.method import DTYPES
 from scumble_trainers.methods.lora.settings import Layout
 from scumble_trainers.parent import Pipeline
@@ -146,6 +147,4 @@ def _order_header(file: Path) -> None:
     start = 8 + int.from_bytes(content[:8], "little")
     text = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    ordered = file.with_suffix(".partial")
-    ordered.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
-    ordered.replace(file)
+    write_whole(file, len(text).to_bytes(8, "little") + text + content[start:])

@@ -10,7 +10,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from scumble_registry.formats.base import canonical_name, examine
+from scumble_registry.compatibility import canonical_name
+from scumble_registry.formats.base import examine
 from scumble_registry.formats.source import Source
 from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import Method, in_fp32

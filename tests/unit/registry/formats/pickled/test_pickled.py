@@ -153,7 +153,7 @@ def test_a_checkpoint_with_callbacks_comes_through_the_process(tmp_path: Path) -
     tree = to_safetensors(tmp_path / "a.pt", tmp_path / "b.safetensors", LIMIT)
     assert isinstance(tree, dict)
     assert isinstance(tree["callbacks"], dict)
-    assert tree["callbacks"]["other"] == Placeholder("hostile_pickles.Callback")
+    assert tree["callbacks"]["other"] == Placeholder("support.hostile_pickles.Callback")
     check(tree, torch.load(BytesIO(SOUND["checkpoint"]), weights_only=False), load_file(tmp_path / "b.safetensors"))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scumble.errors import Incompatible
 from scumble.request import Adapter
-from scumble_registry.formats.ldm import original_names
+from scumble_registry.compatibility.original_names import original_names
 from support.formats_table import note
 
 from .conftest import PLAIN

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from scumble_registry.formats.ldm import original_names
+from scumble_registry.compatibility.original_names import original_names
 from support.tiny_lycoris import ALGORITHMS, CONVOLUTIONS, LINEAR, TEXT, adapt, layers, save, state
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scumble.request import Adapter
-from scumble_registry.formats.lora.about import serving
 from scumble_registry.formats.lora.record import read_record
+from scumble_registry.formats.lora.serving import serving
 from support.formats_table import note
 from support.tiny_lycoris import ALGORITHMS, adapt, save, state
 from support.tiny_variant import make_checkpoint

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scumble_registry import Registry
-from scumble_registry.compatibility import LoraCompatibility
-from scumble_registry.formats.base import canonical_name
+from scumble_registry.compatibility import LoraCompatibility, canonical_name
 from scumble_registry.formats.lora import LoraModule, read_record
 from scumble_trainers.methods.lora.files import COMPONENTS, FILE
 from scumble_trainers.methods.lora.model import Lora

@@ -1,0 +1,61 @@
+"""That what is kept is whole, and no more than that."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from scumble.errors import IntegrityError
+from scumble_registry.cli.options import Home, Json, open_registry
+from scumble_registry.cli.printing import print_json
+
+app = typer.Typer()
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    grace: Annotated[float, typer.Option(min=0, help="Hours for which nothing touched it.")] = 24.0,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Remove blobs that no version needs, and what the cache has not been asked for. Safe while others work."""
+    with open_registry(home) as registry:
+        done = registry.collect(grace=grace * 3600, dry_run=dry_run)
+    if as_json:
+        print_json(asdict(done) | {"dry_run": dry_run})
+        return
+    cached = "the cache was left alone (in use)" if done.cached is None else f"{done.cached} entries of the cache"
+    what = f"{done.blobs} blobs, {cached}, {done.unfinished} unfinished: {done.bytes:,} bytes"
+    typer.echo(f"{what} would be freed" if dry_run else f"{what} freed")
+
+
+@app.command()
+def fsck(home: Home = None, as_json: Json = False) -> None:
+    """Check that database, manifests and files fit together, without hashing. What is wrong exits with 5."""
+    with open_registry(home) as registry:
+        checked = registry.check()
+    if checked.problems:
+        raise IntegrityError("; ".join(checked.problems), damaged=list(checked.problems))
+    if as_json:
+        print_json(asdict(checked))
+    else:
+        more = f"; {checked.unneeded} blobs are needed by nothing (`gc`)" if checked.unneeded else ""
+        typer.echo(f"{checked.versions} versions, {checked.blobs} blobs: all there{more}")
+
+
+@app.command()
+def verify(
+    ref: Annotated[str | None, typer.Argument(help="Only this version.", metavar="[REF]")] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Hash all stored files again and compare. Damage exits with 5 and lists what is damaged."""
+    with open_registry(home) as registry:
+        done = registry.verify(ref)
+    if as_json:
+        print_json({"versions": done.versions, "blobs": done.blobs, "bytes": done.bytes, "damaged": []})
+    else:
+        typer.echo(f"{done.versions} versions, {done.blobs} blobs, {done.bytes:,} bytes: all as published")

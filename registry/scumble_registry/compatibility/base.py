@@ -1,0 +1,40 @@
+"""What a base needs of its adapters: the names and shapes of all that they may change, and its widths."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from scumble_registry.compatibility.shapes import Shape
+
+Family = Literal["sd1", "sd2", "sdxl"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+"""What the UNet says: the noise, the velocity (Salimans and Ho, 2202.00512), or the finished sample."""
+
+
+class BaseCompatibility(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["base"] = "base"
+    family: Family
+    prediction_type: PredictionType
+    in_channels: int
+    """Of the UNet: 4 as a rule, 9 for inpainting bases."""
+    latent_channels: int
+    sample_size: int
+    """Side of the latents that the base was trained at."""
+    vae_scale: int
+    """Pixels per latent: 8 as a rule."""
+    cross_attention_dim: int
+    text_widths: tuple[int, ...]
+    """Hidden size of each text encoder."""
+    targets: dict[str, Shape]
+
+    @property
+    def self_attention_widths(self) -> frozenset[int]:
+        """Of the hidden states that the UNet's self-attentions read."""
+        ends = (".attn1.to_q", ".attn1.to_k")
+        return frozenset(
+            shape[1] for name, shape in self.targets.items() if name.startswith("unet.") and name.endswith(ends)
+        )

@@ -1,0 +1,37 @@
+"""What a checkpoint needs of a base."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from scumble.errors import Incompatible
+from scumble_registry.compatibility.base import BaseCompatibility, Family, PredictionType
+
+
+class DreamboothCompatibility(BaseModel):
+    """A checkpoint that the base's own graphs run, with other weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["dreambooth"] = "dreambooth"
+    family: Family
+    prediction_type: PredictionType
+    in_channels: int
+    cross_attention_dim: int
+    text_widths: tuple[int, ...]
+    scheduler: dict[str, JsonValue]
+    """Its own scheduler's config."""
+    changed: dict[str, int]
+    """By component, how many values differ from the base's."""
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible. Its shapes were checked against the base that it was published for."""
+        for name in ("family", "in_channels", "cross_attention_dim", "text_widths"):
+            if getattr(self, name) != getattr(base, name):
+                raise Incompatible(
+                    f"the checkpoint has {name} {getattr(self, name)}, this base {getattr(base, name)}; "
+                    "use the base that it was published for",
+                    field=name,
+                )

@@ -1,0 +1,78 @@
+"""What hypernetworks of both kinds need of a base."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from scumble.errors import Incompatible
+from scumble_registry.compatibility.base import BaseCompatibility, Family
+from scumble_registry.compatibility.lora import LoraCompatibility
+from scumble_registry.compatibility.shapes import show_widths
+
+
+class ContextNetworks(BaseModel):
+    """A hypernetwork of the webui's kind: networks on what attention reads its keys and values from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["context"] = "context"
+    widths: tuple[int, ...]
+    """Of the contexts that it changes, rising: every attention that reads one of this width is changed."""
+    structure: tuple[float, ...]
+    """Width of each layer's input, and of the last one's output, as multiples of the context's."""
+    activation: str
+    activate_output: bool
+    layer_norm: bool
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming the widths that nothing in the base has."""
+        selves = base.self_attention_widths
+        if wrong := sorted(set(self.widths) - selves - {base.cross_attention_dim}):
+            raise Incompatible(
+                f"the hypernetwork changes contexts of width {show_widths(wrong)}, but attention in this "
+                f"{base.family} base reads text of width {base.cross_attention_dim} and hidden states of "
+                f"{show_widths(sorted(selves))}; use the base that it was trained on",
+                adapter_widths=tuple(wrong),
+                base_widths=(base.cross_attention_dim, *sorted(selves)),
+            )
+
+
+class WeightPredictor(BaseModel):
+    """A hypernetwork that reads a picture or a text and predicts a LoRA."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["predictor"] = "predictor"
+    condition: Literal["image", "text"]
+    condition_width: int
+    """Of the states that it reads: the image encoder's last but one, or the text encoder's last."""
+    encoder: str | None
+    """sha256 of the weights of the encoder that it was trained with, if its file says so."""
+    lora: LoraCompatibility
+    """Of what it predicts."""
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming the first target that does not match, or the widths of the text."""
+        self.lora.fits(base)
+        if self.condition == "text" and self.condition_width not in base.text_widths[:1]:
+            raise Incompatible(
+                f"the hypernetwork reads text of width {self.condition_width}, but the text encoder of this "
+                f"{base.family} base gives {base.text_widths[0]}; use the base that it was trained on",
+                adapter_width=self.condition_width,
+                base_width=base.text_widths[0],
+            )
+
+
+class HypernetworkCompatibility(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["hypernetwork"] = "hypernetwork"
+    family: Family | None
+    """The base's, if one was named; else by the width of the text context, else None."""
+    network: Annotated[ContextNetworks | WeightPredictor, Field(discriminator="type")]
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming what does not match."""
+        self.network.fits(base)

@@ -1,0 +1,76 @@
+"""What an IP-Adapter needs of a base, and of an image encoder."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from scumble.errors import Incompatible
+from scumble_registry.compatibility.base import BaseCompatibility, Family
+from scumble_registry.compatibility.image_encoder import ImageEncoderCompatibility
+from scumble_registry.compatibility.lora import LoraCompatibility
+
+IpAdapterKind = Literal["base", "full", "plus", "faceid", "faceid_plus", "face_resampler"]
+"""How a picture becomes tokens: see `formats/ip_adapter/projection.py`."""
+
+
+class IpAdapterCompatibility(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["ip_adapter"] = "ip_adapter"
+    family: Family
+    projection: IpAdapterKind
+    shortcut: bool = False
+    """FaceID-PlusV2."""
+    tokens: int | None
+    """For one picture; None: as many as the image encoder has positions."""
+    context: int
+    """Width of its tokens: that of the base's text."""
+    picture_width: int | None
+    """What the image encoder must give: the width of its embedding (`base`) or of its states; None: no picture."""
+    embedding_width: int | None
+    """Of the embedding that the caller gives with each picture (FaceID), or None."""
+    attentions: dict[str, int]
+    """Each cross-attention of the base by canonical name → its width."""
+    encoder: ImageEncoderCompatibility | None = None
+    """The image encoder in the entry's own `image_encoder/`, if there is one."""
+    lora: LoraCompatibility | None = None
+    """FaceID's."""
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming the first cross-attention (in sorted order) that does not match."""
+        if self.context != base.cross_attention_dim:
+            raise Incompatible(
+                f"the IP-Adapter's tokens have width {self.context}, but text in this {base.family} base has "
+                f"{base.cross_attention_dim}; use the base that it was trained on",
+                adapter_width=self.context,
+                base_width=base.cross_attention_dim,
+            )
+        has = {name.removesuffix(".to_k"): out for name, (out, *_) in base.targets.items() if _is_text_key(name)}
+        for name in sorted(has.keys() | self.attentions.keys()):
+            if has.get(name) != self.attentions.get(name):
+                raise Incompatible(
+                    f"{name} has width {self.attentions.get(name)} in the IP-Adapter and {has.get(name)} in this "
+                    f"{base.family} base; use the base that it was trained on",
+                    target=name,
+                )
+        if self.lora is not None:
+            self.lora.fits(base)
+
+    def check_encoder(self, encoder: ImageEncoderCompatibility) -> None:
+        """Raises Incompatible when this image encoder does not give what the projection reads, naming both widths."""
+        if self.picture_width is None:
+            raise Incompatible("this FaceID reads embeddings, not pictures; publish it without an image encoder")
+        gives = encoder.projection_dim if self.projection == "base" else encoder.hidden_size
+        if gives != self.picture_width:
+            raise Incompatible(
+                f"the IP-Adapter reads pictures at width {self.picture_width}, but this image encoder gives {gives}; "
+                "use the image encoder that it was trained with",
+                adapter_width=self.picture_width,
+                encoder_width=gives,
+            )
+
+
+def _is_text_key(target: str) -> bool:
+    return target.startswith("unet.") and target.endswith(".attn2.to_k")

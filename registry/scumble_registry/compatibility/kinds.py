@@ -1,0 +1,39 @@
+"""Every kind's compatibility as one type, told apart by its `kind`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from scumble.errors import Refused
+from scumble_registry.compatibility.base import BaseCompatibility
+from scumble_registry.compatibility.controlnet import ControlNetCompatibility
+from scumble_registry.compatibility.dreambooth import DreamboothCompatibility
+from scumble_registry.compatibility.hypernetwork import HypernetworkCompatibility
+from scumble_registry.compatibility.image_encoder import ImageEncoderCompatibility
+from scumble_registry.compatibility.ip_adapter import IpAdapterCompatibility
+from scumble_registry.compatibility.lora import LoraCompatibility
+from scumble_registry.compatibility.textual_inversion import TextualInversionCompatibility
+from scumble_registry.compatibility.vae import VaeCompatibility
+
+Compatibility = Annotated[
+    BaseCompatibility
+    | LoraCompatibility
+    | TextualInversionCompatibility
+    | ImageEncoderCompatibility
+    | VaeCompatibility
+    | IpAdapterCompatibility
+    | ControlNetCompatibility
+    | DreamboothCompatibility
+    | HypernetworkCompatibility,
+    Field(discriminator="kind"),
+]
+"""A new kind is one more class here."""
+
+
+def check_fit(adapter: Compatibility, base: BaseCompatibility) -> None:
+    """Raises Incompatible, or Refused for what is no adapter."""
+    if isinstance(adapter, BaseCompatibility):
+        raise Refused("this is a base, not an adapter; a base stands alone")
+    adapter.fits(base)

@@ -1,0 +1,35 @@
+"""What an embedding needs of a base."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from scumble.errors import Incompatible
+from scumble_registry.compatibility.base import BaseCompatibility, Family
+from scumble_registry.compatibility.shapes import show_shape
+
+
+class TextualInversionCompatibility(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["textual_inversion"] = "textual_inversion"
+    family: Family | None
+    """The base's, if one was named; else by the widths, else None."""
+    widths: tuple[int, ...]
+    """Of the vectors for each text encoder, in the base's order."""
+    vectors: int
+    """How many places in the prompt its token takes."""
+    token: str
+    """The word in a prompt that stands for it."""
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raises Incompatible, naming both widths."""
+        if self.widths != base.text_widths:
+            raise Incompatible(
+                f"the embedding has vectors of width {show_shape(self.widths)}, but the text encoders of this "
+                f"{base.family} base have {show_shape(base.text_widths)}; use the base that it was trained on",
+                adapter_widths=self.widths,
+                base_widths=base.text_widths,
+            )

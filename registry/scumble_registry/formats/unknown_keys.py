@@ -1,0 +1,30 @@
+"""What a parser does not understand is refused by name: a key dropped in silence is a wrong picture."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from scumble.errors import Refused
+from scumble_registry.formats.source import Source
+
+_SHOWN = 8
+
+
+def refuse_unknown_keys(keys: Collection[str], hint: str, of: str | None = None) -> None:
+    """`of`: what they are known to be (`VeRA`), where that is known."""
+    if not keys:
+        return
+    names = sorted(keys)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    kind = f"They are {of}" if of else f"They are of a kind that cannot be served yet, {hint}"
+    raise Refused(
+        f"{len(names)} keys are not understood: {', '.join(names[:_SHOWN])}{more}. {kind}; nothing was published",
+        keys=names,
+    )
+
+
+def leave_out(source: Source, keys: Collection[str], hint: str) -> tuple[str, ...]:
+    """The keys, sorted, where the publisher lets them be left out. Raises Refused where not."""
+    if not source.allow_leftover:
+        refuse_unknown_keys(keys, hint)
+    return tuple(sorted(keys))

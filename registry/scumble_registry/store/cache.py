@@ -1,0 +1,182 @@
+"""Published files as files again, for whoever needs a path. May be deleted at any time; filled and checked on
+demand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from scumble.errors import IntegrityError
+from scumble.files import explain_os_errors, work_folder
+from scumble_registry.blob import Blob
+from scumble_registry.store.blobs import BlobStore, check
+
+log = logging.getLogger(__name__)
+
+_FILLING = ".filling-"
+_ENTRY = re.compile(r"[0-9a-f]{64}(-whole)?|\.(filling|broken)-.*")
+
+
+class Files(Protocol):
+    """A manifest, as far as the cache reads one: path (with '/') → blob."""
+
+    @property
+    def files(self) -> dict[str, Blob]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """`bytes` that nothing else holds: most files of the cache are the blobs themselves."""
+
+    entries: int
+    bytes: int
+
+
+class Cache:
+    """Any thread and process may fill it at once: each works on its own copy and renames it into place."""
+
+    def __init__(self, root: Path, blobs: BlobStore) -> None:
+        self._root = root
+        self._blobs = blobs
+
+    def folder(self, manifest: Files, digest: str) -> Path:
+        """All files of a version, read-only, hashed at every call: ask when memory is filled from them, not oftener.
+
+        A damaged copy is replaced. Raises IntegrityError, Unavailable.
+        """
+        final = self._root / digest.removeprefix("sha256:")
+        if not _is_whole(final, manifest):
+            self._fill(manifest, final)
+        elif damaged := [name for name, blob in manifest.files.items() if not _is_intact(final / name, blob)]:
+            log.warning("%s in the cache is damaged (%s); it is filled again", final, ", ".join(damaged))
+            (final / damaged[0]).unlink()  # no longer whole, so the fill replaces it
+            self._fill(manifest, final)
+        _note_use(final)
+        return final
+
+    def made(self, name: str, fill: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:
+        """A folder that is made of others, asked at every call whether it is whole. Raises what `fill` raises."""
+        final = self._root / name.removeprefix("sha256:")
+        with explain_os_errors(self._root):
+            if final.is_dir():
+                if is_whole(final):
+                    _note_use(final)
+                    return final
+                log.warning("%s in the cache is damaged; it is made again", final)
+                shutil.rmtree(final, ignore_errors=True)
+            with work_folder(self._root, _FILLING) as work:
+                fill(work)
+                work.chmod(0o755)
+                if not final.is_dir():  # somebody else may have been quicker
+                    work.rename(final)
+        return final
+
+    def blob(self, blob: Blob, what: str, suffix: str = "") -> Path:
+        """One blob as a file, hashed at every call (some 0.1 s for 100 MB), like `folder`. Raises IntegrityError."""
+        path = self._root / "blobs" / (blob.hex + suffix)
+        if not _is_intact(path, blob):
+            if path.exists():
+                log.warning("%s in the cache is damaged; it is filled again", path)
+            with explain_os_errors(self._root):
+                self._place_checked(blob, path, what)
+        _note_use(path)
+        return path
+
+    def copy(self, manifest: Files, target: Path) -> None:
+        """The files as the caller's own, writable copies in the new folder `target`. Raises IntegrityError."""
+        for name, blob in manifest.files.items():
+            path = target / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._blobs.open(blob) as source, path.open("xb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 18)
+            with path.open("rb") as written:
+                check(written, blob, name)
+
+    def clean(self, before: float, *, dry_run: bool) -> Cleaned:
+        """Remove what was not used since `before` (seconds since the epoch). Nobody else may have the registry open."""
+        old = [path for path in self._entries() if path.lstat().st_mtime < before]
+        size = sum(_bytes_held(path) for path in old)
+        for path in old if not dry_run else ():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        return Cleaned(len(old), size)
+
+    def _entries(self) -> list[Path]:
+        """What is the cache's own."""
+        folders = [path for path in self._root.glob("*") if _ENTRY.fullmatch(path.name)]
+        return sorted(folders + list((self._root / "blobs").glob("*")))
+
+    def _fill(self, manifest: Files, final: Path) -> None:
+        with explain_os_errors(self._root), work_folder(self._root, _FILLING) as work:
+            for name, blob in manifest.files.items():
+                path = work / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._blobs.place(blob, path)
+                with path.open("rb") as source:
+                    check(source, blob, name)
+            work.chmod(0o755)
+            _swap(work, final, manifest)
+
+    def _place_checked(self, blob: Blob, path: Path, what: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with work_folder(self._root, _FILLING) as work:
+            fresh = work / path.name
+            self._blobs.place(blob, fresh)
+            with fresh.open("rb") as source:
+                check(source, blob, what)
+            fresh.replace(path)
+
+
+def _note_use(path: Path) -> None:
+    """For `clean`, which goes by the time of change: reading changes nothing else."""
+    with contextlib.suppress(OSError):  # somebody else's file, or gone already
+        os.utime(path)
+
+
+def _bytes_held(path: Path) -> int:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(stats.st_size for file in files if (stats := file.lstat()).st_nlink == 1)
+
+
+def _is_intact(path: Path, blob: Blob) -> bool:
+    try:
+        with path.open("rb") as copy:
+            check(copy, blob, path.name)
+    except (FileNotFoundError, IntegrityError):
+        return False
+    return True
+
+
+def _is_whole(folder: Path, manifest: Files) -> bool:
+    try:
+        return all((folder / name).stat().st_size == blob.size for name, blob in manifest.files.items())
+    except OSError:
+        return False
+
+
+def _swap(work: Path, final: Path, manifest: Files) -> None:
+    """`work` becomes `final`. Somebody else may have been quicker; a folder that is not whole is replaced."""
+    for _ in range(3):
+        try:
+            os.rename(work, final)  # noqa: PTH104 - refuses a folder that is not empty, which is what we want
+        except OSError:
+            if _is_whole(final, manifest):
+                return
+            broken = Path(tempfile.mkdtemp(prefix=".broken-", dir=final.parent))
+            try:
+                os.rename(final, broken)  # noqa: PTH104 - onto the empty folder
+            except FileNotFoundError:
+                pass
+            finally:
+                shutil.rmtree(broken, ignore_errors=True)
+        else:
+            return
+    os.rename(work, final)  # noqa: PTH104 - say why it does not work

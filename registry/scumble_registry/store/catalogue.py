@@ -1,0 +1,256 @@
+"""What the database knows: which versions there are, what they are called, and which may be used.
+
+Functions over a connection; the caller holds the transaction. Nothing here touches blobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, func, insert, select, update
+
+from scumble.errors import NotFound, Refused
+from scumble_registry.hashes import FileHash, HashKind
+from scumble_registry.manifest import Manifest
+from scumble_registry.references import Reference
+from scumble_registry.store.tables import ALIASES, HASHES, NAMES, VERSIONS
+
+
+class Status(StrEnum):
+    STAGED = "staged"  # resolves only when named by version, alias or digest
+    APPROVED = "approved"
+    DEPRECATED = "deprecated"  # resolves, and says so
+    QUARANTINED = "quarantined"  # does not resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One immutable version and, as of when it was read, its status."""
+
+    name: str
+    version: int
+    digest: str
+    status: Status
+    created: datetime
+    """UTC."""
+    manifest: Manifest
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def notice(self) -> str | None:
+        """What a user should be told about using it."""
+        if self.status in {Status.DEPRECATED, Status.STAGED}:
+            return f"{self.ref} is {self.status}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A version that a hash was found for; `kind` is None where it is the version's own digest."""
+
+    version: Version
+    kind: HashKind | None
+    hex: str
+
+
+def find(connection: Connection, ref: Reference) -> Version:
+    """The version that `ref` names, whatever its status. Raises NotFound, naming what there is instead."""
+    query = _versions().where(NAMES.c.name == ref.name)
+    if ref.version is not None:
+        query = query.where(VERSIONS.c.version == ref.version)
+    elif ref.digest is not None:
+        query = query.where(VERSIONS.c.digest == ref.digest)
+    elif ref.alias is not None:
+        query = query.join(ALIASES, ALIASES.c.version_id == VERSIONS.c.id).where(ALIASES.c.alias == ref.alias)
+    else:
+        query = query.where(VERSIONS.c.status == Status.APPROVED).order_by(VERSIONS.c.version.desc()).limit(1)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise NotFound(_explain_missing(connection, ref), ref=str(ref))
+    return _version(row)
+
+
+def find_digest(connection: Connection, digest: str) -> tuple[Version, ...]:
+    """All versions with this digest: the same content may be published under several names. By name."""
+    query = _versions().where(VERSIONS.c.digest == digest).order_by(NAMES.c.name)
+    return tuple(_version(row) for row in connection.execute(query))
+
+
+def find_hash(connection: Connection, prefix: str, kinds: Iterable[HashKind] = HashKind) -> tuple[Match, ...]:
+    """All versions that are known by a hash that begins so, whatever their status. By name and number."""
+    known = select(HASHES.c.version_id, HASHES.c.kind, HASHES.c.hex).where(
+        HASHES.c.hex.between(prefix, prefix + "g"), HASHES.c.kind.in_(list(kinds))
+    )
+    rows = connection.execute(known).all()
+    known_by = {(row.version_id, row.kind, row.hex) for row in rows}
+    own = select(VERSIONS.c.id, VERSIONS.c.digest).where(
+        VERSIONS.c.digest.between(f"sha256:{prefix}", f"sha256:{prefix}g")
+    )
+    known_by |= {(row.id, None, row.digest.removeprefix("sha256:")) for row in connection.execute(own)}
+    matches = [
+        Match(
+            _version(connection.execute(_versions().where(VERSIONS.c.id == version_id)).one()),
+            HashKind(kind) if kind is not None else None,
+            hex_,
+        )
+        for version_id, kind, hex_ in known_by
+    ]
+    return tuple(sorted(matches, key=lambda match: (match.version.name, match.version.version, match.kind or "")))
+
+
+def add_hashes(connection: Connection, version: Version, hashes: Iterable[FileHash]) -> None:
+    """Note these beside those that are known already; from now on the version has all that there are."""
+    version_id = connection.execute(select(_id(version))).scalar_one()
+    query = select(HASHES.c.kind, HASHES.c.hex).where(HASHES.c.version_id == version_id)
+    known = {FileHash(HashKind(row.kind), row.hex) for row in connection.execute(query)}
+    if rows := [{"version_id": version_id, "kind": hash_.kind, "hex": hash_.hex} for hash_ in set(hashes) - known]:
+        connection.execute(insert(HASHES), rows)
+    connection.execute(update(VERSIONS).where(VERSIONS.c.id == version_id).values(hashed=True))
+
+
+def hashes(connection: Connection, version: Version) -> tuple[FileHash, ...]:
+    query = select(HASHES.c.kind, HASHES.c.hex).where(HASHES.c.version_id == _id(version))
+    return tuple(sorted(FileHash(HashKind(row.kind), row.hex) for row in connection.execute(query)))
+
+
+def not_hashed(connection: Connection) -> tuple[Version, ...]:
+    """Versions that were published before hashes were kept."""
+    query = _versions().where(VERSIONS.c.hashed.is_(False)).order_by(VERSIONS.c.id)
+    return tuple(_version(row) for row in connection.execute(query))
+
+
+def versions(connection: Connection, name: str) -> tuple[Version, ...]:
+    """Oldest first. Raises NotFound for an unknown name."""
+    rows = connection.execute(_versions().where(NAMES.c.name == name).order_by(VERSIONS.c.version)).all()
+    if not rows:
+        raise NotFound(_explain_missing(connection, Reference(name)), ref=name)
+    return tuple(_version(row) for row in rows)
+
+
+def all_versions(connection: Connection) -> tuple[Version, ...]:
+    """By name and number. Raises IntegrityError for a manifest that was altered."""
+    query = _versions().order_by(NAMES.c.name, VERSIONS.c.version)
+    return tuple(_version(row) for row in connection.execute(query))
+
+
+def names(connection: Connection) -> tuple[str, ...]:
+    return tuple(connection.execute(select(NAMES.c.name).order_by(NAMES.c.name)).scalars())
+
+
+def aliases(connection: Connection, name: str) -> dict[str, int]:
+    query = (
+        select(ALIASES.c.alias, VERSIONS.c.version)
+        .join(VERSIONS, VERSIONS.c.id == ALIASES.c.version_id)
+        .join(NAMES, NAMES.c.id == ALIASES.c.name_id)
+        .where(NAMES.c.name == name)
+        .order_by(ALIASES.c.alias)
+    )
+    return {row.alias: row.version for row in connection.execute(query)}
+
+
+def add(connection: Connection, name: str, manifest: Manifest, status: Status) -> Version:
+    """The version of `name` with this manifest: the one that is there, or the next one.
+
+    A staged version that is published again without `--staged` becomes approved. Raises Refused when the name
+    holds another kind, or when this very content is quarantined.
+    """
+    name_id = _name_id(connection, name, manifest.kind)
+    digest = manifest.digest
+    query = _versions().where(VERSIONS.c.name_id == name_id, VERSIONS.c.digest == digest)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        highest = select(func.coalesce(func.max(VERSIONS.c.version), 0)).where(VERSIONS.c.name_id == name_id)
+        values = {
+            "name_id": name_id,
+            "version": connection.execute(highest).scalar_one() + 1,
+            "digest": digest,
+        }
+        values |= {"manifest": manifest.canonical().decode(), "status": status}
+        connection.execute(insert(VERSIONS).values(**values, created=datetime.now(UTC).replace(tzinfo=None)))
+        row = connection.execute(query).one()
+    version = _version(row)
+    if version.status is Status.QUARANTINED:
+        raise Refused(f"this content is {version.ref}, which is quarantined; `approve {version.ref}` would lift that")
+    if version.status is Status.STAGED and status is Status.APPROVED:
+        return set_status(connection, version, status)
+    return version
+
+
+def set_status(connection: Connection, version: Version, status: Status) -> Version:
+    connection.execute(update(VERSIONS).where(VERSIONS.c.id == _id(version)).values(status=status))
+    return find(connection, Reference(version.name, version=version.version))
+
+
+def set_alias(connection: Connection, alias: str, version: Version) -> None:
+    """Raises Refused for a quarantined version."""
+    if version.status is Status.QUARANTINED:
+        raise Refused(f"{version.ref} is quarantined; an alias to it could not be used")
+    name_id = select(NAMES.c.id).where(NAMES.c.name == version.name).scalar_subquery()
+    target = {"version_id": _id(version)}
+    changed = connection.execute(
+        update(ALIASES).where(ALIASES.c.name_id == name_id, ALIASES.c.alias == alias).values(**target)
+    )
+    if changed.rowcount == 0:
+        connection.execute(insert(ALIASES).values(name_id=name_id, alias=alias, **target))
+
+
+def _name_id(connection: Connection, name: str, kind: str) -> int:
+    """Its row, locked until the transaction ends (SQLite locks the whole file anyway); made if new."""
+    query = select(NAMES.c.id, NAMES.c.kind).where(NAMES.c.name == name).with_for_update()
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        connection.execute(insert(NAMES).values(name=name, kind=kind))
+        row = connection.execute(query).one()
+    if row.kind != kind:
+        raise Refused(f"{name} holds versions of kind {row.kind}; publish this {kind} under another name")
+    return int(row.id)
+
+
+def _versions() -> Select[Any]:
+    columns = (
+        VERSIONS.c.version,
+        VERSIONS.c.digest,
+        VERSIONS.c.manifest,
+        VERSIONS.c.status,
+        VERSIONS.c.created,
+    )
+    return select(NAMES.c.name, *columns).join(NAMES, NAMES.c.id == VERSIONS.c.name_id)
+
+
+def _version(row: Row[Any]) -> Version:
+    return Version(
+        name=row.name,
+        version=row.version,
+        digest=row.digest,
+        status=Status(row.status),
+        created=row.created.replace(tzinfo=UTC),
+        manifest=Manifest.parse(row.manifest.encode(), row.digest),
+    )
+
+
+def _id(version: Version) -> Any:
+    return (
+        select(VERSIONS.c.id)
+        .join(NAMES, NAMES.c.id == VERSIONS.c.name_id)
+        .where(NAMES.c.name == version.name, VERSIONS.c.version == version.version)
+        .scalar_subquery()
+    )
+
+
+def _explain_missing(connection: Connection, ref: Reference) -> str:
+    query = select(VERSIONS.c.version, VERSIONS.c.status).join(NAMES).where(NAMES.c.name == ref.name)
+    there = connection.execute(query.order_by(VERSIONS.c.version)).all()
+    if not there:
+        return f"nothing is published as {ref.name}; `scumble registry ls` shows what is"
+    listed = ", ".join(f"@{row.version} {row.status}" for row in there[-8:])
+    if ref == Reference(ref.name):
+        return f"{ref.name} has no approved version (it has {listed}); name one of them, or approve one"
+    known = ", ".join(f"@{alias}" for alias in aliases(connection, ref.name)) or "none"
+    return f"there is no {ref}; {ref.name} has {listed}; aliases: {known}"
