@@ -26,9 +26,11 @@ from scumble_build.export.write import Exportable, write_graphs
 from scumble_build.graphs.families import FAMILIES
 from scumble_build.graphs.models import Models
 from scumble_server.executors.device import Stepping
+from scumble_server.executors.exported import ExportedExecutor
 from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from scumble_server.executors.tensorrt.engine import RunningEngine
-from scumble_server.executors.tensorrt.executor import Engines, Runtime, TensorRTExecutor
+from scumble_server.executors.tensorrt.engines import Engines, Runtime
+from scumble_server.executors.tensorrt.executor import TensorRTExecutor
 from scumble_server.executors.torch.executor import TorchExecutor
 
 NO_BASE = "sha256:" + "0" * 64
@@ -39,7 +41,7 @@ class Exported:
     """`plain` is diffusers' UNet, of text states and not of their keys and values; it takes what its inputs name."""
 
     runtime: str
-    executor: OnnxRuntimeExecutor
+    executor: ExportedExecutor
     plain: Callable[[Mapping[str, Tensor]], object]
 
 

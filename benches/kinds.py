@@ -23,7 +23,7 @@ from torch import Tensor
 from scumble_build.graphs.adapted import Factors
 from scumble_build.graphs.controlnet import ControlNet
 from scumble_build.graphs.denoiser import Denoiser, KVProjection
-from scumble_build.graphs.inputs import ImageInputs, StepInputs, level_sizes
+from scumble_build.graphs.inputs import ImageInputs, NetInputs, StepInputs, level_sizes
 from scumble_server.denoise.stacking import NetCall, with_residuals
 from scumble_server.executors.torch.net import TorchNet
 from support.paging import some_factors
@@ -178,7 +178,8 @@ class Steps:
         return output
 
     def _net_alone(self, call: NetCall) -> object:
-        return call.net.residuals(self.sample[call.rows], self.timestep[call.rows], call.kv, call.hint, call.added)
+        carried = NetInputs(call.kv, call.hint, call.added)
+        return call.net.residuals(self.sample[call.rows], self.timestep[call.rows], carried)
 
     @staticmethod
     def _sum_of_parts(ratios: dict[str, float]) -> dict[str, float]:

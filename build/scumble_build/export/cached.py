@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 import onnx
 
+from scumble_build.export.files import write_by_rename
 from scumble_build.export.graph import Graph
 from scumble_build.export.provenance import code_digest, versions
 from scumble_build.export.tracing.trace import trace
@@ -49,8 +48,8 @@ class GraphCache:
 
     def _keep(self, stem: Path, traced: Traced) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        _put(stem.with_suffix(".json"), json.dumps(dict(traced.parameters)).encode())
-        _put(stem.with_suffix(".onnx"), traced.model.SerializeToString())
+        write_by_rename(stem.with_suffix(".json"), json.dumps(dict(traced.parameters)).encode())
+        write_by_rename(stem.with_suffix(".onnx"), traced.model.SerializeToString())
 
 
 def key(name: str, precision: str, config: Mapping[str, Any]) -> str:
@@ -77,10 +76,3 @@ def _read(stem: Path) -> Traced | None:
         return None
     named = isinstance(parameters, dict) and {each.name for each in model.graph.initializer} == set(parameters)
     return Traced(model, parameters) if named else None
-
-
-def _put(file: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(content)
-    Path(name).replace(file)

@@ -34,14 +34,13 @@ from typing import Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scumble.errors import InvalidRequest, Refused
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.layout import PAGE, Layout
 
 SUFFIX = ".json"
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 DType: TypeAlias = Literal["float32", "float16", "bfloat16", "int64", "bool"]
-Include: TypeAlias = Literal["factors", "full", "stretch_out", "stretch_in", "images", "residuals", "features"]
-"""factors: LoRAs over the small layout; full: over the full one; the others as in `scumble_build.graphs.inputs`."""
 Part: TypeAlias = Literal[
     "text_encoder",
     "text_encoder_2",

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from scumble_build.export.manifest import Axis, DType, FactorLayout, Include, Port
+from scumble_build.export.manifest import Axis, DType, FactorLayout, Port
 from scumble_build.export.paged import PagedFactors, Part
 from scumble_build.graphs.adapted import Pages
 from scumble_build.graphs.denoiser import KVSlice
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.layout import RANK_BUCKETS, Extent
 
 ROWS = Axis(min=1, opt=8, max=64, about="Model rows of a call; a guided image is two.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from scumble_build.graphs.text import Encoded
+from scumble_build.graphs.text import Encoded, TextInputs
 from scumble_server.denoise.phase import RowFactors
 from scumble_server.denoise.stacking import factors_of
 from scumble_server.methods import textual_inversion
@@ -108,7 +108,7 @@ class Encoder:
         }
         factors = factors_of(self.factors[index], tokens.chunks, executor.device)
         overrides = textual_inversion.overrides(tokens, vectors)
-        return executor.encode(index, tokens.ids, factors, overrides, clip_skip, mask)
+        return executor.encode(index, TextInputs(tokens.ids, factors, overrides, clip_skip, mask))
 
 
 def _of_chunks(tokens: Tokens, call: Callable[[Tokens], Encoded], emphasis: str) -> Encoded:

@@ -55,7 +55,9 @@ def on_checkpoint(context: Context, adapters: Sequence[Bound]) -> Context:
 
     key = ("checkpoint", context.base.version.digest, bound.version.digest)
     nbytes = sum(dreambooth.compatibility_of(bound).changed.values()) * context.executor.dtype.itemsize
-    loaded = context.held_weights.get(key, nbytes, load, of=context.weights_key)
+    loaded = context.held_weights.get(
+        key, nbytes, load, of=context.weights_key, drop=lambda checkpoint: checkpoint.executor.close()
+    )
     return replace(
         context,
         vae=loaded.executor.vae,
@@ -132,7 +134,9 @@ def merged(
         return context.executor.variant({component: values})
 
     nbytes = sum(context.executor.weight(target).nbytes for target in changed)
-    executor = context.held_weights.get(weights, nbytes, merge, of=context.weights_key)
+    executor = context.held_weights.get(
+        weights, nbytes, merge, of=context.weights_key, drop=lambda executor: executor.close()
+    )
     return replace(context, executor=executor, weights=weights, weights_key=weights)
 
 

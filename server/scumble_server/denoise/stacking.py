@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scumble_build.export.manifest import Include
 from scumble_build.graphs.adapted import Factors, Pages
-from scumble_build.graphs.inputs import ContextInputs, ImageInputs, LiteInputs, StepInputs
+from scumble_build.graphs.includes import Include
+from scumble_build.graphs.inputs import ContextInputs, ImageInputs, LiteInputs, NetInputs, StepInputs
 from scumble_build.graphs.layout import PAGE, rank_bucket
 from scumble_server.denoise.image import Row
 from scumble_server.denoise.phase import Phase, RowContexts, RowFactors, RowImages, RowLite, RowNet
@@ -311,9 +311,8 @@ def with_residuals(inputs: StepInputs, calls: Sequence[NetCall], sample: Tensor,
         return inputs
     total: list[Tensor] | None = None
     for call in calls:
-        residuals = call.net.residuals(
-            sample[call.rows], timestep[call.rows], call.kv, call.hint, call.added, call.kv_mask
-        )
+        carried = NetInputs(call.kv, call.hint, call.added, call.kv_mask)
+        residuals = call.net.residuals(sample[call.rows], timestep[call.rows], carried)
         if total is None:
             total = [each.new_zeros(len(sample), *each.shape[1:]) for each in residuals]
         for i, residual in enumerate(residuals):

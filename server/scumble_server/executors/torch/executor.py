@@ -16,14 +16,15 @@ from torch import Tensor
 
 from scumble.errors import Refused, Unavailable
 from scumble_build.export.graph import PRECISIONS
-from scumble_build.export.manifest import Include, Precision
+from scumble_build.export.manifest import Precision
 from scumble_build.export.plan import BaseGraphs
 from scumble_build.graphs.adapted import Factors
 from scumble_build.graphs.denoiser import Denoiser
 from scumble_build.graphs.families import Family
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.inputs import StepInputs
 from scumble_build.graphs.models import Models, Text, load_autoencoder, text_class, vae_dtype
-from scumble_build.graphs.text import Encoded, Overrides
+from scumble_build.graphs.text import Encoded, TextInputs
 from scumble_registry import Version
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
@@ -52,6 +53,7 @@ class TorchExecutor:
     most_pages: tuple[int | None, int | None] = (None, None)
     limits: tuple[GraphLimits, ...] = ()
     copies = 1
+    changes_graphs = True
 
     def __init__(
         self,
@@ -145,24 +147,9 @@ class TorchExecutor:
         return self._dtype
 
     @torch.inference_mode()
-    def encode(
-        self,
-        encoder: int,
-        tokens: Tensor,
-        factors: Factors | None,
-        overrides: Overrides | None = None,
-        skip: int = 0,
-        mask: Tensor | None = None,
-    ) -> Encoded:
-        if overrides is not None:
-            overrides = Overrides(
-                overrides.vectors.to(self._device, self._dtype),
-                overrides.row.to(self._device),
-                overrides.position.to(self._device),
-            )
-        mask = mask.to(self._device) if mask is not None else None
+    def encode(self, encoder: int, inputs: TextInputs) -> Encoded:
         with faults("a text"):
-            encoded: Encoded = self._texts[encoder](tokens.to(self._device), self._cast(factors), overrides, skip, mask)
+            encoded: Encoded = self._texts[encoder](inputs.to(self._device, self._dtype))
         return encoded
 
     @torch.inference_mode()
@@ -190,6 +177,9 @@ class TorchExecutor:
 
     def load_vae(self, folder: Path) -> TorchVae:
         return TorchVae(self._place(load_autoencoder(folder, self._dtype)))
+
+    def close(self) -> None:
+        """Nothing of it outlives the process."""
 
     def weight(self, target: str) -> Tensor:
         return self.parameter(f"{target}.weight")

@@ -9,6 +9,7 @@ from diffusers import ControlNetUnionModel
 from torch import Tensor
 
 from scumble_build.graphs.controlnet import ControlledEncoder, ControlNet, ControlNetUnion
+from scumble_build.graphs.inputs import NetInputs
 from scumble_server.executors.protocol import NetModel
 
 
@@ -40,8 +41,8 @@ class _TorchNet:
     def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:  # noqa: ARG002 - a union net's
         return self._graph.embed(controls.to(self._like))
 
-    def _moved(self, added: Tensor | None) -> Tensor | None:
-        return None if added is None else added.to(self._like)
+    def _moved(self, inputs: NetInputs) -> NetInputs:
+        return inputs.to(self._like.device, self._like.dtype)
 
 
 class TorchNet(_TorchNet):
@@ -52,20 +53,13 @@ class TorchNet(_TorchNet):
     def of(self, kinds: tuple[int, ...]) -> TorchNet:  # noqa: ARG002 - a union net's
         return self
 
+    def close(self) -> None:
+        """Nothing of it outlives the process."""
+
     @torch.inference_mode()
-    def residuals(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        kv: Tensor,
-        hint: Tensor,
-        added: Tensor | None = None,
-        kv_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        found = self._graph.residuals(
-            sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like), self._moved(added), kv_mask
-        )
-        return tuple(residual.float() for residual in found)
+    def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
+        residuals = self._graph.residuals(sample.to(self._like), timestep, self._moved(inputs))
+        return tuple(residual.float() for residual in residuals)
 
 
 class TorchUnionNet(_TorchNet):
@@ -83,25 +77,10 @@ class TorchUnionNet(_TorchNet):
         return self._graph.fuse(controls.to(self._like), self._types, strengths)
 
     @torch.inference_mode()
-    def residuals(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        kv: Tensor,
-        hint: Tensor,
-        added: Tensor | None = None,
-        kv_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        found = self._graph.residuals_of(
-            self._present,
-            sample.to(self._like),
-            timestep,
-            kv.to(self._like),
-            hint.to(self._like),
-            self._moved(added),
-            kv_mask,
-        )
-        return tuple(residual.float() for residual in found)
+    def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
+        moved = self._moved(inputs)
+        residuals = self._graph.residuals_of(self._present, sample.to(self._like), timestep, moved)
+        return tuple(residual.float() for residual in residuals)
 
 
 class TorchUnion:
@@ -115,6 +94,9 @@ class TorchUnion:
         if kinds not in self._nets:
             self._nets[kinds] = TorchUnionNet(self._graph, self._like, kinds)
         return self._nets[kinds]
+
+    def close(self) -> None:
+        """Nothing of it outlives the process."""
 
 
 def torch_nets(model: NetModel, like: Tensor) -> TorchNet | TorchUnion:

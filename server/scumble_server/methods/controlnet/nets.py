@@ -159,7 +159,9 @@ def _net(context: Context, bound: Bound, like: Tensor) -> Net:
         folder = context.registry.materialise(bound.version)
         return load_union(folder) if about.form == "union" else load_net(folder, unet)
 
-    nets = context.device.get(key, nbytes, lambda: context.of_base.load_net(bound.version, load))
+    nets = context.device.get(
+        key, nbytes, lambda: context.of_base.load_net(bound.version, load), drop=lambda nets: nets.close()
+    )
     return nets.of(control_types(bound))
 
 

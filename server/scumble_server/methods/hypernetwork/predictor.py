@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scumble.errors import Incompatible, InvalidRequest, Refused
 from scumble_build.graphs.predictor import Factors, Predictor
+from scumble_build.graphs.text import TextInputs
 from scumble_registry.compatibility import HypernetworkCompatibility, LoraCompatibility, WeightPredictor
 from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
@@ -98,7 +99,7 @@ def _condition(context: Context, bound: Bound) -> Tensor:
     if bound.pictures:
         place = image_encoders.place_in_base(context)
         return image_encoders.encode(context, place, bound.pictures[0]).states
-    return context.of_base.encode(0, _ids(context, bound), None).states
+    return context.of_base.encode(0, TextInputs(_ids(context, bound))).states
 
 
 def _ids(context: Context, bound: Bound) -> Tensor:
