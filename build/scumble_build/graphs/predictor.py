@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scumble_build.graphs.arrays import as_tensor
 from scumble_registry.formats.hypernetwork.predictor import (
     FEED_FORWARD,
     PredictorConfig,
@@ -91,4 +91,4 @@ class Predictor(nn.Module):
 
 
 def _tensors(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(values.astype(np.float32)) for name, values in arrays.items()}
+    return {name: as_tensor(values) for name, values in arrays.items()}
