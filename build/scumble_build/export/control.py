@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from scumble_build.export.denoiser import level_axes, level_dims
 from scumble_build.export.graph import PRECISIONS, Graph
-from scumble_build.export.manifest import FLOAT, Axis, Part, Port, Precision
+from scumble_build.export.manifest import FLOAT, Axis, GraphPart, Port, Precision
 from scumble_build.export.pictures import pixel_axes
 from scumble_build.export.plan import kept_in_fp32
 from scumble_build.export.ports import HEIGHT, MASK, ROWS, SIZES, TIMESTEP, TOKENS, WIDTH, kv_port
@@ -148,7 +148,7 @@ class NetGraphs:
 
     def _made(
         self,
-        part: Part,
+        part: GraphPart,
         module: nn.Module,
         inputs: tuple[Port, ...],
         outputs: tuple[Port, ...],

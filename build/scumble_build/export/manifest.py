@@ -41,7 +41,7 @@ SUFFIX = ".json"
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 DType: TypeAlias = Literal["float32", "float16", "bfloat16", "int64", "bool"]
-Part: TypeAlias = Literal[
+GraphPart: TypeAlias = Literal[
     "text_encoder",
     "text_encoder_2",
     "kv_projection",
@@ -149,7 +149,7 @@ class GraphManifest(_Model):
     """One exported graph."""
 
     version: Literal[1] = 1
-    part: Part
+    part: GraphPart
     graph: str
     """Unique among a base's graphs and the stem of its files: the part, or `unet.bare`, `unet.small` and so on."""
     includes: tuple[Include, ...] = ()

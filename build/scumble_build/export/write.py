@@ -25,7 +25,7 @@ from scumble_build.export.plan import component_of
 from scumble_build.export.provenance import code_digest, versions
 from scumble_build.export.quantise import quantise_traced
 from scumble_build.export.tracing.trace import exporter_of, trace
-from scumble_build.export.tracing.traced import OPSET, Place, locate
+from scumble_build.export.tracing.traced import OPSET, ByteRange, locate
 from scumble_registry.compatibility import Family
 from scumble_registry.formats.safetensors_header import read_header
 
@@ -121,11 +121,11 @@ def describe(
     )
 
 
-def places_in(file: Path) -> dict[str, Place]:
+def places_in(file: Path) -> dict[str, ByteRange]:
     """Where each tensor's bytes stand in a safetensors file."""
     header = read_header(file)
     return {
-        name: Place(file.name, header.data_start + info.begin, info.end - info.begin)
+        name: ByteRange(file.name, header.data_start + info.begin, info.end - info.begin)
         for name, info in header.tensors.items()
     }
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from scumble_build.graphs.layout import PAGE, Layout, Shape, Target
+from scumble_build.graphs.layout import PAGE, Layout, Target, TargetShape
 from scumble_build.graphs.tensors import moved
 
 Layer = nn.Linear | nn.Conv2d
@@ -227,7 +227,8 @@ def adapt(root: nn.Module, layers: dict[str, Layer], prefix: str) -> tuple[Layou
 def layout_of(layers: dict[str, Layer]) -> Layout:
     """The small layout is what stands inside attention blocks and text encoders."""
     return Layout.of(
-        Shape(name, layer.weight[0].numel(), layer.weight.shape[0], _is_small(name)) for name, layer in layers.items()
+        TargetShape(name, layer.weight[0].numel(), layer.weight.shape[0], _is_small(name))
+        for name, layer in layers.items()
     )
 
 

@@ -21,7 +21,7 @@ from scumble_registry.formats.hypernetwork.predictor import (
 )
 from scumble_registry.formats.safetensors_header import Array
 
-Factors = dict[str, tuple[Tensor, Tensor, float]]
+PredictedFactors = dict[str, tuple[Tensor, Tensor, float]]
 """Target → down (r, in), up (out, r) and alpha."""
 
 
@@ -58,10 +58,10 @@ class Predictor(nn.Module):
             coefficients = self.head(self.decoder(queries + self.feedback(coefficients), memory))
         return coefficients
 
-    def expand(self, coefficients: Tensor) -> Factors:
+    def expand(self, coefficients: Tensor) -> PredictedFactors:
         """Those of one condition, `(T, r (a + b))`, as factors. Differentiable."""
         rank, a, b = self.config.rank, self.config.a, self.config.b
-        factors: Factors = {}
+        factors: PredictedFactors = {}
         for index, (target, own) in enumerate(zip(self.config.targets, coefficients, strict=True)):
             A, B = own[: a * rank].view(a, rank), own[a * rank :].view(rank, b)
             up, down = self.get_buffer(f"up_{index}") @ A, B @ self.get_buffer(f"down_{index}")
@@ -69,7 +69,7 @@ class Predictor(nn.Module):
         return factors
 
     @torch.no_grad()
-    def predict(self, condition: Tensor) -> Factors:
+    def predict(self, condition: Tensor) -> PredictedFactors:
         """The LoRA for one condition, states `(1, N, C)`."""
         return self.expand(self(condition)[0])
 

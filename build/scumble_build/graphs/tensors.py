@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-Record = TypeVar("Record")
+RecordT = TypeVar("RecordT")
 
 
 def parts_of(record: object) -> Iterator[tuple[str, Any]]:
@@ -36,12 +36,12 @@ def tensors_of(record: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]
             yield from tensors_of(value, f"{path}.")
 
 
-def with_tensors(record: Record, tensors: Mapping[str, Tensor]) -> Record:
+def with_tensors(record: RecordT, tensors: Mapping[str, Tensor]) -> RecordT:
     """The same record with other tensors at the same paths."""
     return _changed(record, lambda path, _tensor: tensors[path], "")
 
 
-def moved(record: Record, device: torch.device, dtype: torch.dtype) -> Record:
+def moved(record: RecordT, device: torch.device, dtype: torch.dtype) -> RecordT:
     """The same record on `device`, with every floating point tensor in `dtype`.
 
     Nothing is copied that is there already.
@@ -53,7 +53,7 @@ def moved(record: Record, device: torch.device, dtype: torch.dtype) -> Record:
     return _changed(record, move, "")
 
 
-def _changed(record: Record, change: Callable[[str, Tensor], Tensor], prefix: str) -> Record:
+def _changed(record: RecordT, change: Callable[[str, Tensor], Tensor], prefix: str) -> RecordT:
     def part(name: str, value: Any) -> Any:
         path = f"{prefix}{name}"
         if isinstance(value, Tensor):

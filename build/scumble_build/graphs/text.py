@@ -56,7 +56,7 @@ class TextInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedText:
     """states (rows, 77, C); pooled (rows, E), one vector for the whole text, from an encoder that projects."""
 
     states: Tensor
@@ -116,12 +116,12 @@ class TextEncoder(nn.Module):
         assert isinstance(table, nn.Embedding)
         embeddings.add_module("token_embedding", OverriddenEmbedding(table, self.override_input))
 
-    def forward(self, inputs: TextInputs) -> Encoded:
+    def forward(self, inputs: TextInputs) -> EncodedText:
         self.source.factors = inputs.factors
         self.override_input.overrides = inputs.overrides
         output = self.model(inputs.tokens, attention_mask=inputs.mask, output_hidden_states=True, return_dict=True)
         pooled: Tensor | None = getattr(output, "text_embeds", None)
         if not inputs.skip and not self.penultimate:
-            return Encoded(output.last_hidden_state, pooled)
+            return EncodedText(output.last_hidden_state, pooled)
         states: Tensor = output.hidden_states[-(1 + self.penultimate + inputs.skip)]
-        return Encoded(states if self.penultimate else self.norm(states), pooled)
+        return EncodedText(states if self.penultimate else self.norm(states), pooled)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from scumble_build.graphs.text import Encoded, TextInputs
+from scumble_build.graphs.text import EncodedText, TextInputs
 from scumble_server.denoise.phase import RowFactors
 from scumble_server.denoise.stacking import factors_of
 from scumble_server.methods import textual_inversion
@@ -81,7 +81,7 @@ class Encoder:
         )
         call = partial(self._call, index, used, clip_skip)
 
-        def encode() -> Encoded:
+        def encode() -> EncodedText:
             if isinstance(read, CompelPrompt):
                 return _of_compel(read, context.tokenizers[index], call)
             return _of_chunks(read, call, self.emphasis)
@@ -96,7 +96,7 @@ class Encoder:
         clip_skip: int,
         tokens: Tokens,
         mask: Tensor | None = None,
-    ) -> Encoded:
+    ) -> EncodedText:
         """One run of an encoder, in which each chunk is a row."""
         context, executor = self.context, self.context.executor
         component = context.base.family.texts[index].encoder
@@ -111,21 +111,21 @@ class Encoder:
         return executor.encode(index, TextInputs(tokens.ids, factors, overrides, clip_skip, mask))
 
 
-def _of_chunks(tokens: Tokens, call: Callable[[Tokens], Encoded], emphasis: str) -> Encoded:
+def _of_chunks(tokens: Tokens, call: Callable[[Tokens], EncodedText], emphasis: str) -> EncodedText:
     found = call(tokens)
     states = found.states
     if tokens.weights is not None:
         states = weighted(states, tokens.weights.to(states.device), restore_mean=emphasis == "original")
-    return Encoded(states.flatten(0, 1)[None], found.pooled[:1] if found.pooled is not None else None)
+    return EncodedText(states.flatten(0, 1)[None], found.pooled[:1] if found.pooled is not None else None)
 
 
 def _of_compel(
-    prompt: CompelPrompt, tokenizer: CLIPTokenizer, call: Callable[[Tokens, Tensor | None], Encoded]
-) -> Encoded:
+    prompt: CompelPrompt, tokenizer: CLIPTokenizer, call: Callable[[Tokens, Tensor | None], EncodedText]
+) -> EncodedText:
     """What is pooled is the text as it is written, without a grammar: so compel has it."""
     like = call(tokenize(tokenizer, prompt.words, prompt.names), None)
     states = embed(prompt, tokenizer, lambda tokens, mask: call(tokens, mask).states)
-    return Encoded(states.to(like.states), like.pooled[:1] if like.pooled is not None else None)
+    return EncodedText(states.to(like.states), like.pooled[:1] if like.pooled is not None else None)
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from scumble_build.export.denoiser import graph_for
 from scumble_build.graphs.adapted import Factors
 from scumble_build.graphs.includes import Include
 from scumble_build.graphs.inputs import StepInputs
-from scumble_build.graphs.text import Encoded, TextInputs
+from scumble_build.graphs.text import EncodedText, TextInputs
 from scumble_registry import Version
 from scumble_server.executors.feeds import constant_feeds, factor_feeds, residual_feeds, text_feeds
 from scumble_server.executors.graph_vae import graph_vae
@@ -92,12 +92,12 @@ class ExportedExecutor(ABC):
             self._sessions[name].limits.check(sizes)
 
     @torch.inference_mode()
-    def encode(self, encoder: int, inputs: TextInputs) -> Encoded:
+    def encode(self, encoder: int, inputs: TextInputs) -> EncodedText:
         name = self._texts[encoder]
         session = self._sessions[name]
         config = self._sessions.graphs.texts[name].model.config
         outputs = session(text_feeds(inputs, config, self.dtype, session.graph.factors))
-        return Encoded(outputs[0], outputs[1] if len(outputs) > 1 else None)
+        return EncodedText(outputs[0], outputs[1] if len(outputs) > 1 else None)
 
     @torch.inference_mode()
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from scumble_build.graphs.denoiser import KVSlice
 from scumble_build.graphs.includes import Include
 from scumble_build.graphs.inputs import NetInputs, StepInputs
 from scumble_build.graphs.layout import Layout
-from scumble_build.graphs.text import Encoded, TextInputs
+from scumble_build.graphs.text import EncodedText, TextInputs
 from scumble_registry import Version
 from scumble_server.executors.limits import GraphLimits
 
@@ -131,7 +131,7 @@ class Executor(Protocol):
     def copies(self) -> int:
         """How often the weights that it loads are held in memory."""
 
-    def encode(self, encoder: int, inputs: TextInputs) -> Encoded:
+    def encode(self, encoder: int, inputs: TextInputs) -> EncodedText:
         """Run the text encoder of this index."""
 
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:

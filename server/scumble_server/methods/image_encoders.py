@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 from scumble.errors import Incompatible, Refused
-from scumble_build.graphs.vision import PREPARATION, Encoded, ImageEncoder
+from scumble_build.graphs.vision import PREPARATION, EncodedPictures, ImageEncoder
 from scumble_registry.compatibility import ImageEncoderCompatibility, IpAdapterCompatibility
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.base import Base
@@ -89,13 +89,13 @@ def place_in_base(context: Context) -> Place:
     return Place((base.version.digest, _FOLDER), root / _FOLDER, preparation, base.image_encoder)
 
 
-def encode(context: Context, place: Place, picture: Picture | None) -> Encoded:
+def encode(context: Context, place: Place, picture: Picture | None) -> EncodedPictures:
     """Of one picture, or of none at all; made once for all who look at it."""
     sizes = place.compatibility
     values = sizes.projection_dim + place.positions * sizes.hidden_size
     key = ("picture", place.key, picture.digest if picture is not None else None)
 
-    def make() -> Encoded:
+    def make() -> EncodedPictures:
         encoder = _load(context, place)
         return encoder.encode([picture.pixels]) if picture is not None else encoder.encode_nothing()
 

@@ -24,7 +24,7 @@ except ModuleNotFoundError:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class Exported(Protocol):
+class ExportedGraphs(Protocol):
     """The graphs of a base (`export.plan.BaseGraphs`) or of a ControlNet (`export.control.NetGraphs`)."""
 
     def graph(self, name: str) -> Graph: ...
@@ -58,7 +58,7 @@ def device_type(device: str) -> str:
     return torch.device(device).type
 
 
-Graphs = TypeVar("Graphs", bound=Exported)
+GraphsT = TypeVar("GraphsT", bound=ExportedGraphs)
 
 
 class _Session:
@@ -83,11 +83,11 @@ class _Session:
         return [from_dlpack(value._get_c_value().to_dlpack()) for value in binding.get_outputs()]  # noqa: SLF001
 
 
-class OrtSessions(Generic[Graphs]):
+class OrtSessions(Generic[GraphsT]):
     """The sessions of one set of weights, each opened when it is first asked for. For any thread."""
 
     def __init__(
-        self, graphs: Graphs, cache: GraphCache, device: str, parent: OrtSessions[Graphs] | None = None
+        self, graphs: GraphsT, cache: GraphCache, device: str, parent: OrtSessions[GraphsT] | None = None
     ) -> None:
         """A component whose tensors are all `parent`'s runs in its sessions."""
         self.graphs, self._cache, self._device, self._parent = graphs, cache, device, parent

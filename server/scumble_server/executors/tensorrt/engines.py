@@ -53,7 +53,7 @@ class EngineSession:
 
 
 @dataclass(frozen=True, slots=True)
-class Runtime:
+class EngineRuntime:
     """What engines of one device run with: TensorRT, and buffers and graphs for each thread that calls."""
 
     trt: TensorRT
@@ -61,7 +61,7 @@ class Runtime:
     steppings: Mapping[str, Stepping]
 
     @classmethod
-    def on(cls, trt: TensorRT, device: torch.device, make: Callable[[], Stepping]) -> Runtime:
+    def on(cls, trt: TensorRT, device: torch.device, make: Callable[[], Stepping]) -> EngineRuntime:
         return cls(trt, device, {name: make() for name in ("condition", "denoise", "decode")})
 
     def load(self, pulled: Pulled) -> EngineSession:
@@ -80,7 +80,7 @@ def _caller(graph: str) -> str:
 class NetEngines:
     """The engines of one ControlNet, loaded when it is made. For any thread."""
 
-    def __init__(self, pulled: Mapping[str, Pulled], runtime: Runtime) -> None:
+    def __init__(self, pulled: Mapping[str, Pulled], runtime: EngineRuntime) -> None:
         """Raises as `RunningEngine` does."""
         self._sessions = {name: runtime.load(each) for name, each in pulled.items()}
 
@@ -96,7 +96,7 @@ class Engines:
     """The engines of one set of a base's weights, each loaded when it is first asked for. For any thread."""
 
     def __init__(
-        self, graphs: BaseGraphs, pulled: Mapping[str, Pulled], runtime: Runtime, parent: Engines | None = None
+        self, graphs: BaseGraphs, pulled: Mapping[str, Pulled], runtime: EngineRuntime, parent: Engines | None = None
     ) -> None:
         """An engine that `parent` has too runs there. Raises NotFound if a part has no engine."""
         self.graphs = graphs

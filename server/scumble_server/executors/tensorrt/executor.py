@@ -26,7 +26,7 @@ from scumble_server.executors.device import Stepping, faults
 from scumble_server.executors.exported import ExportedExecutor
 from scumble_server.executors.graph_net import GraphNets
 from scumble_server.executors.protocol import Changed, NetModel, Nets
-from scumble_server.executors.tensorrt.engines import Engines, NetEngines, Runtime
+from scumble_server.executors.tensorrt.engines import EngineRuntime, Engines, NetEngines
 from scumble_server.executors.tensorrt.fitting import pull_base, pull_fitting
 from scumble_server.executors.torch.executor import TorchExecutor
 from scumble_server.executors.torch.net import torch_nets
@@ -71,7 +71,7 @@ class TensorRTExecutor(ExportedExecutor):
         pulled = pull_base(registry, version, machine, config)
         weights = TorchExecutor.load(folder, family, "cpu", config.precision, config.max_rows)
         device = torch.device("cuda")
-        engines = Engines(weights.graphs, pulled, Runtime.on(trt, device, lambda: Stepping.on(device)))
+        engines = Engines(weights.graphs, pulled, EngineRuntime.on(trt, device, lambda: Stepping.on(device)))
         receipt = {
             "executor": flavour.value,
             flavour.value: trt.__version__,

@@ -23,8 +23,8 @@ from scumble_build.graphs.denoiser import Denoiser
 from scumble_build.graphs.families import Family
 from scumble_build.graphs.includes import Include
 from scumble_build.graphs.inputs import StepInputs
-from scumble_build.graphs.models import Models, Text, load_autoencoder, text_class, vae_dtype
-from scumble_build.graphs.text import Encoded, TextInputs
+from scumble_build.graphs.models import Models, TextModel, load_autoencoder, text_class, vae_dtype
+from scumble_build.graphs.text import EncodedText, TextInputs
 from scumble_registry import Version
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
@@ -147,9 +147,9 @@ class TorchExecutor:
         return self._dtype
 
     @torch.inference_mode()
-    def encode(self, encoder: int, inputs: TextInputs) -> Encoded:
+    def encode(self, encoder: int, inputs: TextInputs) -> EncodedText:
         with faults("a text"):
-            encoded: Encoded = self._texts[encoder](inputs.to(self._device, self._dtype))
+            encoded: EncodedText = self._texts[encoder](inputs.to(self._device, self._dtype))
         return encoded
 
     @torch.inference_mode()
@@ -219,7 +219,7 @@ def _build(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
     return model
 
 
-def _build_text(kind: type[Text], config: Any, state: dict[str, Tensor]) -> Text:
+def _build_text(kind: type[TextModel], config: Any, state: dict[str, Tensor]) -> TextModel:
     """Not on the meta device, because its position ids are in no state."""
     model = kind(config)
     model.load_state_dict(state, assign=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scumble.errors import Incompatible, InvalidRequest, Refused
-from scumble_build.graphs.predictor import Factors, Predictor
+from scumble_build.graphs.predictor import PredictedFactors, Predictor
 from scumble_build.graphs.text import TextInputs
 from scumble_registry.compatibility import HypernetworkCompatibility, LoraCompatibility, WeightPredictor
 from scumble_registry.formats.hypernetwork import read_record
@@ -118,7 +118,7 @@ def _network(context: Context, bound: Bound) -> Predictor:
     )
 
 
-def _as_record(factors: Factors) -> LoraRecord:
+def _as_record(factors: PredictedFactors) -> LoraRecord:
     return {
         target: LoraModule(down.cpu().numpy(), up.cpu().numpy(), alpha)
         for target, (down, up, alpha) in sorted(factors.items())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scumble_build.engines.api import Flavour
-from scumble_build.engines.base import Target, build_graphs
+from scumble_build.engines.base import BuildTarget, build_graphs
 from scumble_build.engines.profiles import Profile, Range
 from scumble_build.export.command import find_base, open_base
 from scumble_build.export.manifest import GraphManifest, Precision
@@ -35,7 +35,7 @@ def exported(base: Path, folder: Path, graphs: tuple[str, ...], precision: Preci
 
 
 def check_build(folder: Path, manifests: list[GraphManifest]) -> None:
-    target = Target(Flavour.TENSORRT_RTX, (89, 120), "fp16", (SMALL,))
+    target = BuildTarget(Flavour.TENSORRT_RTX, (89, 120), "fp16", (SMALL,))
     for built in build_graphs(folder, manifests, target, folder / "plans"):
         assert built.plan.stat().st_size > 0
         assert built.report is not None

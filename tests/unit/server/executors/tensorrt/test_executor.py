@@ -34,7 +34,7 @@ from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
 from scumble_server.executors import choice
 from scumble_server.executors.device import Buffers, Graphs, Stepping, uncaptured
-from scumble_server.executors.tensorrt.engines import Engines, Runtime
+from scumble_server.executors.tensorrt.engines import EngineRuntime, Engines
 from scumble_server.executors.tensorrt.executor import TensorRTExecutor
 from scumble_server.executors.tensorrt.fitting import pull_base
 from scumble_server.executors.torch.executor import TorchExecutor
@@ -88,7 +88,7 @@ def narrow(pulled: dict[str, Pulled], tmp_path_factory: pytest.TempPathFactory) 
 def executor(base: Path, pulled: dict[str, Pulled]) -> TensorRTExecutor:
     weights = TorchExecutor.load(base, FAMILIES["sd1"])
     lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
-    engines = Engines(weights.graphs, pulled, Runtime.on(FakeTensorRT(), CPU, lent))  # type: ignore[arg-type]
+    engines = Engines(weights.graphs, pulled, EngineRuntime.on(FakeTensorRT(), CPU, lent))  # type: ignore[arg-type]
     return TensorRTExecutor(weights, engines, {"executor": "tensorrt"})
 
 
@@ -206,7 +206,7 @@ class Shop:
     def executor(self, folder: Path) -> TensorRTExecutor:
         weights = TorchExecutor.load(folder, FAMILIES["sd1"])
         lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
-        runtime = Runtime.on(FakeTensorRT(), CPU, lent)  # type: ignore[arg-type]
+        runtime = EngineRuntime.on(FakeTensorRT(), CPU, lent)  # type: ignore[arg-type]
         engines = Engines(weights.graphs, self.engines[self.base.digest], runtime)
         return TensorRTExecutor(
             weights, engines, {"executor": "tensorrt"}, lambda version: self.engines.get(version.digest, {})
