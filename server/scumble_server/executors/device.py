@@ -235,7 +235,7 @@ def faults(what: str) -> Iterator[None]:
 
 
 def structure(record: object) -> Hashable:
-    """All but the tensors' values: shapes and dtypes, and what is no tensor. Equal structures can share a graph."""
+    """Everything of a record but its tensors' values. Records of equal structure can share a captured graph."""
     if isinstance(record, Tensor):
         return tuple(record.shape), record.dtype
     if has_parts(record):
@@ -260,7 +260,7 @@ class Captured:
 
     def __init__(self, stepping: Stepping, compute: Callable[[Any], Tensor]) -> None:
         self._buffers, self._graphs, self._compute = stepping.buffers, stepping.graphs, compute
-        self._results: dict[Hashable, Tensor] = {}  # of each graph, where it writes
+        self._results: dict[Hashable, Tensor] = {}  # where each graph writes
         self._owner = object()
         weakref.finalize(self, self._graphs.drop, self._owner)
 

@@ -182,10 +182,10 @@ class RunningEngine:
     def _check_tensors(self) -> None:
         """The engine's tensors are the manifest's. Raises Refused."""
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        found = {name: DTYPES.get(self._engine.get_tensor_dtype(name).name, "?") for name in names}
+        parsed = {name: DTYPES.get(self._engine.get_tensor_dtype(name).name, "?") for name in names}
         promised = {port.name: port.dtype for port in (*self.manifest.inputs, *self.manifest.outputs)}
-        if found != promised:
-            different = sorted(found.items() ^ promised.items())
+        if parsed != promised:
+            different = sorted(parsed.items() ^ promised.items())
             raise Refused(
                 f"the engine of {self.manifest.graph} is not what its manifest says: {different}; build it again"
             )

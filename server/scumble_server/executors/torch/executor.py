@@ -40,7 +40,7 @@ PRECISION_OF: dict[torch.dtype, Precision] = {dtype: name for name, dtype in PRE
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """All that one call of the denoiser reads."""
+    """The arguments of one call of the denoiser."""
 
     sample: Tensor
     timestep: Tensor
@@ -101,7 +101,7 @@ class TorchExecutor:
         self,
         changed: Changed,
         configs: Path | None = None,
-        of: Version | None = None,  # noqa: ARG002 - what engines go by
+        of: Version | None = None,  # noqa: ARG002 - which engines to take, in TensorRT
     ) -> Self:
         states = {component: dict(state) for component, state in self.graphs.states.items()}
         for component, tensors in changed.items():
@@ -130,7 +130,7 @@ class TorchExecutor:
             return type(self)(models, self._family, self._device, self._dtype, self.max_rows, self._stepping)
 
     def _config(self, component: str, configs: Path | None) -> Any:
-        """A checkpoint's own: scaling and the like may differ, though its shapes do not."""
+        """A checkpoint's own config: its scaling may differ from the base's, its shapes do not."""
         if configs is None:
             return self._configs[component]
         return json.loads((configs / component / "config.json").read_text())
@@ -169,9 +169,9 @@ class TorchExecutor:
         return factors.to(self._device, self._dtype) if factors is not None else None
 
     def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
-        """Eager graphs take anything at once."""
+        """Nothing to do: eager graphs take any inputs and sizes."""
 
-    def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:  # noqa: ARG002 - what engines go by
+    def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:  # noqa: ARG002 - which engines to take, in TensorRT
         with faults("a ControlNet's weights"):
             return torch_nets(load(), torch.empty(0, dtype=self._dtype, device=self._device))
 
@@ -186,10 +186,10 @@ class TorchExecutor:
 
     def parameter(self, name: str) -> Tensor:
         component, _, rest = name.partition(".")
-        found: Tensor | None = self._parameters.get((component, plain(rest)))
-        if found is None:
+        parameter: Tensor | None = self._parameters.get((component, plain(rest)))
+        if parameter is None:
             raise Refused(f"the base has no {name}, which an adapter changes; use the base that it was trained on")
-        return found
+        return parameter
 
     def weights_digest(self) -> str:
         digest = hashlib.sha256()
@@ -212,7 +212,7 @@ def _computing(denoiser: Denoiser) -> Callable[[_Step], Tensor]:
 
 
 def _build(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
-    """A diffusers model around weights that are there already: nothing is drawn or copied."""
+    """A diffusers model with these tensors as its weights: none is drawn at random or copied."""
     with torch.device("meta"):
         model = kind.from_config(config)
     model.load_state_dict(state, assign=True)
@@ -227,15 +227,15 @@ def _build_text(kind: type[TextModel], config: Any, state: dict[str, Tensor]) ->
 
 
 def weights_bytes(folder: Path, family: Family, precision: Precision) -> int:
-    """What a folder in the diffusers layout will take once it is loaded, read from its headers."""
-    dtype = PRECISIONS[precision]
-    of_vae = vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), dtype)
-    components = {"unet": dtype, **{part.encoder: dtype for part in family.texts}, "vae": of_vae}
-    return sum(_values(folder / name) * kept.itemsize for name, kept in components.items())
+    """Bytes in memory of a folder in the diffusers layout once it is loaded, from its headers alone."""
+    own = PRECISIONS[precision]
+    of_vae = vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), own)
+    components = {"unet": own, **{part.encoder: own for part in family.texts}, "vae": of_vae}
+    return sum(_values(folder / name) * dtype.itemsize for name, dtype in components.items())
 
 
 def _values(folder: Path) -> int:
-    """How many numbers a component has; a folder may hold it a second time, in another precision (`….fp16.…`)."""
+    """How many numbers a component has. A folder may hold it again in another precision (`….fp16.…`)."""
     files = list(folder.glob("*.safetensors"))
     one = [file for file in files if not {"fp16", "fp32", "bf16", "non_ema"} & set(file.name.split("."))] or files
     return sum(prod(info.shape) for file in one for info in read_header(file).tensors.values())

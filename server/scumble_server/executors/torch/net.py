@@ -14,7 +14,7 @@ from scumble_server.executors.protocol import NetModel
 
 
 class _TorchNet:
-    """Owns nothing: several may stand before one graph."""
+    """Owns nothing: several nets may share one graph."""
 
     def __init__(self, graph: ControlledEncoder, like: Tensor) -> None:
         """On `like`'s device, in its precision."""
@@ -27,7 +27,7 @@ class _TorchNet:
         return sum(2 * place.width for place in self._graph.projection.slices)
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Eager graphs take anything."""
+        """Nothing to do: eager graphs take any sizes."""
 
     @torch.inference_mode()
     def project(self, states: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class TorchNet(_TorchNet):
 
 
 class TorchUnionNet(_TorchNet):
-    """A union net as it looks at pictures of certain kinds: rows with the same kinds share a run."""
+    """A union net for pictures of certain kinds of control: rows with the same kinds share a run."""
 
     _graph: ControlNetUnion
 
@@ -84,7 +84,7 @@ class TorchUnionNet(_TorchNet):
 
 
 class TorchUnion:
-    """A union net in memory: one `TorchUnionNet` for each choice of kinds, all before the same weights."""
+    """A union net in memory: a `TorchUnionNet` for each choice of kinds, all with the same weights."""
 
     def __init__(self, graph: ControlNetUnion, like: Tensor) -> None:
         self._graph, self._like = graph, like
