@@ -122,16 +122,16 @@ def test_closing_ends_every_wait() -> None:
 
 
 def test_clearing_drops_every_value_once_and_what_shares_memory_with_another_before_it() -> None:
-    room, dropped = Residency(100, "host"), list[str]()
-    lease = room.open()
+    residency, dropped = Residency(100, "test"), list[str]()
+    lease = residency.open()
     lease.get("base", 10, lambda: "base", drop=dropped.append)
     lease.get("variant", 10, lambda: "variant", of="base", drop=dropped.append)
     lease.get("picture", 10, lambda: "picture")
-    room.close()
-    room.clear()
-    room.clear()
+    residency.close()
+    residency.clear()
+    residency.clear()
     assert dropped == ["variant", "base"]
-    assert room.stats()["bytes"] == 0
+    assert residency.stats()["bytes"] == 0
 
 
 def test_those_who_wait_for_each_other_are_told_to_try_again() -> None:
