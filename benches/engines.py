@@ -30,7 +30,7 @@ from transformers.initialization import no_init_weights
 from scumble.errors import ScumbleError
 from scumble_build.engines import profiles
 from scumble_build.engines.api import Flavour
-from scumble_build.engines.base import Target, build_graphs, read_manifests
+from scumble_build.engines.base import BuildTarget, build_graphs, read_manifests
 from scumble_build.export.control import NetGraphs
 from scumble_build.export.denoiser import GRAPHS
 from scumble_build.export.plan import BaseGraphs
@@ -109,7 +109,7 @@ def export(family: str, graph: str, work: Path) -> dict[str, Any]:
 
 def engine(graph: str, sm: tuple[int, ...], profile: Path | None, work: Path) -> dict[str, Any]:
     wanted = profiles.read(profile) if profile is not None else ()
-    target = Target(Flavour.TENSORRT_RTX, sm, "fp16", wanted)
+    target = BuildTarget(Flavour.TENSORRT_RTX, sm, "fp16", wanted)
     start = time.process_time()
     (built,) = build_graphs(work, read_manifests(work, [graph]), target, work / "plans")
     assert built.report is not None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scumble_build.engines import api
 from scumble_build.engines.api import Flavour
-from scumble_build.engines.base import Target, build_graphs
+from scumble_build.engines.base import BuildTarget, build_graphs
 from scumble_build.engines.builder import current_sm
 from scumble_build.engines.profiles import Profile, Range
 from scumble_build.engines.store import Pulled, Stored
@@ -26,9 +26,11 @@ from scumble_build.export.write import Exportable, write_graphs
 from scumble_build.graphs.families import FAMILIES
 from scumble_build.graphs.models import Models
 from scumble_server.executors.device import Stepping
+from scumble_server.executors.exported import ExportedExecutor
 from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from scumble_server.executors.tensorrt.engine import RunningEngine
-from scumble_server.executors.tensorrt.executor import Engines, Runtime, TensorRTExecutor
+from scumble_server.executors.tensorrt.engines import EngineRuntime, Engines
+from scumble_server.executors.tensorrt.executor import TensorRTExecutor
 from scumble_server.executors.torch.executor import TorchExecutor
 
 NO_BASE = "sha256:" + "0" * 64
@@ -39,7 +41,7 @@ class Exported:
     """`plain` is diffusers' UNet, of text states and not of their keys and values; it takes what its inputs name."""
 
     runtime: str
-    executor: OnnxRuntimeExecutor
+    executor: ExportedExecutor
     plain: Callable[[Mapping[str, Tensor]], object]
 
 
@@ -59,7 +61,7 @@ def make(models: Models, family: str, precision: Precision, latents: int, device
     trt = api.load(Flavour.TENSORRT)
     names = (*weights.graphs.texts, "kv_projection", "unet.bare", "unet.small", "vae_decoder", "vae_encoder")
     engines = _engines(weights.graphs, names, family, precision, latents, work)
-    running = Engines(weights.graphs, engines, Runtime.on(trt, device, lambda: Stepping.on(device)))
+    running = Engines(weights.graphs, engines, EngineRuntime.on(trt, device, lambda: Stepping.on(device)))
     (pulled,) = _engines(plain, plain.names, family, precision, latents, work).values()
     engine = RunningEngine(trt, pulled, Stepping.on(device), device)
     return Exported(f"tensorrt {trt.__version__}", TensorRTExecutor(weights, running, {}), engine.run)
@@ -80,7 +82,9 @@ def _engines(
         "resident": Range(1, 64, 100),
         "rank_pages": Range(1, 2, 8),
     }
-    built = build_graphs(work, manifests, Target(Flavour.TENSORRT, (sm,), precision, (Profile(axes),)), work / "plans")
+    built = build_graphs(
+        work, manifests, BuildTarget(Flavour.TENSORRT, (sm,), precision, (Profile(axes),)), work / "plans"
+    )
     return {
         each.key.part: Pulled(Stored(each.key, None), GraphManifest.read(each.manifest), each.plan)  # type: ignore[arg-type]
         for each in built

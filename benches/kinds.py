@@ -23,7 +23,7 @@ from torch import Tensor
 from scumble_build.graphs.adapted import Factors
 from scumble_build.graphs.controlnet import ControlNet
 from scumble_build.graphs.denoiser import Denoiser, KVProjection
-from scumble_build.graphs.inputs import ImageInputs, StepInputs, level_sizes
+from scumble_build.graphs.inputs import ImageInputs, NetInputs, StepInputs, level_sizes
 from scumble_server.executors.torch.net import TorchNet
 from scumble_server.methods.controlnet.residuals import NetCall, with_residuals
 from support.paging import some_factors
@@ -170,7 +170,8 @@ class Steps:
         m = images * self.per_image
         rows = torch.arange(m)
         added = self.added[:m] if self.added is not None else None
-        return NetCall(self.net, rows, self.net_kv[:m], self.hint[:m], torch.ones(m, self.residuals), added)
+        inputs = NetInputs(self.net_kv[:m], self.hint[:m], added)
+        return NetCall(self.net, rows, inputs, torch.ones(m, self.residuals))
 
     def _step_with_net(self, call: NetCall) -> Tensor:
         inputs = with_residuals(self._with(), [call], self.sample, self.timestep)
@@ -178,7 +179,7 @@ class Steps:
         return output
 
     def _net_alone(self, call: NetCall) -> object:
-        return call.net.residuals(self.sample[call.rows], self.timestep[call.rows], call.kv, call.hint, call.added)
+        return call.net.residuals(self.sample[call.rows], self.timestep[call.rows], call.inputs)
 
     @staticmethod
     def _sum_of_parts(ratios: dict[str, float]) -> dict[str, float]:

@@ -83,7 +83,7 @@ class Base:
 
     def executor(self, weights: Lease) -> Executor:
         """Its weights, held by this lease."""
-        return weights.get(self.key, self.nbytes, self.load)
+        return weights.get(self.key, self.nbytes, self.load, drop=lambda executor: executor.close())
 
 
 def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Residency) -> Base:
@@ -109,7 +109,7 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
 
     nbytes = executor_bytes(folder, family, config)
     with weights.open() as lease:
-        executor = lease.get(("base", version.digest), nbytes, load)
+        executor = lease.get(("base", version.digest), nbytes, load, drop=lambda executor: executor.close())
         return Base(
             version=version,
             compatibility=compatibility,
@@ -123,7 +123,7 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
             layouts=(*executor.text_layouts, executor.kv_layout, executor.step_layout),
             colours=fit(executor.vae.decode, compatibility.latent_channels),
             limits=executor.limits,
-            changes_graphs=executor.describe()["executor"] == "torch",
+            changes_graphs=executor.changes_graphs,
             zero_negative=bool(_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family.sizes)),
             image_encoder=_image_encoder(folder / "image_encoder"),
         )

@@ -140,6 +140,7 @@ class Service:
         try:
             bases = [load_base(registry, ref, config, weights) for ref in (config.base, *config.more_bases)]
         except BaseException:
+            weights.clear()
             registry.close()
             raise
         service = cls(config, registry, bases, weights)
@@ -203,7 +204,7 @@ class Service:
         return all(thread.is_alive() for thread in self._threads)
 
     def close(self) -> None:
-        """Finish the running step, fail what is left with Unavailable, end the threads, close the registry."""
+        """Finish the running step, fail what is left with Unavailable, end the threads, close what they used."""
         with self._lock:
             if self._closing:
                 return
@@ -220,6 +221,8 @@ class Service:
             if (job := self._incoming.get()[2]) is not None:
                 job.on_event(Failed(stopping()))
         self._prefetcher.close()
+        for cache in (self._device, self._weights):
+            cache.clear()
         self._registry.close()
 
     def _until_the_end(self, on_event: Callable[[Event], None], *leases: Lease) -> Callable[[Event], None]:

@@ -20,7 +20,7 @@ DEFAULT = Options()
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class BuildTarget:
     """What engines are built for."""
 
     flavour: Flavour
@@ -44,7 +44,7 @@ def read_manifests(folder: Path, graphs: Sequence[str]) -> tuple[GraphManifest, 
     return tuple(GraphManifest.read(folder / f"{graph}{SUFFIX}") for graph in graphs)
 
 
-def key_of(manifest: GraphManifest, target: Target) -> EngineKey:
+def key_of(manifest: GraphManifest, target: BuildTarget) -> EngineKey:
     """Raises Unavailable if the flavour is not installed, InvalidRequest for a profile that the graph never has."""
     factors = manifest.factors.model_dump(mode="json") if manifest.factors is not None else None
     chosen = profiles.of(manifest, target.profiles)
@@ -67,7 +67,7 @@ def key_of(manifest: GraphManifest, target: Target) -> EngineKey:
 def build_graphs(
     folder: Path,
     manifests: Sequence[GraphManifest],
-    target: Target,
+    target: BuildTarget,
     out: Path,
     *,
     known: Callable[[EngineKey], bool] = lambda _key: False,

@@ -79,7 +79,7 @@ def build(
     with Peak() as peak:
         start = time.monotonic()
         builder = trt.Builder(keep)
-        network = _parse(trt, builder, onnx, manifest, keep, said)
+        network = parse_network(trt, builder, onnx, manifest, keep, said)
         parsed = time.monotonic()
         config = _configure(trt, builder, flavour, sm, options)
         for number, inputs in enumerate(shapes):
@@ -108,15 +108,13 @@ def build(
     )
 
 
-def parse_only(onnx: Path, manifest: GraphManifest, flavour: Flavour) -> None:
-    """Does TensorRT take the graph, and as its manifest says? Raises as `build` does."""
-    trt, said = load(flavour), Said()
-    keep = logger(trt, said)
-    builder = trt.Builder(keep)
-    _parse(trt, builder, onnx, manifest, keep, said)
+def parse_network(
+    trt: TensorRT, builder: Builder, onnx: Path, manifest: GraphManifest, keep: Any, said: Said
+) -> Network:
+    """Raises Refused for a graph that TensorRT does not take, or reads other than its manifest says.
 
-
-def _parse(trt: TensorRT, builder: Builder, onnx: Path, manifest: GraphManifest, keep: Any, said: Said) -> Network:
+    The network must not outlive `keep`, the logger.
+    """
     # TensorRT 11 and TensorRT for RTX know no other kind of network; older ones must be told.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))

@@ -18,7 +18,7 @@ from rich.table import Table
 from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble_build.engines import profiles, store
 from scumble_build.engines.api import Flavour, load
-from scumble_build.engines.base import Target, build_graphs
+from scumble_build.engines.base import BuildTarget, build_graphs
 from scumble_build.engines.builder import Options, current_sm
 from scumble_build.engines.key import EngineKey, Machine, check_sm
 from scumble_build.engines.profiles import Profile
@@ -96,7 +96,7 @@ def build_into(
     options = options or Options()
     if not flavour.is_rtx:
         options = replace(options, timing_cache=home / "cache" / "timing.cache")
-    target = Target(flavour, sm, precision, wanted, options)
+    target = BuildTarget(flavour, sm, precision, wanted, options)
     found: list[Stored] = []
     with Registry.open(home) as registry, tempfile.TemporaryDirectory(prefix="scumble-engines-") as work:
         version = registry.resolve(controlnet or base)

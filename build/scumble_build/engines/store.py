@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 KIND = "engine"
 PLAN, MANIFEST = "engine.plan", "manifest.json"
 RUNTIME_CACHE = "runtime.cache"
-"""Beside the plan in the cache, written by whoever runs it: kernels as this GPU finished them. Never published."""
+"""Beside the plan in the cache: kernels as this GPU finished them, written when a server closes the engine.
+
+Never published.
+"""
 
 
 @dataclass(frozen=True, slots=True)

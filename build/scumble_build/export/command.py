@@ -11,11 +11,12 @@ from typing import Annotated
 import typer
 from transformers import CLIPVisionModelWithProjection
 
-from scumble.errors import NotFound, Refused
+from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble_build.export.control import NetGraphs
 from scumble_build.export.graph import PRECISIONS
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_build.export.plan import BaseGraphs
+from scumble_build.export.quantise import read_maxima
 from scumble_build.export.write import Exportable, write_graphs
 from scumble_build.graphs.control_models import load_net, load_union
 from scumble_build.graphs.families import FAMILIES
@@ -48,6 +49,13 @@ def export(
         str | None, typer.Option(help="Export this ControlNet's graphs instead: a reference to a net for the base.")
     ] = None,
     precision: Annotated[Precision, typer.Option(help="What the graphs compute in.")] = "fp32",
+    int8: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compute the denoiser's products in int8, adapters as ever: JSON with the largest magnitude of what "
+            "each layer reads (docs/quantisation.md)."
+        ),
+    ] = None,
     home: Annotated[Path | None, typer.Option(help="Where the registry is. [SCUMBLE_HOME]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
@@ -57,13 +65,18 @@ def export(
         if not as_json:
             print(f"{manifest.graph}: {len(manifest.inputs)} inputs, {manifest.onnx.size / 1e6:.1f} MB")
 
+    if int8 is not None and precision != "fp32":
+        raise InvalidRequest("--int8 needs --precision fp32: ONNX's scales are float32", field="int8")
+    maxima = read_maxima(int8) if int8 is not None else None  # before minutes of work
     place = home or default_home()
     found = find_base(base, place)
     graphs: Exportable = open_base(found, precision)
     digest = found.digest
     if controlnet is not None:
         graphs, digest = open_net(controlnet, found, place, precision)
-    manifests = write_graphs(graphs, part or graphs.names, out, base=digest, family=found.family, report=report)
+    manifests = write_graphs(
+        graphs, part or graphs.names, out, base=digest, family=found.family, report=report, maxima=maxima
+    )
     if as_json:
         print(json.dumps({"folder": str(out), "graphs": [manifest.graph for manifest in manifests]}))
 

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from scumble_build.export.denoiser import level_axes, level_dims
 from scumble_build.export.graph import PRECISIONS, Graph
-from scumble_build.export.manifest import FLOAT, Axis, Part, Port, Precision
+from scumble_build.export.manifest import FLOAT, Axis, GraphPart, Port, Precision
 from scumble_build.export.pictures import pixel_axes
 from scumble_build.export.plan import kept_in_fp32
 from scumble_build.export.ports import HEIGHT, MASK, ROWS, SIZES, TIMESTEP, TOKENS, WIDTH, kv_port
 from scumble_build.graphs.controlnet import ControlledEncoder, ControlNet, ControlNetUnion
+from scumble_build.graphs.inputs import NetInputs
 
 _PICTURES = Axis(min=1, opt=1, max=8, about="Control pictures of a call.")
 
@@ -147,7 +148,7 @@ class NetGraphs:
 
     def _made(
         self,
-        part: Part,
+        part: GraphPart,
         module: nn.Module,
         inputs: tuple[Port, ...],
         outputs: tuple[Port, ...],
@@ -180,11 +181,11 @@ class _Step(nn.Module):
         self, sample: Tensor, timestep: Tensor, kv: Tensor, kv_mask: Tensor, hint: Tensor, *more: Tensor
     ) -> tuple[Tensor, ...]:
         rest = iter(more)
-        added = next(rest) if self.conditioned else None
+        inputs = NetInputs(kv, hint, next(rest) if self.conditioned else None, kv_mask)
         sample = sample.to(kv.dtype)
         if isinstance(self.net, ControlNetUnion):
-            return self.net.residuals_of(next(rest), sample, timestep, kv, hint, added, kv_mask)
-        return self.net.residuals(sample, timestep, kv, hint, added, kv_mask)
+            return self.net.residuals_of(next(rest), sample, timestep, inputs)
+        return self.net.residuals(sample, timestep, inputs)
 
 
 class _KeysAndValues(nn.Module):

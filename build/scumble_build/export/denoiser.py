@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from scumble_build.export.graph import Graph
-from scumble_build.export.manifest import FLOAT, Axis, DType, FactorLayout, Include, Port, Precision
+from scumble_build.export.manifest import FLOAT, Axis, DType, FactorLayout, Port, Precision
 from scumble_build.export.ports import (
     HEIGHT,
     MASK,
@@ -40,6 +40,7 @@ from scumble_build.export.ports import (
 )
 from scumble_build.graphs.adapted import Factors
 from scumble_build.graphs.denoiser import Denoiser, KVSlice
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.inputs import ImageInputs, StepInputs
 
 _GUIDED: tuple[Include, ...] = ("factors", "images", "residuals", "features")

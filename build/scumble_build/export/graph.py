@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from scumble_build.export.manifest import FLOAT, Axis, FactorLayout, Include, Part, Port, Precision
+from scumble_build.export.manifest import FLOAT, Axis, FactorLayout, GraphPart, Port, Precision
 from scumble_build.graphs.denoiser import KVSlice
+from scumble_build.graphs.includes import Include
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -28,7 +29,7 @@ class Graph:
     """
 
     name: str
-    part: Part
+    part: GraphPart
     module: nn.Module
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]

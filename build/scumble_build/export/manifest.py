@@ -13,7 +13,7 @@ It promises:
   Σ ⌈height / 2^l⌉ ⌈width / 2^l⌉ over the levels l. What is fed must say so; `shapes` computes it. So an optimization
   profile is the shapes at `min`, `opt` and `max`.
 * The graph is strongly typed: an operator computes in the dtype of its inputs, casts stand in the graph, and
-  `kept_in_fp32` says what is computed in float32 whatever `precision` is.
+  `kept_in_fp32` says what is computed in float32 whatever `precision` is, `in_int8` which products are in int8.
 * `factors` is the layout of the graph's rank pages. A page of A has a block (page, fan_in) for target t at
   `page · in_offset`, one of B a block (page, fan_out) at `page · out_offset`. A graph over the full layout has a second
   pair, A_rest and B_rest, for targets whose offsets are not below `total_in` and `total_out`; they stand at what is
@@ -34,15 +34,14 @@ from typing import Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scumble.errors import InvalidRequest, Refused
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.layout import PAGE, Layout
 
 SUFFIX = ".json"
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 DType: TypeAlias = Literal["float32", "float16", "bfloat16", "int64", "bool"]
-Include: TypeAlias = Literal["factors", "full", "stretch_out", "stretch_in", "images", "residuals", "features"]
-"""factors: LoRAs over the small layout; full: over the full one; the others as in `scumble_build.graphs.inputs`."""
-Part: TypeAlias = Literal[
+GraphPart: TypeAlias = Literal[
     "text_encoder",
     "text_encoder_2",
     "kv_projection",
@@ -150,7 +149,7 @@ class GraphManifest(_Model):
     """One exported graph."""
 
     version: Literal[1] = 1
-    part: Part
+    part: GraphPart
     graph: str
     """Unique among a base's graphs and the stem of its files: the part, or `unet.bare`, `unet.small` and so on."""
     includes: tuple[Include, ...] = ()
@@ -159,6 +158,8 @@ class GraphManifest(_Model):
     """Digest of the version that the weights are of (`sha256:…`), or of the files where it is of no registry."""
     precision: Precision
     kept_in_fp32: tuple[str, ...]
+    in_int8: tuple[str, ...] = ()
+    """Weights of the products that are computed in int8 (`export.quantise`), by their names in `parameters`."""
     opset: int
     exporter: Literal["torch.export", "torchscript"]
     made_with: dict[str, str]

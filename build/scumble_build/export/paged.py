@@ -49,7 +49,7 @@ class Units:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LayoutPages:
     """The small layout, or what stands behind it; `before` is what stands before it."""
 
     A: Units
@@ -57,7 +57,7 @@ class Part:
     before: Extent
 
     @classmethod
-    def of(cls, pages: Pages, before: Extent) -> Part:
+    def of(cls, pages: Pages, before: Extent) -> LayoutPages:
         return cls(Units.of(pages.A, pages.table), Units.of(pages.B, pages.table), before)
 
     def columns(self, target: Target) -> tuple[Tensor, Tensor]:
@@ -75,8 +75,8 @@ class PagedFactors:
     stretch_out (rows, Σout) and stretch_in (rows, Σin) as in `Factors`; None is a graph without.
     """
 
-    small: Part
-    rest: Part | None
+    small: LayoutPages
+    rest: LayoutPages | None
     small_extent: Extent
     scale: Tensor
     stretch_out: Tensor | None = None
@@ -85,7 +85,7 @@ class PagedFactors:
     def reach(self, target: Target) -> bool:
         return self._part(target) is not None
 
-    def _part(self, target: Target) -> Part | None:
+    def _part(self, target: Target) -> LayoutPages | None:
         return self.small if target.in_offset < self.small_extent.total_in else self.rest
 
     def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scumble_build.export.denoiser import GRAPHS, denoiser_graph
 from scumble_build.export.graph import Graph
-from scumble_build.export.manifest import Part, Precision
+from scumble_build.export.manifest import GraphPart, Precision
 from scumble_build.export.pictures import decoder_graph, encoder_graph, vision_graph
 from scumble_build.export.text import projection_graph, text_graph
 from scumble_build.graphs.denoiser import Denoiser, KVProjection
@@ -86,7 +86,7 @@ class BaseGraphs:
         half = self.precision != "fp32"
         norms = (_NORMS,) if half else ()
         if name in self.texts:
-            return text_graph(cast("Part", name), self.texts[name], self._of(name), self.precision, norms)
+            return text_graph(cast("GraphPart", name), self.texts[name], self._of(name), self.precision, norms)
         if name == "kv_projection":
             return projection_graph(self.projection, self._of("unet"), self.precision)
         if name.startswith("unet."):

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from scumble_build.export.manifest import Axis, DType, FactorLayout, Include, Port
-from scumble_build.export.paged import PagedFactors, Part
+from scumble_build.export.manifest import Axis, DType, FactorLayout, Port
+from scumble_build.export.paged import LayoutPages, PagedFactors
 from scumble_build.graphs.adapted import Pages
 from scumble_build.graphs.denoiser import KVSlice
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.layout import RANK_BUCKETS, Extent
 
 ROWS = Axis(min=1, opt=8, max=64, about="Model rows of a call; a guided image is two.")
@@ -73,8 +74,8 @@ def _pages(page: int, width_in: int, width_out: int, dtype: DType, name: str = "
 
 def take_factors(tensors: Iterator[Tensor], layout: FactorLayout, includes: Sequence[Include]) -> PagedFactors:
     extent = Extent(layout.total_in, layout.total_out)
-    small = Part.of(_take_pages(tensors), Extent(0, 0))
-    rest = Part.of(_take_pages(tensors), extent) if layout.rest_in else None
+    small = LayoutPages.of(_take_pages(tensors), Extent(0, 0))
+    rest = LayoutPages.of(_take_pages(tensors), extent) if layout.rest_in else None
     scale = next(tensors).flatten(1)
     out, into = (next(tensors) if each in includes else None for each in ("stretch_out", "stretch_in"))
     return PagedFactors(small, rest, extent, scale, out, into)

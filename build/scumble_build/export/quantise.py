@@ -7,15 +7,19 @@ one int8 product. Products of two computed operands (factors, attention's scores
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor
 
-from scumble.errors import InvalidRequest
+from scumble.errors import InvalidRequest, NotFound
+from scumble_build.export.tracing.traced import Traced
 
 LARGEST = 127.0
 _KEPT = ("conv_in", "conv_out", "time_emb", "time_embedding", "add_embedding")
@@ -30,11 +34,17 @@ class Quantised:
     products: tuple[str, ...]
 
 
-def quantise(model: ModelProto, weights: Mapping[str, NDArray[Any]], maxima: Mapping[str, float]) -> Quantised:
+def quantise(
+    model: ModelProto,
+    weights: Mapping[str, NDArray[Any]],
+    maxima: Mapping[str, float],
+    names: Mapping[str, str] | None = None,
+) -> Quantised:
     """int8 for every product whose weight is in `weights` (by initializer, `(out, in[, k, k])`), in place.
 
     `maxima` has the largest magnitude of each product's input states, by the weight's initializer. Raises
-    InvalidRequest if one is missing or not above 0: a scale that was guessed would clip pictures in silence.
+    InvalidRequest if one is missing or not above 0: a scale that was guessed would clip pictures in silence. It calls
+    the weight by its name in `names`, if there is one.
     """
     graph = model.graph
     transposed = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
@@ -47,9 +57,8 @@ def quantise(model: ModelProto, weights: Mapping[str, NDArray[Any]], maxima: Map
             nodes.append(node)
             continue
         if not maxima.get(weight, 0.0) > 0:
-            raise InvalidRequest(
-                f"there is no calibrated maximum for {weight}; calibrate with more prompts", field=weight
-            )
+            name = (names or {}).get(weight, weight)
+            raise InvalidRequest(f"there is no calibrated maximum for {name}; calibrate with more prompts", field=name)
         values = weights[weight].astype(np.float32)
         of_channels = np.maximum(np.abs(values.reshape(len(values), -1)).max(1), 1e-8) / LARGEST
         # A linear layer's weight is transposed before the product, so its output channels come last.
@@ -65,6 +74,30 @@ def quantise(model: ModelProto, weights: Mapping[str, NDArray[Any]], maxima: Map
     graph.node.extend(nodes)
     graph.initializer.extend(added)
     return Quantised(model, tuple(done))
+
+
+def quantise_traced(traced: Traced, parameters: Mapping[str, Tensor], maxima: Mapping[str, float]) -> tuple[str, ...]:
+    """As `quantise`, with maxima by the weights' names in `parameters`. Returns the names of those in int8."""
+    names = {own: theirs for own, theirs in traced.parameters.items() if parameters[theirs].ndim > 1}
+    weights = {own: parameters[theirs].detach().cpu().numpy() for own, theirs in names.items()}
+    of_initializers = {own: maxima[theirs] for own, theirs in names.items() if theirs in maxima}
+    return tuple(names[own] for own in quantise(traced.model, weights, of_initializers, names).products)
+
+
+def read_maxima(file: Path) -> dict[str, float]:
+    """A JSON object: `unet.….weight` → the largest magnitude of the states that this layer reads.
+
+    Raises NotFound, InvalidRequest.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NotFound(f"--int8: {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidRequest(f"{file} is not JSON: {error}", field="int8") from error
+    if not isinstance(content, dict) or not all(isinstance(maximum, int | float) for maximum in content.values()):
+        raise InvalidRequest(f"{file} is no JSON object of weights' names and numbers", field="int8")
+    return {name: float(maximum) for name, maximum in content.items()}
 
 
 def _weight_of(node: NodeProto, weights: Mapping[str, object], transposed: Mapping[str, str]) -> str | None:

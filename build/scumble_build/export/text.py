@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from scumble_build.export.graph import Graph
-from scumble_build.export.manifest import FLOAT, Axis, FactorLayout, Include, Part, Port, Precision
+from scumble_build.export.manifest import FLOAT, Axis, FactorLayout, GraphPart, Port, Precision
 from scumble_build.export.ports import ROWS, TOKENS, factor_axes, factor_ports, kv_port, take_factors
 from scumble_build.graphs.denoiser import KVProjection, added_mask
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.text import TextEncoder
 
 _STRETCHED: tuple[Include, ...] = ("factors", "stretch_out", "stretch_in")
@@ -34,7 +35,7 @@ class DenseOverrides:
 
 
 def text_graph(
-    part: Part, encoder: TextEncoder, parameters: Mapping[str, Tensor], precision: Precision, kept: tuple[str, ...]
+    part: GraphPart, encoder: TextEncoder, parameters: Mapping[str, Tensor], precision: Precision, kept: tuple[str, ...]
 ) -> Graph:
     dtype = FLOAT[precision]
     config: Any = encoder.model.config

@@ -23,8 +23,9 @@ from scumble_build.export.graph import Graph
 from scumble_build.export.manifest import SUFFIX, File, GraphManifest, KVPlace
 from scumble_build.export.plan import component_of
 from scumble_build.export.provenance import code_digest, versions
+from scumble_build.export.quantise import quantise_traced
 from scumble_build.export.tracing.trace import exporter_of, trace
-from scumble_build.export.tracing.traced import OPSET, Place, locate
+from scumble_build.export.tracing.traced import OPSET, ByteRange, locate
 from scumble_registry.compatibility import Family
 from scumble_registry.formats.safetensors_header import read_header
 
@@ -49,8 +50,13 @@ def write_graphs(
     base: str,
     family: Family,
     report: Callable[[GraphManifest], None] = lambda _: None,
+    maxima: Mapping[str, float] | None = None,
 ) -> tuple[GraphManifest, ...]:
-    """Those of `names`. `report` hears of each as it is done. Raises InvalidRequest for a name that is none."""
+    """Those of `names`. `report` hears of each as it is done.
+
+    With `maxima` (of each product's input states, by its weight's name), the denoiser's products are in int8.
+    Raises InvalidRequest for a name that is none, and for a product without a maximum.
+    """
     if unknown := [name for name in names if name not in graphs.names]:
         raise InvalidRequest(f"there is no graph {unknown[0]!r}; there are {', '.join(graphs.names)}", field="part")
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +66,7 @@ def write_graphs(
         component = component_of(name)
         if component not in files:
             files[component] = _write_weights(graphs.states[component], folder / f"{component}.safetensors")
-        manifest = _write_graph(graphs.graph(name), folder, files[component], base=base, family=family)
+        manifest = _write_graph(graphs.graph(name), folder, files[component], base=base, family=family, maxima=maxima)
         report(manifest)
         found.append(manifest)
     return tuple(found)
@@ -71,13 +77,19 @@ def _write_weights(state: Mapping[str, Tensor], file: Path) -> File:
     return _describe(file)
 
 
-def _write_graph(graph: Graph, folder: Path, weights: File, *, base: str, family: Family) -> GraphManifest:
+def _write_graph(
+    graph: Graph, folder: Path, weights: File, *, base: str, family: Family, maxima: Mapping[str, float] | None
+) -> GraphManifest:
     traced = trace(graph)
+    in_int8: tuple[str, ...] = ()
+    if maxima is not None and graph.part == "denoiser":
+        in_int8 = quantise_traced(traced, graph.parameters, maxima)
     places = places_in(folder / weights.name)
     locate(traced.model, {own: places[name.partition(".")[2]] for own, name in traced.parameters.items()})
     file = folder / f"{graph.name}.onnx"
     onnx.save_model(traced.model, file)
     manifest = describe(graph, traced.parameters, base=base, family=family, onnx=_describe(file), weights=weights)
+    manifest = manifest.model_copy(update={"in_int8": in_int8})
     manifest.write(folder / f"{graph.name}{SUFFIX}")
     return manifest
 
@@ -109,11 +121,11 @@ def describe(
     )
 
 
-def places_in(file: Path) -> dict[str, Place]:
+def places_in(file: Path) -> dict[str, ByteRange]:
     """Where each tensor's bytes stand in a safetensors file."""
     header = read_header(file)
     return {
-        name: Place(file.name, header.data_start + info.begin, info.end - info.begin)
+        name: ByteRange(file.name, header.data_start + info.begin, info.end - info.begin)
         for name, info in header.tensors.items()
     }
 

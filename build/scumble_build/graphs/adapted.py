@@ -14,14 +14,15 @@ and its factors come stretched already. Several add up, each against the base, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from scumble_build.graphs.layout import PAGE, Layout, Shape, Target
+from scumble_build.graphs.layout import PAGE, Layout, Target, TargetShape
+from scumble_build.graphs.tensors import moved
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -47,9 +48,6 @@ class Pages:
     B: Tensor
     table: Tensor
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Pages:
-        return Pages(self.A.to(device, dtype), self.B.to(device, dtype), self.table.to(device))
-
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -71,14 +69,7 @@ class Factors:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
         """The same, computed in `dtype`; nothing is copied that is there already."""
-        return replace(
-            self,
-            small=self.small.to(device, dtype),
-            rest=None if self.rest is None else self.rest.to(device, dtype),
-            scale=self.scale.to(device, dtype),
-            stretch_out=None if self.stretch_out is None else self.stretch_out.to(device, dtype),
-            stretch_in=None if self.stretch_in is None else self.stretch_in.to(device, dtype),
-        )
+        return moved(self, device, dtype)
 
     def reach(self, target: Target) -> bool:
         return self.rest is not None or PAGE * target.in_end <= self.small.A.shape[1]
@@ -236,7 +227,8 @@ def adapt(root: nn.Module, layers: dict[str, Layer], prefix: str) -> tuple[Layou
 def layout_of(layers: dict[str, Layer]) -> Layout:
     """The small layout is what stands inside attention blocks and text encoders."""
     return Layout.of(
-        Shape(name, layer.weight[0].numel(), layer.weight.shape[0], _is_small(name)) for name, layer in layers.items()
+        TargetShape(name, layer.weight[0].numel(), layer.weight.shape[0], _is_small(name))
+        for name, layer in layers.items()
     )
 
 

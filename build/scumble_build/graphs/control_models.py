@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scumble.errors import Refused
+from scumble_build.graphs.arrays import as_tensor
 from scumble_registry.formats.controlnet import FILE_NAME, Weights, is_original, read_weights
-from scumble_registry.formats.safetensors_header import Array, read_header
+from scumble_registry.formats.safetensors_header import read_header
 
 _EMBEDDING = "controlnet_cond_embedding."
 
@@ -33,16 +34,16 @@ def load_net(folder: Path, unet: Callable[[], Path]) -> ControlNetModel:
         return _load(ControlNetModel, folder)
     weights = read_weights(folder / FILE_NAME)
     model = _structure(weights, unet())
-    found = {name: _tensor(values) for name, values in weights.full.items()}
+    own = {name: as_tensor(values) for name, values in weights.full.items()}
     inherited = model.state_dict() if weights.needs_base else {}
     for name, (up, down) in weights.factors.items():
         base = _inherited(inherited, name)
-        product = _tensor(up).float().flatten(1) @ _tensor(down).float().flatten(1)
-        found[name] = base + product.view_as(base)
+        product = as_tensor(up).flatten(1) @ as_tensor(down).flatten(1)
+        own[name] = base + product.view_as(base)
     for name, values in weights.differences.items():
-        found[name] = _inherited(inherited, name) + _tensor(values).float()
+        own[name] = _inherited(inherited, name) + as_tensor(values)
     encoder = {name: value for name, value in inherited.items() if not name.startswith("controlnet_")}
-    return _fill(model, encoder | {name: value.float() for name, value in found.items()})
+    return _fill(model, encoder | own)
 
 
 def load_union(folder: Path) -> ControlNetUnionModel:
@@ -98,9 +99,3 @@ def _inherited(state: dict[str, Tensor], name: str) -> Tensor:
     if name not in state:
         raise Refused(f"the net changes {name}, which the base's encoder does not have", tensor=name)
     return state[name].float()
-
-
-def _tensor(values: Array) -> Tensor:
-    if values.dtype.name == "bfloat16":
-        return torch.from_numpy(values.view("<i2").copy()).view(torch.bfloat16)
-    return torch.from_numpy(values.copy())

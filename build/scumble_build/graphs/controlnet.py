@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor, nn
 
 from scumble_build.graphs.denoiser import CrossAttention, KVProjection, StepInput, cross_attentions
-from scumble_build.graphs.inputs import StepInputs
+from scumble_build.graphs.inputs import NetInputs, StepInputs
 
 
 class ControlledEncoder(nn.Module):
@@ -54,9 +54,10 @@ class ControlledEncoder(nn.Module):
         embedded: Tensor = self.model.time_embedding(self.model.time_proj(timestep).to(dtype))
         return embedded if added is None else embedded + added
 
-    def encode(self, sample: Tensor, time: Tensor, kv: Tensor, kv_mask: Tensor | None) -> tuple[Tensor, ...]:
-        """sample `(rows, C, h, w)` behind the first convolution and the picture → unscaled residuals, middle last."""
-        self.input.inputs = StepInputs(kv, kv_mask)
+    def encode(self, sample: Tensor, time: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
+        """sample `(rows, 4, h, w)`, time `(rows, E)` → unscaled residuals `(rows, C, h', w')`, middle block last."""
+        self.input.inputs = StepInputs(inputs.kv, inputs.kv_mask)
+        sample = self.model.conv_in(sample) + inputs.hint
         skips = [sample]
         for block in self.model.down_blocks:
             sample, outputs = block(hidden_states=sample, temb=time)
@@ -72,21 +73,11 @@ class ControlledEncoder(nn.Module):
 class ControlNet(ControlledEncoder):
     """A net for one kind of control."""
 
-    def residuals(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        kv: Tensor,
-        hint: Tensor,
-        added: Tensor | None = None,
-        kv_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """sample `(rows, 4, h, w)`, timestep `(rows,)`, kv `(rows, T, K)`, hint `(rows, C, h, w)`, added `(rows, E)`,
-        kv_mask `(rows, T)` bool, True where a key is, or None where all are
-        → for each skip connection, and at last the middle block, `(rows, C, h, w)`.
+    def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
+        """sample `(rows, 4, h, w)`, timestep `(rows,)` → for each skip connection, and at last the middle block,
+        `(rows, C, h, w)`.
         """
-        time = self.time(timestep, sample.dtype, added)
-        return self.encode(self.model.conv_in(sample) + hint, time, kv, kv_mask)
+        return self.encode(sample, self.time(timestep, sample.dtype, inputs.added), inputs)
 
 
 class ControlNetUnion(ControlledEncoder):
@@ -117,19 +108,10 @@ class ControlNetUnion(ControlledEncoder):
         hint: Tensor = (shifted * strength[..., None, None]).sum(0, keepdim=True, dtype=shifted.dtype)
         return hint
 
-    def residuals_of(
-        self,
-        types: Tensor,
-        sample: Tensor,
-        timestep: Tensor,
-        kv: Tensor,
-        hint: Tensor,
-        added: Tensor | None = None,
-        kv_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+    def residuals_of(self, types: Tensor, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
         """As ControlNet.residuals; `types` is what `present` says of the kinds of control of all rows' pictures."""
-        time = self.time(timestep, sample.dtype, added) + self._type_embedding(types, sample)
-        return self.encode(self.model.conv_in(sample) + hint, time, kv, kv_mask)
+        time = self.time(timestep, sample.dtype, inputs.added) + self._type_embedding(types, sample)
+        return self.encode(sample, time, inputs)
 
     def present(self, types: Sequence[int]) -> Tensor:
         """What `residuals_of` takes for these kinds of control."""

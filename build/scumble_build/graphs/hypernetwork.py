@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scumble_build.graphs.arrays import as_tensor
 from scumble_registry.formats.hypernetwork.context_record import ContextRecord, Layer
 from scumble_registry.formats.safetensors_header import Array
 
@@ -108,4 +108,4 @@ def _norm(scale: Array, shift: Array) -> nn.LayerNorm:
 
 
 def _frozen(values: Array) -> nn.Parameter:
-    return nn.Parameter(torch.from_numpy(values.astype(np.float32)), requires_grad=False)
+    return nn.Parameter(as_tensor(values), requires_grad=False)

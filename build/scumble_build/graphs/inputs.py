@@ -1,4 +1,4 @@
-"""What the rows of a batch carry into one step of the denoiser, beside sample and timestep.
+"""What the rows of a batch carry into one step of the denoiser or of a ControlNet, beside sample and timestep.
 
 `rows` in these classes counts model rows: a guided image is two, negative prompt first. Every part but the text's
 keys and values may be absent, and then costs nothing.
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from scumble_build.graphs.adapted import Factors
 from scumble_build.graphs.hypernetwork import Hypernetwork
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.lllite import LLLite
+from scumble_build.graphs.tensors import moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,38 +90,43 @@ class StepInputs:
     pooled: Tensor | None = None
     sizes: Tensor | None = None
 
+    @property
+    def includes(self) -> frozenset[Include]:
+        """What the graph that computes this batch must take."""
+        factors = self.factors
+        carried: dict[Include, bool] = {
+            "factors": factors is not None,
+            "full": factors is not None and factors.rest is not None,
+            "stretch_out": factors is not None and factors.stretch_out is not None,
+            "stretch_in": factors is not None and factors.stretch_in is not None,
+            "images": self.images is not None,
+            "residuals": self.residuals is not None,
+            "features": self.features is not None,
+        }
+        return frozenset(name for name, is_carried in carried.items() if is_carried)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> StepInputs:
-        """The same with every floating point tensor in `dtype`; nothing is copied that is there already."""
+        """The same with every floating point tensor in `dtype`, but for `sizes`: half precision has no 1537."""
+        sizes = self.sizes.to(device) if self.sizes is not None else None
+        return replace(moved(self, device, dtype), sizes=sizes)
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-        images = self.images
-        if images is not None:
-            areas = move(images.areas) if images.areas is not None else None
-            tokens = move(images.tokens) if images.tokens is not None else None
-            images = ImageInputs(move(images.rows), move(images.kv), tokens, move(images.scale), areas)
-        return replace(
-            self,
-            kv=move(self.kv),
-            kv_mask=move(self.kv_mask) if self.kv_mask is not None else None,
-            factors=self.factors.to(device, dtype) if self.factors is not None else None,
-            images=images,
-            residuals=tuple(map(move, self.residuals)) if self.residuals is not None else None,
-            features=tuple(map(move, self.features)) if self.features is not None else None,
-            contexts=tuple(ContextInputs(move(c.rows), c.nets, move(c.strength)) for c in self.contexts),
-            lites=tuple(
-                LiteInputs(
-                    move(lite.rows),
-                    lite.net,
-                    {name: move(values) for name, values in lite.embeddings.items()},
-                    move(lite.strength),
-                )
-                for lite in self.lites
-            ),
-            pooled=move(self.pooled) if self.pooled is not None else None,
-            sizes=self.sizes.to(device) if self.sizes is not None else None,  # half precision has no 1537
-        )
+@dataclass(frozen=True, slots=True)
+class NetInputs:
+    """What rows carry into one step of a ControlNet, beside sample and timestep.
+
+    kv (rows, T, K), the net's own keys and values of the text; hint (rows, C, H/8, W/8), the embedded control picture;
+    added (rows, E), what SDXL's nets add to the embedded time, or None; kv_mask (rows, T) bool, True where a key is, or
+    None where all are.
+    """
+
+    kv: Tensor
+    hint: Tensor
+    added: Tensor | None = None
+    kv_mask: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> NetInputs:
+        return moved(self, device, dtype)
 
 
 def level_sizes(height: int, width: int, levels: int) -> list[tuple[int, int]]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.models.embeddings import (
     ImageProjection,
@@ -20,12 +19,13 @@ from diffusers.models.embeddings import (
     IPAdapterFullImageProjection,
     IPAdapterPlusImageProjection,
 )
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from scumble_build.graphs.arrays import as_tensor
 from scumble_build.graphs.denoiser import PREFIX, KVSlice
 from scumble_registry.compatibility import IpAdapterCompatibility, IpAdapterKind
 from scumble_registry.formats.ip_adapter import IpAdapterRecord
+from scumble_registry.formats.safetensors_header import Array
 
 _HEAD = 64
 _RESAMPLER = "perceiver_resampler."
@@ -64,7 +64,7 @@ class IpAdapter(nn.Module):
         self.projection = _projection(record.projection, compatibility)
         # Every layer's keys, then its values, as `KVProjection` has them: one product for all.
         rows = [part[PREFIX + place.name] for place in slices for part in (record.keys, record.values)]
-        self.weight = nn.Parameter(torch.cat([_tensor(each) for each in rows]), requires_grad=False)
+        self.weight = nn.Parameter(torch.cat([as_tensor(each) for each in rows]), requires_grad=False)
 
     def tokens(self, embedding: Tensor | None, states: Tensor | None) -> Tensor:
         """n pictures → (n, T, X). embedding (n, E): the encoder's (`base`) or a face's (`faceid`, `faceid_plus`,
@@ -108,8 +108,8 @@ def _face_tokens(
     return face + out if shortcut else out
 
 
-def _projection(published: Mapping[str, NDArray[Any]], compatibility: IpAdapterCompatibility) -> nn.Module:
-    tensors = _rename({name: _tensor(values) for name, values in published.items()}, compatibility.projection)
+def _projection(published: Mapping[str, Array], compatibility: IpAdapterCompatibility) -> nn.Module:
+    tensors = _rename({name: as_tensor(values) for name, values in published.items()}, compatibility.projection)
     with torch.device("meta"):  # nothing is drawn at random only to be overwritten
         module = _empty(tensors, compatibility)
     module.load_state_dict(tensors, strict=True, assign=True)
@@ -184,7 +184,3 @@ def _split_pairs(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             split[name] = values
     return split
-
-
-def _tensor(values: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values.astype(np.float32)))

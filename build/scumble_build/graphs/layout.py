@@ -30,7 +30,7 @@ ALIGN = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class TargetShape:
     """A layer that can take factors: its canonical name (`unet.…`, `text_encoder.…`), and how many numbers a column of
     A and of B has for it.
     """
@@ -87,7 +87,7 @@ class Layout:
         return self.full - self.small
 
     @classmethod
-    def of(cls, shapes: Iterable[Shape]) -> Layout:
+    def of(cls, shapes: Iterable[TargetShape]) -> Layout:
         targets: dict[str, Target] = {}
         small = full = Extent(0, 0)
         for shape in sorted(shapes, key=lambda shape: not shape.small):

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble_build.graphs.families import Family, TextPart
 
-Text: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
+TextModel: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Models:
     """Before adapters' inputs are taken out of them; `texts` by their folders' names."""
 
     unet: UNet2DConditionModel
-    texts: Mapping[str, Text]
+    texts: Mapping[str, TextModel]
     vae: AutoencoderKL
 
     @classmethod
@@ -37,7 +37,7 @@ class Models:
         )
 
 
-def text_class(part: TextPart) -> type[Text]:
+def text_class(part: TextPart) -> type[TextModel]:
     return CLIPTextModelWithProjection if part.projects else CLIPTextModel
 
 

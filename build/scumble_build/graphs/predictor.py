@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scumble_build.graphs.arrays import as_tensor
 from scumble_registry.formats.hypernetwork.predictor import (
     FEED_FORWARD,
     PredictorConfig,
@@ -21,7 +21,7 @@ from scumble_registry.formats.hypernetwork.predictor import (
 )
 from scumble_registry.formats.safetensors_header import Array
 
-Factors = dict[str, tuple[Tensor, Tensor, float]]
+PredictedFactors = dict[str, tuple[Tensor, Tensor, float]]
 """Target → down (r, in), up (out, r) and alpha."""
 
 
@@ -58,10 +58,10 @@ class Predictor(nn.Module):
             coefficients = self.head(self.decoder(queries + self.feedback(coefficients), memory))
         return coefficients
 
-    def expand(self, coefficients: Tensor) -> Factors:
+    def expand(self, coefficients: Tensor) -> PredictedFactors:
         """Those of one condition, `(T, r (a + b))`, as factors. Differentiable."""
         rank, a, b = self.config.rank, self.config.a, self.config.b
-        factors: Factors = {}
+        factors: PredictedFactors = {}
         for index, (target, own) in enumerate(zip(self.config.targets, coefficients, strict=True)):
             A, B = own[: a * rank].view(a, rank), own[a * rank :].view(rank, b)
             up, down = self.get_buffer(f"up_{index}") @ A, B @ self.get_buffer(f"down_{index}")
@@ -69,7 +69,7 @@ class Predictor(nn.Module):
         return factors
 
     @torch.no_grad()
-    def predict(self, condition: Tensor) -> Factors:
+    def predict(self, condition: Tensor) -> PredictedFactors:
         """The LoRA for one condition, states `(1, N, C)`."""
         return self.expand(self(condition)[0])
 
@@ -91,4 +91,4 @@ class Predictor(nn.Module):
 
 
 def _tensors(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(values.astype(np.float32)) for name, values in arrays.items()}
+    return {name: as_tensor(values) for name, values in arrays.items()}

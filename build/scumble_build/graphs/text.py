@@ -7,10 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble_build.graphs.adapted import Factors, adapt, find_layers
+from scumble_build.graphs.tensors import moved
 
 
 class Replaces(Protocol):
@@ -36,7 +38,25 @@ class Overrides:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class TextInputs:
+    """What rows carry into a text encoder.
+
+    tokens (rows, 77) int64; overrides stand for some of them; `skip` leaves out that many more of the last layers
+    (clip skip); mask (rows, 77) is 0 where a token is not seen, or None where all are.
+    """
+
+    tokens: Tensor
+    factors: Factors | None = None
+    overrides: Overrides | None = None
+    skip: int = 0
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TextInputs:
+        return moved(self, device, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
     """states (rows, 77, C); pooled (rows, E), one vector for the whole text, from an encoder that projects."""
 
     states: Tensor
@@ -96,22 +116,12 @@ class TextEncoder(nn.Module):
         assert isinstance(table, nn.Embedding)
         embeddings.add_module("token_embedding", OverriddenEmbedding(table, self.override_input))
 
-    def forward(
-        self,
-        tokens: Tensor,
-        factors: Factors | None = None,
-        overrides: Overrides | None = None,
-        skip: int = 0,
-        mask: Tensor | None = None,
-    ) -> Encoded:
-        """tokens `(rows, 77)` int64. `skip` leaves out that many more of the last layers (clip skip); mask
-        `(rows, 77)` is 0 where a token is not seen.
-        """
-        self.source.factors = factors
-        self.override_input.overrides = overrides
-        found = self.model(tokens, attention_mask=mask, output_hidden_states=True, return_dict=True)
-        pooled: Tensor | None = getattr(found, "text_embeds", None)
-        if not skip and not self.penultimate:
-            return Encoded(found.last_hidden_state, pooled)
-        states: Tensor = found.hidden_states[-(1 + self.penultimate + skip)]
-        return Encoded(states if self.penultimate else self.norm(states), pooled)
+    def forward(self, inputs: TextInputs) -> EncodedText:
+        self.source.factors = inputs.factors
+        self.override_input.overrides = inputs.overrides
+        output = self.model(inputs.tokens, attention_mask=inputs.mask, output_hidden_states=True, return_dict=True)
+        pooled: Tensor | None = getattr(output, "text_embeds", None)
+        if not inputs.skip and not self.penultimate:
+            return EncodedText(output.last_hidden_state, pooled)
+        states: Tensor = output.hidden_states[-(1 + self.penultimate + inputs.skip)]
+        return EncodedText(states if self.penultimate else self.norm(states), pooled)

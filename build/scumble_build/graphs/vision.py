@@ -18,7 +18,7 @@ PREPARATION = "preprocessor_config.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedPictures:
     """n pictures. embedding (n, E) is the tower's projected output, states (n, N, C) come of its last layer but one."""
 
     embedding: Tensor
@@ -50,14 +50,14 @@ class ImageEncoder:
         prepared: Tensor = self._preparation(images, return_tensors="pt").pixel_values
         return prepared
 
-    def encode(self, pictures: Sequence[NDArray[np.uint8]]) -> Encoded:
+    def encode(self, pictures: Sequence[NDArray[np.uint8]]) -> EncodedPictures:
         return self._run(self.prepare(pictures))
 
-    def encode_nothing(self) -> Encoded:
+    def encode_nothing(self) -> EncodedPictures:
         """The states of zeros after preparation: what `plus` IP-Adapters take for no picture."""
         return self._run(torch.zeros(1, 3, self._size, self._size))
 
     @torch.inference_mode()
-    def _run(self, prepared: Tensor) -> Encoded:
+    def _run(self, prepared: Tensor) -> EncodedPictures:
         output = self._model(prepared.to(self._device, self._dtype), output_hidden_states=True)
-        return Encoded(output.image_embeds, output.hidden_states[-2])
+        return EncodedPictures(output.image_embeds, output.hidden_states[-2])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from scumble_build.graphs.text import Encoded, Overrides
+from scumble_build.graphs.text import EncodedText, Overrides, TextInputs
 from scumble_server.factors.request import RequestFactors
 from scumble_server.factors.rows import RowFactors
 from scumble_server.methods import method_of
@@ -84,7 +84,7 @@ class Encoder:
         nbytes = 4 * read.chunks * tokenizer.model_max_length * context.base.compatibility.text_widths[index]
         call = partial(self._call, index, words, factors, clip_skip)
 
-        def encode() -> Encoded:
+        def encode() -> EncodedText:
             if isinstance(read, CompelPrompt):
                 return _of_compel(read, tokenizer, call)
             return _of_chunks(read, call, self.emphasis)
@@ -100,13 +100,13 @@ class Encoder:
         clip_skip: int,
         tokens: Tokens,
         mask: Tensor | None = None,
-    ) -> Encoded:
+    ) -> EncodedText:
         """Run an encoder once; each chunk is a row."""
         context, executor = self.context, self.context.executor
         component = context.base.family.texts[index].encoder
         vectors = {i: method_of(adapter).vectors(context, adapter, component) for i, adapter in words.items()}
         carried = factors.alone(tokens.chunks, executor.device) if factors is not None else None
-        return executor.encode(index, tokens.ids, carried, _overrides(tokens, vectors), clip_skip, mask)
+        return executor.encode(index, TextInputs(tokens.ids, carried, _overrides(tokens, vectors), clip_skip, mask))
 
 
 def _overrides(tokens: Tokens, vectors: Mapping[int, Tensor]) -> Overrides | None:
@@ -124,21 +124,21 @@ def _overrides(tokens: Tokens, vectors: Mapping[int, Tensor]) -> Overrides | Non
     )
 
 
-def _of_chunks(tokens: Tokens, call: Callable[[Tokens], Encoded], emphasis: str) -> Encoded:
+def _of_chunks(tokens: Tokens, call: Callable[[Tokens], EncodedText], emphasis: str) -> EncodedText:
     encoded = call(tokens)
     states = encoded.states
     if tokens.weights is not None:
         states = weighted(states, tokens.weights.to(states.device), restore_mean=emphasis == "original")
-    return Encoded(states.flatten(0, 1)[None], encoded.pooled[:1] if encoded.pooled is not None else None)
+    return EncodedText(states.flatten(0, 1)[None], encoded.pooled[:1] if encoded.pooled is not None else None)
 
 
 def _of_compel(
-    prompt: CompelPrompt, tokenizer: CLIPTokenizer, call: Callable[[Tokens, Tensor | None], Encoded]
-) -> Encoded:
+    prompt: CompelPrompt, tokenizer: CLIPTokenizer, call: Callable[[Tokens, Tensor | None], EncodedText]
+) -> EncodedText:
     """What is pooled is the text as it is written, without a grammar: so compel has it."""
     like = call(tokenize(tokenizer, prompt.words, prompt.names), None)
     states = embed(prompt, tokenizer, lambda tokens, mask: call(tokens, mask).states)
-    return Encoded(states.to(like.states), like.pooled[:1] if like.pooled is not None else None)
+    return EncodedText(states.to(like.states), like.pooled[:1] if like.pooled is not None else None)
 
 
 @torch.inference_mode()

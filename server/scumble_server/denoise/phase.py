@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from scumble_build.export.manifest import Include
+from scumble_build.graphs.includes import Include
 from scumble_server.executors.protocol import Executor
 from scumble_server.factors.rows import RowFactors
 from scumble_server.methods.part import Part

@@ -1,4 +1,4 @@
-"""Which executor a server's configuration asks for, and what serves where it cannot be had."""
+"""The executor that a server's configuration asks for, or torch where its engines cannot be loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def load_executor(registry: Registry, version: Version, family: Family, config: ServerConfig) -> Executor:
-    """A base's. Raises Unavailable, saying what is missing.
+    """The executor of one base. Raises Unavailable, saying what is missing.
 
     Where TensorRT is asked for and there is no engine that may be loaded, torch serves, and the log says why.
     """
@@ -36,6 +36,6 @@ def load_executor(registry: Registry, version: Version, family: Family, config: 
 
 
 def executor_bytes(folder: Path, family: Family, config: ServerConfig) -> int:
-    """What its weights take once it is loaded."""
+    """Bytes in memory of its weights once it is loaded."""
     copies = OnnxRuntimeExecutor.copies if config.executor == "onnxruntime" else TorchExecutor.copies
     return copies * weights_bytes(folder, family, config.precision)

@@ -11,22 +11,23 @@ On a CPU there is nothing to capture and nothing to overlap: the same code runs,
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scumble.errors import OutOfMemory
+from scumble_build.graphs.tensors import has_parts, parts_of, tensors_of, with_tensors
 
-Record = TypeVar("Record")
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], None]], Replay]
 ALIGNMENT = 256
@@ -94,35 +95,42 @@ def aligned(nbytes: int, device: torch.device) -> Tensor:
 
 
 class Graphs:
-    """Captured work, by key; the least recently used goes when there are too many. Owned by one thread."""
+    """Captured work, by key; the least recently used goes when there are too many. One thread runs it; any may drop."""
 
     def __init__(self, capture: Capture, most: int = 64) -> None:
         self._capture, self._most = capture, most
         self._known: OrderedDict[Hashable, Replay] = OrderedDict()
+        self._lock = threading.RLock()  # finalizers drop, and may begin while this thread holds it
         self.captured = 0
         """How many captures there were: a step that is captured over and over is no better than none."""
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Do `work`, as it was captured under this key. It must read and write what the key says, and nothing else."""
-        replay = self._known.pop(key, None)
+        with self._lock:
+            replay = self._known.pop(key, None)
         if replay is None:
             replay = self._capture(work)
             self.captured += 1
-        self._known[key] = replay
-        while len(self._known) > self._most:
-            self._known.popitem(last=False)
+        with self._lock:
+            self._known[key] = replay
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
         replay()
 
     def forget(self) -> None:
-        self._known.clear()
+        with self._lock:
+            self._known.clear()
 
     def drop(self, owner: object) -> None:
-        """Those whose key begins with `owner`: what they read is gone."""
-        for key in [key for key in self._known if isinstance(key, tuple) and key and key[0] is owner]:
-            del self._known[key]
+        """Forget the graphs whose key begins with `owner`: what they read is gone. For any thread."""
+        with self._lock:
+            for key in list(self._known):
+                if isinstance(key, tuple) and key and key[0] is owner:
+                    self._known.pop(key, None)
 
     def keys(self) -> AbstractSet[Hashable]:
-        return self._known.keys()
+        with self._lock:
+            return set(self._known)
 
 
 def uncaptured(work: Callable[[], None]) -> Replay:
@@ -226,47 +234,13 @@ def faults(what: str) -> Iterator[None]:
     raise OutOfMemory(f"{message}; a smaller picture, fewer images or fewer adapters need less")
 
 
-def tensors_of(record: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a dataclass, in those below it and in tuples, each by its path."""
-    for name, value in _parts(record):
-        path = f"{prefix}{name}"
-        if isinstance(value, Tensor):
-            yield path, value
-        elif is_dataclass(value) or isinstance(value, tuple):
-            yield from tensors_of(value, f"{path}.")
-
-
-def with_tensors(record: Record, tensors: Mapping[str, Tensor], prefix: str = "") -> Record:
-    """The same with other tensors at the same paths."""
-
-    def changed(name: str, value: Any) -> Any:
-        path = f"{prefix}{name}"
-        if isinstance(value, Tensor):
-            return tensors[path]
-        if is_dataclass(value) or isinstance(value, tuple):
-            return with_tensors(value, tensors, f"{path}.")
-        return value
-
-    parts = {name: changed(name, value) for name, value in _parts(record)}
-    if isinstance(record, tuple):
-        return type(record)(parts.values())
-    return replace(record, **parts)  # type: ignore[type-var]
-
-
 def structure(record: object) -> Hashable:
-    """All but the tensors' values: shapes and dtypes, and what is no tensor. Equal structures can share a graph."""
+    """Everything of a record but its tensors' values. Records of equal structure can share a captured graph."""
     if isinstance(record, Tensor):
         return tuple(record.shape), record.dtype
-    if is_dataclass(record) or isinstance(record, tuple):
-        return type(record), tuple((name, structure(value)) for name, value in _parts(record))
+    if has_parts(record):
+        return type(record), tuple((name, structure(value)) for name, value in parts_of(record))
     return record if isinstance(record, Hashable) else id(record)
-
-
-def _parts(record: object) -> Iterator[tuple[str, Any]]:
-    if isinstance(record, tuple):
-        yield from ((str(index), value) for index, value in enumerate(record))
-    else:
-        yield from ((each.name, getattr(record, each.name)) for each in fields(record))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +260,7 @@ class Captured:
 
     def __init__(self, stepping: Stepping, compute: Callable[[Any], Tensor]) -> None:
         self._buffers, self._graphs, self._compute = stepping.buffers, stepping.graphs, compute
-        self._results: dict[Hashable, Tensor] = {}  # of each graph, where it writes
+        self._results: dict[Hashable, Tensor] = {}  # where each graph writes
         self._owner = object()
         weakref.finalize(self, self._graphs.drop, self._owner)
 

@@ -1,8 +1,9 @@
-"""A batch's inputs as exported graphs take them: for all rows, and zeros for what a batch does not bring."""
+"""What an exported graph is fed for a batch: every input for all rows, zeros for what the batch does not bring."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,44 +12,88 @@ from torch.nn.functional import pad
 from scumble_build.export.graph import DTYPES
 from scumble_build.export.manifest import FactorLayout, Port
 from scumble_build.graphs.adapted import Factors, Pages
-from scumble_build.graphs.inputs import ImageInputs
+from scumble_build.graphs.inputs import ImageInputs, StepInputs
 from scumble_build.graphs.layout import PAGE
-from scumble_server.executors.sessions import AboutGraph
+from scumble_build.graphs.text import TextInputs
+from scumble_server.executors.sessions import GraphDescription
 
 
-def pooled_place(tokens: Tensor, end: int) -> Tensor:
-    """Where a text ends: as transformers finds it, which for files that say 2 is the largest id."""
+def text_feeds(inputs: TextInputs, config: Any, dtype: torch.dtype, layout: FactorLayout | None) -> dict[str, Tensor]:
+    """For a text encoder with this config. Overrides become dense: a vector for each place, and where it stands."""
+    rows, length = inputs.tokens.shape
+    vectors = torch.zeros(rows, length, config.hidden_size, dtype=dtype)
+    overridden = torch.zeros(rows, length, dtype=torch.bool)
+    if inputs.overrides is not None:
+        places = inputs.overrides.row.cpu(), inputs.overrides.position.cpu()
+        vectors[places] = inputs.overrides.vectors.to("cpu", dtype)
+        overridden[places] = True
+    return {
+        "tokens": inputs.tokens,
+        "mask": torch.ones_like(overridden) if inputs.mask is None else inputs.mask.bool(),
+        "vectors": vectors,
+        "overridden": overridden,
+        "skip": torch.tensor([inputs.skip]),
+        "pool": end_of_text(inputs.tokens, config.eos_token_id),
+        **factor_feeds(inputs.factors, rows, layout),
+    }
+
+
+def end_of_text(tokens: Tensor, end: int) -> Tensor:
+    """Tokens `(rows, T)` → position of the end token `(rows,)`, whose state is the pooled text.
+
+    As transformers does it: configs that say 2 are older than their vocabulary, and mean the largest id.
+    """
     return tokens.argmax(-1) if end == 2 else (tokens == end).int().argmax(-1)
 
 
+def constant_feeds(
+    inputs: StepInputs, graph: GraphDescription, sample: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """All that a denoiser's graph is fed and that stays as it is from step to step: everything but sample, timestep and
+    residuals.
+    """
+    rows = len(sample)
+    mask = torch.ones(inputs.kv.shape[:2], dtype=torch.bool) if inputs.kv_mask is None else inputs.kv_mask
+    feeds = {"kv": inputs.kv.to(dtype), "kv_mask": mask}
+    if inputs.pooled is not None and inputs.sizes is not None:
+        feeds |= {"pooled": inputs.pooled.to(dtype), "sizes": inputs.sizes}
+    feeds |= factor_feeds(inputs.factors, rows, graph.factors)
+    if "images" in graph.includes:
+        feeds |= image_feeds(inputs.images, rows, inputs.kv.shape[-1], positions(graph, sample))
+    if "features" in graph.includes:
+        feeds |= _map_feeds("feature_", graph.inputs, inputs.features, sample)
+    dtypes = {port.name: DTYPES[port.dtype] for port in graph.inputs}
+    return {name: tensor.to(dtypes[name]) for name, tensor in feeds.items() if name in dtypes}
+
+
 def factor_feeds(factors: Factors | None, rows: int, layout: FactorLayout | None) -> dict[str, Tensor]:
-    """For all rows: behind those that have factors, and where the layout is larger, zeros. Pages are read where they
-    are.
+    """Pages are read where they are. Rows behind those that have factors, and the part of the layout that their pages
+    do not reach, get zeros.
     """
     if layout is None:
         return {}
     scale = torch.zeros(rows, PAGE) if factors is None else pad(factors.scale, (0, 0, 0, rows - factors.rows))
-    found = {"scale": scale.unflatten(1, (-1, PAGE))}
-    found |= _page_feeds(None if factors is None else factors.small, found["scale"], layout.total_in, layout.total_out)
+    feeds = {"scale": scale.unflatten(1, (-1, PAGE))}
+    feeds |= _page_feeds(None if factors is None else factors.small, feeds["scale"], layout.total_in, layout.total_out)
     if layout.rest_in:
         rest = None if factors is None else factors.rest
-        of_rest = _page_feeds(rest, found["scale"], layout.rest_in, layout.rest_out)
-        found |= {f"{name}_rest": tensor for name, tensor in of_rest.items()}
+        of_rest = _page_feeds(rest, feeds["scale"], layout.rest_in, layout.rest_out)
+        feeds |= {f"{name}_rest": tensor for name, tensor in of_rest.items()}
     for name, width in (
         ("stretch_out", layout.total_out + layout.rest_out),
         ("stretch_in", layout.total_in + layout.rest_in),
     ):
         given: Tensor | None = getattr(factors, name, None)
-        found[name] = (
+        feeds[name] = (
             torch.zeros(rows, width)
             if given is None
             else pad(given, (0, width - given.shape[1], 0, rows - given.shape[0]))
         )
-    return found
+    return feeds
 
 
 def _page_feeds(pages: Pages | None, scale: Tensor, width_in: int, width_out: int) -> dict[str, Tensor]:
-    """`scale` (rows, n, PAGE) says for how many rows and pages."""
+    """scale `(rows, n, PAGE)` gives the number of rows and pages."""
     rows, count, page = scale.shape
     if pages is None:
         A, B = torch.zeros(1, page * width_in), torch.zeros(1, page * width_out)
@@ -57,7 +102,7 @@ def _page_feeds(pages: Pages | None, scale: Tensor, width_in: int, width_out: in
 
 
 def image_feeds(images: ImageInputs | None, rows: int, width: int, positions: int) -> dict[str, Tensor]:
-    """For all rows: one without images has a token of zeros in each group, and a scale of 0."""
+    """A row without images gets one token of zeros in each group, and a scale of 0."""
     groups, length = images.kv.shape[1:3] if images is not None else (1, 1)
     kv = torch.zeros(rows, groups, length, width)
     mask = torch.zeros(rows, groups, length, dtype=torch.bool)
@@ -74,24 +119,28 @@ def image_feeds(images: ImageInputs | None, rows: int, width: int, positions: in
 
 
 def residual_feeds(inputs: Sequence[Port], residuals: Sequence[Tensor] | None, sample: Tensor) -> dict[str, Tensor]:
-    ports = [port for port in inputs if port.name.startswith("residual_")]
-    return {port.name: tensor for port, tensor in zip(ports, maps(ports, residuals, sample), strict=True)}
+    return _map_feeds("residual_", inputs, residuals, sample)
 
 
-def maps(ports: Sequence[Port], given: Sequence[Tensor] | None, sample: Tensor) -> list[Tensor]:
-    """Those given, and zeros for the rest."""
+def _map_feeds(
+    prefix: str, inputs: Sequence[Port], given: Sequence[Tensor] | None, sample: Tensor
+) -> dict[str, Tensor]:
+    """For the inputs of this prefix, in their order: the maps that are given, and zeros behind them."""
+    ports = [port for port in inputs if port.name.startswith(prefix)]
     present = list(given or ())
-    return present + [_zero_map(port, sample) for port in ports[len(present) :]]
+    maps = present + [_zero_map(port, sample) for port in ports[len(present) :]]
+    return {port.name: tensor for port, tensor in zip(ports, maps, strict=True)}
 
 
 def _zero_map(port: Port, sample: Tensor) -> Tensor:
-    """`(rows, C, h, w)` at the level that the port's dims name."""
+    """`(rows, C, h, w)` at the level that the port's dims name (`height_2` is a quarter of the sample's)."""
     _, channels, height, _ = port.dims
     step = 2 ** (int(str(height).partition("_")[2] or 0))
     sides = [-(-side // step) for side in sample.shape[2:]]
     return torch.zeros(len(sample), int(channels), *sides, dtype=DTYPES[port.dtype])
 
 
-def positions(graph: AboutGraph, sample: Tensor) -> int:
+def positions(graph: GraphDescription, sample: Tensor) -> int:
+    """Positions of the hidden states over all levels of the UNet: `positions` of `export.manifest`."""
     height, width = sample.shape[2:]
     return sum(-(-height // 2**level) * -(-width // 2**level) for level in range(graph.levels))

@@ -1,4 +1,4 @@
-"""A ControlNet on its exported graphs (`scumble_build.export.control`), whatever runs them."""
+"""A ControlNet on its exported graphs (`scumble_build.export.control`), in ONNX Runtime or TensorRT."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from scumble_server.executors.sessions import Named
+from scumble_build.graphs.inputs import NetInputs
+from scumble_server.executors.sessions import NamedSessions
 
 
 class GraphNets:
-    """A net, and for a union net one for each choice of kinds; all before the same graphs."""
+    """A net; of a union net one for each choice of kinds of control. Owns the sessions of its graphs."""
 
-    def __init__(self, sessions: Named) -> None:
-        """`sessions` by the graphs' names; that of `controlnet_condition` is there for SDXL's nets only."""
+    def __init__(self, sessions: NamedSessions) -> None:
+        """Only SDXL's nets have a session of `controlnet_condition`."""
         self._sessions = sessions
         self._nets: dict[tuple[int, ...], GraphNet] = {}
 
@@ -23,11 +24,14 @@ class GraphNets:
             self._nets[kinds] = GraphNet(self._sessions, kinds)
         return self._nets[kinds]
 
+    def close(self) -> None:
+        self._sessions.close()
+
 
 class GraphNet:
-    """Owns nothing: several may stand before the same graphs."""
+    """Owns nothing: several nets may share the same sessions."""
 
-    def __init__(self, sessions: Named, kinds: tuple[int, ...]) -> None:
+    def __init__(self, sessions: NamedSessions, kinds: tuple[int, ...]) -> None:
         self._sessions, self._kinds = sessions, kinds
         self._step = sessions["controlnet"]
         self._dims = {port.name: port.dims for port in self._step.graph.inputs}
@@ -62,17 +66,16 @@ class GraphNet:
         return self._sessions["controlnet_condition"]({"pooled": pooled, "sizes": sizes})[0]
 
     @torch.inference_mode()
-    def residuals(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        kv: Tensor,
-        hint: Tensor,
-        added: Tensor | None = None,
-        kv_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        mask = torch.ones(kv.shape[:2], dtype=torch.bool) if kv_mask is None else kv_mask
-        feeds = {"sample": sample, "timestep": timestep, "kv": kv, "kv_mask": mask, "hint": hint, **self._present}
-        if added is not None:
-            feeds["added"] = added
+    def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
+        kv, mask = inputs.kv, inputs.kv_mask
+        feeds = {
+            "sample": sample,
+            "timestep": timestep,
+            "kv": kv,
+            "kv_mask": torch.ones(kv.shape[:2], dtype=torch.bool) if mask is None else mask,
+            "hint": inputs.hint,
+            **self._present,
+        }
+        if inputs.added is not None:
+            feeds["added"] = inputs.added
         return tuple(residual.float() for residual in self._step(feeds))

@@ -1,4 +1,4 @@
-"""Which sizes a server's graphs take, where they were built for some: asked before any work is done."""
+"""The sizes that a server's graphs take, where engines were built for some only: checked before any work is done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from scumble.errors import Refused
 
-_NAMES = {
+_AXIS_WORDS = {
     "height": "height of the latents (pixels / 8)",
     "width": "width of the latents (pixels / 8)",
     "tokens": "tokens of the prompt",
@@ -15,19 +15,19 @@ _NAMES = {
     "groups": "groups of pictures",
     "image_tokens": "tokens of the pictures",
 }
-"""Of axes, as one who asks for a picture knows them."""
+"""A graph's axes in the words of a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphLimits:
-    """Of one graph: for each of its profiles, the sizes of its axes (`export.manifest.Axis`)."""
+    """For each profile of one graph, the sizes that its axes may have, by their names (`export.manifest.Axis`)."""
 
     graph: str
     profiles: tuple[Mapping[str, range], ...]
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Raises Refused if no profile takes these together, whatever the graph's other sizes are."""
-        outside = [self._outside(profile, sizes) for profile in self.profiles]
+        """Raises Refused if no profile takes these sizes together; axes that `sizes` leaves out are not checked."""
+        outside = [_outside(profile, sizes) for profile in self.profiles]
         if all(outside):
             nearest = min(outside, key=len)
             raise Refused(
@@ -36,21 +36,22 @@ class GraphLimits:
                 graph=self.graph,
             )
 
-    def _outside(self, profile: Mapping[str, range], sizes: Mapping[str, int]) -> list[str]:
-        """What does not fit, in words."""
-        return [
-            f"{_NAMES.get(name, name)} {size} is not within {profile[name].start} to {profile[name].stop - 1}"
-            for name, size in sizes.items()
-            if name in profile and size not in profile[name]
-        ]
+
+def _outside(profile: Mapping[str, range], sizes: Mapping[str, int]) -> list[str]:
+    """One sentence for each size that a profile does not take."""
+    return [
+        f"{_AXIS_WORDS.get(name, name)} {size} is not within {profile[name].start} to {profile[name].stop - 1}"
+        for name, size in sizes.items()
+        if name in profile and size not in profile[name]
+    ]
 
 
 def check_any(limits: Sequence[GraphLimits], sizes: Mapping[str, int]) -> None:
     """Raises Refused if none of these graphs takes the sizes; which of them a request needs is known later."""
     refused: Refused | None = None
-    for each in limits:
+    for graph in limits:
         try:
-            each.check(sizes)
+            graph.check(sizes)
         except Refused as error:
             refused = refused or error
         else:

@@ -1,4 +1,4 @@
-"""What runs the graphs. One protocol; the torch executor runs everywhere, engines follow it."""
+"""What the server asks of an executor: the protocol that torch, ONNX Runtime and TensorRT implement."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor
 
-from scumble_build.export.manifest import Include
 from scumble_build.graphs.adapted import Factors
 from scumble_build.graphs.denoiser import KVSlice
-from scumble_build.graphs.inputs import StepInputs
+from scumble_build.graphs.includes import Include
+from scumble_build.graphs.inputs import NetInputs, StepInputs
 from scumble_build.graphs.layout import Layout
-from scumble_build.graphs.text import Encoded, Overrides
+from scumble_build.graphs.text import EncodedText, TextInputs
 from scumble_registry import Version
 from scumble_server.executors.limits import GraphLimits
 
 NetModel: TypeAlias = ControlNetModel | ControlNetUnionModel
 Changed: TypeAlias = Mapping[str, Mapping[str, Tensor]]
-"""By component (`unet`, `vae`, the text encoders) and by the name in its file, with or without `text_model.`."""
+"""Component (`unet`, `vae`, a text encoder) → tensor's name in its file, with or without `text_model.` → values."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,24 +34,24 @@ class LatentDistribution:
 
 
 class Vae(Protocol):
-    """Pixels and latents. `decode` is called by the thread that decodes, `encode` by the one that conditions."""
+    """Pixels and latents. The decoding thread calls `decode`, the conditioning thread `encode`."""
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
-        """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU; `tiled`: piece by piece."""
+        """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU; `tiled` decodes piece by piece."""
 
     def encode(self, pixels: Tensor) -> LatentDistribution:
         """pixels `(1, 3, H, W)` in -1…1."""
 
 
 class Net(Protocol):
-    """A ControlNet. `residuals` is called by the loop's thread, the others by the one that conditions."""
+    """A ControlNet. The loop's thread calls `residuals`, the conditioning thread everything else."""
 
     @property
     def kv_width(self) -> int:
         """K of the keys and values that `project` gives."""
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Raises Refused for sizes that its graph does not take, by its axes' names."""
+        """Raises Refused for sizes (by the names of axes) that its graph does not take."""
 
     def project(self, states: Tensor) -> Tensor:
         """Text states `(rows, T, C)` → the net's own keys and values `(rows, T, K)`."""
@@ -59,34 +59,32 @@ class Net(Protocol):
     def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
         """Control pictures `(n, 3, H, W)` in 0…1 → what the net adds to its first layer, `(1, C, H/8, W/8)`.
 
-        Of a union net's pictures each counts as strongly as `strengths` say; other nets have one, and read none.
+        `strengths` weighs the n pictures of a union net; other nets take one picture and ignore it.
         """
 
     def condition(self, pooled: Tensor, sizes: Tensor) -> Tensor | None:
-        """Pooled text `(rows, E)` and sizes `(rows, 6)` → what they add to the embedded time; None if it reads none."""
+        """Pooled text `(rows, P)` and sizes `(rows, 6)` → what is added to the embedded time `(rows, E)`.
 
-    def residuals(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        kv: Tensor,
-        hint: Tensor,
-        added: Tensor | None = None,
-        kv_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """sample `(rows, 4, H/8, W/8)` → one for each skip connection, the middle block's last, `(rows, C, h, w)`.
+        None for a net that reads neither.
+        """
 
-        kv_mask `(rows, T)` is True where a key is; None: there are no others.
+    def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
+        """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → a residual `(rows, C, h, w)` for each skip connection, and
+        at last the middle block's.
         """
 
 
 class Nets(Protocol):
-    """A ControlNet in memory. Called by the thread that conditions."""
+    """A ControlNet in memory. Called by the conditioning thread."""
 
     def of(self, kinds: tuple[int, ...]) -> Net:
-        """As a union net that looks at pictures of these kinds; () for other nets. The same object for the same kinds,
-        so that rows share its run.
+        """The net for these kinds of control, () unless it is a union net.
+
+        The same kinds give the same object, so that rows share its run.
         """
+
+    def close(self) -> None:
+        """As `Executor.close`."""
 
 
 class Executor(Protocol):
@@ -99,9 +97,9 @@ class Executor(Protocol):
     step_layout: Layout
     kv_layout: Layout
     text_layouts: tuple[Layout, ...]
-    """Of each text encoder."""
+    """One for each text encoder."""
     kv_slices: list[KVSlice]
-    """Where each cross-attention stands in keys and values."""
+    """Where each cross-attention reads its part of keys and values."""
 
     @property
     def vae(self) -> Vae: ...
@@ -114,6 +112,10 @@ class Executor(Protocol):
         """What the graphs compute in."""
 
     @property
+    def changes_graphs(self) -> bool:
+        """Whether it serves adapters that change the graph: hypernetworks on self-attention, and LLLite."""
+
+    @property
     def max_rows(self) -> int:
         """How many rows `denoise` takes at once."""
 
@@ -121,68 +123,63 @@ class Executor(Protocol):
     def most_pages(self) -> tuple[int | None, int | None]:
         """How many rank pages of the small layout, and of the rest, `denoise` takes at most; None: any number."""
 
-    def encode(
-        self,
-        encoder: int,
-        tokens: Tensor,
-        factors: Factors | None,
-        overrides: Overrides | None = None,
-        skip: int = 0,
-        mask: Tensor | None = None,
-    ) -> Encoded:
-        """tokens `(rows, 77)` of one of the text encoders; overrides stand for some of them.
+    @property
+    def limits(self) -> tuple[GraphLimits, ...]:
+        """The sizes that the denoiser's graphs take; empty if they take any."""
 
-        The last `skip` layers that the base would use are left out. mask `(rows, 77)` is 0 where a token is not seen.
-        """
+    @property
+    def copies(self) -> int:
+        """How often the weights that it loads are held in memory."""
+
+    def encode(self, encoder: int, inputs: TextInputs) -> EncodedText:
+        """Run the text encoder of this index."""
 
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
         """Text states `(rows, T, C)` → keys and values of all cross-attentions, `(rows, T, K)`.
 
-        Values are read from `of_values` `(rows, T, C)`, if it is given.
+        Values are computed from `of_values` `(rows, T, C)`, if it is given.
         """
 
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
         """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → prediction like sample."""
 
-    @property
-    def limits(self) -> tuple[GraphLimits, ...]:
-        """Of the denoiser's graphs, if they were built for some sizes only."""
-
     def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
-        """Make ready for steps whose rows carry these, so that no step waits. Called by the conditioning thread.
+        """Open the graph that takes `includes`, so that no step waits for it. Called by the conditioning thread.
 
-        Raises Refused for sizes that the graph does not take, by its axes' names.
+        Raises Refused for sizes (by the names of axes) that the graph does not take.
         """
 
     def weight(self, target: str) -> Tensor:
-        """The weight of a layer `(out, in[, k, k])` or norm `(channels,)`, by its canonical name, to be read only."""
+        """The weight of a layer `(out, in[, k, k])` or norm `(channels,)` by its canonical name. Only to be read."""
 
     def parameter(self, name: str) -> Tensor:
-        """Any tensor of the UNet and the text encoders: a target's name and `.weight` or `.bias`. To be read only.
+        """Any tensor of the UNet and the text encoders: a target's name and `.weight` or `.bias`. Only to be read.
 
-        Raises Refused for one that is not there.
+        Raises Refused if there is none of this name.
         """
 
     def variant(self, changed: Changed, configs: Path | None = None, of: Version | None = None) -> Executor:
-        """An executor with some other weights; all that is not in `changed` is shared with this one, not copied.
+        """An executor with the weights in `changed`; every other tensor is shared with this one, not copied.
 
-        `of` is the checkpoint whose they are, if they are one's. `configs` is a folder with configs of its components,
-        in the diffusers layout; None: this one's own.
-        Raises Refused for a tensor that has no place here.
+        `of` is the checkpoint that the weights come from, or None for merged LoRAs. `configs` is a folder with configs
+        of the components, in the diffusers layout; None: this executor's own.
+        Raises Refused for a tensor that the base does not have.
         """
 
     def load_vae(self, folder: Path) -> Vae:
-        """Another one, in the diffusers layout, on the same device and in the same precision."""
-
-    @property
-    def copies(self) -> int:
-        """How often it holds the weights that it loads."""
+        """Another VAE, in the diffusers layout, on the same device and in the same precision."""
 
     def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:
-        """The ControlNet that `load` reads, if its weights are needed here; it is then nobody else's."""
+        """The ControlNet of this version. `load` reads its weights, if they are needed, and hands them over."""
 
     def weights_digest(self) -> str:
         """sha256 over every weight as it is now: proof that nothing was patched."""
 
     def describe(self) -> dict[str, str]:
         """Executor, device and precision, for the receipt."""
+
+    def close(self) -> None:
+        """Write down what the next start can use (TensorRT's runtime cache).
+
+        Called once by the owner, when no thread steps with it any more: at eviction, and when the server stops.
+        """

@@ -1,4 +1,4 @@
-"""What runs exported graphs, whatever it is: named tensors in, a list of tensors out."""
+"""Exported graphs as an executor runs them, in ONNX Runtime or TensorRT: named tensors in, a list of tensors out."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from scumble_build.export.manifest import FactorLayout, Include, Port
+from scumble_build.export.manifest import FactorLayout, Port
 from scumble_build.export.plan import BaseGraphs
+from scumble_build.graphs.includes import Include
 from scumble_server.executors.limits import GraphLimits
 
 
-class AboutGraph(Protocol):
-    """What is asked of a graph: an exported one's manifest says the same."""
+class GraphDescription(Protocol):
+    """What an executor must know of a graph to feed it: an exported graph's manifest says the same."""
 
     @property
     def inputs(self) -> tuple[Port, ...]: ...
@@ -26,24 +27,27 @@ class AboutGraph(Protocol):
 
 
 class Session(Protocol):
-    """One graph with its weights, in whatever runs it. Called from one thread at a time."""
+    """One graph with its weights. Called from one thread at a time."""
 
     @property
-    def graph(self) -> AboutGraph: ...
+    def graph(self) -> GraphDescription: ...
     @property
     def limits(self) -> GraphLimits: ...
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-        """All inputs by name; outputs in the graph's order."""
+        """All inputs by name → outputs in the graph's order."""
 
 
-class Named(Protocol):
-    """By the graphs' names. Any thread may ask."""
+class NamedSessions(Protocol):
+    """The sessions of a ControlNet, or of a base, by the names of their graphs. For any thread."""
 
     def __getitem__(self, name: str) -> Session: ...
 
+    def close(self) -> None:
+        """Write down what the next start can use. Called once, when no thread runs a session any more."""
 
-class Sessions(Named, Protocol):
-    """Those of one set of a base's weights."""
+
+class BaseSessions(NamedSessions, Protocol):
+    """The sessions of one set of a base's weights."""
 
     @property
     def graphs(self) -> BaseGraphs: ...

@@ -51,7 +51,7 @@ def merge(
         return context.executor.variant({component: parameters})
 
     nbytes = sum(context.executor.weight(target).nbytes for target in changed)
-    executor = context.loaded.get(key, nbytes, make, of=context.weights.key)
+    executor = context.loaded.get(key, nbytes, make, of=context.weights.key, drop=lambda executor: executor.close())
     return replace(context.weights, executor=executor, key=key)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scumble_build.export.manifest import Include
 from scumble_build.graphs.adapted import Factors, Pages
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.inputs import StepInputs
 from scumble_build.graphs.layout import PAGE, rank_bucket
 from scumble_server.factors.bound_set import BoundSet, Stretch

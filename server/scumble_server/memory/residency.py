@@ -63,6 +63,12 @@ class Residency:
             self._closed = True
             self._changed.notify_all()
 
+    def clear(self) -> None:
+        """Drop every value, whoever holds it: for the owner, once no thread uses any of them."""
+        with self._changed:
+            for key in [key for key, entry in self._entries.items() if entry.ready]:
+                self._evict(key)
+
     def stats(self) -> dict[str, int]:
         """`waits` counts values that had to wait for room."""
         with self._changed:

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 from scumble.errors import Incompatible, Refused
-from scumble_build.graphs.vision import PREPARATION, Encoded, ImageEncoder
+from scumble_build.graphs.vision import PREPARATION, EncodedPictures, ImageEncoder
 from scumble_registry.compatibility import ImageEncoderCompatibility, IpAdapterCompatibility
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.base import Base
@@ -91,13 +91,13 @@ def encoder_in_base(context: Context) -> ImageEncoderLocation:
     return ImageEncoderLocation((base.version.digest, _FOLDER), root / _FOLDER, preparation, base.image_encoder)
 
 
-def encode(context: Context, location: ImageEncoderLocation, picture: Picture | None) -> Encoded:
+def encode(context: Context, location: ImageEncoderLocation, picture: Picture | None) -> EncodedPictures:
     """Encode one picture, or none at all; once for all who look at it."""
     sizes = location.compatibility
     values = sizes.projection_dim + location.positions * sizes.hidden_size
     key = ("picture", location.key, picture.digest if picture is not None else None)
 
-    def make() -> Encoded:
+    def make() -> EncodedPictures:
         encoder = _load(context, location)
         return encoder.encode([picture.pixels]) if picture is not None else encoder.encode_nothing()
 

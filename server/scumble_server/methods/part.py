@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scumble_build.export.manifest import Include
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.inputs import StepInputs
 
 

@@ -11,15 +11,15 @@ import threading
 from collections.abc import Callable, Mapping
 
 from scumble_build.export.graph import Graph
-from scumble_build.export.manifest import Part
+from scumble_build.export.manifest import GraphPart
 from scumble_build.export.tracing import torch_export, torch_script
 from scumble_build.export.tracing.traced import Exporter, Traced
 
-_BY_TORCHSCRIPT: frozenset[Part] = frozenset(("denoiser", "controlnet"))
+_BY_TORCHSCRIPT: frozenset[GraphPart] = frozenset(("denoiser", "controlnet"))
 _one_at_a_time = threading.Lock()
 
 
-def exporter_of(part: Part) -> Exporter:
+def exporter_of(part: GraphPart) -> Exporter:
     return "torchscript" if part in _BY_TORCHSCRIPT else "torch.export"
 
 

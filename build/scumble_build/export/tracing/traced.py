@@ -30,7 +30,7 @@ _TYPES: Mapping[torch.dtype, int] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ByteRange:
     """Of a tensor's bytes in a file."""
 
     file: str
@@ -49,18 +49,18 @@ class Traced:
 def elsewhere(name: str, tensor: Tensor) -> TensorProto:
     proto = TensorProto(name=name, data_type=_TYPES[tensor.dtype], dims=list(tensor.shape))
     proto.data_location = TensorProto.EXTERNAL
-    _put(proto, Place("weights", 0, tensor.nbytes))
+    _put(proto, ByteRange("weights", 0, tensor.nbytes))
     return proto
 
 
-def locate(model: ModelProto, places: Mapping[str, Place]) -> None:
+def locate(model: ModelProto, places: Mapping[str, ByteRange]) -> None:
     """Say where each initializer's values are, by its name."""
     for proto in model.graph.initializer:
         if proto.name in places:
             _put(proto, places[proto.name])
 
 
-def _put(proto: TensorProto, place: Place) -> None:
+def _put(proto: TensorProto, place: ByteRange) -> None:
     del proto.external_data[:]
     for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
         proto.external_data.append(onnx.StringStringEntryProto(key=key, value=str(value)))

@@ -24,8 +24,8 @@ except ModuleNotFoundError:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class Exported(Protocol):
-    """The graphs of a base, or of a ControlNet."""
+class ExportedGraphs(Protocol):
+    """The graphs of a base (`export.plan.BaseGraphs`) or of a ControlNet (`export.control.NetGraphs`)."""
 
     def graph(self, name: str) -> Graph: ...
     def graph_state(self, name: str) -> Mapping[str, Tensor]: ...
@@ -53,24 +53,29 @@ def version() -> str:
     return str(ort.__version__)
 
 
-Graphs = TypeVar("Graphs", bound=Exported)
+def device_type(device: str) -> str:
+    """`cuda:0` → `cuda`, as ONNX Runtime names it."""
+    return torch.device(device).type
+
+
+GraphsT = TypeVar("GraphsT", bound=ExportedGraphs)
 
 
 class _Session:
-    """One graph with its weights. Called from one thread at a time."""
+    """As `executors.sessions.Session`."""
 
     def __init__(self, graph: Graph, session: Any, weights: Mapping[str, Any], device: str) -> None:
-        """`weights` must live as long as the session, which reads them where they are."""
+        """Keeps `weights` alive, because the session reads them where they are."""
         self.graph, self._session, self._weights, self._device = graph, session, weights, device
         self.limits = GraphLimits(graph.name, ({},))
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """All inputs by name, cast to what the graph takes; outputs in the graph's order."""
         binding = self._session.io_binding()
-        kept = []  # until it has run
+        bound = []  # keeps casts alive until it has run
         for port in self.graph.inputs:
             tensor = feeds[port.name].to(self._device, DTYPES[port.dtype]).contiguous()
-            kept.append(tensor)
+            bound.append(tensor)
             binding.bind_input(port.name, self._device, 0, np.dtype(port.dtype), tuple(tensor.shape), tensor.data_ptr())
         for output in self._session.get_outputs():
             binding.bind_output(output.name, self._device)
@@ -78,22 +83,25 @@ class _Session:
         return [from_dlpack(value._get_c_value().to_dlpack()) for value in binding.get_outputs()]  # noqa: SLF001
 
 
-class OrtSessions(Generic[Graphs]):
-    """The sessions of one set of weights, each made once. Any thread may ask."""
+class OrtSessions(Generic[GraphsT]):
+    """The sessions of one set of weights, each opened when it is first asked for. For any thread."""
 
     def __init__(
-        self, graphs: Graphs, cache: GraphCache, device: str, parent: OrtSessions[Graphs] | None = None
+        self, graphs: GraphsT, cache: GraphCache, device: str, parent: OrtSessions[GraphsT] | None = None
     ) -> None:
         """A component whose tensors are all `parent`'s runs in its sessions."""
         self.graphs, self._cache, self._device, self._parent = graphs, cache, device, parent
-        self._made: dict[str, _Session] = {}
+        self._opened: dict[str, _Session] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> _Session:
         with self._lock:
-            if name not in self._made:
-                self._made[name] = self._shared(name) or self._open(name)
-            return self._made[name]
+            if name not in self._opened:
+                self._opened[name] = self._shared(name) or self._open(name)
+            return self._opened[name]
+
+    def close(self) -> None:
+        """Nothing is compiled that the next start could use; graphs are in the cache already."""
 
     def _shared(self, name: str) -> _Session | None:
         parent = self._parent

@@ -1,7 +1,7 @@
 """One TensorRT engine: tensors by name in, tensors by name out, in buffers that stay and graphs captured once.
 
-Works for both flavours. What an engine needs to run (scratch memory, the addresses of its inputs and outputs) is lent
-by the stepping that all executors of a device share, because one thread runs them one after the other.
+Works for both flavours. An engine's scratch memory and the buffers of its inputs and outputs belong to the stepping
+that all engines of one thread share, because that thread runs them one after the other.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +37,8 @@ TORCH: Mapping[str, torch.dtype] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Of one profile: each input's least and largest shape."""
+class ShapeLimits:
+    """The least and the largest shape of each input in one profile."""
 
     least: Mapping[str, Dims]
     most: Mapping[str, Dims]
@@ -48,7 +47,7 @@ class Limits:
         return not self.outside(shapes)
 
     def outside(self, shapes: Mapping[str, Dims]) -> list[str]:
-        """What does not fit, in words."""
+        """One sentence for each shape that the profile does not take."""
         return [
             f"{name} {shape} is not within {self.least[name]} to {self.most[name]}"
             for name, shape in shapes.items()
@@ -59,7 +58,7 @@ class Limits:
 
 
 class RunningEngine:
-    """A plan in device memory. Owned by one thread; ends with `close`, or when nobody holds it."""
+    """A plan in device memory. One thread runs it; any may close it, when nothing runs any more."""
 
     def __init__(self, trt: TensorRT, pulled: Pulled, stepping: Stepping, device: torch.device) -> None:
         """Raises IntegrityError for a corrupt plan, Refused for one of another GPU, version or graph, OutOfMemory."""
@@ -79,7 +78,7 @@ class RunningEngine:
         self._how = self._runtime_config() if rtx else trt.ExecutionContextAllocationStrategy.USER_MANAGED
         count = self._engine.num_optimization_profiles
         self.limits = tuple(self._limits(index) for index in range(count))
-        self.of_axes = GraphLimits(self.manifest.graph, tuple(self._of_axes(each) for each in self.limits))
+        self.graph_limits = GraphLimits(self.manifest.graph, tuple(map(self._axis_ranges, self.limits)))
         self._contexts: dict[int, ExecutionContext] = {}
         self._owner = object()
         weakref.finalize(self, stepping.graphs.drop, self._owner)
@@ -101,7 +100,7 @@ class RunningEngine:
         )
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `feeds` give for each input, in its dtype. Results stay as they are until the next run of any engine.
+        """Feeds are cast to their input's dtype. Results are overwritten by the next run of any engine of this thread.
 
         Raises Refused outside every profile, OutOfMemory, ScumbleError if the device fails.
         """
@@ -137,17 +136,21 @@ class RunningEngine:
         return outputs
 
     def close(self) -> None:
-        """Write down what this GPU has compiled, and let go."""
-        self.keep_runtime_cache()
+        """Write down what this GPU has compiled, and give contexts and graphs back."""
+        self._write_runtime_cache()
         self._stepping.graphs.drop(self._owner)
         self._contexts.clear()
 
-    def keep_runtime_cache(self) -> None:
-        """Beside the plan, so that the next start compiles nothing. A disk that is full costs only that."""
+    def _write_runtime_cache(self) -> None:
+        """Beside the plan, by rename, so that the next start compiles nothing. If it cannot be written (a full disk),
+        that start is slow again, and nothing else is lost.
+        """
         if self._cache is None or self._cache_file is None:
             return
-        with suppress(OSError):
+        try:
             write_whole(self._cache_file, memoryview(self._cache.serialize()))
+        except (OSError, RuntimeError) as error:
+            log.warning("the runtime cache of %s was not written: %s", self.manifest.graph, error)
 
     def _check_validity(self, plan: bytes) -> None:
         """What the head of a plan for RTX says of this machine, before it is read."""
@@ -179,10 +182,10 @@ class RunningEngine:
     def _check_tensors(self) -> None:
         """The engine's tensors are the manifest's. Raises Refused."""
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        found = {name: DTYPES.get(self._engine.get_tensor_dtype(name).name, "?") for name in names}
+        parsed = {name: DTYPES.get(self._engine.get_tensor_dtype(name).name, "?") for name in names}
         promised = {port.name: port.dtype for port in (*self.manifest.inputs, *self.manifest.outputs)}
-        if found != promised:
-            different = sorted(found.items() ^ promised.items())
+        if parsed != promised:
+            different = sorted(parsed.items() ^ promised.items())
             raise Refused(
                 f"the engine of {self.manifest.graph} is not what its manifest says: {different}; build it again"
             )
@@ -201,14 +204,14 @@ class RunningEngine:
         config.set_runtime_cache(cache)
         return config
 
-    def _limits(self, index: int) -> Limits:
+    def _limits(self, index: int) -> ShapeLimits:
         shapes = {port.name: self._engine.get_tensor_profile_shape(port.name, index) for port in self.manifest.inputs}
-        return Limits(
+        return ShapeLimits(
             {name: tuple(least) for name, (least, _, _) in shapes.items()},
             {name: tuple(most) for name, (_, _, most) in shapes.items()},
         )
 
-    def _of_axes(self, limits: Limits) -> dict[str, range]:
+    def _axis_ranges(self, limits: ShapeLimits) -> dict[str, range]:
         return {
             dim: range(limits.least[port.name][place], limits.most[port.name][place] + 1)
             for port in self.manifest.inputs

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from scumble.errors import Refused, Unavailable
 from scumble_build.export.graph import PRECISIONS
-from scumble_build.export.manifest import Include, Precision
+from scumble_build.export.manifest import Precision
 from scumble_build.export.plan import BaseGraphs
 from scumble_build.graphs.adapted import Factors
 from scumble_build.graphs.denoiser import Denoiser
 from scumble_build.graphs.families import Family
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.inputs import StepInputs
-from scumble_build.graphs.models import Models, Text, load_autoencoder, text_class, vae_dtype
-from scumble_build.graphs.text import Encoded, Overrides
+from scumble_build.graphs.models import Models, TextModel, load_autoencoder, text_class, vae_dtype
+from scumble_build.graphs.text import EncodedText, TextInputs
 from scumble_registry import Version
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
@@ -39,7 +40,7 @@ PRECISION_OF: dict[torch.dtype, Precision] = {dtype: name for name, dtype in PRE
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """All that one call of the denoiser reads."""
+    """The arguments of one call of the denoiser."""
 
     sample: Tensor
     timestep: Tensor
@@ -52,6 +53,7 @@ class TorchExecutor:
     most_pages: tuple[int | None, int | None] = (None, None)
     limits: tuple[GraphLimits, ...] = ()
     copies = 1
+    changes_graphs = True
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class TorchExecutor:
         self,
         changed: Changed,
         configs: Path | None = None,
-        of: Version | None = None,  # noqa: ARG002 - what engines go by
+        of: Version | None = None,  # noqa: ARG002 - which engines to take, in TensorRT
     ) -> Self:
         states = {component: dict(state) for component, state in self.graphs.states.items()}
         for component, tensors in changed.items():
@@ -128,7 +130,7 @@ class TorchExecutor:
             return type(self)(models, self._family, self._device, self._dtype, self.max_rows, self._stepping)
 
     def _config(self, component: str, configs: Path | None) -> Any:
-        """A checkpoint's own: scaling and the like may differ, though its shapes do not."""
+        """A checkpoint's own config: its scaling may differ from the base's, its shapes do not."""
         if configs is None:
             return self._configs[component]
         return json.loads((configs / component / "config.json").read_text())
@@ -145,24 +147,9 @@ class TorchExecutor:
         return self._dtype
 
     @torch.inference_mode()
-    def encode(
-        self,
-        encoder: int,
-        tokens: Tensor,
-        factors: Factors | None,
-        overrides: Overrides | None = None,
-        skip: int = 0,
-        mask: Tensor | None = None,
-    ) -> Encoded:
-        if overrides is not None:
-            overrides = Overrides(
-                overrides.vectors.to(self._device, self._dtype),
-                overrides.row.to(self._device),
-                overrides.position.to(self._device),
-            )
-        mask = mask.to(self._device) if mask is not None else None
+    def encode(self, encoder: int, inputs: TextInputs) -> EncodedText:
         with faults("a text"):
-            encoded: Encoded = self._texts[encoder](tokens.to(self._device), self._cast(factors), overrides, skip, mask)
+            encoded: EncodedText = self._texts[encoder](inputs.to(self._device, self._dtype))
         return encoded
 
     @torch.inference_mode()
@@ -182,24 +169,27 @@ class TorchExecutor:
         return factors.to(self._device, self._dtype) if factors is not None else None
 
     def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
-        """Eager graphs take anything at once."""
+        """Nothing to do: eager graphs take any inputs and sizes."""
 
-    def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:  # noqa: ARG002 - what engines go by
+    def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:  # noqa: ARG002 - which engines to take, in TensorRT
         with faults("a ControlNet's weights"):
             return torch_nets(load(), torch.empty(0, dtype=self._dtype, device=self._device))
 
     def load_vae(self, folder: Path) -> TorchVae:
         return TorchVae(self._place(load_autoencoder(folder, self._dtype)))
 
+    def close(self) -> None:
+        """Nothing of it outlives the process."""
+
     def weight(self, target: str) -> Tensor:
         return self.parameter(f"{target}.weight")
 
     def parameter(self, name: str) -> Tensor:
         component, _, rest = name.partition(".")
-        found: Tensor | None = self._parameters.get((component, plain(rest)))
-        if found is None:
+        parameter: Tensor | None = self._parameters.get((component, plain(rest)))
+        if parameter is None:
             raise Refused(f"the base has no {name}, which an adapter changes; use the base that it was trained on")
-        return found
+        return parameter
 
     def weights_digest(self) -> str:
         digest = hashlib.sha256()
@@ -222,14 +212,14 @@ def _computing(denoiser: Denoiser) -> Callable[[_Step], Tensor]:
 
 
 def _build(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
-    """A diffusers model around weights that are there already: nothing is drawn or copied."""
+    """A diffusers model with these tensors as its weights: none is drawn at random or copied."""
     with torch.device("meta"):
         model = kind.from_config(config)
     model.load_state_dict(state, assign=True)
     return model
 
 
-def _build_text(kind: type[Text], config: Any, state: dict[str, Tensor]) -> Text:
+def _build_text(kind: type[TextModel], config: Any, state: dict[str, Tensor]) -> TextModel:
     """Not on the meta device, because its position ids are in no state."""
     model = kind(config)
     model.load_state_dict(state, assign=True)
@@ -237,15 +227,15 @@ def _build_text(kind: type[Text], config: Any, state: dict[str, Tensor]) -> Text
 
 
 def weights_bytes(folder: Path, family: Family, precision: Precision) -> int:
-    """What a folder in the diffusers layout will take once it is loaded, read from its headers."""
-    dtype = PRECISIONS[precision]
-    of_vae = vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), dtype)
-    components = {"unet": dtype, **{part.encoder: dtype for part in family.texts}, "vae": of_vae}
-    return sum(_values(folder / name) * kept.itemsize for name, kept in components.items())
+    """Bytes in memory of a folder in the diffusers layout once it is loaded, from its headers alone."""
+    own = PRECISIONS[precision]
+    of_vae = vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), own)
+    components = {"unet": own, **{part.encoder: own for part in family.texts}, "vae": of_vae}
+    return sum(_values(folder / name) * dtype.itemsize for name, dtype in components.items())
 
 
 def _values(folder: Path) -> int:
-    """How many numbers a component has; a folder may hold it a second time, in another precision (`….fp16.…`)."""
+    """How many numbers a component has. A folder may hold it again in another precision (`….fp16.…`)."""
     files = list(folder.glob("*.safetensors"))
     one = [file for file in files if not {"fp16", "fp32", "bf16", "non_ema"} & set(file.name.split("."))] or files
     return sum(prod(info.shape) for file in one for info in read_header(file).tensors.values())

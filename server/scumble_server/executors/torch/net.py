@@ -9,11 +9,12 @@ from diffusers import ControlNetUnionModel
 from torch import Tensor
 
 from scumble_build.graphs.controlnet import ControlledEncoder, ControlNet, ControlNetUnion
+from scumble_build.graphs.inputs import NetInputs
 from scumble_server.executors.protocol import NetModel
 
 
 class _TorchNet:
-    """Owns nothing: several may stand before one graph."""
+    """Owns nothing: several nets may share one graph."""
 
     def __init__(self, graph: ControlledEncoder, like: Tensor) -> None:
         """On `like`'s device, in its precision."""
@@ -26,7 +27,7 @@ class _TorchNet:
         return sum(2 * place.width for place in self._graph.projection.slices)
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Eager graphs take anything."""
+        """Nothing to do: eager graphs take any sizes."""
 
     @torch.inference_mode()
     def project(self, states: Tensor) -> Tensor:
@@ -40,8 +41,8 @@ class _TorchNet:
     def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:  # noqa: ARG002 - a union net's
         return self._graph.embed(controls.to(self._like))
 
-    def _moved(self, added: Tensor | None) -> Tensor | None:
-        return None if added is None else added.to(self._like)
+    def _moved(self, inputs: NetInputs) -> NetInputs:
+        return inputs.to(self._like.device, self._like.dtype)
 
 
 class TorchNet(_TorchNet):
@@ -52,24 +53,17 @@ class TorchNet(_TorchNet):
     def of(self, kinds: tuple[int, ...]) -> TorchNet:  # noqa: ARG002 - a union net's
         return self
 
+    def close(self) -> None:
+        """Nothing of it outlives the process."""
+
     @torch.inference_mode()
-    def residuals(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        kv: Tensor,
-        hint: Tensor,
-        added: Tensor | None = None,
-        kv_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        found = self._graph.residuals(
-            sample.to(self._like), timestep, kv.to(self._like), hint.to(self._like), self._moved(added), kv_mask
-        )
-        return tuple(residual.float() for residual in found)
+    def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
+        residuals = self._graph.residuals(sample.to(self._like), timestep, self._moved(inputs))
+        return tuple(residual.float() for residual in residuals)
 
 
 class TorchUnionNet(_TorchNet):
-    """A union net as it looks at pictures of certain kinds: rows with the same kinds share a run."""
+    """A union net for pictures of certain kinds of control: rows with the same kinds share a run."""
 
     _graph: ControlNetUnion
 
@@ -83,29 +77,14 @@ class TorchUnionNet(_TorchNet):
         return self._graph.fuse(controls.to(self._like), self._types, strengths)
 
     @torch.inference_mode()
-    def residuals(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        kv: Tensor,
-        hint: Tensor,
-        added: Tensor | None = None,
-        kv_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        found = self._graph.residuals_of(
-            self._present,
-            sample.to(self._like),
-            timestep,
-            kv.to(self._like),
-            hint.to(self._like),
-            self._moved(added),
-            kv_mask,
-        )
-        return tuple(residual.float() for residual in found)
+    def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
+        moved = self._moved(inputs)
+        residuals = self._graph.residuals_of(self._present, sample.to(self._like), timestep, moved)
+        return tuple(residual.float() for residual in residuals)
 
 
 class TorchUnion:
-    """A union net in memory: one `TorchUnionNet` for each choice of kinds, all before the same weights."""
+    """A union net in memory: a `TorchUnionNet` for each choice of kinds, all with the same weights."""
 
     def __init__(self, graph: ControlNetUnion, like: Tensor) -> None:
         self._graph, self._like = graph, like
@@ -115,6 +94,9 @@ class TorchUnion:
         if kinds not in self._nets:
             self._nets[kinds] = TorchUnionNet(self._graph, self._like, kinds)
         return self._nets[kinds]
+
+    def close(self) -> None:
+        """Nothing of it outlives the process."""
 
 
 def torch_nets(model: NetModel, like: Tensor) -> TorchNet | TorchUnion:

@@ -13,7 +13,7 @@ from scumble_server.executors.protocol import LatentDistribution
 
 
 class TorchVae:
-    """Owns nothing: it is on its device, in its precision."""
+    """Owns nothing. `model` is on its device and in its precision already."""
 
     def __init__(self, model: AutoencoderKL) -> None:
         self._model: Any = model
@@ -34,12 +34,14 @@ class TorchVae:
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> LatentDistribution:
         with faults("encoding a picture"):
-            found = self._model.encode(pixels.to(self._model.device, self._model.dtype), return_dict=False)[0]
-        mean, deviation = self._scale(found.mean.float())
-        return LatentDistribution(((found.mean.float() - mean) / deviation)[0], (found.std.float() / deviation)[0])
+            posterior = self._model.encode(pixels.to(self._model.device, self._model.dtype), return_dict=False)[0]
+        mean, deviation = self._scale(posterior.mean.float())
+        return LatentDistribution(
+            ((posterior.mean.float() - mean) / deviation)[0], (posterior.std.float() / deviation)[0]
+        )
 
     def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the VAE's own latents, `(1, 1|C, 1, 1)`."""
+        """Mean and deviation of latents in the VAE's own scale, `(1, 1|C, 1, 1)`."""
         config = self._model.config
         mean, deviation = like.new_zeros(1, 1, 1, 1), like.new_ones(1, 1, 1, 1) / config.scaling_factor
         if config.latents_mean is not None and config.latents_std is not None:

@@ -116,7 +116,10 @@ def _net(context: Context, adapter: BoundAdapter, like: Tensor) -> Net:
         folder = context.registry.materialise(adapter.version)
         return load_union(folder) if about.form == "union" else load_net(folder, unet)
 
-    nets = context.device.get(key, nbytes, lambda: context.base_weights.executor.load_net(adapter.version, load))
+    executor = context.base_weights.executor
+    nets = context.device.get(
+        key, nbytes, lambda: executor.load_net(adapter.version, load), drop=lambda nets: nets.close()
+    )
     return nets.of(control_types(adapter))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from scumble_build.export.manifest import Include
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.inputs import LiteInputs, StepInputs
 from scumble_build.graphs.lllite import Embeddings, LLLite
 from scumble_server.executors.protocol import Net

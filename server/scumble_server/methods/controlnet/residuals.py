@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from scumble_build.graphs.inputs import StepInputs
+from scumble_build.graphs.inputs import NetInputs, StepInputs
 from scumble_server.executors.protocol import Net
 from scumble_server.methods.part import AtEachStep, BatchRows, stack_text
 
@@ -31,17 +31,12 @@ class RowNet:
 
 @dataclass(frozen=True, slots=True)
 class NetCall:
-    """A ControlNet and the m model rows that ask for it: rows (m,), kv (m, T, K), hint (m, C, h, w), scale (m, n),
-    added (m, E) or None, kv_mask (m, T) bool, True where a key is, or None where all are.
-    """
+    """A ControlNet and the m model rows that ask for it: rows (m,), scale (m, n) for each of n residuals."""
 
     net: Net
     rows: Tensor
-    kv: Tensor
-    hint: Tensor
+    inputs: NetInputs
     scale: Tensor
-    added: Tensor | None = None
-    kv_mask: Tensor | None = None
 
 
 def residuals_at_each_step(carried: Sequence[tuple[RowNet, ...]], rows: BatchRows) -> AtEachStep | None:
@@ -73,24 +68,20 @@ def _net_call(asking: Sequence[tuple[int, RowNet]], device: str) -> NetCall:
         if net.added is not None:
             added.append(net.added[runs])
     texts, mask = stack_text(kv)
-    return NetCall(
-        asking[0][1].net,
-        torch.cat(places).to(device),
+    inputs = NetInputs(
         texts.to(device),
         torch.cat(hint).to(device),
-        torch.cat(scale).to(device),
         torch.cat(added).to(device) if added else None,
         mask.to(device) if mask is not None else None,
     )
+    return NetCall(asking[0][1].net, torch.cat(places).to(device), inputs, torch.cat(scale).to(device))
 
 
 def with_residuals(inputs: StepInputs, calls: Sequence[NetCall], sample: Tensor, timestep: Tensor) -> StepInputs:
     """Add the residuals of at least one net. sample `(rows, 4, h, w)` and timestep `(rows,)` are the denoiser's."""
     total: list[Tensor] = []
     for call in calls:
-        residuals = call.net.residuals(
-            sample[call.rows], timestep[call.rows], call.kv, call.hint, call.added, call.kv_mask
-        )
+        residuals = call.net.residuals(sample[call.rows], timestep[call.rows], call.inputs)
         total = total or [residual.new_zeros(len(sample), *residual.shape[1:]) for residual in residuals]
         for i, residual in enumerate(residuals):
             total[i].index_add_(0, call.rows, residual * call.scale[:, i, None, None, None])

@@ -67,7 +67,13 @@ class DreamboothMethod(Method):
         version = adapter.version
         key = ("checkpoint", base.version.digest, version.digest)
         nbytes = sum(_compatibility(adapter).changed.values()) * own.executor.dtype.itemsize
-        checkpoint = loaded.get(key, nbytes, lambda: _load(version, own, base, registry), of=own.key)
+        checkpoint = loaded.get(
+            key,
+            nbytes,
+            lambda: _load(version, own, base, registry),
+            of=own.key,
+            drop=lambda checkpoint: checkpoint.executor.close(),
+        )
         return Weights(
             version, key, checkpoint.executor, checkpoint.tokenizers, checkpoint.executor.vae, version.digest
         )

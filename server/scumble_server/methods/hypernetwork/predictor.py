@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from scumble.errors import Incompatible, InvalidRequest, Refused
-from scumble_build.graphs.predictor import Factors, Predictor
+from scumble_build.graphs.predictor import PredictedFactors, Predictor
+from scumble_build.graphs.text import TextInputs
 from scumble_registry.compatibility import HypernetworkCompatibility, LoraCompatibility, WeightPredictor
 from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
@@ -96,7 +97,7 @@ def _condition(context: Context, adapter: BoundAdapter) -> Tensor:
     """States (1, N, C)."""
     if adapter.pictures:
         return encode(context, encoder_in_base(context), adapter.pictures[0]).states
-    return context.base_weights.executor.encode(0, _ids(context, adapter), None).states
+    return context.base_weights.executor.encode(0, TextInputs(_ids(context, adapter))).states
 
 
 def _ids(context: Context, adapter: BoundAdapter) -> Tensor:
@@ -115,7 +116,7 @@ def _network(context: Context, adapter: BoundAdapter) -> Predictor:
     )
 
 
-def _as_record(factors: Factors) -> LoraRecord:
+def _as_record(factors: PredictedFactors) -> LoraRecord:
     return {
         target: LoraModule(down.cpu().numpy(), up.cpu().numpy(), alpha)
         for target, (down, up, alpha) in sorted(factors.items())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scumble_build.export.manifest import Include
+from scumble_build.graphs.includes import Include
 from scumble_build.graphs.inputs import ImageInputs, StepInputs
 from scumble_server.methods.context import Context
 from scumble_server.methods.ip_adapter.keys_values import groups_of

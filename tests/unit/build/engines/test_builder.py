@@ -7,16 +7,12 @@ from pathlib import Path
 import pytest
 
 from scumble.errors import Cancelled, InvalidRequest, Refused, Unavailable
-from scumble_build.engines import api
 from scumble_build.engines.api import Flavour
 from scumble_build.engines.builder import Report, build
 from scumble_build.engines.profiles import WHOLE, Profile, Range
 from scumble_build.export.manifest import GraphManifest, Port
+from support.tensorrt_here import is_installed, needs_rtx
 from support.tiny_graph import make_graph
-
-needs_rtx = pytest.mark.skipif(
-    not api.installed(Flavour.TENSORRT_RTX), reason="tensorrt_rtx is not installed (no wheel for this platform)"
-)
 
 
 def rtx(
@@ -121,7 +117,7 @@ def test_progress_is_told_and_whoever_listens_can_stop_the_build(tmp_path: Path)
     assert all(0 < done <= 1 for _, done in told)
 
 
-@pytest.mark.skipif(api.installed(Flavour.TENSORRT), reason="TensorRT is installed here")
+@pytest.mark.skipif(is_installed(Flavour.TENSORRT), reason="TensorRT is installed here")
 def test_a_flavour_that_is_not_installed_says_how_to_get_it(tmp_path: Path) -> None:
     onnx, manifest = make_graph(tmp_path)
     with pytest.raises(Unavailable, match="pip install tensorrt-cu13"):

@@ -11,15 +11,12 @@ from typer.testing import CliRunner
 
 from scumble.errors import InvalidRequest, NotFound, Refused, ScumbleError
 from scumble_build.cli import app
-from scumble_build.engines import api
-from scumble_build.engines.api import Flavour
 from scumble_registry import Registry
 from support.control_nets import load_unet, make_net, make_union
+from support.tensorrt_here import needs_rtx
 from support.tiny_variant import make_checkpoint
 
-pytestmark = pytest.mark.skipif(
-    not api.installed(Flavour.TENSORRT_RTX), reason="tensorrt_rtx is not installed (no wheel for this platform)"
-)
+pytestmark = needs_rtx
 RTX = ("--flavour", "tensorrt_rtx", "--sm", "89")
 
 

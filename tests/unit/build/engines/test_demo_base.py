@@ -11,20 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from scumble_build.engines import api
 from scumble_build.engines.api import Flavour
-from scumble_build.engines.base import Target, build_graphs
-from scumble_build.engines.builder import parse_only
+from scumble_build.engines.base import BuildTarget, build_graphs
 from scumble_build.engines.profiles import Profile, Range
 from scumble_build.export.command import find_base, open_base
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_build.export.write import write_graphs
+from support.tensorrt_here import check_parses, needs_rtx
 from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
 from support.tiny_sd import make_tiny_base
 
-pytestmark = pytest.mark.skipif(
-    not api.installed(Flavour.TENSORRT_RTX), reason="tensorrt_rtx is not installed (no wheel for this platform)"
-)
+pytestmark = needs_rtx
 DEMO = Path(__file__).parents[4] / "demo" / "base"
 SMALL = Profile({"rows": Range(1, 2, 8), "resident": Range(1, 8, 64), "rank_pages": Range(1, 2, 8)})
 LARGEST = ("unet.full", "unet.every")
@@ -38,7 +35,7 @@ def exported(base: Path, folder: Path, graphs: tuple[str, ...], precision: Preci
 
 
 def check_build(folder: Path, manifests: list[GraphManifest]) -> None:
-    target = Target(Flavour.TENSORRT_RTX, (89, 120), "fp16", (SMALL,))
+    target = BuildTarget(Flavour.TENSORRT_RTX, (89, 120), "fp16", (SMALL,))
     for built in build_graphs(folder, manifests, target, folder / "plans"):
         assert built.plan.stat().st_size > 0
         assert built.report is not None
@@ -73,4 +70,4 @@ def test_other_graphs_families_and_precisions_are_read_as_their_manifests_say(
     tmp_path: Path, make: Callable[[Path], Path], graphs: tuple[str, ...], precision: Precision
 ) -> None:
     for manifest in exported(make(tmp_path / "base"), tmp_path, graphs, precision):
-        parse_only(tmp_path / manifest.onnx.name, manifest, Flavour.TENSORRT_RTX)
+        check_parses(tmp_path / manifest.onnx.name, manifest, Flavour.TENSORRT_RTX)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from typer.testing import CliRunner
 
 from scumble.errors import InvalidRequest
-from scumble_build.engines import api
+from scumble_build.cli import app
 from scumble_build.engines.api import Flavour
-from scumble_build.engines.builder import parse_only
 from scumble_build.export.command import find_base, open_base
 from scumble_build.export.manifest import GraphManifest
 from scumble_build.export.quantise import quantise
 from scumble_build.export.write import write_graphs
 from scumble_build.graphs.adapted import Adapted
+from support.tensorrt_here import check_parses, needs_rtx
 
 GRAPH = "unet.small"
 
@@ -99,11 +101,47 @@ def test_a_product_without_a_maximum_is_refused(exported: Exported) -> None:
         quantise(model, weights, {})
 
 
-@pytest.mark.skipif(
-    not api.installed(Flavour.TENSORRT_RTX), reason="tensorrt_rtx is not installed (no wheel for this platform)"
-)
+@needs_rtx
 def test_tensorrt_reads_the_quantised_graph_as_the_manifest_says(exported: Exported, tmp_path: Path) -> None:
     model, weights = exported.load()
     path = tmp_path / "quantised.onnx"
     onnx.save(quantise(model, weights, exported.maxima).model, path)
-    parse_only(path, exported.manifest, Flavour.TENSORRT_RTX)
+    check_parses(path, exported.manifest, Flavour.TENSORRT_RTX)
+
+
+def test_the_command_writes_the_graph_in_int8_and_says_so(exported: Exported, tiny_base: Path, tmp_path: Path) -> None:
+    named = {exported.manifest.parameters[own]: maximum for own, maximum in exported.maxima.items()}
+    file = tmp_path / "maxima.json"
+    file.write_text(json.dumps(named))
+    arguments = ["export", "--base", str(tiny_base), "-o", str(tmp_path / "graphs"), "--part", GRAPH]
+    CliRunner().invoke(app, [*arguments, "--int8", str(file)], catch_exceptions=False, standalone_mode=False)
+    manifest = GraphManifest.read(tmp_path / "graphs" / f"{GRAPH}.json")
+    assert set(manifest.in_int8) <= set(named) and len(manifest.in_int8) > 20
+    assert exported.manifest.in_int8 == ()
+    plain, weights = exported.load()
+    by_hand = run(quantise(plain, weights, exported.maxima).model, exported.feeds)
+    session = onnxruntime.InferenceSession(str(tmp_path / "graphs" / manifest.onnx.name))
+    assert np.abs(session.run(None, exported.feeds)[0] - by_hand).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "says"),
+    [
+        ("{}", (), r"no calibrated maximum for unet\."),
+        ("[1]", (), "no JSON object"),
+        ("{", (), "is not JSON"),
+        ("{}", ("--precision", "fp16"), "--precision fp32"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_quantise(
+    tiny_base: Path, tmp_path: Path, content: str, more: tuple[str, ...], says: str
+) -> None:
+    (tmp_path / "maxima.json").write_text(content)
+    arguments = ["export", "--base", str(tiny_base), "-o", str(tmp_path / "graphs"), "--part", GRAPH]
+    with pytest.raises(InvalidRequest, match=says):
+        CliRunner().invoke(
+            app,
+            [*arguments, "--int8", str(tmp_path / "maxima.json"), *more],
+            catch_exceptions=False,
+            standalone_mode=False,
+        )

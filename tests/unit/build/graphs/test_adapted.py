@@ -20,7 +20,7 @@ from scumble.errors import Refused
 from scumble_build.graphs.adapted import Adapted, FactorInput, Factors, layout_of
 from scumble_build.graphs.denoiser import Denoiser, KVProjection
 from scumble_build.graphs.inputs import StepInputs
-from scumble_build.graphs.layout import RANK_BUCKETS, Extent, Layout, Shape, rank_bucket
+from scumble_build.graphs.layout import RANK_BUCKETS, Extent, Layout, TargetShape, rank_bucket
 from support.paging import columns, some_factors
 
 
@@ -33,8 +33,8 @@ class Layer:
 
     @classmethod
     def of(cls, base: nn.Linear | nn.Conv2d, *, small: bool = True) -> Layer:
-        it = Shape("it", base.weight[0].numel(), base.weight.shape[0], small)
-        layout = Layout.of([Shape("before", 3, 5), it, Shape("after", 2, 2, small)])
+        it = TargetShape("it", base.weight[0].numel(), base.weight.shape[0], small)
+        layout = Layout.of([TargetShape("before", 3, 5), it, TargetShape("after", 2, 2, small)])
         return cls(Adapted(base, layout.targets["it"], FactorInput()), layout)
 
     def columns(self, factors: Factors, row: int) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def test_the_layouts_share_no_target_and_cover_every_layer(tiny_base: Path) -> N
 
 
 def test_the_small_layout_comes_before_the_rest() -> None:
-    layout = Layout.of([Shape("deep", 33, 3, small=False), Shape("a", 2, 4), Shape("b", 5, 40)])
+    layout = Layout.of([TargetShape("deep", 33, 3, small=False), TargetShape("a", 2, 4), TargetShape("b", 5, 40)])
     assert layout.small == Extent(64, 96)
     assert layout.full == Extent(128, 128)
     assert layout.rest == Extent(64, 32)
@@ -125,9 +125,9 @@ def test_the_small_layout_comes_before_the_rest() -> None:
 
 
 def test_layouts_are_the_same_if_their_targets_are() -> None:
-    one, same = (Layout.of([Shape("a", 2, 4), Shape("b", 5, 40)]) for _ in range(2))
+    one, same = (Layout.of([TargetShape("a", 2, 4), TargetShape("b", 5, 40)]) for _ in range(2))
     assert one.digest == same.digest
-    assert one.digest != Layout.of([Shape("a", 2, 4), Shape("b", 6, 40)]).digest
+    assert one.digest != Layout.of([TargetShape("a", 2, 4), TargetShape("b", 6, 40)]).digest
 
 
 @pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, (6, 5)), (3, 2, (6, 5)), (3, 2, (4, 8)), (1, 1, (3, 4))])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scumble_build.graphs.controlnet import ControlNet, ControlNetUnion
+from scumble_build.graphs.inputs import NetInputs
 from support.control_nets import UNION_TYPES, load_unet, make_net, make_union
 
 SIZE = (72, 48)  # levels round up
@@ -33,7 +34,7 @@ def test_a_net_equals_diffusers(tiny_base: Path, name: str) -> None:
     pictures = torch.rand(3, 3, *SIZE)
     down, middle = model(sample, timestep, states, pictures, return_dict=False)
     net = ControlNet(model)
-    found = net.residuals(sample, timestep, net.project(states), net.embed(pictures))
+    found = net.residuals(sample, timestep, NetInputs(net.project(states), net.embed(pictures)))
     for mine, theirs in zip(found, (*down, middle), strict=True):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
         assert theirs.abs().max() >= 1e-2
@@ -64,7 +65,7 @@ def test_a_union_net_equals_diffusers(tiny_base: Path, types: tuple[int, ...]) -
     )
     net = ControlNetUnion(model)
     hint = net.fuse(pictures, types, strengths).expand(4, -1, -1, -1)
-    found = net.residuals_of(net.present(types), sample, timestep, net.project(states), hint)
+    found = net.residuals_of(net.present(types), sample, timestep, NetInputs(net.project(states), hint))
     for mine, theirs in zip(found, (*down, middle), strict=True):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
         assert theirs.abs().max() >= 1e-2
@@ -83,8 +84,9 @@ def test_a_row_does_not_see_its_neighbours(tiny_base: Path) -> None:
         (plain.residuals, plain.project(states), plain.embed(pictures)),
         (lambda *rows: union.residuals_of(union.present([1]), *rows), union.project(states), hints),
     ):
-        together = residuals(sample, timestep, kv, hint)
+        together = residuals(sample, timestep, NetInputs(kv, hint))
         for i in range(4):
-            alone = residuals(*(each[i : i + 1] for each in (sample, timestep, kv, hint)))
+            row = slice(i, i + 1)
+            alone = residuals(sample[row], timestep[row], NetInputs(kv[row], hint[row]))
             for mine, all_of_them in zip(alone, together, strict=True):
                 assert (mine - all_of_them[i]).abs().max() <= 1e-5 * all_of_them.abs().max()

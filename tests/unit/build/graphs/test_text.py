@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from scumble_build.graphs.text import Overrides, TextEncoder
+from scumble_build.graphs.text import Overrides, TextEncoder, TextInputs
 
 
 def model() -> CLIPTextModel:
@@ -38,8 +38,8 @@ def test_overrides_equal_rows_of_the_table() -> None:
 
     table = encoder.model.state_dict()["embeddings.token_embedding.base.weight"].clone()
     overrides = Overrides(vectors, torch.tensor([0, 0, 1]), torch.tensor([2, 3, 3]))
-    torch.testing.assert_close(encoder(filled, overrides=overrides).states, expected)
-    plain = encoder(filled).states
+    torch.testing.assert_close(encoder(TextInputs(filled, overrides=overrides)).states, expected)
+    plain = encoder(TextInputs(filled)).states
     assert not torch.allclose(plain[0, 2:], expected[0, 2:])
     torch.testing.assert_close(plain[:, :2], expected[:, :2], msg="what stands before does not see it")
     assert torch.equal(encoder.model.state_dict()["embeddings.token_embedding.base.weight"], table)

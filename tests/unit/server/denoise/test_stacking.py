@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scumble_build.graphs.denoiser import Denoiser, KVProjection
 from scumble_build.graphs.hypernetwork import Hypernetwork
-from scumble_build.graphs.inputs import StepInputs, level_sizes
+from scumble_build.graphs.inputs import NetInputs, StepInputs, level_sizes
 from scumble_build.graphs.layout import PAGE, Extent
 from scumble_registry.formats.hypernetwork.context_record import Layer, Sides
 from scumble_server.denoise.phase import Phase
@@ -84,19 +84,11 @@ class Zoom:
     def __init__(self, strength: float, shapes: list[tuple[int, ...]]) -> None:
         self.strength, self.shapes, self.calls = strength, shapes, []
 
-    def residuals(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        kv: Tensor,
-        hint: Tensor,
-        _added: Tensor | None = None,
-        kv_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+    def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
         self.calls.append(len(sample))
-        there = torch.ones(kv.shape[:2]) if kv_mask is None else kv_mask
-        text = (kv.mean(2) * there).sum(1) / there.sum(1)
-        row = sample.mean((1, 2, 3)) + timestep / 1000 + text + hint.mean((1, 2, 3))
+        there = torch.ones(inputs.kv.shape[:2]) if inputs.kv_mask is None else inputs.kv_mask
+        text = (inputs.kv.mean(2) * there).sum(1) / there.sum(1)
+        row = sample.mean((1, 2, 3)) + timestep / 1000 + text + inputs.hint.mean((1, 2, 3))
         ones = (torch.ones(len(sample), *shape) for shape in self.shapes)
         return tuple(one * self.strength * row[:, None, None, None] for one in ones)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from scumble.errors import OutOfMemory
 from scumble.request import Adapter, Request
 from scumble_build.graphs.adapted import Factors, Pages
-from scumble_build.graphs.inputs import StepInputs
+from scumble_build.graphs.inputs import LiteInputs, StepInputs
+from scumble_build.graphs.lllite import LLLite
 from scumble_server.executors import device
 from scumble_server.executors.device import Buffers, Captured, Graphs, Stepping, Uploads
 from scumble_server.executors.torch.executor import TorchExecutor, _computing
@@ -67,17 +68,6 @@ def test_a_pool_is_read_where_it_is() -> None:
     assert buffers.allocations == 1
 
 
-def test_tensors_are_named_by_their_paths_and_can_be_put_back() -> None:
-    record = inputs()
-    named = dict(device.tensors_of(record))
-    of_factors = {f"factors.{name}" for name in ("small.A", "small.B", "small.table", "scale")}
-    assert set(named) == {"kv", *of_factors, "residuals.0", "residuals.1"}
-    again = device.with_tensors(record, {name: tensor + 1 for name, tensor in named.items()})
-    assert torch.equal(again.residuals[1], record.residuals[1] + 1)  # type: ignore[index]
-    assert again.factors is not None and again.factors.rows_per_set == 2
-    assert again.kv_mask is None
-
-
 def test_structures_are_equal_where_a_graph_can_be_shared() -> None:
     assert device.structure(inputs()) == device.structure(inputs())
     others = [inputs(rows=4), inputs(rank=16), inputs(factors=False)]
@@ -117,6 +107,20 @@ class Step:
 def compute(record: StepInputs) -> Tensor:
     total = record.kv.sum() * 2
     return total if record.factors is None else total + record.factors.small.A.sum()
+
+
+def sum_of_pictures(record: StepInputs) -> Tensor:
+    return record.lites[0].embeddings["to_q"].sum()
+
+
+def test_a_replayed_step_reads_this_requests_control_picture_not_the_captured_ones() -> None:
+    stepping = Stepping(Buffers(CPU), Graphs(Taping()))
+    captured = Captured(stepping, sum_of_pictures)
+    kv, net = torch.randn(1, 3, 4), LLLite({})
+    for value in (1.0, 2.0, 3.0):
+        lite = LiteInputs(torch.tensor([0]), net, {"to_q": torch.full((1, 2, 3), value)}, torch.ones(1))
+        assert captured(StepInputs(kv, lites=(lite,))) == 6 * value
+    assert stepping.graphs.captured == 1
 
 
 def test_a_step_of_a_known_structure_is_replayed_with_new_values_and_allocates_nothing() -> None:

@@ -121,6 +121,19 @@ def test_closing_ends_every_wait() -> None:
     assert isinstance(future.exception(10), Unavailable)
 
 
+def test_clearing_drops_every_value_once_and_what_shares_memory_with_another_before_it() -> None:
+    residency, dropped = Residency(100, "test"), list[str]()
+    lease = residency.open()
+    lease.get("base", 10, lambda: "base", drop=dropped.append)
+    lease.get("variant", 10, lambda: "variant", of="base", drop=dropped.append)
+    lease.get("picture", 10, lambda: "picture")
+    residency.close()
+    residency.clear()
+    residency.clear()
+    assert dropped == ["variant", "base"]
+    assert residency.stats()["bytes"] == 0
+
+
 def test_those_who_wait_for_each_other_are_told_to_try_again() -> None:
     residency = Residency(20, "test")
     one, two = residency.open(), residency.open()

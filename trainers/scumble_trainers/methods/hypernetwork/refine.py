@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from scumble.errors import Incompatible, InvalidRequest
-from scumble_build.graphs.predictor import Factors, Predictor
+from scumble_build.graphs.predictor import PredictedFactors, Predictor
 from scumble_registry import Registry, default_home
 from scumble_registry.formats.hypernetwork import read_record, recognises
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
@@ -88,7 +88,7 @@ class Refinement(Method[HypernetworkSettings]):
         save_factors(self.pipeline, folder, dtype)
 
     @torch.no_grad()
-    def _fill(self, factors: Factors) -> None:
+    def _fill(self, factors: PredictedFactors) -> None:
         for target, (down, up, alpha) in factors.items():
             layer: Any = self.unet.get_submodule(target.removeprefix(PREFIX))
             rank = len(down)

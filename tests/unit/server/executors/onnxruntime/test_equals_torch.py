@@ -15,9 +15,9 @@ from scumble.errors import InvalidRequest, Refused, Unavailable
 from scumble_build.export.denoiser import feature_places, residual_places
 from scumble_build.graphs.adapted import Factors
 from scumble_build.graphs.families import FAMILIES
-from scumble_build.graphs.inputs import ContextInputs, ImageInputs, StepInputs, level_sizes
+from scumble_build.graphs.inputs import ContextInputs, ImageInputs, NetInputs, StepInputs, level_sizes
 from scumble_build.graphs.layout import Layout
-from scumble_build.graphs.text import Overrides
+from scumble_build.graphs.text import Overrides, TextInputs
 from scumble_server.config import ServerConfig
 from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from scumble_server.executors.onnxruntime.sessions import check_available
@@ -167,7 +167,7 @@ def test_a_controlnet_equals_torch(
         sample, timestep = torch.randn(rows, 4, height, width), torch.randint(0, 999, (rows,)).float()
         mask = torch.arange(80) < torch.randint(1, 80, (rows, 1))
         for there in (None, mask):
-            inputs = sample, timestep, kv, hint.expand(rows, -1, -1, -1), added, there
+            inputs = sample, timestep, NetInputs(kv, hint.expand(rows, -1, -1, -1), added, there)
             for found, expected in zip(mine.residuals(*inputs), reference.residuals(*inputs), strict=True):
                 check_near(found, expected)
 
@@ -188,8 +188,8 @@ def test_text_equals_torch(sd1: Pair, skip: int) -> None:
     overrides = Overrides(torch.randn(2, 32), torch.tensor([0, 2]), torch.tensor([4, 9]))
     layout = sd1.torch.text_layouts[0]
     for carried in (None, factors(layout, 3, 8, sets=3)):
-        expected = sd1.torch.encode(0, tokens, carried, overrides, skip, mask)
-        found = sd1.onnx.encode(0, tokens, carried, overrides, skip, mask)
+        inputs = TextInputs(tokens, carried, overrides, skip, mask)
+        expected, found = sd1.torch.encode(0, inputs), sd1.onnx.encode(0, inputs)
         assert (found.states - expected.states).abs().max() <= TOLERANCE
 
 
@@ -232,7 +232,7 @@ def test_sdxl_reads_pooled_text_and_sizes(tmp_path: Path, graph_cache: Path) -> 
     for size in ((8, 8), (6, 10)):
         assert difference(pair, step_inputs(pair, 3, size, "mask", tokens=154), size) <= TOLERANCE
     tokens = torch.randint(1, 500, (2, 77))
-    expected, found = (each.encode(1, tokens, None) for each in (pair.torch, pair.onnx))
+    expected, found = (each.encode(1, TextInputs(tokens)) for each in (pair.torch, pair.onnx))
     assert found.pooled is not None and expected.pooled is not None
     assert (found.pooled - expected.pooled).abs().max() <= TOLERANCE
 

@@ -6,6 +6,7 @@ threads are the executor's own. What only a GPU can show is not shown here.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +34,9 @@ from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
 from scumble_server.executors import choice
 from scumble_server.executors.device import Buffers, Graphs, Stepping, uncaptured
-from scumble_server.executors.tensorrt import executor as tensorrt
-from scumble_server.executors.tensorrt.executor import Engines, Runtime, TensorRTExecutor
+from scumble_server.executors.tensorrt.engines import EngineRuntime, Engines
+from scumble_server.executors.tensorrt.executor import TensorRTExecutor
+from scumble_server.executors.tensorrt.fitting import pull_base
 from scumble_server.executors.torch.executor import TorchExecutor
 from support.control_nets import load_unet, make_net
 from support.every_kind import coarse_png
@@ -86,7 +88,7 @@ def narrow(pulled: dict[str, Pulled], tmp_path_factory: pytest.TempPathFactory) 
 def executor(base: Path, pulled: dict[str, Pulled]) -> TensorRTExecutor:
     weights = TorchExecutor.load(base, FAMILIES["sd1"])
     lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
-    engines = Engines(weights.graphs, pulled, Runtime.on(FakeTensorRT(), CPU, lent))  # type: ignore[arg-type]
+    engines = Engines(weights.graphs, pulled, EngineRuntime.on(FakeTensorRT(), CPU, lent))  # type: ignore[arg-type]
     return TensorRTExecutor(weights, engines, {"executor": "tensorrt"})
 
 
@@ -204,7 +206,7 @@ class Shop:
     def executor(self, folder: Path) -> TensorRTExecutor:
         weights = TorchExecutor.load(folder, FAMILIES["sd1"])
         lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
-        runtime = Runtime.on(FakeTensorRT(), CPU, lent)  # type: ignore[arg-type]
+        runtime = EngineRuntime.on(FakeTensorRT(), CPU, lent)  # type: ignore[arg-type]
         engines = Engines(weights.graphs, self.engines[self.base.digest], runtime)
         return TensorRTExecutor(
             weights, engines, {"executor": "tensorrt"}, lambda version: self.engines.get(version.digest, {})
@@ -277,6 +279,69 @@ def test_a_checkpoint_without_an_engine_of_what_it_changes_is_refused(
     assert both[0].run([draw(seed=2)])[0].latents.isfinite().all()
 
 
+@pytest.fixture
+def rtx_shop(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    """With engines of TensorRT for RTX, each in a folder of its own, as in the registry's cache."""
+    made: dict[str, dict[str, Pulled]] = {}
+    folder = shop.home / "rtx"
+    for digest, engines in shop.engines.items():
+        for name, engine in engines.items():
+            plan = folder / digest.removeprefix("sha256:") / name / "engine.plan"
+            plan.parent.mkdir(parents=True)
+            plan.write_bytes(engine.plan.read_bytes())
+            key = replace(engine.stored.key, flavour=Flavour.TENSORRT_RTX)
+            made.setdefault(digest, {})[name] = replace(engine, plan=plan, stored=replace(engine.stored, key=key))
+    monkeypatch.setattr(shop, "engines", made)
+    yield shop
+    shutil.rmtree(folder)
+
+
+def runtime_caches(shop: Shop, of: Version) -> set[str]:
+    """The graphs of which what the GPU compiled is kept for the next start."""
+    return {name for name, engine in shop.engines[of.digest].items() if engine.runtime_cache.is_file()}
+
+
+@pytest.fixture
+def on_rtx(
+    rtx_shop: Shop, tiny_base: Path, start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Running]]:
+    monkeypatch.setattr(choice.TensorRTExecutor, "load", lambda *_: rtx_shop.executor(tiny_base))
+    started = []
+
+    def begin(**config: Any) -> Running:
+        started.append(start(rtx_shop.home, "tiny/base", {}, executor="tensorrt_rtx", **config))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        each.service.close()
+
+
+def test_a_server_that_stops_keeps_what_the_gpu_compiled_for_all_its_engines(
+    rtx_shop: Shop, on_rtx: Callable[..., Running]
+) -> None:
+    running = on_rtx()
+    running.run([with_net(1), draw(Adapter(ref="d/tuned"))])
+    assert runtime_caches(rtx_shop, rtx_shop.base) == set()
+    running.service.close()
+    assert runtime_caches(rtx_shop, rtx_shop.base) == set(ON_BASE) - {"vae_encoder"}, "no picture was encoded"
+    assert runtime_caches(rtx_shop, rtx_shop.net) == {"controlnet", "controlnet_kv", "controlnet_hint"}
+    assert runtime_caches(rtx_shop, rtx_shop.tuned) == set(ON_UNET)
+    files = {file.name for file in (rtx_shop.home / "rtx").rglob("*") if file.is_file()}
+    assert files == {"engine.plan", store.RUNTIME_CACHE}, "nothing half written stays"
+
+
+def test_a_checkpoint_that_is_evicted_keeps_what_the_gpu_compiled(
+    rtx_shop: Shop, on_rtx: Callable[..., Running]
+) -> None:
+    running = on_rtx()
+    running.run([draw(Adapter(ref="d/tuned"))])
+    weights = running.service._weights
+    with weights.open() as lease:
+        lease.get("more", weights._budget - weights.stats()["bytes"] + 1, object)
+    assert runtime_caches(rtx_shop, rtx_shop.tuned) == set(ON_UNET)
+
+
 def test_without_a_gpu_torch_serves_and_the_log_says_why(
     published: tuple[Path, dict[str, Path]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -318,11 +383,11 @@ def test_only_engines_of_this_machine_and_of_these_graphs_are_pulled(
         publish(registry, tmp_path, manifest, sm=(120,))
         publish(registry, tmp_path, manifest.model_copy(update={"code": "older"}))
         with pytest.raises(NotFound, match="tiny/base@1 has no engine for tensorrt 11 on SM89 in fp32"):
-            tensorrt.pull_fitting(registry, version, machine, config)
+            pull_base(registry, version, machine, config)
         assert "is stale" in caplog.text
         fresh = publish(registry, tmp_path, manifest)
         assert manifest.code == code_digest()
-        assert tensorrt.pull_fitting(registry, version, machine, config)["unet.small"].stored == fresh
+        assert pull_base(registry, version, machine, config)["unet.small"].stored == fresh
 
 
 def test_a_missing_engine_is_built_if_the_configuration_says_so(
@@ -338,7 +403,7 @@ def test_a_missing_engine_is_built_if_the_configuration_says_so(
 
         monkeypatch.setattr("scumble_build.engines.command.build_into", build_into)
         config = ServerConfig(home=tmp_path / "home", base="tiny/base", build_engines=True)
-        found = tensorrt.pull_fitting(registry, version, Machine(Flavour.TENSORRT, "11", 89), config)
+        found = pull_base(registry, version, Machine(Flavour.TENSORRT, "11", 89), config)
     assert set(found) == {"unet.small"}
     assert asked == [("tiny/base@1", tmp_path / "home", Flavour.TENSORRT, (89,), "fp32")]
 
@@ -353,4 +418,4 @@ def test_a_damaged_engine_is_not_loaded(tiny_base: Path, tmp_path: Path, pulled:
         path.write_bytes(b"flan")
         config = ServerConfig(home=tmp_path / "home", base="tiny/base")
         with pytest.raises(IntegrityError):
-            tensorrt.pull_fitting(registry, version, Machine(Flavour.TENSORRT, "11", 89), config)
+            pull_base(registry, version, Machine(Flavour.TENSORRT, "11", 89), config)

@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from scumble.errors import InvalidRequest, Refused
 from scumble.request import Adapter, Request
-from scumble_build.graphs.vision import Encoded, ImageEncoder
+from scumble_build.graphs.vision import EncodedPictures, ImageEncoder
 from scumble_registry import Registry
 from support.tiny_ip import FACE, make_image_encoder, make_ip_adapter
 
@@ -402,7 +402,7 @@ def test_a_picture_is_encoded_once(world: World, monkeypatch: pytest.MonkeyPatch
     looked: list[int] = []
     encode = ImageEncoder._run
 
-    def counted(encoder: ImageEncoder, prepared: torch.Tensor) -> Encoded:
+    def counted(encoder: ImageEncoder, prepared: torch.Tensor) -> EncodedPictures:
         looked.append(len(prepared))
         return encode(encoder, prepared)
 

@@ -1,0 +1,38 @@
+"""A VAE on its exported graphs: diffusers' own, with encoder and decoder run by sessions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from scumble_server.executors.sessions import BaseSessions
+from scumble_server.executors.torch.vae import TorchVae
+
+
+class _Half(nn.Module):
+    """The encoder or the decoder, as diffusers calls it."""
+
+    def __init__(self, sessions: BaseSessions, name: str, port: str) -> None:
+        """`port` is the graph's one input."""
+        super().__init__()
+        # diffusers reads a model's device and dtype from its parameters.
+        self.placeholder = nn.Parameter(torch.empty(0, device=sessions.graphs.vae.device), requires_grad=False)
+        self._sessions, self._name, self._port = sessions, name, port
+
+    def forward(self, x: Tensor, *_unused: Tensor | None) -> Tensor:
+        return self._sessions[self._name]({self._port: x})[0]
+
+
+def graph_vae(sessions: BaseSessions) -> TorchVae:
+    """Scaling and tiles stay diffusers'. It takes and gives float32."""
+    with torch.device("meta"):
+        kind: Any = AutoencoderKL
+        shell = kind.from_config(sessions.graphs.vae.config)
+    shell.decoder = _Half(sessions, "vae_decoder", "latents")
+    shell.encoder = _Half(sessions, "vae_encoder", "pixels")
+    shell.quant_conv = shell.post_quant_conv = nn.Identity()
+    shell.eval()
+    return TorchVae(shell)

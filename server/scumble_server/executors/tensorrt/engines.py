@@ -1,0 +1,156 @@
+"""A base's or a ControlNet's engines as sessions, each run with the buffers and graphs of the thread that calls it.
+
+Texts and pictures are encoded by one thread, rows denoised by another, latents decoded by a third.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scumble.errors import NotFound, Refused
+from scumble_build.engines.api import TensorRT
+from scumble_build.engines.store import Pulled
+from scumble_build.export.denoiser import GRAPHS
+from scumble_build.export.manifest import GraphManifest
+from scumble_build.export.plan import BaseGraphs
+from scumble_server.executors.device import Stepping
+from scumble_server.executors.limits import GraphLimits
+from scumble_server.executors.tensorrt.engine import RunningEngine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSession:
+    """One engine as `executors.sessions.Session`."""
+
+    graph: GraphManifest
+    engine: RunningEngine
+
+    @property
+    def limits(self) -> GraphLimits:
+        return self.engine.graph_limits
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        """More rows than the engine takes are run in parts.
+
+        Results are copies, because the engine's own are overwritten by its thread's next run.
+        """
+        ports = {port.name: port.dims for port in self.graph.inputs}
+        of_rows = [name for name, dims in ports.items() if dims[0] == "rows"]
+        rows = len(feeds[of_rows[0]])
+        most = max(limits.most[of_rows[0]][0] for limits in self.engine.limits)
+        if any(port.dims[0] != "rows" for port in self.graph.outputs):
+            most = rows  # they become one, as a union net's pictures do
+        parts = []
+        for start in range(0, rows, most):
+            part = {name: feeds[name][start : start + most] if name in of_rows else feeds[name] for name in ports}
+            parts.append([output.clone() for output in self.engine.run(part).values()])
+        return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRuntime:
+    """What engines of one device run with: TensorRT, and buffers and graphs for each thread that calls."""
+
+    trt: TensorRT
+    device: torch.device
+    steppings: Mapping[str, Stepping]
+
+    @classmethod
+    def on(cls, trt: TensorRT, device: torch.device, make: Callable[[], Stepping]) -> EngineRuntime:
+        return cls(trt, device, {name: make() for name in ("condition", "denoise", "decode")})
+
+    def load(self, pulled: Pulled) -> EngineSession:
+        """Raises as `RunningEngine` does."""
+        stepping = self.steppings[_caller(pulled.manifest.graph)]
+        return EngineSession(pulled.manifest, RunningEngine(self.trt, pulled, stepping, self.device))
+
+
+def _caller(graph: str) -> str:
+    """The thread that runs a graph."""
+    if graph.startswith("unet.") or graph == "controlnet":
+        return "denoise"
+    return "decode" if graph == "vae_decoder" else "condition"
+
+
+class NetEngines:
+    """The engines of one ControlNet, loaded when it is made. For any thread."""
+
+    def __init__(self, pulled: Mapping[str, Pulled], runtime: EngineRuntime) -> None:
+        """Raises as `RunningEngine` does."""
+        self._sessions = {name: runtime.load(each) for name, each in pulled.items()}
+
+    def __getitem__(self, name: str) -> EngineSession:
+        return self._sessions[name]
+
+    def close(self) -> None:
+        for session in self._sessions.values():
+            session.engine.close()
+
+
+class Engines:
+    """The engines of one set of a base's weights, each loaded when it is first asked for. For any thread."""
+
+    def __init__(
+        self, graphs: BaseGraphs, pulled: Mapping[str, Pulled], runtime: EngineRuntime, parent: Engines | None = None
+    ) -> None:
+        """An engine that `parent` has too runs there. Raises NotFound if a part has no engine."""
+        self.graphs = graphs
+        self.pulled = dict(pulled)
+        self.runtime = runtime
+        self._parent = parent
+        self._loaded: dict[str, EngineSession] = {}
+        self._lock = threading.Lock()
+        missing = [
+            name for name in (*graphs.texts, "kv_projection", "vae_decoder", "vae_encoder") if name not in pulled
+        ]
+        if not any(name.startswith("unet.") for name in pulled):
+            missing.append("unet.small")
+        if missing:
+            raise NotFound(f"there is no engine of {', '.join(missing)}; run `scumble build engine`", graphs=missing)
+
+    def __getitem__(self, name: str) -> EngineSession:
+        """For a denoiser's graph without an engine, that of the next larger graph, which takes all that it takes.
+
+        Raises Refused if there is none, and as `RunningEngine` does.
+        """
+        name = self._nearest(name)
+        if self._parent is not None and self._parent.pulled.get(name) is self.pulled[name]:
+            return self._parent[name]
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = self.runtime.load(self.pulled[name])
+            return self._loaded[name]
+
+    def _nearest(self, name: str) -> str:
+        if name in self.pulled:
+            return name
+        kind, _, which = name.partition(".")
+        order = list(GRAPHS)
+        larger = [f"{kind}.{graph}" for graph in order[order.index(which) :]] if which in order else []
+        nearest = next((graph for graph in larger if graph in self.pulled), None)
+        if nearest is None:
+            raise Refused(
+                f"what this request carries needs the graph {name}, and this base has no engine of it; "
+                f"run `scumble build engine --part {name}`, or serve with --executor torch",
+                graph=name,
+            )
+        return nearest
+
+    def most(self, port: str) -> int | None:
+        """The largest first dim of this input that every denoiser's engine takes; None if none has it."""
+        limits = [self[name].engine.limits for name in self.pulled if name.startswith("unet.")]
+        return min(
+            (max(one.most[port][0] for one in profiles) for profiles in limits if port in profiles[0].most),
+            default=None,
+        )
+
+    def close(self) -> None:
+        """Of its own engines; `parent`'s stay."""
+        with self._lock:
+            for session in self._loaded.values():
+                session.engine.close()

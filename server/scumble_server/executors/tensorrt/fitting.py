@@ -1,0 +1,58 @@
+"""The engines in the registry that fit this machine, its code and its precision."""
+
+from __future__ import annotations
+
+import logging
+
+from scumble.errors import NotFound, Refused
+from scumble_build.engines import store
+from scumble_build.engines.key import Machine
+from scumble_build.engines.store import Pulled
+from scumble_build.export.manifest import Precision
+from scumble_build.export.provenance import code_digest
+from scumble_registry import Registry, Version
+from scumble_server.config import ServerConfig
+
+log = logging.getLogger(__name__)
+
+
+def pull_fitting(registry: Registry, version: Version, machine: Machine, precision: Precision) -> dict[str, Pulled]:
+    """By graph, the engines of a version that fit this machine and were made by this code; the log says what does not.
+
+    Raises IntegrityError.
+    """
+    pulled: dict[str, Pulled] = {}
+    for name, each in store.fitting(store.listed(registry, version), machine, version.digest, precision).items():
+        engine = store.pull(registry, each)
+        try:
+            store.check_current(engine, code_digest())
+        except Refused as error:
+            log.warning("%s", error)
+        else:
+            pulled[name] = engine
+    return pulled
+
+
+def pull_base(registry: Registry, version: Version, machine: Machine, config: ServerConfig) -> dict[str, Pulled]:
+    """A base's engines; built now if there is none and the configuration says so.
+
+    Raises NotFound, IntegrityError, and as a build does.
+    """
+    pulled = pull_fitting(registry, version, machine, config.precision)
+    if not pulled and config.build_engines:
+        _build(version, machine, config)
+        pulled = pull_fitting(registry, version, machine, config.precision)
+    if not pulled:
+        raise NotFound(
+            f"{version.ref} has no engine for {machine.flavour} {machine.version} on SM{machine.sm} in "
+            f"{config.precision}; run `scumble build engine --base {version.ref} --flavour {machine.flavour} "
+            f"--precision {config.precision}`"
+        )
+    return pulled
+
+
+def _build(version: Version, machine: Machine, config: ServerConfig) -> None:
+    from scumble_build.engines.command import build_into
+
+    log.warning("%s has no engine that fits; building them now, which takes minutes to hours", version.ref)
+    build_into(version.ref, config.home, machine.flavour, (machine.sm,), config.precision)
