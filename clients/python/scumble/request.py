@@ -212,19 +212,12 @@ class Request(_Strict):
             raise _explain(error) from error
 
 
-def parse_adapters(data: Any) -> tuple[Adapter, ...]:
-    """A list of plain dicts to adapters. Raises InvalidRequest naming the place."""
-    try:
-        return tuple(Adapter.model_validate(item) for item in data)
-    except ValidationError as error:
-        raise _explain(error, prefix="adapters.") from error
-
-
 def parse_adapter(text: str) -> Adapter:
     """`REF[:WEIGHT]` of the command line. A digest's own colon is not a weight.
 
-    >>> parse_adapter("styles/ink@2:0.8")
-    Adapter(ref='styles/ink@2', weight=0.8, text_weight=None)
+    >>> adapter = parse_adapter("styles/ink@2:0.8")
+    >>> adapter.ref, adapter.weight
+    ('styles/ink@2', 0.8)
     """
     ref, colon, weight = text.rpartition(":")
     if not colon or ref.endswith("@sha256"):
@@ -241,7 +234,7 @@ def parse_adapter(text: str) -> Adapter:
     return Adapter(ref=ref, weight=value)
 
 
-def _explain(error: ValidationError, prefix: str = "") -> InvalidRequest:
-    problems = [(prefix + ".".join(str(part) for part in item["loc"]), item["msg"]) for item in error.errors()]
+def _explain(error: ValidationError) -> InvalidRequest:
+    problems = [(".".join(str(part) for part in item["loc"]), item["msg"]) for item in error.errors()]
     text = "; ".join(f"{field}: {message}" for field, message in problems)
     return InvalidRequest(text, field=problems[0][0])

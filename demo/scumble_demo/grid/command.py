@@ -19,6 +19,7 @@ import typer
 from scumble.client import Client
 from scumble.images import Images, write_whole
 from scumble.receipt import receipt_digest
+from scumble.stats import Stats
 from scumble_demo.grid.grid import draw_grid
 from scumble_demo.grid.plan import Column, Plan, Publish, Row
 from scumble_registry import Registry, Version
@@ -36,7 +37,7 @@ class Drawn:
     """
 
     images: list[list[Images]]
-    stats: dict[str, Any]
+    stats: Stats
     seconds: float
 
 
@@ -121,7 +122,7 @@ def write(plan: Plan, versions: list[Version], drawn: Drawn, out: Path) -> dict[
         "pictures": len(cells),
         "seconds": round(drawn.seconds, 3),
         "pictures_per_second": round(len(cells) / drawn.seconds, 3),
-        "loop": drawn.stats,
+        "loop": drawn.stats.to_json(),
         "versions": [{"ref": version.ref, "digest": version.digest} for version in versions],
         "requests": cells,
     }
@@ -132,15 +133,15 @@ def write(plan: Plan, versions: list[Version], drawn: Drawn, out: Path) -> dict[
 def _write_cell(images: Images, out: Path, row: Row, column: Column) -> dict[str, Any]:
     name = f"{_slug(row.text)}.{_slug(column.label)}"
     (picture,) = images.save(out / f"{name}.png")
-    write_whole(out / f"{name}.json", json.dumps(images.receipt, indent=2).encode())
-    request = images.receipt["request"]
+    write_whole(out / f"{name}.json", json.dumps(images.receipt.to_json(), indent=2).encode())
+    request = images.receipt.request
     return {
         "file": str(picture),
-        "prompt": request["prompt"],
-        "adapters": {bound["ref"]: bound["weight"] for bound in images.receipt["adapters"]},
-        "seed": request["seed"],
-        "steps": request["steps"],
-        "scheduler": request["scheduler"],
+        "prompt": request.prompt,
+        "adapters": {bound.ref: bound.weight for bound in images.receipt.adapters},
+        "seed": request.seed,
+        "steps": request.steps,
+        "scheduler": request.scheduler,
         "receipt": receipt_digest(images.receipt),
     }
 

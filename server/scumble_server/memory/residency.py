@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from scumble.errors import QueueFull, Refused, Unavailable
+from scumble.stats import CacheStats
 
 Value = TypeVar("Value")
 _POLL = 0.05
@@ -62,18 +63,16 @@ class Residency:
             self._closed = True
             self._changed.notify_all()
 
-    def stats(self) -> dict[str, int]:
-        """`waits` counts values that had to wait for room."""
+    def stats(self) -> CacheStats:
         with self._changed:
-            counts = {name: self._counts[name] for name in ("hits", "misses", "evictions", "waits")}
             held = sum(entry.nbytes for entry in self._entries.values() if entry.holders)
-            return {
-                "entries": len(self._entries),
-                "bytes": self._used,
-                "held_bytes": held,
-                "budget": self._budget,
-                **counts,
-            }
+            return CacheStats(
+                entries=len(self._entries),
+                bytes=self._used,
+                held_bytes=held,
+                budget=self._budget,
+                **{name: self._counts[name] for name in ("hits", "misses", "evictions", "waits")},
+            )
 
     def _get(
         self,

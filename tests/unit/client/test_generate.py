@@ -11,6 +11,7 @@ from scumble import generate
 from scumble.cli import run
 from scumble.images import Images
 from scumble.request import Options, Request
+from support.receipts import a_receipt
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     def draw(request: Request, _url: str | None, *, quiet: bool) -> Images:
         assert not quiet
         requests.append(request)
-        return Images(np.zeros((1, 8, 8, 3), np.uint8), {"dropped": []})
+        return Images(np.zeros((1, 8, 8, 3), np.uint8), a_receipt(dropped=[]))
 
     monkeypatch.setattr(generate, "_draw", draw)
     return requests
@@ -41,6 +42,12 @@ def test_options_of_the_scheduler_are_asked_for(asked: list[Request], tmp_path: 
     assert asked[0].scheduler == "tcd"
     assert asked[0].options == Options(eta=0.3, timestep_spacing="trailing", rescale_betas=False)
     assert asked[1].options == Options()
+
+
+def test_an_option_is_the_same_by_either_way_of_asking(asked: list[Request], tmp_path: Path) -> None:
+    assert command("--option", "eta=0.3", "-o", tmp_path / "a.png") == 0
+    assert command("--eta", "0.3", "-o", tmp_path / "b.png") == 0
+    assert asked[0] == asked[1]
 
 
 @pytest.mark.parametrize("option", [("--scheduler", "magic"), ("--eta", "2"), ("--timestep-spacing", "even")])

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,40 +10,10 @@ from safetensors.numpy import save_file
 
 from scumble.errors import InvalidRequest, NotFound
 from scumble.images import Images
-from scumble.receipt import find_inputs, input_digests, read_receipt, receipt_digest, request_from_receipt
+from scumble.receipt import Receipt, receipt_digest
+from scumble.redraw import find_inputs, input_digests, read_receipt, request_from_receipt
 from scumble.request import Adapter, Request
-
-BASE, INK = "sha256:" + "b" * 64, "sha256:" + "1" * 64
-
-
-def a_receipt(**changes: Any) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "request": {
-            "prompt": "a red apple",
-            "negative_prompt": None,
-            "base": "scumble/demo@prod",
-            "scheduler": "ddim",
-            "seed": 5,
-            "steps": 20,
-            "width": 128,
-            "height": 64,
-            "num_images": 3,
-            "guidance_scale": 5.5,
-            "adapters": [
-                {"ref": "styles/ink", "weight": 0.8, "text_weight": None, "start": 0.25},
-                {"ref": "styles/none", "weight": 0.0, "text_weight": None},
-            ],
-            "options": {},
-        },
-        "base": {"ref": "scumble/demo@prod", "version": 1, "digest": BASE},
-        "adapters": [{"ref": "styles/ink", "version": 2, "digest": INK, "weight": 0.8, "text_weight": 0.8}],
-        "dropped": [{"ref": "styles/none", "reason": "weight 0"}],
-        "seeds": [5, 6, 7],
-        "engine": {"executor": "torch"},
-        "timings_ms": {"total": 12.5},
-        **changes,
-    }
+from support.receipts import BASE, INK, a_receipt, a_receipt_of, receipt_json
 
 
 def test_a_receipt_becomes_its_request_with_every_reference_pinned() -> None:
@@ -62,6 +31,22 @@ def test_a_receipt_becomes_its_request_with_every_reference_pinned() -> None:
     )
 
 
+def test_a_receipt_is_written_again_byte_for_byte(request: pytest.FixtureRequest) -> None:
+    """The file is what a server wrote: order and spelling are what digests and other readers rely on."""
+    golden = (request.path.parent / "receipt.json").read_text().strip()
+    receipt = Receipt.parse(json.loads(golden))
+    assert json.dumps(receipt.to_json(), separators=(",", ":")) == golden
+    assert json.dumps(receipt.of_image(1).to_json(), separators=(",", ":")) == golden[:-1] + ',"image":1}'
+    assert receipt_digest(receipt) == "sha256:046cee7f34ed0b744515852510e35c08476519e9357666ca85b16395215e58a1"
+
+
+def test_an_older_receipt_lacks_what_was_not_there_yet() -> None:
+    """And has what is there no more: the request's empty inputs, and which prompts were cut."""
+    data = receipt_json(truncated=None)
+    assert Receipt.parse(data).to_json() == data
+    assert "images" not in Receipt.parse(data).to_json()["request"]
+
+
 def test_of_several_pictures_only_the_one_at_hand_is_asked_for() -> None:
     request = request_from_receipt(a_receipt(image=2))
     assert (request.seed, request.num_images) == (7, 1)
@@ -71,9 +56,9 @@ def test_a_receipt_is_read_from_a_png_a_receipt_file_and_the_output_of_json(tmp_
     receipt = a_receipt()
     (png,) = Images(np.zeros((1, 8, 8, 3), np.uint8), receipt).save(tmp_path / "a.png")
     plain, printed = tmp_path / "receipt.json", tmp_path / "printed.json"
-    plain.write_text(json.dumps(receipt))
-    printed.write_text(json.dumps({"files": ["a.png"], "receipt": receipt}))
-    assert read_receipt(png) == receipt | {"image": 0}
+    plain.write_text(json.dumps(receipt.to_json()))
+    printed.write_text(json.dumps({"files": ["a.png"], "receipt": receipt.to_json()}))
+    assert read_receipt(png) == receipt.of_image(0)
     assert read_receipt(plain) == read_receipt(printed) == receipt
 
 
@@ -108,19 +93,19 @@ def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["request", "base", "adapters"])
 def test_a_receipt_with_a_hole_is_refused(missing: str) -> None:
-    receipt = a_receipt()
-    del receipt[missing]
-    with pytest.raises(InvalidRequest, match="not complete"):
-        request_from_receipt(receipt)
+    data = receipt_json()
+    del data[missing]
+    with pytest.raises(InvalidRequest, match=f"not complete: {missing}"):
+        Receipt.parse(data)
 
 
 def test_the_digest_depends_on_what_determines_the_picture_alone() -> None:
-    digest = receipt_digest(a_receipt())
+    digest, base = receipt_digest(a_receipt()), receipt_json()["base"]
     assert receipt_digest(a_receipt(timings_ms={}, dropped=[])) == digest
-    assert receipt_digest(a_receipt(base={"ref": "other/name", "digest": BASE})) == digest
-    assert receipt_digest(a_receipt(base={"ref": "scumble/demo@prod", "digest": INK})) != digest
+    assert receipt_digest(a_receipt(base=base | {"ref": "other/name"})) == digest
+    assert receipt_digest(a_receipt(base=base | {"digest": INK})) != digest
     assert receipt_digest(a_receipt(seeds=[6, 7, 8])) != digest
-    assert receipt_digest(a_receipt(request=a_receipt()["request"] | {"steps": 21})) != digest
+    assert receipt_digest(a_receipt_of(steps=21)) != digest
 
 
 def test_inputs_are_found_by_what_they_hold(tmp_path: Path) -> None:
@@ -143,11 +128,8 @@ def test_a_receipt_with_inputs_becomes_the_request_that_brought_them() -> None:
         "images": {"style": {"digest": picture, "width": 1, "height": 1}},
         "tensors": {"face": {"digest": face, "shape": [2, 2], "dtype": "float32"}},
     }
-    receipt = {
-        "request": asked,
-        "base": {"ref": "b/c@1", "digest": "sha256:0"},
-        "adapters": [{"ref": "a/b", "digest": "sha256:1"}],
-    }
+    bound = receipt_json()["adapters"][0] | {"ref": "a/b"}
+    receipt = a_receipt(request=receipt_json()["request"] | asked, adapters=[bound])
     assert input_digests(receipt) == {picture: "style", face: "face"}
     request = request_from_receipt(receipt, {picture: b"picture", face: values.tobytes()})
     assert request.images == {"style": b"picture"}
