@@ -88,8 +88,8 @@ def test_the_receipt_is_json_in_an_order_that_stays(running: Running) -> None:
     assert list(data["request"]) == [*Request.model_fields]
     assert data["request"]["adapters"] == [{"ref": "l/a"}]
     assert data["request"]["options"] == {"format": "png"}
-    assert list(data["base"]) == "name version digest ref".split()
-    assert list(data["adapters"][0]) == "name version digest ref kind weight text_weight rank".split()
+    assert list(data["base"]) == ["name", "version", "digest", "ref"]
+    assert list(data["adapters"][0]) == ["name", "version", "digest", "ref", "kind", "weight", "text_weight", "rank"]
 
 
 def test_stats_are_json_that_says_all(running: Running) -> None:
@@ -97,7 +97,16 @@ def test_stats_are_json_that_says_all(running: Running) -> None:
     counters = "requests images failed steps rows mixed_steps failed_steps out_of_memory batch_sizes step_seconds"
     caches = ["host_cache", "device_cache", "weights_cache"]
     assert list(data) == [*counters.split(), "open_requests", "base", "bases", *caches, "alive"]
-    assert list(data["host_cache"]) == "entries bytes held_bytes budget hits misses evictions waits".split()
+    assert list(data["host_cache"]) == [
+        "entries",
+        "bytes",
+        "held_bytes",
+        "budget",
+        "hits",
+        "misses",
+        "evictions",
+        "waits",
+    ]
     assert all(isinstance(size, str) for size in data["batch_sizes"])
 
 
