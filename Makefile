@@ -106,4 +106,4 @@ lock: setup
 	$(BIN)/pip freeze --exclude-editable | grep -v '^scumble' | sed 's/+cpu//' | grep -v '^nvidia-pytriton' > constraints.txt
 
 clean:
-	rm -rf $(VENV) demo/out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo/out .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov

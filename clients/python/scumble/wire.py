@@ -88,7 +88,7 @@ STREAM_OUTPUTS = (
     TensorSpec("stats", "BYTES"),  # JSON, the one answer to the query
 )
 
-_JSON_FIELDS: dict[str, type[list[Any]] | type[dict[str, Any]]] = {"adapters": list, "options": dict}
+_JSON_FIELDS: dict[str, type[list[Any] | dict[str, Any]]] = {"adapters": list, "options": dict}
 _MAX_TENSORS_BYTES = 16 << 20
 _DATATYPES = {spec.name: spec.datatype for spec in STREAM_INPUTS}
 

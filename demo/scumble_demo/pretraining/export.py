@@ -22,7 +22,7 @@ PROJECTION_FILE = "scorer/text_projection.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class BaseModels:
     """All models of a base, with the scorer that judges it."""
 
     vae: AutoencoderKL
@@ -49,7 +49,7 @@ def pipeline_of(
     )
 
 
-def export_base(out: Path, parts: Parts) -> None:
+def export_base(out: Path, parts: BaseModels) -> None:
     """Replaces the weights in `out` by these, as fp16 safetensors; other files there stay.
 
     The folder is written beside it first; a reader meets no half-written file, though for a moment
@@ -75,7 +75,7 @@ def export_base(out: Path, parts: Parts) -> None:
     draft.rmdir()
 
 
-def load_parts(folder: Path) -> Parts:
+def load_parts(folder: Path) -> BaseModels:
     """Reads such a folder back, in float32: to train on, or to measure."""
     if not (folder / "model_index.json").is_file():
         raise NotFound(f"{folder} holds no base: there is no model_index.json", path=str(folder))
@@ -83,7 +83,7 @@ def load_parts(folder: Path) -> Parts:
     clip = Clip(pipe.text_encoder, pipe.image_encoder, classes=len(concepts()), styles=len(STYLES))
     projection = {name: value.float() for name, value in load_file(folder / PROJECTION_FILE).items()}
     clip.load_state_dict(projection, strict=False)
-    return Parts(pipe.vae, clip, pipe.tokenizer, pipe.unet, Scorer.load(folder).net)
+    return BaseModels(pipe.vae, clip, pipe.tokenizer, pipe.unet, Scorer.load(folder).net)
 
 
 def _is_projection(name: str) -> bool:

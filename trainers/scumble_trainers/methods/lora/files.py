@@ -36,7 +36,7 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
+class LayerFactors:
     """One layer's update `scale · up @ down`, fp32 on the CPU."""
 
     down: Tensor  # (r, in[, k, k])
@@ -66,7 +66,7 @@ def save_factors(pipeline: Pipeline, folder: Path, dtype: StoredType, layout: La
     return folder / FILE
 
 
-def read_factors(part: nn.Module, component: str) -> dict[str, Factors]:
+def read_factors(part: nn.Module, component: str) -> dict[str, LayerFactors]:
     """By the layers' names as the registry has them."""
     return {
         canonical_name(f"{component}.{name}"): _factors(layer)
@@ -75,9 +75,9 @@ def read_factors(part: nn.Module, component: str) -> dict[str, Factors]:
     }
 
 
-def _factors(layer: Any) -> Factors:
+def _factors(layer: Any) -> LayerFactors:
     magnitude = layer.lora_magnitude_vector[ADAPTER].weight if ADAPTER in layer.lora_magnitude_vector else None
-    return Factors(
+    return LayerFactors(
         down=_plain(layer.lora_A[ADAPTER].weight),
         up=_plain(layer.lora_B[ADAPTER].weight),
         scale=float(layer.scaling[ADAPTER]),
@@ -89,7 +89,7 @@ def _plain(parameter: Tensor) -> Tensor:
     return parameter.detach().float().cpu()
 
 
-def diffusers(parts: Mapping[str, Mapping[str, Factors]]) -> dict[str, Tensor]:
+def diffusers(parts: Mapping[str, Mapping[str, LayerFactors]]) -> dict[str, Tensor]:
     """The tensors in diffusers' layout."""
     tensors: dict[str, Tensor] = {}
     for layers in parts.values():
@@ -103,7 +103,7 @@ def diffusers(parts: Mapping[str, Mapping[str, Factors]]) -> dict[str, Tensor]:
     return tensors
 
 
-def header(parts: Mapping[str, Mapping[str, Factors]], configs: Mapping[str, Mapping[str, Any]]) -> str:
+def header(parts: Mapping[str, Mapping[str, LayerFactors]], configs: Mapping[str, Mapping[str, Any]]) -> str:
     """PEFT's configuration of every part in order, so that the same run writes the same bytes."""
     told: dict[str, Any] = {}
     for part, layers in parts.items():
@@ -120,7 +120,7 @@ def _ending(name: str) -> str:
     return name.partition(".")[2].removeprefix("text_model.")
 
 
-def kohya(parts: Mapping[str, Mapping[str, Factors]]) -> dict[str, Tensor]:
+def kohya(parts: Mapping[str, Mapping[str, LayerFactors]]) -> dict[str, Tensor]:
     """The tensors in kohya's layout; a DoRA's magnitudes (out, 1[, 1, 1])."""
     first = "lora_te1_" if "text_encoder_2" in parts else "lora_te_"
     prefixes = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
