@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from scumble.receipt import Receipt
 from scumble.stats import Stats
 
 BASE, INK = "sha256:" + "b" * 64, "sha256:" + "1" * 64
+
+
+GOLDEN = Path(__file__).parents[1] / "unit/client/receipt.json"
+
+
+def golden_receipt() -> str:
+    """A server's receipt, of every kind of adapter and input, byte for byte as it wrote it."""
+    return GOLDEN.read_text().strip()
 
 
 def receipt_json(**changes: Any) -> dict[str, Any]:

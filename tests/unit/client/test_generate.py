@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from scumble import generate
 from scumble.cli import run
 from scumble.images import Images
+from scumble.receipt import Receipt
 from scumble.request import Options, Request
-from support.receipts import a_receipt
+from support.receipts import golden_receipt
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     def draw(request: Request, _url: str | None, *, quiet: bool) -> Images:
         assert not quiet
         requests.append(request)
-        return Images(np.zeros((1, 8, 8, 3), np.uint8), a_receipt(dropped=[]))
+        return Images(np.zeros((1, 8, 8, 3), np.uint8), Receipt.parse(json.loads(golden_receipt())))
 
     monkeypatch.setattr(generate, "_draw", draw)
     return requests
@@ -54,3 +56,19 @@ def test_an_option_is_the_same_by_either_way_of_asking(asked: list[Request], tmp
 def test_options_that_cannot_be_are_refused(asked: list[Request], tmp_path: Path, option: tuple[str, str]) -> None:
     assert command(*option, "-o", tmp_path / "a.png") == 2
     assert not asked
+
+
+def test_json_and_the_receipt_file_say_what_the_server_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden = json.loads(golden_receipt())
+
+    def draw(_request: Request, _url: str | None, *, quiet: bool) -> Images:
+        assert quiet
+        return Images(np.zeros((1, 8, 8, 3), np.uint8), Receipt.parse(golden))
+
+    monkeypatch.setattr(generate, "_draw", draw)
+    picture, file = tmp_path / "a.png", tmp_path / "a.json"
+    assert command("--json", "--receipt", file, "-o", picture) == 0
+    assert capsys.readouterr().out == json.dumps({"files": [str(picture)], "receipt": golden}) + "\n"
+    assert file.read_text() == json.dumps(golden, indent=2)

@@ -1,5 +1,6 @@
 """Pictures become files that carry their receipt, whole or not at all."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from PIL import Image
 
 from scumble.errors import InvalidRequest, NotFound
-from scumble.images import Images, encode, write_whole
+from scumble.images import Images, encode, receipt_text, write_whole
+from scumble.receipt import Receipt
 from scumble.redraw import read_receipt
-from support.receipts import a_receipt_of
+from support.receipts import a_receipt_of, golden_receipt
 
 
 def some_images(count: int = 1) -> Images:
@@ -23,6 +25,14 @@ def test_a_saved_picture_has_the_same_pixels_and_the_receipt(tmp_path: Path) -> 
     with Image.open(path) as picture:
         np.testing.assert_array_equal(np.asarray(picture), images.images[0])
     assert read_receipt(path) == images.receipt.of_image(0)
+
+
+def test_a_file_holds_the_receipt_byte_for_byte(tmp_path: Path) -> None:
+    golden = golden_receipt()
+    receipt = Receipt.parse(json.loads(golden))
+    for ending in ("png", "webp", "jpg"):
+        (path,) = Images(some_images().images, receipt).save(tmp_path / f"a.{ending}")
+        assert receipt_text(path) == golden[:-1] + ',"image":0}'
 
 
 def test_several_pictures_are_numbered_and_know_their_place(tmp_path: Path) -> None:
