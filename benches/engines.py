@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from measure import machine
-from memory import FAMILIES, FULL_VAE, Family
+from memory import FAMILIES, FULL_VAE, FamilyConfigs
 from transformers import CLIPTextConfig
 from transformers.initialization import no_init_weights
 
@@ -119,7 +119,7 @@ def engine(graph: str, sm: tuple[int, ...], profile: Path | None, work: Path) ->
     return {**report, "cpu_seconds": round(time.process_time() - start, 1), "peak_bytes": peak()}
 
 
-def random_models(family: Family, name: str) -> Models:
+def random_models(family: FamilyConfigs, name: str) -> Models:
     """In fp16; only shapes matter, so weights are drawn the quickest way that leaves no NaN."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
@@ -136,7 +136,7 @@ def random_models(family: Family, name: str) -> Models:
     return Models(unet, dict(zip(encoders, texts, strict=True)), vae)  # type: ignore[arg-type]
 
 
-def random_net(family: Family) -> ControlNetModel:
+def random_net(family: FamilyConfigs) -> ControlNetModel:
     torch.set_default_dtype(torch.float16)
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=family.latents, **family.unet)

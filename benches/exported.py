@@ -37,7 +37,7 @@ NO_BASE = "sha256:" + "0" * 64
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedUnet:
     """`plain` is diffusers' UNet, of text states and not of their keys and values; it takes what its inputs name."""
 
     runtime: str
@@ -45,7 +45,9 @@ class Exported:
     plain: Callable[[Mapping[str, Tensor]], object]
 
 
-def make(models: Models, family: str, precision: Precision, latents: int, device: torch.device, work: Path) -> Exported:
+def make(
+    models: Models, family: str, precision: Precision, latents: int, device: torch.device, work: Path
+) -> ExportedUnet:
     """`models` are on the CPU, in `precision`, and nobody else's. Raises Unavailable on a GPU without TensorRT."""
     plain = PlainGraphs(copy.deepcopy(models.unet), precision)
     cpu = torch.device("cpu")
@@ -53,7 +55,7 @@ def make(models: Models, family: str, precision: Precision, latents: int, device
     if device.type == "cpu":
         (manifest,) = write_graphs(plain, plain.names, work, base=NO_BASE, family=family)  # type: ignore[arg-type]
         session = onnxruntime.InferenceSession(work / manifest.onnx.name, providers=["CPUExecutionProvider"])
-        return Exported(
+        return ExportedUnet(
             "onnxruntime",
             OnnxRuntimeExecutor(weights, GraphCache(work / "cache")),
             lambda feeds: session.run(None, {name: tensor.numpy() for name, tensor in feeds.items()}),
@@ -64,7 +66,7 @@ def make(models: Models, family: str, precision: Precision, latents: int, device
     running = Engines(weights.graphs, engines, EngineRuntime.on(trt, device, lambda: Stepping.on(device)))
     (pulled,) = _engines(plain, plain.names, family, precision, latents, work).values()
     engine = RunningEngine(trt, pulled, Stepping.on(device), device)
-    return Exported(f"tensorrt {trt.__version__}", TensorRTExecutor(weights, running, {}), engine.run)
+    return ExportedUnet(f"tensorrt {trt.__version__}", TensorRTExecutor(weights, running, {}), engine.run)
 
 
 def _engines(
@@ -134,4 +136,4 @@ class _Plain(nn.Module):
         return prediction.float()
 
 
-__all__ = ["Exported", "make"]
+__all__ = ["ExportedUnet", "make"]

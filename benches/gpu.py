@@ -33,7 +33,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from engines import random_models
 from measure import count_flops, machine
-from memory import FAMILIES, Family
+from memory import FAMILIES, FamilyConfigs
 from peft import LoraConfig
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -334,7 +334,7 @@ def aims(bases: dict[str, Any], traffic: dict[str, float]) -> dict[str, bool]:
 
 
 def real_plan(name: str, aim: float) -> Plan:
-    family: Family = FAMILIES[name]
+    family: FamilyConfigs = FAMILIES[name]
     ours = {"sd1.5": "sd1", "sdxl": "sdxl"}[name]
     return Plan(
         name, lambda: random_models(family, name), ours, family.latents, family.unet["cross_attention_dim"], 20, 4, aim

@@ -54,7 +54,7 @@ FULL_VAE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilyConfigs:
     """Configs as the published checkpoints have them; `latents` is the side that they were trained at."""
 
     unet: dict[str, Any]
@@ -63,13 +63,13 @@ class Family:
 
 
 FAMILIES = {
-    "sd1.5": Family({"cross_attention_dim": 768, "attention_head_dim": 8}, ((CLIPTextModel, VIT_L),), 64),
-    "sd2.1": Family(
+    "sd1.5": FamilyConfigs({"cross_attention_dim": 768, "attention_head_dim": 8}, ((CLIPTextModel, VIT_L),), 64),
+    "sd2.1": FamilyConfigs(
         {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
         ((CLIPTextModel, VIT_H),),
         96,
     ),
-    "sdxl": Family(
+    "sdxl": FamilyConfigs(
         {
             "cross_attention_dim": 2048,
             "attention_head_dim": (5, 10, 20),
@@ -110,7 +110,7 @@ def main() -> None:
     print(json.dumps({"machine": machine(), "bases": found}, indent=2))
 
 
-def computed(family: Family) -> dict[str, Any]:
+def computed(family: FamilyConfigs) -> dict[str, Any]:
     """Numbers, not bytes: times 2 in half precision, times 4 in float32."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**family.unet, sample_size=family.latents)
@@ -129,7 +129,7 @@ def computed(family: Family) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def decode(family: Family, dtype: torch.dtype) -> dict[str, Any]:
+def decode(family: FamilyConfigs, dtype: torch.dtype) -> dict[str, Any]:
     """GiB of resident memory, at its highest, that decoding one picture adds to the VAE."""
     vae = _filled(AutoencoderKL, FULL_VAE, dtype)
     before = _peak()
@@ -138,7 +138,7 @@ def decode(family: Family, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def step(family: Family, dtype: torch.dtype) -> dict[str, Any]:
+def step(family: FamilyConfigs, dtype: torch.dtype) -> dict[str, Any]:
     """GiB of resident memory, at its highest: of the UNet, and added by a step of one guided image."""
     before = _peak()
     unet = _filled(UNet2DConditionModel, {**family.unet, "sample_size": family.latents}, dtype)

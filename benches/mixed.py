@@ -92,8 +92,8 @@ def mixed_loras(base: Path, rounds: int) -> dict[str, object]:
         "seconds": seconds,
         "speedup_against_loading": round(seconds["diffusers_load_each"] / seconds["scumble"], 3),
         "speedup_against_preloaded": round(seconds["diffusers_preloaded"] / seconds["scumble"], 3),
-        "batch_sizes": stats["batch_sizes"],
-        "mixed_steps": stats["mixed_steps"],
+        "batch_sizes": stats.batch_sizes,
+        "mixed_steps": stats.mixed_steps,
     }
 
 
@@ -123,8 +123,8 @@ def mixed_kinds(base: Path, rounds: int) -> dict[str, object]:
         "steps": STEPS,
         "seconds": seconds,
         "speedup_against_preloaded": round(seconds["diffusers_preloaded"] / seconds["scumble"], 3),
-        "batch_sizes": stats["batch_sizes"],
-        "mixed_steps": stats["mixed_steps"],
+        "batch_sizes": stats.batch_sizes,
+        "mixed_steps": stats.mixed_steps,
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from measure import machine
-from memory import FAMILIES, FULL_VAE, Family
+from memory import FAMILIES, FULL_VAE, FamilyConfigs
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -59,7 +59,7 @@ def number(tensor: Tensor) -> int:
     return StorageWeakRef(tensor.untyped_storage()).cdata
 
 
-class Kept:
+class SavedActivations:
     """Bytes of the storages that autograd keeps within `counting`."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -84,12 +84,12 @@ class Kept:
 
 def activations(modules: list[nn.Module], blocks: list[nn.Module], forward: Callable[[], Any]) -> dict[str, float]:
     """GiB kept by `forward`, whole and with `blocks` checkpointed."""
-    whole, inside, ends, stack = Kept(modules), [], [0], []
+    whole, inside, ends, stack = SavedActivations(modules), [], [0], []
 
     def enter(_block: nn.Module, arguments: Any, named: Any) -> None:
         tensors = [value for value in [*arguments, *named.values()] if isinstance(value, Tensor)]
         ends[0] += sum(value.numel() * value.element_size() for value in tensors)
-        own = Kept(modules)
+        own = SavedActivations(modules)
         context = own.counting()
         context.__enter__()
         stack.append((own, context))
@@ -103,7 +103,7 @@ def activations(modules: list[nn.Module], blocks: list[nn.Module], forward: Call
         forward()
     hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
     hooks += [block.register_forward_hook(leave) for block in blocks]
-    outside = Kept(modules)
+    outside = SavedActivations(modules)
     with outside.counting():
         forward()
     for hook in hooks:
@@ -119,7 +119,7 @@ def unet_blocks(unet: Any) -> list[nn.Module]:
     return [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
 
 
-def inputs(family: Family, batch: int) -> dict[str, Any]:
+def inputs(family: FamilyConfigs, batch: int) -> dict[str, Any]:
     width = family.unet["cross_attention_dim"]
     given: dict[str, Any] = {
         "sample": torch.empty(batch, 4, family.latents, family.latents, dtype=WORK, device="meta"),
@@ -132,25 +132,25 @@ def inputs(family: Family, batch: int) -> dict[str, Any]:
     return given
 
 
-def unet_of(family: Family, dtype: torch.dtype = WORK) -> Any:
+def unet_of(family: FamilyConfigs, dtype: torch.dtype = WORK) -> Any:
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=family.latents, **family.unet).to(dtype)
     return unet.requires_grad_(False)
 
 
-def lora(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+def lora(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]]:
     unet = unet_of(family)
     with torch.device("meta"):
         unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA))
     return trained(unet), activations([unet], unet_blocks(unet), lambda: unet(**inputs(family, batch)))
 
 
-def dreambooth(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+def dreambooth(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]]:
     unet = unet_of(family).requires_grad_(True)
     return trained(unet), activations([unet], unet_blocks(unet), lambda: unet(**inputs(family, batch)))
 
 
-def textual_inversion(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+def textual_inversion(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]]:
     """Gradients go back through the whole UNet to the text."""
     unet, given = unet_of(family), inputs(family, batch)
     given["encoder_hidden_states"].requires_grad_()
@@ -158,7 +158,7 @@ def textual_inversion(family: Family, batch: int) -> tuple[int, dict[str, float]
     return vectors, activations([unet], unet_blocks(unet), lambda: unet(**given))
 
 
-def ip_adapter(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+def ip_adapter(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]]:
     """4 tokens, ViT-H's embedding (1024 wide)."""
     unet, context = unet_of(family), family.unet["cross_attention_dim"]
     processors = dict(unet.attn_processors)
@@ -177,7 +177,7 @@ def ip_adapter(family: Family, batch: int) -> tuple[int, dict[str, float]]:
     return count, activations([unet], unet_blocks(unet), lambda: unet(**given))
 
 
-def hypernetwork(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+def hypernetwork(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]]:
     """Its own few states are left out; each layer's factors of every row are not."""
     _, kept = lora(family, batch)
     layers = sum(name.endswith(tuple(LORA)) for name, _ in unet_of(family).named_modules())
@@ -185,7 +185,7 @@ def hypernetwork(family: Family, batch: int) -> tuple[int, dict[str, float]]:
     return depth * 16 * width**2 + (1024 + layers + 2 * coefficients) * width, kept
 
 
-def controlnet(family: Family, batch: int) -> tuple[int, dict[str, float]]:
+def controlnet(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]]:
     """The net is gone back through, and of the UNet its decoder, whose inputs come from it."""
     unet = unet_of(family)
     with torch.device("meta"):
@@ -202,7 +202,7 @@ def controlnet(family: Family, batch: int) -> tuple[int, dict[str, float]]:
     return trained(net), activations([unet, net], unet_blocks(unet) + unet_blocks(net), forward)
 
 
-METHODS: dict[str, Callable[[Family, int], tuple[int, dict[str, float]]]] = {
+METHODS: dict[str, Callable[[FamilyConfigs, int], tuple[int, dict[str, float]]]] = {
     "lora": lora,
     "textual_inversion": textual_inversion,
     "dreambooth": dreambooth,
@@ -216,7 +216,7 @@ def trained(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def frozen(family: Family, method: str) -> float:
+def frozen(family: FamilyConfigs, method: str) -> float:
     """GiB: text encoders and UNet in 16 bits (DreamBooth's UNet is what is trained), the autoencoder in fp32."""
     with torch.device("meta"):
         parts = [AutoencoderKL(**FULL_VAE)]

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,9 @@ from PIL.Image import fromarray
 from scumble.errors import QueueFull, ScumbleError
 from scumble.events import Done, Event, Failed, Pixels, Queued
 from scumble.images import QUALITY, encode
+from scumble.receipt import Receipt
 from scumble.request import Options, Request
+from scumble.stats import Stats
 from scumble_registry import Registry
 from scumble_server.admission.admit import Admitted, admit
 from scumble_server.base import Base, load_base
@@ -39,8 +40,8 @@ from scumble_server.denoise.noise import Noise
 from scumble_server.denoise.original import start_from
 from scumble_server.memory.prefetch import Prefetcher
 from scumble_server.memory.residency import Lease, Residency
-from scumble_server.receipt import receipt
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.receipt import make_receipt
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.ending import check_wanted, stopping
 from scumble_server.request.original import original_of
 
@@ -61,7 +62,7 @@ class _Job:
     """The pass that it is in."""
     arrival: int = 0
     conditioned: Conditioned | None = None
-    bound: tuple[BoundAdapter, ...] = ()
+    bound: tuple[ResolvedAdapter, ...] = ()
     """The adapters that acted in any pass so far."""
     active: ActiveRequest | None = None
     spent: dict[str, float] = field(default_factory=dict)
@@ -183,21 +184,20 @@ class Service:
     def _enqueue(self, job: _Job) -> None:
         self._incoming.put((-job.admitted.request.options.priority, job.arrival, job))
 
-    def stats(self) -> dict[str, Any]:
-        """Counters since the start. `mixed_steps` are steps in which rows with different adapters shared the batch;
-        `batch_sizes` maps images in a step to the number of such steps.
-        """
+    def stats(self) -> Stats:
+        """Counters since the start."""
         with self._lock:
             open_requests = self._open_requests
-        return {
-            **self._counters.snapshot(),
-            "open_requests": open_requests,
-            "base": self.bases[0].version.ref,
-            "bases": [base.version.ref for base in self.bases],
-            "host_cache": self._host.stats(),
-            "device_cache": self._device.stats(),
-            "weights_cache": self._weights.stats(),
-        }
+        return Stats(
+            **self._counters.snapshot().model_dump(),
+            open_requests=open_requests,
+            base=self.bases[0].version.ref,
+            bases=[base.version.ref for base in self.bases],
+            host_cache=self._host.stats(),
+            device_cache=self._device.stats(),
+            weights_cache=self._weights.stats(),
+            alive=self.is_alive(),
+        )
 
     def is_alive(self) -> bool:
         """False once a thread has died; the server should then exit and be restarted."""
@@ -333,20 +333,20 @@ class Service:
         maps = np.stack(conditioned.maps) if conditioned.maps else None
         return _done(
             pixels,
-            receipt(job.admitted, replace(conditioned, adapters=job.bound), timings),
+            make_receipt(job.admitted, replace(conditioned, adapters=job.bound), timings),
             maps,
             job.admitted.request.options,
         )
 
 
-def _done(pixels: Pixels, about: dict[str, Any], maps: Pixels | None, options: Options) -> Done:
+def _done(pixels: Pixels, receipt: Receipt, maps: Pixels | None, options: Options) -> Done:
     if options.format is None:
-        return Done(pixels, about, maps)
+        return Done(pixels, receipt, maps)
     files = tuple(
-        encode(fromarray(picture), options.format, about | {"image": index}, options.quality or QUALITY)
+        encode(fromarray(picture), options.format, receipt.of_image(index), options.quality or QUALITY)
         for index, picture in enumerate(pixels)
     )
-    return Done(np.zeros((0, 0, 0, 3), np.uint8), about, maps, files)
+    return Done(np.zeros((0, 0, 0, 3), np.uint8), receipt, maps, files)
 
 
 def _typed(error: Exception) -> ScumbleError:

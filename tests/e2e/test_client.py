@@ -28,9 +28,9 @@ def test_requests_of_many_threads_share_steps_and_equal_the_same_ones_alone(clie
     with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(picture, range(8)))
     after = client.stats()
-    assert after["steps"] - before["steps"] < 8 * 12
-    assert after["mixed_steps"] > before["mixed_steps"]
-    assert set(map(type, after["batch_sizes"])) == {int}
+    assert after.steps - before.steps < 8 * 12
+    assert after.mixed_steps > before.mixed_steps
+    assert set(map(type, after.batch_sizes)) == {int}
     for seed in (0, 5):
         assert np.abs(picture(seed).images.astype(int) - together[seed].images).max() <= 1
 
@@ -46,9 +46,9 @@ def test_closing_a_stream_takes_the_request_back(client: Client) -> None:
 def idles(client: Client) -> bool:
     """Whether the loop stops stepping long before the last step."""
     for _ in range(50):
-        steps = client.stats()["steps"]
+        steps = client.stats().steps
         time.sleep(0.2)
-        if client.stats()["steps"] == steps:
+        if client.stats().steps == steps:
             return True
     return False
 
@@ -66,4 +66,4 @@ def test_a_full_queue_is_waited_out(client: Client) -> None:
     """The server holds 16 open requests; 32 callers all get their picture in the end."""
     with ThreadPoolExecutor(32) as threads:
         pictures = list(threads.map(lambda seed: client.images.generate("", seed=seed, steps=4), range(32)))
-    assert [images.receipt["seeds"] for images in pictures] == [[seed] for seed in range(32)]
+    assert [images.receipt.seeds for images in pictures] == [(seed,) for seed in range(32)]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from scumble.receipt import read_receipt
+from scumble.redraw import read_receipt
 
 SCUMBLE = str(Path(sys.executable).with_name("scumble"))
 
@@ -108,8 +108,8 @@ def test_eight_requests_with_different_adapters_share_steps_and_fill_a_grid(demo
     ]
     for cell in report["requests"]:
         receipt = read_receipt(Path(cell["file"]))
-        assert receipt == json.loads(Path(cell["file"]).with_suffix(".json").read_text()) | {"image": 0}
-        assert {bound["digest"] for bound in [receipt["base"], *receipt["adapters"]]} <= digests
+        assert receipt == read_receipt(Path(cell["file"]).with_suffix(".json")).of_image(0)
+        assert {bound.digest for bound in [receipt.base, *receipt.adapters]} <= digests
     with Image.open(report["grid"]) as grid:
         assert grid.width > 4 * 256
         assert grid.height > 2 * 256

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scumble.receipt import read_receipt, receipt_digest
+from scumble.receipt import Receipt, receipt_digest
+from scumble.redraw import read_receipt
 from scumble_server.triton.running import RunningServer
 
 SCUMBLE = str(Path(sys.executable).with_name("scumble"))
@@ -57,7 +58,7 @@ def test_a_picture_is_written_with_its_receipt(server: RunningServer, tmp_path: 
     assert pixels(out).shape == (72, 64, 3)
     written = json.loads(receipt.read_text())
     assert written == printed["receipt"]
-    assert read_receipt(out) == written | {"image": 0}
+    assert read_receipt(out).to_json() == written | {"image": 0}
     request = written["request"]
     assert (request["prompt"], request["negative_prompt"], request["seed"]) == ("a red apple", "blurry", 7)
     assert (request["steps"], request["guidance_scale"], request["scheduler"]) == (4, 3.0, "euler")
@@ -78,7 +79,7 @@ def test_a_receipt_makes_the_same_picture_again(server: RunningServer, tmp_path:
     again = generate(server, "--from-receipt", tmp_path / "all.json", "-o", tmp_path / "b.png")
     one = generate(server, "--from-receipt", tmp_path / "a-1.png", "-o", tmp_path / "c.png")
 
-    assert receipt_digest(again["receipt"]) == receipt_digest(first["receipt"])
+    assert receipt_digest(Receipt.parse(again["receipt"])) == receipt_digest(Receipt.parse(first["receipt"]))
     for place in range(3):
         np.testing.assert_array_equal(pixels(tmp_path / f"a-{place}.png"), pixels(tmp_path / f"b-{place}.png"))
     assert np.abs(pixels(tmp_path / "a-1.png") - pixels(tmp_path / "c.png")).max() <= 1
@@ -133,7 +134,7 @@ def test_without_a_url_a_server_is_started_and_stopped(home: Path, tmp_path: Pat
     out = tmp_path / "a.png"
     done = scumble("generate", "x", "--base", "tiny/base", "--steps", "2", "-o", out, env={"SCUMBLE_HOME": str(copy)})
     assert done.returncode == 0, done.stderr
-    assert read_receipt(out)["base"]["name"] == "tiny/base"
+    assert read_receipt(out).base.name == "tiny/base"
     assert processes_under(copy) == []
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from scumble_demo.evaluation import lora as effect
 from scumble_demo.evaluation import trial
 from scumble_demo.evaluation.run import measure
-from scumble_trainers.methods.lora.model import Lora
+from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.parent import find_parent
 from scumble_trainers.results.result import read_result
@@ -68,7 +68,7 @@ def test_the_effect_is_drawn_by_the_server_and_kept_with_the_result(
         steps=1, batch_size=1, rank=1, validation=0, sample_steps=1, trigger_words=("ink style",), prompts=("an owl",)
     )
     parent = find_parent(str(DEMO), tmp_path / "home")
-    measured = measure("lora", parent, data, out, train(Lora, parent, data, out, settings))
+    measured = measure("lora", parent, data, out, train(LoraTraining, parent, data, out, settings))
 
     told = measured.metrics["effect"]
     assert set(told) == {

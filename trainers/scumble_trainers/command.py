@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from scumble.errors import InvalidRequest
-from scumble_trainers.methods import Entry
+from scumble_trainers.methods import MethodEntry
 from scumble_trainers.options import Common, command_of
 from scumble_trainers.settings import TrainSettings, parse_settings, read_config
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from scumble_trainers.results.result import Result
 
 
-def method_command(entry: Entry) -> Callable[..., None]:
+def method_command(entry: MethodEntry) -> Callable[..., None]:
     """The subcommand of one method, for typer."""
     return command_of(entry.settings, partial(_run, entry), entry.help)
 
 
-def _run(entry: Entry, common: Common, given: dict[str, Any]) -> None:
+def _run(entry: MethodEntry, common: Common, given: dict[str, Any]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of picture libraries that nothing here uses
     settings = _settings(entry, common["config"], given)
     _check_names(common)
@@ -35,7 +35,7 @@ def _run(entry: Entry, common: Common, given: dict[str, Any]) -> None:
         typer.echo(json.dumps(told, ensure_ascii=False) if common["as_json"] else _in_words(told))
 
 
-def _settings(entry: Entry, config: Path | None, given: dict[str, Any]) -> TrainSettings:
+def _settings(entry: MethodEntry, config: Path | None, given: dict[str, Any]) -> TrainSettings:
     """Options of the command line before those of --config before the defaults."""
     from_file = {} if config is None else read_config(config, entry.settings)
     return parse_settings(entry.settings, from_file | given)
@@ -55,7 +55,7 @@ def _check_names(common: Common) -> None:
         parse_alias(alias)
 
 
-def train_and_publish(entry: Entry, common: Common, settings: TrainSettings) -> dict[str, Any] | None:
+def train_and_publish(entry: MethodEntry, common: Common, settings: TrainSettings) -> dict[str, Any] | None:
     """Trains, measures, publishes; returns what `--json` prints, or None in all processes but the first."""
     from accelerate import PartialState  # type: ignore[import-untyped]
 

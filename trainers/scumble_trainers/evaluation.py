@@ -11,10 +11,10 @@ from scumble_trainers.parent import Parent
 from scumble_trainers.results.result import Result
 
 GROUP = "scumble.evaluation"
-"""Entry point: a module that is an `Evaluation`."""
+"""Entry point: a module that is an `Evaluator`."""
 
 
-class Evaluation(Protocol):
+class Evaluator(Protocol):
     """Judges the pictures that a trained adapter draws."""
 
     def check_measurable(self, parent: Parent) -> None:
@@ -24,9 +24,9 @@ class Evaluation(Protocol):
         """Returns `result` with the effect among its metrics, and writes it to `out`."""
 
 
-def installed_evaluation() -> Evaluation:
+def installed_evaluation() -> Evaluator:
     """Raises Unavailable where none is installed."""
     entries = list(entry_points(group=GROUP))
     if not entries:
         raise Unavailable("--evaluate needs a judge of pictures, and none is installed: pip install 'scumble[demo]'")
-    return cast("Evaluation", entries[0].load())
+    return cast("Evaluator", entries[0].load())

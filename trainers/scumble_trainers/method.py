@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from scumble_trainers.data.captions import Captions, Text, TextEncoders
+from scumble_trainers.data.captions import Captions, TextEncoders, TextStates
 from scumble_trainers.data.dataset import Example, hold_out
 from scumble_trainers.data.latents import Latents
 from scumble_trainers.parent import Parent, Pipeline
@@ -23,7 +23,7 @@ from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import Settings, StoredType
 from scumble_trainers.steps.draws import Draw
 from scumble_trainers.steps.losses import Schedule, denoising_loss
-from scumble_trainers.steps.progress import Report
+from scumble_trainers.steps.progress import ProgressReport
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
 MOST_HELD_OUT = 64
@@ -49,12 +49,12 @@ class Condition:
     """What a prediction is told beside the noisy latents."""
 
     pictures: Tensor  # (B,) int64 on the CPU: which examples they are
-    text: Text
+    text: TextStates
     chances: Tensor | None
     """`(B, CHANCES)` in [0, 1) in training, None where the loss is measured: there nothing is dropped."""
 
 
-class Method(nn.Module, ABC, Generic[Settings]):
+class TrainingMethod(nn.Module, ABC, Generic[Settings]):
     """One run's model. Its forward is the loss of a part of a batch, so that accelerate can wrap all of it at once.
 
     A subclass puts its parameters in (from `settings.seed`), says how it predicts, and saves what it has learnt.
@@ -84,7 +84,7 @@ class Method(nn.Module, ABC, Generic[Settings]):
         """Raises InvalidRequest or Incompatible for what this method cannot be trained on, before any work."""
 
     @classmethod
-    def of(cls, settings: Settings) -> type[Method[Any]]:
+    def of(cls, settings: Settings) -> type[TrainingMethod[Any]]:
         """What these settings ask for: a method may have more than one thing that it trains."""
         return cls
 
@@ -96,7 +96,7 @@ class Method(nn.Module, ABC, Generic[Settings]):
 
     @classmethod
     def further_examples(
-        cls, parent: Parent, settings: Settings, examples: Sequence[Example], out: Path, report: Report
+        cls, parent: Parent, settings: Settings, examples: Sequence[Example], out: Path, report: ProgressReport
     ) -> list[Example]:
         """Pictures that the method makes for itself; `Material.further` says where they are."""
         return []
@@ -111,7 +111,7 @@ class Method(nn.Module, ABC, Generic[Settings]):
         """What a prompt must say."""
         return self.settings.trigger_words
 
-    def begin(self, material: Material, device: torch.device, report: Report) -> None:
+    def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
         """Once before the first step; a method may make what it needs of every picture."""
         self.material = material
 

@@ -15,7 +15,7 @@ from scumble_trainers.data.buckets import Size, choose_sizes
 from scumble_trainers.data.captions import read_captions
 from scumble_trainers.data.dataset import Example, data_digest, read_examples, with_captions
 from scumble_trainers.data.latents import cached_latents
-from scumble_trainers.method import Material, Method
+from scumble_trainers.method import Material, TrainingMethod
 from scumble_trainers.parent import Parent, load_parent, native_resolution, schedule_config, side_multiple
 from scumble_trainers.results.card import write_card
 from scumble_trainers.results.provenance import provenance
@@ -27,20 +27,20 @@ from scumble_trainers.steps.allocator import keep_freed_memory
 from scumble_trainers.steps.checkpoints import Checkpoint, latest_checkpoint
 from scumble_trainers.steps.loop import Run
 from scumble_trainers.steps.losses import noise_schedule
-from scumble_trainers.steps.progress import Report, silent
+from scumble_trainers.steps.progress import ProgressReport, silent
 
 SAMPLE_ROWS = 4
 
 
 def train(
-    kind: type[Method[Any]],
+    kind: type[TrainingMethod[Any]],
     parent: Parent,
     data: Path,
     out: Path,
     settings: TrainSettings,
     *,
     fresh: bool = False,
-    report: Report = silent,
+    report: ProgressReport = silent,
 ) -> Result:
     """Trains into `out`, continuing from its newest checkpoint, and returns what training.json says.
 
@@ -111,13 +111,13 @@ def _finish(run: Run, pictures: int) -> Result:
 
 def _prepare(
     accelerator: Accelerator,
-    kind: type[Method[Any]],
+    kind: type[TrainingMethod[Any]],
     parent: Parent,
     examples: list[Example],
     out: Path,
     settings: TrainSettings,
     identity: dict[str, Any],
-    report: Report,
+    report: ProgressReport,
 ) -> Run:
     """Loads the base, puts in what is trained, encodes pictures and captions."""
     with accelerator.main_process_first():
@@ -133,12 +133,12 @@ def _prepare(
 
 def _material(
     accelerator: Accelerator,
-    method: Method[Any],
+    method: TrainingMethod[Any],
     examples: list[Example],
     further: list[Example],
     out: Path,
     resolution: int,
-    report: Report,
+    report: ProgressReport,
 ) -> Material:
     settings, pipeline, everything = method.settings, method.pipeline, [*examples, *further]
     sizes = choose_sizes(everything, resolution, side_multiple(method.parent), bucket=settings.bucket)

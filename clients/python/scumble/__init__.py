@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     )
     from scumble.events import Done, Event, Failed, Preview, Queued, Step
     from scumble.images import Images
+    from scumble.receipt import Receipt
     from scumble.request import Adapter, Options, Request
+    from scumble.stats import Stats
 
 __all__ = [
     "Adapter",
@@ -51,9 +53,11 @@ __all__ = [
     "Preview",
     "QueueFull",
     "Queued",
+    "Receipt",
     "Refused",
     "Request",
     "ScumbleError",
+    "Stats",
     "Step",
     "Unavailable",
 ]
@@ -62,6 +66,8 @@ _HOMES = {
     "Client": "scumble.client",
     "Health": "scumble.client",
     "Images": "scumble.images",
+    "Receipt": "scumble.receipt",
+    "Stats": "scumble.stats",
     **dict.fromkeys(("Adapter", "Options", "Request"), "scumble.request"),
     **dict.fromkeys(("Done", "Event", "Failed", "Preview", "Queued", "Step"), "scumble.events"),
 }

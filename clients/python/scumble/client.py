@@ -12,24 +12,23 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 from numpy.typing import NDArray
 from PIL import Image
 
 from scumble.connection import Connection
 from scumble.errors import QueueFull, ScumbleError, Unavailable
-from scumble.events import Done, Failed, Preview, Queued, Step
+from scumble.events import Done, Failed, StreamEvent
 from scumble.images import Images, encoded
 from scumble.request import Adapter, Options, Request, SchedulerName, parse_adapter
+from scumble.stats import Stats
 from scumble.wire import STREAM_MODEL, request_to_tensors, stats_query, tensors_to_event, tensors_to_stats
 
 DEFAULT_URL = "127.0.0.1:8001"
 MAX_RETRIES = 8
 MAX_RETRY_WAIT = 30.0
 """Seconds; a server that asks for more is not believed."""
-
-Progress: TypeAlias = Queued | Step | Preview | Done
 
 
 class Fields(TypedDict, total=False):
@@ -73,8 +72,8 @@ class Client:
         self._connection = Connection(self.url)
         self.images = ImagesApi(self._connection, timeout)
 
-    def stats(self) -> dict[str, Any]:
-        """The counters since the server started; see `scumble_server.service.Service.stats`."""
+    def stats(self) -> Stats:
+        """The counters since the server started."""
         answers = list(self._connection.stream(STREAM_MODEL, _new_id(), stats_query(), self.timeout))
         if not answers:
             raise Unavailable(f"the server at {self.url} ended the call without an answer", url=self.url)
@@ -112,14 +111,11 @@ class ImagesApi:
 
         Raises what the server refused, or Unavailable. QueueFull is raised after a few retries.
         """
-        for event in self.stream(prompt, timeout=timeout, **fields):
-            if isinstance(event, Done):
-                images = Images(event.images, event.receipt, event.maps, event.encoded)
-        return images
+        return wait_for_images(self.stream(prompt, timeout=timeout, **fields))
 
     def stream(
         self, prompt: str | Request, *, timeout: float | None = None, **fields: Unpack[Fields]
-    ) -> Generator[Progress]:
+    ) -> Generator[StreamEvent]:
         """Queued, Step…, Preview… if asked for, and at last Done; raises as `generate`.
 
         Closing the iterator takes the request back: its rows leave the batch at the next step.
@@ -127,7 +123,7 @@ class ImagesApi:
         request = to_request(prompt, fields)
         return self._stream(request, self._timeout if timeout is None else timeout)
 
-    def _stream(self, request: Request, timeout: float | None) -> Generator[Progress]:
+    def _stream(self, request: Request, timeout: float | None) -> Generator[StreamEvent]:
         request_id = _new_id()  # kept over retries: one request, one id in the server's log
         deadline = None if timeout is None else time.monotonic() + timeout
         for wait_again in (*[True] * MAX_RETRIES, False):
@@ -141,7 +137,7 @@ class ImagesApi:
             else:
                 return
 
-    def _attempt(self, request: Request, request_id: str, timeout: float | None) -> Generator[Progress]:
+    def _attempt(self, request: Request, request_id: str, timeout: float | None) -> Generator[StreamEvent]:
         finished = False
         responses = self._connection.stream(STREAM_MODEL, request_id, request_to_tensors(request), timeout)
         try:
@@ -159,6 +155,19 @@ class ImagesApi:
             raise
         finally:
             responses.close()
+
+
+def wait_for_images(events: Iterable[StreamEvent], show: Callable[[StreamEvent], None] | None = None) -> Images:
+    """Read a stream to its end and return what it drew; `show` sees each event. Raises what `events` raises."""
+    done = None
+    for event in events:
+        if show is not None:
+            show(event)
+        if isinstance(event, Done):
+            done = event
+    if done is None:
+        raise Unavailable("the stream ended without pictures")
+    return Images(done.images, done.receipt, done.maps, done.encoded)
 
 
 def to_request(prompt: str | Request, fields: Fields) -> Request:

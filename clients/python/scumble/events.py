@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scumble.errors import ScumbleError
+from scumble.receipt import Receipt
 
 Pixels: TypeAlias = NDArray[np.uint8]
 """`(n, H, W, 3)`, RGB, 0–255."""
@@ -40,14 +41,14 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The pictures and the receipt (DESIGN: what was asked, bound, drawn and timed).
+    """The pictures, and the receipt: what was asked, bound, drawn and timed.
 
     `maps` are the control maps, `(k, H, W, 3)` in the receipt's order, if the request asked for them.
     Where it asked for a format, `images` is empty and `encoded` holds a file for each, with its receipt inside.
     """
 
     images: Pixels
-    receipt: dict[str, Any]
+    receipt: Receipt
     maps: Pixels | None = None
     encoded: tuple[bytes, ...] = ()
 
@@ -59,4 +60,6 @@ class Failed:
     error: ScumbleError
 
 
-Event: TypeAlias = Queued | Step | Preview | Done | Failed
+StreamEvent: TypeAlias = Queued | Step | Preview | Done
+"""What the client's streams yield; Failed is raised instead."""
+Event: TypeAlias = StreamEvent | Failed

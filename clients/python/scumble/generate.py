@@ -13,14 +13,14 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from scumble.client import Client
+from scumble.client import Client, wait_for_images
 from scumble.errors import InvalidRequest, NotFound
-from scumble.events import Done
 from scumble.files import write_whole
 from scumble.images import Images, check_path, encoded
 from scumble.local import local_server
 from scumble.progress import ProgressBar
-from scumble.receipt import find_inputs, input_digests, read_receipt, request_from_receipt
+from scumble.receipt import Receipt
+from scumble.redraw import find_inputs, input_digests, read_receipt, request_from_receipt
 from scumble.request import Adapter, Request, SchedulerName, parse_adapter
 
 
@@ -62,49 +62,59 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print files and receipt as JSON.")] = False,
 ) -> None:
     """Make pictures; without --url or SCUMBLE_URL a server is started for them and stopped again."""
-    images, looking = parse_looking([*(control or ()), *(ip or ())])
     named = {name: path for name, path in (("init", init), ("mask", mask)) if path is not None}
+    images, looking = parse_looking([*(control or ()), *(ip or ())])
     images |= {name: encoded(path) for name, path in named.items()}
     options = {
         **parse_options(option or []),
-        "timestep_spacing": timestep_spacing,
-        "rescale_betas": rescale_betas,
-        "eta": eta,
-        "image": "init" if init else None,
-        "mask": "mask" if mask else None,
+        **_without_none(timestep_spacing=timestep_spacing, rescale_betas=rescale_betas, eta=eta),
+        **{option: name for name, option in (("init", "image"), ("mask", "mask")) if name in named},
     }
-    given = {
-        "prompt": prompt,
-        "base": base,
-        "adapters": [*(parse_adapter(text) for text in adapter or ()), *looking] or None,
-        "images": images or None,
-        "negative_prompt": negative,
-        "seed": seed,
-        "steps": steps,
-        "guidance_scale": guidance,
-        "scheduler": scheduler,
-        "num_images": num_images,
-        "options": {name: value for name, value in options.items() if value is not None} or None,
+    given = _without_none(
+        prompt=prompt,
+        base=base,
+        adapters=[*(parse_adapter(text) for text in adapter or ()), *looking] or None,
+        images=images or None,
+        negative_prompt=negative,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance,
+        scheduler=scheduler,
+        num_images=num_images,
+        options=options or None,
         **(_parse_size(size) if size else {}),
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    )
     request = _from_receipt(given, from_receipt, image or []) if from_receipt else _request(given)
+    _check_folders(out, receipt)
+    drawn = _draw(request, url or os.environ.get("SCUMBLE_URL"), quiet=as_json)
+    _report(drawn, out, receipt, as_json=as_json)
+
+
+def notices(receipt: Receipt) -> list[str]:
+    """What the picture does not show although it was asked for."""
+    return [f"adapter {dropped.ref} was dropped: {dropped.reason}" for dropped in receipt.dropped]
+
+
+def _without_none(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_folders(out: Path, receipt: Path | None) -> None:
+    """Before any work. Raises InvalidRequest or NotFound."""
     check_path(out)
     if receipt and not receipt.parent.is_dir():
         raise NotFound(f"folder {receipt.parent} does not exist; make it first", path=str(receipt.parent))
 
-    drawn = _draw(request, url or os.environ.get("SCUMBLE_URL"), quiet=as_json)
+
+def _report(drawn: Images, out: Path, receipt: Path | None, *, as_json: bool) -> None:
+    """Write the files and print their names."""
     files = [str(path) for path in drawn.save(out)]
+    plain = drawn.receipt.to_json()
     if receipt:
-        write_whole(receipt, json.dumps(drawn.receipt, indent=2).encode())
-    print(json.dumps({"files": files, "receipt": drawn.receipt}) if as_json else "\n".join(files))
+        write_whole(receipt, json.dumps(plain, indent=2).encode())
+    print(json.dumps({"files": files, "receipt": plain}) if as_json else "\n".join(files))
     for notice in notices(drawn.receipt):
         print(f"scumble: {notice}", file=sys.stderr)
-
-
-def notices(receipt: dict[str, Any]) -> list[str]:
-    """What the picture does not show although it was asked for."""
-    return [f"adapter {dropped['ref']} was dropped: {dropped['reason']}" for dropped in receipt["dropped"]]
 
 
 def _request(given: dict[str, Any]) -> Request:
@@ -180,11 +190,7 @@ def _parse_size(size: str) -> dict[str, int]:
 
 def _draw(request: Request, url: str | None, *, quiet: bool) -> Images:
     with ProgressBar(quiet=quiet) as bar, _server(url, request.base, bar) as address, Client(address) as client:
-        for event in client.images.stream(request):
-            bar.show(event)
-            if isinstance(event, Done):
-                images = Images(event.images, event.receipt, event.maps, event.encoded)
-    return images
+        return wait_for_images(client.images.stream(request), bar.show)
 
 
 @contextmanager

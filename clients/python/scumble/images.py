@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
@@ -15,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from scumble.errors import InvalidRequest, NotFound
 from scumble.events import Pixels
 from scumble.files import write_whole
+from scumble.receipt import Receipt
 from scumble.request import Format
 
 PNG_RECEIPT = "scumble_receipt"
@@ -34,7 +34,7 @@ class Images:
     """
 
     images: Pixels
-    receipt: dict[str, Any]
+    receipt: Receipt
     maps: Pixels | None = None
     encoded: tuple[bytes, ...] = ()
 
@@ -54,21 +54,21 @@ class Images:
         """
         paths = paths_for(Path(path), len(self))
         kind = FORMATS[Path(path).suffix.lower()]
-        as_it_came = self.encoded if kind == self.receipt.get("request", {}).get("options", {}).get("format") else ()
+        as_it_came = self.encoded if kind == self.receipt.request.options.get("format") else ()
         contents = as_it_came or (
-            encode(picture, kind, self.receipt | {"image": index}) for index, picture in enumerate(self.pil())
+            encode(picture, kind, self.receipt.of_image(index)) for index, picture in enumerate(self.pil())
         )
         for file, content in zip(paths, contents, strict=True):
             write_whole(file, content)
         return paths
 
 
-def encode(picture: Image.Image, kind: Format, receipt: dict[str, Any], quality: int = QUALITY) -> bytes:
+def encode(picture: Image.Image, kind: Format, receipt: Receipt, quality: int = QUALITY) -> bytes:
     """A file that carries its receipt; `quality` means nothing to PNG.
 
     Raises InvalidRequest if the receipt is larger than what a JPEG holds (64 KB).
     """
-    text = json.dumps(receipt, separators=(",", ":"))
+    text = json.dumps(receipt.to_json(), separators=(",", ":"))
     buffer = BytesIO()
     if kind == "png":
         info = PngInfo()

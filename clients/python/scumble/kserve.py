@@ -11,42 +11,29 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from scumble.wire import NUMPY, Datatype, Tensors
 
-_DATATYPES: dict[np.dtype[Any], Datatype] = {np.dtype(kind): datatype for datatype, kind in NUMPY.items()}
+DATATYPES: dict[np.dtype[Any], Datatype] = {np.dtype(kind): datatype for datatype, kind in NUMPY.items()}
 
 
 def infer_request(model: str, request_id: str, tensors: Tensors) -> Any:
     """A `ModelInferRequest`."""
     message = service_pb2.ModelInferRequest(model_name=model, id=request_id)
     for name, tensor in tensors.items():
-        message.inputs.add(name=name, datatype=_DATATYPES[tensor.dtype], shape=tensor.shape)
-        message.raw_input_contents.append(_to_raw(tensor))
+        message.inputs.add(name=name, datatype=DATATYPES[tensor.dtype], shape=tensor.shape)
+        message.raw_input_contents.append(to_raw(tensor))
     return message
-
-
-def infer_response(model: str, request_id: str, tensors: Tensors) -> Any:
-    """A `ModelInferResponse`, as a server makes it."""
-    message = service_pb2.ModelInferResponse(model_name=model, id=request_id)
-    for name, tensor in tensors.items():
-        message.outputs.add(name=name, datatype=_DATATYPES[tensor.dtype], shape=tensor.shape)
-        message.raw_output_contents.append(_to_raw(tensor))
-    return message
-
-
-def request_tensors(message: Any) -> dict[str, NDArray[Any]]:
-    return _read(message.inputs, message.raw_input_contents)
 
 
 def response_tensors(message: Any) -> dict[str, NDArray[Any]]:
     """Arrays that the caller owns. Raises ValueError if contents and shapes disagree."""
-    return _read(message.outputs, message.raw_output_contents)
+    return read_tensors(message.outputs, message.raw_output_contents)
 
 
-def _read(described: Any, contents: Any) -> dict[str, NDArray[Any]]:
+def read_tensors(described: Any, contents: Any) -> dict[str, NDArray[Any]]:
     pairs = zip(described, contents, strict=True)
     return {spec.name: _from_raw(raw, spec.datatype).reshape(tuple(spec.shape)) for spec, raw in pairs}
 
 
-def _to_raw(tensor: NDArray[Any]) -> bytes:
+def to_raw(tensor: NDArray[Any]) -> bytes:
     if tensor.dtype == np.object_:
         return cast("bytes", serialize_byte_tensor(tensor).item()) if tensor.size else b""
     return tensor.tobytes()

@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from scumble.events import Done, Preview, Queued, Step
+from scumble.events import Done, Queued, Step, StreamEvent
 
 
 class ProgressBar:
@@ -27,7 +27,7 @@ class ProgressBar:
         )
         self._task = self._progress.add_task("sent", total=None)
 
-    def show(self, event: Queued | Step | Preview | Done) -> None:
+    def show(self, event: StreamEvent) -> None:
         match event:
             case Queued(position):
                 self.say(f"queued, {position} ahead" if position else "next")

@@ -1,160 +1,165 @@
-"""Receipts on the client's side: read from a file, and turned back into the request that draws the same."""
+"""The receipt: what was asked, what was bound, what was drawn and how long it took. It remakes the picture.
+
+The server makes one for each request, every picture carries it as JSON, and `scumble.redraw` reads it again.
+Law: `Receipt.parse(data).to_json() == data` for all that a server of ours wrote, in the same order of keys.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from scumble.errors import InvalidRequest, NotFound
-from scumble.images import receipt_text
-from scumble.request import Request
+from scumble.errors import InvalidRequest
 
 SCHEMA = 1
-MAX_INPUT_BYTES = 256 << 20
-"""No file larger than this is looked at as a request's picture."""
 
 
-def read_receipt(path: Path) -> dict[str, Any]:
-    """The receipt in a picture of ours, in a `--receipt` file, or in what `scumble generate --json` printed.
+class _Part(BaseModel):
+    """What a newer server says beside these fields is carried along."""
 
-    Raises NotFound if there is no file, InvalidRequest if it holds no receipt of a schema we know.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise NotFound(f"receipt {path} does not exist", path=str(path)) from error
-    except OSError as error:
-        raise InvalidRequest(f"receipt {path} cannot be read: {error.strerror}", field="from_receipt") from error
-    text = receipt_text(path) if content.startswith((b"\x89PNG", b"RIFF", b"\xff\xd8")) else content
-    try:
-        data = json.loads(text)
-        receipt: dict[str, Any] = data.get("receipt", data)
-        known = receipt["schema"] == SCHEMA
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InvalidRequest(
-            f"{path} holds no receipt; give a picture or a receipt file that `scumble generate` wrote",
-            field="from_receipt",
-        ) from error
-    if not known:
-        raise InvalidRequest(
-            f"{path}: receipt of schema {receipt['schema']!r}, this client reads {SCHEMA}",
-            field="from_receipt",
-        )
-    return receipt
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 
 
-def request_from_receipt(receipt: dict[str, Any], found: Mapping[str, bytes] | None = None) -> Request:
-    """The request that draws the same again: every reference pinned to the digest that was bound.
+class BoundVersion(_Part):
+    """A version of the registry, as it was bound."""
 
-    `found` are the encoded pictures and raw tensors that are at hand, by digest (see `find_inputs`). Of one picture
-    out of several (`image` in a PNG's receipt) only that one is asked for.
-    Raises InvalidRequest if the receipt lacks something, NotFound if an input is not at hand.
-    """
-    try:
-        fields = dict(receipt["request"])
-        fields["images"] = {name: _input(name, digest, found or {}) for name, digest in _digests(fields, "images")}
-        fields["tensors"] = {
-            name: _tensor(_input(name, described["digest"], found or {}), described)
-            for name, described in fields.get("tensors", {}).items()
-        }
-        fields["base"] = _pin(receipt["base"]["ref"], receipt["base"]["digest"])
-        fields["adapters"] = _pinned_adapters(receipt)
-        if "vae" in receipt:
-            fields["options"] = fields["options"] | {"vae": _pin(receipt["vae"]["ref"], receipt["vae"]["digest"])}
-        if "image" in receipt:
-            fields |= {"seed": receipt["seeds"][receipt["image"]], "num_images": 1}
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidRequest(f"the receipt is not complete: {error!r}", field="from_receipt") from error
-    return Request.parse(fields)
+    name: str
+    version: int
+    digest: str
+    """`sha256:…` of its manifest, read back from what was bound."""
+    ref: str
+    """The reference that was asked for, e.g. `styles/ink@prod`; of base and VAE the version's own."""
 
 
-def input_digests(receipt: dict[str, Any]) -> dict[str, str]:
-    """Digest → name of every picture and tensor that the request brought."""
-    asked = receipt["request"]
-    return {digest: name for kind in ("images", "tensors") for name, digest in _digests(asked, kind)}
+class BoundAdapter(BoundVersion):
+    """An adapter that took part in the picture."""
+
+    kind: str
+    weight: float
+    text_weight: float
+
+    @property
+    def details(self) -> dict[str, JsonValue]:
+        """What the adapter's method adds, e.g. `rank` for a LoRA; in JSON these stand beside the other keys."""
+        return self.__pydantic_extra__
 
 
-def find_inputs(wanted: Collection[str], places: Iterable[Path]) -> dict[str, bytes]:
-    """Digest → content, from `places`: files, or folders whose files are looked at (not those of their folders).
+class DroppedAdapter(_Part):
+    """An adapter that was asked for and would have changed nothing."""
 
-    A picture is a whole file, a tensor's bytes stand in a safetensors file.
-    """
-    found: dict[str, bytes] = {}
-    for place in places:
-        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if len(found) < len(wanted) and path.is_file() and path.stat().st_size <= MAX_INPUT_BYTES:
-                for content in _contents(path):
-                    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-                    if digest in wanted:
-                        found[digest] = content
-    return found
+    ref: str
+    reason: str
 
 
-def _contents(path: Path) -> list[bytes]:
-    content = path.read_bytes()
-    if path.suffix != ".safetensors":
-        return [content]
-    try:
-        return [values.tobytes() for values in load(content).values()]
-    except (SafetensorError, KeyError, ValueError):
-        return []  # somebody else's file, of types that numpy does not know
+class PictureInput(_Part):
+    """A picture that the request brought: sha256 of its file, and its size in pixels."""
+
+    digest: str
+    width: int
+    height: int
 
 
-def _digests(asked: dict[str, Any], kind: str) -> list[tuple[str, str]]:
-    return [(name, described["digest"]) for name, described in asked.get(kind, {}).items()]
+class TensorInput(_Part):
+    """A tensor that the request brought; `digest` covers its bytes as safetensors holds them."""
+
+    digest: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
-def _input(name: str, digest: str, found: Mapping[str, bytes]) -> bytes:
-    if digest not in found:
-        raise NotFound(
-            f"the receipt's input {name!r} ({digest}) is not at hand; name its file with --image FILE",
-            name=name,
-            digest=digest,
-        )
-    return found[digest]
+class AskedAdapter(_Part):
+    """An adapter as it was asked for: the fields of `request.Adapter` that differ from their defaults."""
+
+    ref: str
 
 
-def _tensor(content: bytes, described: dict[str, Any]) -> NDArray[Any]:
-    return np.frombuffer(content, np.dtype(described["dtype"])).reshape(described["shape"])
+class AskedRequest(_Part):
+    """The request with the base's defaults filled in. Its inputs are named by their digests."""
+
+    prompt: str
+    negative_prompt: str | None
+    base: str
+    scheduler: str
+    seed: int
+    steps: int
+    width: int
+    height: int
+    num_images: int
+    guidance_scale: float
+    adapters: tuple[AskedAdapter, ...]
+    options: dict[str, JsonValue]
+    """The fields of `request.Options` that differ from their defaults."""
+    images: dict[str, PictureInput] = {}
+    tensors: dict[str, TensorInput] = {}
 
 
-def receipt_digest(receipt: dict[str, Any]) -> str:
+class Receipt(_Part):
+    """One request's receipt; in a file with one picture also that picture's place (`image`)."""
+
+    schema_number: int = Field(alias="schema")
+    """`SCHEMA`, where this client can read it."""
+    request: AskedRequest
+    base: BoundVersion
+    vae: BoundVersion | None = None
+    """The one that was asked for in place of the base's own."""
+    adapters: tuple[BoundAdapter, ...]
+    dropped: tuple[DroppedAdapter, ...]
+    seeds: tuple[int, ...]
+    """One for each picture."""
+    engine: dict[str, str]
+    """Executor, device, precision, and the digests of engines."""
+    timings_ms: dict[str, float]
+    image: int | None = None
+
+    @classmethod
+    def parse(cls, data: Any) -> Self:
+        """Check what `json.loads` gave. Raises InvalidRequest that names what is missing or wrong."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
+            )
+            raise InvalidRequest(f"the receipt is not complete: {problems}", field="from_receipt") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: only what was set, in the order of the fields, a method's own keys last."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    def of_image(self, index: int) -> Self:
+        """The receipt that a file with the picture at this place carries."""
+        return self.model_copy(update={"image": index})
+
+
+def receipt_digest(receipt: Receipt) -> str:
     """`sha256:…` over what determines the picture; the same request on the same weights has the same."""
-    asked = {key: value for key, value in receipt["request"].items() if key not in ("base", "adapters")}
+    said = receipt.to_json()
     determined = {
-        "request": asked,
-        "base": receipt["base"]["digest"],
-        "adapters": [adapter | {"ref": _digest_of(adapter["ref"])} for adapter in _pinned_adapters(receipt)],
-        "seeds": receipt["seeds"],
-        "engine": receipt["engine"],
+        "request": {key: value for key, value in said["request"].items() if key not in ("base", "adapters")},
+        "base": receipt.base.digest,
+        "adapters": [adapter | {"ref": adapter["ref"].partition("@")[2]} for adapter in pinned_adapters(receipt)],
+        "seeds": said["seeds"],
+        "engine": said["engine"],
     }
     canonical = json.dumps(determined, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _pinned_adapters(receipt: dict[str, Any]) -> list[dict[str, Any]]:
-    """The adapters that were bound, as they were asked for; what was dropped at admission stays out."""
-    digests = {bound["ref"]: bound["digest"] for bound in receipt["adapters"]}
-    asked = receipt["request"]["adapters"]
+def pinned_adapters(receipt: Receipt) -> list[dict[str, Any]]:
+    """The adapters that were bound, as they were asked for but by digest; what was dropped at admission stays out."""
+    digests = {bound.ref: bound.digest for bound in receipt.adapters}
     return [
-        adapter | {"ref": _pin(adapter["ref"], digests[adapter["ref"]])}
-        for adapter in asked
-        if adapter["ref"] in digests
+        asked.model_dump(mode="json", exclude_unset=True) | {"ref": pin(asked.ref, digests[asked.ref])}
+        for asked in receipt.request.adapters
+        if asked.ref in digests
     ]
 
 
-def _digest_of(pinned: str) -> str:
-    return pinned.partition("@")[2]
-
-
-def _pin(ref: str, digest: str) -> str:
+def pin(ref: str, digest: str) -> str:
+    """The same name at exactly this version: `ns/name@sha256:…`."""
     name = ref.partition("@")[0]
     return f"{name}@sha256:{digest.removeprefix('sha256:')}"

@@ -37,14 +37,14 @@ MAX_INPUTS = 64
 Format = Literal["png", "webp", "jpeg"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Pixel = Annotated[int, Field(ge=0, le=16384)]
-Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
+PixelSize = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-Name = Annotated[str, Field(min_length=1, max_length=200)]
+InputName = Annotated[str, Field(min_length=1, max_length=200)]
 """Of a picture or a tensor of the request."""
 LayerScale = TypeAliasType("LayerScale", "float | tuple[LayerScale, ...] | dict[str, LayerScale]")
 
@@ -72,9 +72,11 @@ class Adapter(_Strict):
     """The word in the prompts that stands for a textual inversion; None means the one that it was published with."""
     text: Annotated[str, Field(max_length=10_000)] | None = None
     """What a hypernetwork that predicts a LoRA from a text reads; None means the request's prompt."""
-    images: Annotated[tuple[Name, ...], Field(max_length=16, validation_alias=AliasChoices("images", "image"))] = ()
+    images: Annotated[
+        tuple[InputName, ...], Field(max_length=16, validation_alias=AliasChoices("images", "image"))
+    ] = ()
     """What it looks at: names of the request's pictures (or, where it takes embeddings, of its tensors)."""
-    masks: Annotated[tuple[Name, ...], Field(max_length=16, validation_alias=AliasChoices("masks", "mask"))] = ()
+    masks: Annotated[tuple[InputName, ...], Field(max_length=16, validation_alias=AliasChoices("masks", "mask"))] = ()
     """Where each of `images` acts, white on black."""
     scale: LayerScale | None = None
     """An IP-Adapter's strength by block and layer, on top of `weight`, as diffusers writes it; of a union ControlNet,
@@ -82,9 +84,9 @@ class Adapter(_Strict):
     """
     mode: Literal["balanced", "prompt", "control", "guess"] | None = None
     """Of a ControlNet: whether prompt or control goes first where they disagree; None means balanced."""
-    control_type: tuple[Name, ...] = ()
+    control_type: tuple[InputName, ...] = ()
     """What each of `images` shows, for a ControlNet that knows several kinds of control."""
-    preprocess: Name | dict[str, Any] | None = None
+    preprocess: InputName | dict[str, Any] | None = None
     """How a picture becomes a control map: `canny`, or `{"name": "canny", "low": 100}`. None: it is a map."""
 
     @field_validator("images", "masks", "control_type", mode="before")
@@ -126,9 +128,9 @@ class Options(_Strict):
     """Whether `<lora:ns/name:0.8>` in a prompt of the webui's grammar adds that adapter."""
     return_maps: bool = False
     """Also return the control maps that `preprocess` made."""
-    image: Name | None = None
+    image: InputName | None = None
     """Begin with this one of the request's pictures (img2img), resized to the request's size."""
-    mask: Name | None = None
+    mask: InputName | None = None
     """Draw only what is white in this one of the request's pictures, and keep the rest of `image` (inpainting)."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """How much of `image` changes: the share of the steps that is run. None means 0.8, or 1 with a mask."""
@@ -147,9 +149,9 @@ class Options(_Strict):
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
     """For SDXL's second text encoder; None means the same as for the first."""
-    original_size: Size | None = None
+    original_size: PixelSize | None = None
     crop: tuple[Pixel, Pixel] | None = None
-    target_size: Size | None = None
+    target_size: PixelSize | None = None
     """What SDXL is told of the picture, in pixels: width and height of the original, left and top of where it was cut,
     width and height aimed at. None means the picture's own size, uncut.
     """
@@ -185,9 +187,9 @@ class Request(_Strict):
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     adapters: Annotated[tuple[Adapter, ...], Field(max_length=MAX_ADAPTERS)] = ()
     options: Options = Options()
-    images: Annotated[dict[Name, bytes], Field(max_length=MAX_INPUTS)] = Field(default_factory=dict)
+    images: Annotated[dict[InputName, bytes], Field(max_length=MAX_INPUTS)] = Field(default_factory=dict)
     """Encoded pictures (PNG, JPEG, WebP) by the names that adapters call them."""
-    tensors: Annotated[dict[Name, SkipValidation[NDArray[Any]]], Field(max_length=MAX_INPUTS)] = Field(
+    tensors: Annotated[dict[InputName, SkipValidation[NDArray[Any]]], Field(max_length=MAX_INPUTS)] = Field(
         default_factory=dict
     )
     """Embeddings that the caller has made, by the names that adapters call them."""
@@ -212,19 +214,12 @@ class Request(_Strict):
             raise _explain(error) from error
 
 
-def parse_adapters(data: Any) -> tuple[Adapter, ...]:
-    """A list of plain dicts to adapters. Raises InvalidRequest naming the place."""
-    try:
-        return tuple(Adapter.model_validate(item) for item in data)
-    except ValidationError as error:
-        raise _explain(error, prefix="adapters.") from error
-
-
 def parse_adapter(text: str) -> Adapter:
     """`REF[:WEIGHT]` of the command line. A digest's own colon is not a weight.
 
-    >>> parse_adapter("styles/ink@2:0.8")
-    Adapter(ref='styles/ink@2', weight=0.8, text_weight=None)
+    >>> adapter = parse_adapter("styles/ink@2:0.8")
+    >>> adapter.ref, adapter.weight
+    ('styles/ink@2', 0.8)
     """
     ref, colon, weight = text.rpartition(":")
     if not colon or ref.endswith("@sha256"):
@@ -241,7 +236,7 @@ def parse_adapter(text: str) -> Adapter:
     return Adapter(ref=ref, weight=value)
 
 
-def _explain(error: ValidationError, prefix: str = "") -> InvalidRequest:
-    problems = [(prefix + ".".join(str(part) for part in item["loc"]), item["msg"]) for item in error.errors()]
+def _explain(error: ValidationError) -> InvalidRequest:
+    problems = [(".".join(str(part) for part in item["loc"]), item["msg"]) for item in error.errors()]
     text = "; ".join(f"{field}: {message}" for field, message in problems)
     return InvalidRequest(text, field=problems[0][0])

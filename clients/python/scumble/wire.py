@@ -24,7 +24,9 @@ from safetensors.numpy import load, save
 
 from scumble.errors import InvalidRequest, ScumbleError, from_dict
 from scumble.events import Done, Event, Failed, Preview, Queued, Step
+from scumble.receipt import Receipt
 from scumble.request import Request
+from scumble.stats import Stats
 
 STREAM_MODEL = "scumble_stream"
 UNARY_MODEL = "scumble"
@@ -86,7 +88,7 @@ STREAM_OUTPUTS = (
     TensorSpec("stats", "BYTES"),  # JSON, the one answer to the query
 )
 
-_JSON_FIELDS = {"adapters": list, "options": dict}
+_JSON_FIELDS: dict[str, type[list[Any] | dict[str, Any]]] = {"adapters": list, "options": dict}
 _MAX_TENSORS_BYTES = 16 << 20
 _DATATYPES = {spec.name: spec.datatype for spec in STREAM_INPUTS}
 
@@ -128,7 +130,11 @@ def event_to_tensors(event: Event) -> dict[str, NDArray[Any]]:
         case Preview(step, steps, images):
             return {"event": _json_tensor({"type": "preview", "step": step, "steps": steps}), "images": images}
         case Done(images, receipt, maps, encoded):
-            done = {"event": _json_tensor({"type": "done"}), "images": images, "receipt": _json_tensor(receipt)}
+            done = {
+                "event": _json_tensor({"type": "done"}),
+                "images": images,
+                "receipt": _json_tensor(receipt.to_json()),
+            }
             done |= {"maps": maps} if maps is not None else {}
             return done | {"encoded": np.array([*encoded, b""], np.object_)[:-1]} if encoded else done
         case Failed(error):
@@ -149,7 +155,8 @@ def tensors_to_event(tensors: Tensors) -> Event:
             case "done":
                 maps = np.asarray(tensors["maps"], np.uint8) if "maps" in tensors else None
                 files = tuple(bytes(content) for content in tensors.get("encoded", ()))
-                return Done(np.asarray(tensors["images"], np.uint8), _json_value(tensors["receipt"]), maps, files)
+                receipt = Receipt.model_validate(_json_value(tensors["receipt"]))
+                return Done(np.asarray(tensors["images"], np.uint8), receipt, maps, files)
             case "failed":
                 return Failed(from_dict(_json_value(tensors["error"])))
             case unknown:
@@ -174,17 +181,18 @@ def is_stats_query(tensors: Tensors) -> bool:
     return True
 
 
-def stats_to_tensors(stats: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    return {"stats": _json_tensor(stats)}
+def stats_to_tensors(stats: Stats) -> dict[str, NDArray[Any]]:
+    return {"stats": _json_tensor(stats.to_json())}
 
 
-def tensors_to_stats(tensors: Tensors) -> dict[str, Any]:
-    """`Service.stats()` again: JSON made texts of the keys of `batch_sizes`."""
+def tensors_to_stats(tensors: Tensors) -> Stats:
+    """Raises what the server answered instead, or ScumbleError if it is not one of ours."""
     if "error" in tensors:
         raise from_dict(_json_value(tensors["error"]))
-    stats: dict[str, Any] = _json_value(tensors["stats"])
-    sizes = stats.get("batch_sizes", {})
-    return stats | {"batch_sizes": {int(size): steps for size, steps in sizes.items()}}
+    try:
+        return Stats.model_validate(_json_value(tensors["stats"]))
+    except (KeyError, ValueError) as error:
+        raise ScumbleError(f"the server sent stats that cannot be read: {error}") from error
 
 
 def _result_type(tensors: Tensors) -> str:

@@ -27,7 +27,7 @@ _VARIATIONS = ((False, 1.0, 0.0, 0.0), (True, 1.0, 0.0, 0.0), (False, 0.85, 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class EmojiPicture:
     """One picture; `concept` is the same for all pictures of one thing."""
 
     file_name: str
@@ -37,7 +37,7 @@ class Entry:
     style: str
 
 
-def write_folder(entries: Iterator[Entry], out: Path) -> int:
+def write_folder(entries: Iterator[EmojiPicture], out: Path) -> int:
     """Writes the pictures and, last, their lines; returns how many there are."""
     out.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -49,17 +49,19 @@ def write_folder(entries: Iterator[Entry], out: Path) -> int:
     return len(lines)
 
 
-def one_style(modules: Path, style: Style, split: Split, size: int = SIZE) -> Iterator[Entry]:
+def one_style(modules: Path, style: Style, split: Split, size: int = SIZE) -> Iterator[EmojiPicture]:
     """The known concepts as one hand drew them. By concept: "train" are those that the base knows."""
     icons = read_icon_set(modules / style.package)
     for concept in concepts():
         if _wanted(concept.held_out, split):
             picture = render(icons.svg_of_code(concept.code), size)
             name = f"{_slug(concept.name)}.png"
-            yield Entry(name, picture, captions(concept, style), concept.name, style.name)
+            yield EmojiPicture(name, picture, captions(concept, style), concept.name, style.name)
 
 
-def gallery(modules: Path, split: Split, styles: Sequence[Style] = BASE_STYLES, size: int = SIZE) -> Iterator[Entry]:
+def gallery(
+    modules: Path, split: Split, styles: Sequence[Style] = BASE_STYLES, size: int = SIZE
+) -> Iterator[EmojiPicture]:
     """All emoji that every set has, about 1,400, as the given hands drew them.
 
     "held-out" are the concepts that the base never saw and that nothing else may learn from either.
@@ -73,7 +75,9 @@ def gallery(modules: Path, split: Split, styles: Sequence[Style] = BASE_STYLES, 
         for style in styles:
             picture = render(icon_sets[style.name].svg_of_code(code), size)
             texts = _texts(concept, names.get(code, code), style)
-            yield Entry(f"{code}-{style.name}.png", picture, texts, concept.name if concept else code, style.name)
+            yield EmojiPicture(
+                f"{code}-{style.name}.png", picture, texts, concept.name if concept else code, style.name
+            )
 
 
 def _texts(concept: Concept | None, name: str, style: Style) -> tuple[str, ...]:
@@ -88,7 +92,7 @@ def _slug(name: str) -> str:
     return name.replace(" ", "-")
 
 
-def one_concept(modules: Path, concept: Concept, token: str, split: Split, size: int = SIZE) -> Iterator[Entry]:
+def one_concept(modules: Path, concept: Concept, token: str, split: Split, size: int = SIZE) -> Iterator[EmojiPicture]:
     """A handful of pictures of one thing, called `token`: "train" as the base's hands drew it, each a few times a
     little differently; "held-out" as the other hands did.
     """
@@ -99,7 +103,7 @@ def one_concept(modules: Path, concept: Concept, token: str, split: Split, size:
         variations = _VARIATIONS if split == "train" else _VARIATIONS[:1]
         for number, (mirrored, share, right, down) in enumerate(variations):
             picture = np.asarray(_placed(drawn, mirrored, share, right, down))
-            yield Entry(f"{style.name}-{number}.png", picture, texts, concept.name, style.name)
+            yield EmojiPicture(f"{style.name}-{number}.png", picture, texts, concept.name, style.name)
 
 
 def find_concept(name: str) -> Concept:

@@ -29,9 +29,9 @@ from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_trainers.data.dataset import METADATA, read_examples
 from scumble_trainers.data.vision import PictureStates
-from scumble_trainers.methods.hypernetwork.model import Hypernetwork
+from scumble_trainers.methods.hypernetwork.model import HypernetworkTraining
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
-from scumble_trainers.methods.lora.model import Lora
+from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.parent import Parent, native_resolution
 from scumble_trainers.results.result import Result
@@ -57,7 +57,7 @@ class Subject:
 
 def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
     """A refinement is measured as what is taught one concept."""
-    if result.adapter != Hypernetwork.adapter:
+    if result.adapter != HypernetworkTraining.adapter:
         taught = read_taught(data, result)
         with served(parent, {ADAPTER: out}) as server:
             return measure_concept(parent, taught, out, scorer, server)
@@ -117,7 +117,7 @@ def _trained_on(parent: Parent, data: Path, result: Result) -> set[str]:
     """Names of the concepts that the run did not hold out."""
     settings = HypernetworkSettings.model_validate(result.provenance["config"])
     examples = read_examples(data, resolution=settings.resolution or native_resolution(parent))
-    return {str(examples[number].concept) for number in Hypernetwork.hold_out(settings, examples)[0]}
+    return {str(examples[number].concept) for number in HypernetworkTraining.hold_out(settings, examples)[0]}
 
 
 def _train(parent: Parent, subject: Subject, folder: Path) -> float:
@@ -125,7 +125,7 @@ def _train(parent: Parent, subject: Subject, folder: Path) -> float:
     folder.mkdir()
     subject.picture.save(folder / "picture.png")
     (folder / METADATA).write_text(json.dumps({"file_name": "picture.png", "text": _prompt(subject.style)}), "utf-8")
-    result = train(Lora, parent, folder / METADATA, folder / "run", LORA)
+    result = train(LoraTraining, parent, folder / METADATA, folder / "run", LORA)
     return float(result.provenance["time"])
 
 

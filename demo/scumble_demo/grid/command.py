@@ -20,8 +20,9 @@ from scumble.client import Client
 from scumble.files import write_whole
 from scumble.images import Images
 from scumble.receipt import receipt_digest
+from scumble.stats import Stats
 from scumble_demo.grid.grid import draw_grid
-from scumble_demo.grid.plan import Column, Plan, Publish, Row
+from scumble_demo.grid.plan import GridColumn, GridPlan, GridRow, Publish
 from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
 from scumble_server.triton.running import running_server
@@ -37,7 +38,7 @@ class Drawn:
     """
 
     images: list[list[Images]]
-    stats: dict[str, Any]
+    stats: Stats
     seconds: float
 
 
@@ -52,7 +53,7 @@ def demo(
     def tell(what: str) -> None:
         print(what, file=sys.stderr, flush=True)
 
-    plan = Plan.read(demo_dir)
+    plan = GridPlan.read(demo_dir)
     with _home(home) as fresh_home:
         tell(f"Publishing {1 + len(plan.publish)} entries into a registry under {fresh_home} …")
         versions = publish(plan, fresh_home)
@@ -74,7 +75,7 @@ def _home(home: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def publish(plan: Plan, home: Path) -> list[Version]:
+def publish(plan: GridPlan, home: Path) -> list[Version]:
     """The base and then what is made for it."""
     with Registry.open(home, create=True) as registry:
         base = registry.publish(plan.base.path, plan.base.name, license=plan.base.license)
@@ -95,7 +96,7 @@ def _publish(registry: Registry, part: Publish, base: str) -> Version:
     )
 
 
-def draw(plan: Plan, url: str) -> Drawn:
+def draw(plan: GridPlan, url: str) -> Drawn:
     """Every row in every column, each a request of its own, all sent before the first is answered."""
     requests = [[column.request(row) for column in plan.columns] for row in plan.rows]
     with Client(url) as client, ThreadPoolExecutor(len(plan.rows) * len(plan.columns)) as threads:
@@ -105,7 +106,7 @@ def draw(plan: Plan, url: str) -> Drawn:
         return Drawn(images, seconds=time.perf_counter() - start, stats=client.stats())
 
 
-def write(plan: Plan, versions: list[Version], drawn: Drawn, out: Path) -> dict[str, Any]:
+def write(plan: GridPlan, versions: list[Version], drawn: Drawn, out: Path) -> dict[str, Any]:
     """`grid.png`, and for each picture a PNG and its receipt; returns the report that is also `report.json`."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = [[images.pil()[0] for images in row] for row in drawn.images]
@@ -122,7 +123,7 @@ def write(plan: Plan, versions: list[Version], drawn: Drawn, out: Path) -> dict[
         "pictures": len(cells),
         "seconds": round(drawn.seconds, 3),
         "pictures_per_second": round(len(cells) / drawn.seconds, 3),
-        "loop": drawn.stats,
+        "loop": drawn.stats.to_json(),
         "versions": [{"ref": version.ref, "digest": version.digest} for version in versions],
         "requests": cells,
     }
@@ -130,23 +131,23 @@ def write(plan: Plan, versions: list[Version], drawn: Drawn, out: Path) -> dict[
     return report
 
 
-def _write_cell(images: Images, out: Path, row: Row, column: Column) -> dict[str, Any]:
+def _write_cell(images: Images, out: Path, row: GridRow, column: GridColumn) -> dict[str, Any]:
     name = f"{_slug(row.text)}.{_slug(column.label)}"
     (picture,) = images.save(out / f"{name}.png")
-    write_whole(out / f"{name}.json", json.dumps(images.receipt, indent=2).encode())
-    request = images.receipt["request"]
+    write_whole(out / f"{name}.json", json.dumps(images.receipt.to_json(), indent=2).encode())
+    request = images.receipt.request
     return {
         "file": str(picture),
-        "prompt": request["prompt"],
-        "adapters": {bound["ref"]: bound["weight"] for bound in images.receipt["adapters"]},
-        "seed": request["seed"],
-        "steps": request["steps"],
-        "scheduler": request["scheduler"],
+        "prompt": request.prompt,
+        "adapters": {bound.ref: bound.weight for bound in images.receipt.adapters},
+        "seed": request.seed,
+        "steps": request.steps,
+        "scheduler": request.scheduler,
         "receipt": receipt_digest(images.receipt),
     }
 
 
-def _row_label(row: Row) -> tuple[str, str]:
+def _row_label(row: GridRow) -> tuple[str, str]:
     weight = f"\nweights times {row.weight:g}" if row.weight != 1 else ""
     style = f"{row.style}\n" if row.style else ""
     return row.text, f"{style}{row.scheduler}, {row.steps} steps\nseed {row.seed}{weight}"

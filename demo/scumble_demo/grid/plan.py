@@ -35,7 +35,7 @@ class Publish(_Part):
     image_encoder: str | None = None
 
 
-class Row(_Part):
+class GridRow(_Part):
     """What every column draws."""
 
     text: str
@@ -48,7 +48,7 @@ class Row(_Part):
     images: dict[str, Path] = Field(default_factory=dict)
 
 
-class Column(_Part):
+class GridColumn(_Part):
     """One way to draw every row."""
 
     label: str
@@ -56,7 +56,7 @@ class Column(_Part):
     adapters: tuple[Adapter, ...] = ()
     shows: str | None = None
 
-    def request(self, row: Row) -> Request:
+    def request(self, row: GridRow) -> Request:
         """With those of the row's pictures that the adapters look at."""
         adapters = [adapter.model_copy(update={"weight": adapter.weight * row.weight}) for adapter in self.adapters]
         wanted = {name for adapter in self.adapters for name in adapter.images}
@@ -70,15 +70,15 @@ class Column(_Part):
             images={name: row.images[name].read_bytes() for name in sorted(wanted)},
         )
 
-    def inset(self, row: Row) -> Path | None:
+    def inset(self, row: GridRow) -> Path | None:
         return row.images[self.shows] if self.shows else None
 
 
-class Plan(_Part):
+class GridPlan(_Part):
     base: Publish
     publish: tuple[Publish, ...] = ()
-    rows: tuple[Row, ...] = Field(alias="row", min_length=1)
-    columns: tuple[Column, ...] = Field(alias="column", min_length=1)
+    rows: tuple[GridRow, ...] = Field(alias="row", min_length=1)
+    columns: tuple[GridColumn, ...] = Field(alias="column", min_length=1)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -103,7 +103,7 @@ class Plan(_Part):
         )
 
 
-def _check_pictures(plan: Plan, file: Path) -> None:
+def _check_pictures(plan: GridPlan, file: Path) -> None:
     """Every picture that a column looks at or shows is given by every row."""
     wanted = {name for column in plan.columns for adapter in column.adapters for name in adapter.images}
     wanted |= {column.shows for column in plan.columns if column.shows}
@@ -116,7 +116,7 @@ def _located(part: Publish, folder: Path) -> Publish:
     return part.model_copy(update={"path": _there(folder / part.path, part.name)})
 
 
-def _with_pictures(row: Row, folder: Path) -> Row:
+def _with_pictures(row: GridRow, folder: Path) -> GridRow:
     return row.model_copy(update={"images": {name: _there(folder / path, name) for name, path in row.images.items()}})
 
 

@@ -14,7 +14,7 @@ from scumble_demo.emoji.captions import captions, validation_caption
 from scumble_demo.emoji.concepts import BASE_STYLES, STYLES, base_concepts, concepts
 from scumble_demo.emoji.gallery import Gallery
 from scumble_demo.pretraining.clip import tokenize
-from scumble_demo.pretraining.unet import Cache
+from scumble_demo.pretraining.unet import UnetCache
 from scumble_demo.pretraining.vae import to_model
 
 
@@ -35,7 +35,7 @@ def build_cache(
     tokenizer: CLIPTokenizer,
     gallery: Gallery,
     device: torch.device,
-) -> Cache:
+) -> UnetCache:
     """For all base concepts in all base styles; captions are kept in half precision."""
     order = concepts()
     rows = [order.index(concept) for concept in base_concepts()]
@@ -48,7 +48,7 @@ def build_cache(
     padded = [(texts * longest)[:longest] for texts in variants]
     states = encode_texts(text_encoder, tokenizer, [text for texts in padded for text in texts], device)
     wordings = [validation_caption(concept, style) for concept, style in pairs]
-    return Cache(
+    return UnetCache(
         latents=torch.cat(latents).contiguous() * vae.config.scaling_factor,
         texts=states.half().view(len(pairs), longest, *states.shape[1:]),
         wordings=encode_texts(text_encoder, tokenizer, wordings, device),

@@ -22,7 +22,7 @@ from scumble_demo.emoji.render import contact_sheet
 from scumble_demo.pretraining.augment import augment
 from scumble_demo.pretraining.device import mixed_precision, step_generator
 from scumble_demo.pretraining.towers import Clip, contrastive_loss
-from scumble_demo.pretraining.unseen import Pair
+from scumble_demo.pretraining.unseen import UnseenPair
 from scumble_demo.pretraining.vae import to_bytes, to_model
 
 TEXT_LENGTH = 24  # no caption is longer; positions beyond it do not change the pooled embedding
@@ -56,7 +56,7 @@ class ClipStage:
         tokenizer: CLIPTokenizer,
         gallery: Gallery,
         softened: NDArray[np.uint8],
-        unseen: tuple[Pair, ...],
+        unseen: tuple[UnseenPair, ...],
         *,
         seed: int,
         device: torch.device,

@@ -23,7 +23,7 @@ PROJECTION_FILE = "scorer/text_projection.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class BaseModels:
     """All models of a base, with the scorer that judges it."""
 
     vae: AutoencoderKL
@@ -50,7 +50,7 @@ def pipeline_of(
     )
 
 
-def export_base(out: Path, parts: Parts) -> None:
+def export_base(out: Path, parts: BaseModels) -> None:
     """Replaces the weights in `out` by these, as fp16 safetensors; other files there stay.
 
     The folder is written beside it first; a reader meets no half-written file, though for a moment
@@ -66,7 +66,7 @@ def export_base(out: Path, parts: Parts) -> None:
             part.replace(target)
 
 
-def _write_folder(draft: Path, parts: Parts) -> None:
+def _write_folder(draft: Path, parts: BaseModels) -> None:
     pipeline_of(parts.vae, parts.clip, parts.tokenizer, parts.unet).save_pretrained(draft, safe_serialization=True)
     (draft / SCORER_FILE).parent.mkdir()
     save_file({name: value.contiguous() for name, value in parts.scorer.state_dict().items()}, draft / SCORER_FILE)
@@ -78,7 +78,7 @@ def _write_folder(draft: Path, parts: Parts) -> None:
         _halve(weights)
 
 
-def load_parts(folder: Path) -> Parts:
+def load_parts(folder: Path) -> BaseModels:
     """Reads such a folder back, in float32: to train on, or to measure."""
     if not (folder / "model_index.json").is_file():
         raise NotFound(f"{folder} holds no base: there is no model_index.json", path=str(folder))
@@ -86,7 +86,7 @@ def load_parts(folder: Path) -> Parts:
     clip = Clip(pipe.text_encoder, pipe.image_encoder, classes=len(concepts()), styles=len(STYLES))
     projection = {name: value.float() for name, value in load_file(folder / PROJECTION_FILE).items()}
     clip.load_state_dict(projection, strict=False)
-    return Parts(pipe.vae, clip, pipe.tokenizer, pipe.unet, Scorer.load(folder).net)
+    return BaseModels(pipe.vae, clip, pipe.tokenizer, pipe.unet, Scorer.load(folder).net)
 
 
 def _is_projection(name: str) -> bool:

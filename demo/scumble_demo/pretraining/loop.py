@@ -23,7 +23,7 @@ from scumble_demo.pretraining import workers
 from scumble_demo.pretraining.checkpoint import load_checkpoint, save_checkpoint
 
 
-class Stage(Protocol):
+class TrainingStage(Protocol):
     """What a stage gives the loop."""
 
     name: str
@@ -97,7 +97,7 @@ def copy_into(module: nn.Module, values: dict[str, Tensor]) -> None:
         parameter.copy_(values[name])
 
 
-def run_stage(stage: Stage, config: LoopConfig, folder: Path) -> dict[str, float]:
+def run_stage(stage: TrainingStage, config: LoopConfig, folder: Path) -> dict[str, float]:
     """Trains `stage` to `config.steps`, going on from `folder/checkpoint.pt` where there is one.
 
     On return the module holds the EMA weights. Returns the last validation.
@@ -134,7 +134,7 @@ def run_stage(stage: Stage, config: LoopConfig, folder: Path) -> dict[str, float
     return _validate(stage, folder, config.steps, log) if workers.rank() == 0 else {}
 
 
-def _validate(stage: Stage, folder: Path, step: int, log: _Log) -> dict[str, float]:
+def _validate(stage: TrainingStage, folder: Path, step: int, log: _Log) -> dict[str, float]:
     stage.module.eval()
     with torch.no_grad():
         measures = stage.validate()

@@ -16,7 +16,7 @@ from scumble_demo.emoji.gallery import Gallery
 from scumble_demo.emoji.render import contact_sheet
 from scumble_demo.pretraining.augment import augment, inked, outlined
 from scumble_demo.pretraining.device import mixed_precision, step_generator
-from scumble_demo.pretraining.unseen import Pair
+from scumble_demo.pretraining.unseen import UnseenPair
 from scumble_demo.pretraining.vae import to_bytes, to_model
 from scumble_demo.scorer import ScorerNet, hit_rate
 
@@ -38,7 +38,7 @@ class ScorerStage:
         gallery: Gallery,
         softened: NDArray[np.uint8],
         extras: Extras,
-        unseen: tuple[Pair, ...],
+        unseen: tuple[UnseenPair, ...],
         *,
         seed: int,
         device: torch.device,

@@ -23,7 +23,7 @@ from scumble_demo.pretraining.cache import build_cache
 from scumble_demo.pretraining.checkpoint import read_mean
 from scumble_demo.pretraining.clip import ClipStage, all_captions
 from scumble_demo.pretraining.draw import Drawing
-from scumble_demo.pretraining.export import Parts, load_parts, pipeline_of
+from scumble_demo.pretraining.export import BaseModels, load_parts, pipeline_of
 from scumble_demo.pretraining.loop import copy_into, run_stage
 from scumble_demo.pretraining.recipe import Recipe
 from scumble_demo.pretraining.scorer_stage import ScorerStage
@@ -238,11 +238,11 @@ def trained_scorer(shop: Workshop) -> ScorerNet:
     return net
 
 
-def trained_parts(shop: Workshop) -> Parts:
+def trained_parts(shop: Workshop) -> BaseModels:
     """Everything that goes into the folder: of each stage what this run trained, else the starting base's."""
     start = load_parts(shop.start) if shop.start else None
     unet = start.unet if start else new_or_started_unet(shop)
-    return Parts(
+    return BaseModels(
         vae=frozen_vae(shop),
         clip=frozen_clip(shop),
         tokenizer=tokenizer_of(shop),

@@ -43,7 +43,7 @@ def new_unet(
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class UnetCache:
     """Everything the UNet learns from, computed once.
 
     `latents (n, 4, h, w)`, scaled; `texts (n, variants, T, D)` the hidden states of each picture's captions;
@@ -68,7 +68,7 @@ class UnetStage:
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        cache: Cache,
+        cache: UnetCache,
         *,
         seed: int,
         device: torch.device,

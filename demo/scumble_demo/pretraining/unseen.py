@@ -12,15 +12,15 @@ SEED, COUNT = 7, 80
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class UnseenPair:
     """One picture by its place in the gallery."""
 
     row: int
     style: int
 
 
-def unseen_pairs(seed: int = SEED, count: int = COUNT) -> tuple[Pair, ...]:
+def unseen_pairs(seed: int = SEED, count: int = COUNT) -> tuple[UnseenPair, ...]:
     """One style each of `count` concepts; the other styles of the same concepts are learnt."""
     order = np.random.default_rng(seed)
     rows = order.choice(len(concepts()), size=min(count, len(concepts())), replace=False)
-    return tuple(Pair(int(row), int(order.integers(len(STYLES)))) for row in sorted(rows))
+    return tuple(UnseenPair(int(row), int(order.integers(len(STYLES)))) for row in sorted(rows))

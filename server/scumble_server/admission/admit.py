@@ -18,7 +18,7 @@ from scumble_server.methods import METHODS, method_of, scheduler_config_of
 from scumble_server.prompts.lora_tags import without_tags
 from scumble_server.prompts.reading import Reading
 from scumble_server.prompts.script import Script
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.original import Original
 from scumble_server.request.settings import Settings
 
@@ -31,7 +31,7 @@ class Admitted:
     base: Base
     settings: Settings
     table: Table
-    adapters: tuple[BoundAdapter, ...]
+    adapters: tuple[ResolvedAdapter, ...]
     reading: Reading
     scripts: tuple[Script, ...]
     """The texts of `reading` as the base's own tokenizers read them."""
@@ -69,7 +69,7 @@ def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixel
 
 
 def _admit_pass(
-    request: Request, base: Base, inputs: Inputs, adapters: Sequence[BoundAdapter], settings: Settings
+    request: Request, base: Base, inputs: Inputs, adapters: Sequence[ResolvedAdapter], settings: Settings
 ) -> Admitted:
     idle = {adapter: method_of(adapter).idle(adapter, settings.run_steps) for adapter in adapters}
     acting = tuple(adapter for adapter, reason in idle.items() if reason is None)

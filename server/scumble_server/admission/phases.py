@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -14,7 +14,7 @@ class PlannedPhase:
     row the index of the text that it reads.
     """
 
-    weights: Mapping[BoundAdapter, float]
+    weights: Mapping[ResolvedAdapter, float]
     texts: tuple[int, ...]
 
 
@@ -26,7 +26,7 @@ class Schedule:
     phase_of_step: tuple[int, ...]
 
 
-def plan_phases(adapters: Sequence[BoundAdapter], texts_of_step: Sequence[tuple[int, ...]]) -> Schedule:
+def plan_phases(adapters: Sequence[ResolvedAdapter], texts_of_step: Sequence[tuple[int, ...]]) -> Schedule:
     """Make one phase of all steps with the same weights and texts. `texts_of_step[i]` has step i's text of each row."""
     steps = len(texts_of_step)
     numbers: dict[tuple[tuple[float, ...], tuple[int, ...]], int] = {}

@@ -11,7 +11,7 @@ from scumble_server.admission.inputs import Inputs
 from scumble_server.base import Base
 from scumble_server.methods import METHODS
 from scumble_server.methods.method import check_fields
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.block_weights import block_weights
 
 
@@ -44,7 +44,7 @@ def resolve_vae(options: Options, base: Base, registry: Registry) -> Version | N
     return version
 
 
-def resolve_adapter(spec: Adapter, base: Base, registry: Registry, inputs: Inputs) -> BoundAdapter:
+def resolve_adapter(spec: Adapter, base: Base, registry: Registry, inputs: Inputs) -> ResolvedAdapter:
     """Bind an adapter to a version that fits the base. Raises InvalidRequest, NotFound, Refused, Incompatible."""
     if spec.start > spec.end:
         raise InvalidRequest(f"{spec.ref}: start {spec.start:g} is after end {spec.end:g}", field="adapters.start")
@@ -56,7 +56,7 @@ def resolve_adapter(spec: Adapter, base: Base, registry: Registry, inputs: Input
             f"{version.ref} is a {version.manifest.kind}; this server serves {', '.join(METHODS)}", ref=spec.ref
         )
     check_fields(spec, method)
-    adapter = BoundAdapter(
+    adapter = ResolvedAdapter(
         spec,
         version,
         block_weights(spec.blocks, base.blocks, base.compatibility.targets),

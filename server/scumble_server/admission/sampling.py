@@ -9,13 +9,13 @@ from scumble.errors import InvalidRequest
 from scumble.request import MAX_STEPS, Request
 from scumble_registry.manifest import Defaults, Sampling
 from scumble_server.methods import method_of
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 SCHEDULER_OPTIONS = ("timestep_spacing", "rescale_betas", "eta")
 """Fields of a request's options, which a profile has too; they belong to the scheduler that it names."""
 
 
-def settle(request: Request, adapters: Sequence[BoundAdapter], defaults: Defaults) -> Sampling:
+def settle(request: Request, adapters: Sequence[ResolvedAdapter], defaults: Defaults) -> Sampling:
     """Give `scheduler`, `steps` and `guidance_scale` a value; an option that stays None is left to the base's config.
 
     Raises InvalidRequest where two adapters were made for different values and the request names none.

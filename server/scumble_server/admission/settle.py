@@ -13,7 +13,7 @@ from scumble_server.admission import sampling
 from scumble_server.base import Base
 from scumble_server.denoise.schedulers import first_step
 from scumble_server.executors.limits import check_any
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.original import Original, strength_of
 from scumble_server.request.settings import Settings
 
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 
 
 def settle_passes(
-    request: Request, base: Base, adapters: Sequence[BoundAdapter], original: Original | None, max_pixels: int
+    request: Request, base: Base, adapters: Sequence[ResolvedAdapter], original: Original | None, max_pixels: int
 ) -> list[Settings]:
     """Settle the first pass, and the second, at a larger size, if the request asks for one.
 

@@ -10,12 +10,12 @@ from scumble_server.base import Base
 from scumble_server.methods import words_of
 from scumble_server.prompts.reading import Reading, read
 from scumble_server.prompts.script import Script
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.settings import Settings
 
 
 def read_texts(
-    options: Options, settings: Settings, base: Base, adapters: Sequence[BoundAdapter]
+    options: Options, settings: Settings, base: Base, adapters: Sequence[ResolvedAdapter]
 ) -> tuple[Reading, tuple[Script, ...]]:
     """Read what the prompts say, and what the base's tokenizers make of it.
 

@@ -26,7 +26,7 @@ from scumble_server.memory.pages import Pools
 from scumble_server.memory.residency import Lease, Residency
 from scumble_server.methods import control_maps_of, loras_of, method_of, words_of
 from scumble_server.methods.context import Context, read_record
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Conditioned:
     """
 
     conditioning: Conditioning
-    adapters: tuple[BoundAdapter, ...]
+    adapters: tuple[ResolvedAdapter, ...]
     dropped: tuple[tuple[Adapter, str], ...]
     load_ms: float
     encode_ms: float

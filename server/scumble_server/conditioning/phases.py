@@ -14,12 +14,12 @@ from scumble_server.factors.rows import RowFactors
 from scumble_server.methods import by_method
 from scumble_server.methods.context import Context, Text
 from scumble_server.methods.method import TextChange
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 def make_phase(
     context: Context,
-    weights: Mapping[BoundAdapter, float],
+    weights: Mapping[ResolvedAdapter, float],
     factors: RequestFactors,
     to_merge: frozenset[str],
     text: Text,

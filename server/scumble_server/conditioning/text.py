@@ -18,7 +18,7 @@ from scumble_server.methods.context import Context, Text
 from scumble_server.prompts.compel import CompelPrompt, embed
 from scumble_server.prompts.script import Script
 from scumble_server.prompts.tokens import Tokens, tokenize
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 _ROUNDING = 1e-5
 """Of the mean size of numbers: a mean below is none."""
@@ -32,7 +32,7 @@ class Encoder:
 
     context: Context
     factors: RequestFactors
-    words: tuple[BoundAdapter, ...]
+    words: tuple[ResolvedAdapter, ...]
     emphasis: str
 
     def encode_phases(self, scripts: Sequence[Script], rows: Sequence[tuple[int, ...]]) -> list[Text]:
@@ -95,7 +95,7 @@ class Encoder:
     def _call(
         self,
         index: int,
-        words: Mapping[int, BoundAdapter],
+        words: Mapping[int, ResolvedAdapter],
         factors: RowFactors | None,
         clip_skip: int,
         tokens: Tokens,

@@ -12,11 +12,11 @@ from scumble_server.executors.protocol import Vae
 from scumble_server.memory.residency import Lease
 from scumble_server.methods import method_of
 from scumble_server.methods.context import Weights
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 def request_weights(
-    base: Base, adapters: Sequence[BoundAdapter], vae: Version | None, registry: Registry, loaded: Lease
+    base: Base, adapters: Sequence[ResolvedAdapter], vae: Version | None, registry: Registry, loaded: Lease
 ) -> tuple[Weights, Weights]:
     """The base's own weights; and those that draw the request: the base's, or those that an adapter brings, with the
     VAE that the request names. `loaded` holds them.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Any
+
+from scumble.stats import LoopStats
+
+NAMES = ("requests", "images", "failed", "steps", "rows", "mixed_steps", "failed_steps", "out_of_memory")
 
 
 class Counters:
@@ -29,11 +32,10 @@ class Counters:
             self._batch_sizes[images] += 1
             self._step_seconds += seconds
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> LoopStats:
         with self._lock:
-            names = ("requests", "images", "failed", "steps", "rows", "mixed_steps", "failed_steps", "out_of_memory")
-            return {
-                **{name: self._totals[name] for name in names},
-                "batch_sizes": {str(size): self._batch_sizes[size] for size in sorted(self._batch_sizes)},
-                "step_seconds": round(self._step_seconds, 6),
-            }
+            return LoopStats(
+                **{name: self._totals[name] for name in NAMES},
+                batch_sizes={size: self._batch_sizes[size] for size in sorted(self._batch_sizes)},
+                step_seconds=round(self._step_seconds, 6),
+            )

@@ -156,7 +156,6 @@ def _make(name: str, config: dict[str, Any], changes: dict[str, Any]) -> Any:
     for option in _NOT_LINEAR:
         if scheduler.config.get(option):
             raise InvalidRequest(f"the base's scheduler asks for {option}, which is not served", field="scheduler")
-    return scheduler
     if scheduler.config.prediction_type not in _PREDICTIONS:
         raise InvalidRequest(
             f"the base's scheduler says prediction_type {scheduler.config.prediction_type!r}; "

@@ -17,13 +17,13 @@ from scumble_server.executors.protocol import Executor
 from scumble_server.factors.deltas import bias_change, change
 from scumble_server.methods.context import Context, Weights
 from scumble_server.methods.method import Lora
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 def merge(
     context: Context,
     loras: Sequence[Lora],
-    weights: Mapping[BoundAdapter, float],
+    weights: Mapping[ResolvedAdapter, float],
     component: str,
     targets: frozenset[str],
 ) -> Weights:

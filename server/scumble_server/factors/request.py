@@ -16,7 +16,7 @@ from scumble_server.factors.rows import RowFactors
 from scumble_server.memory.pages import PageSet
 from scumble_server.methods.context import Context
 from scumble_server.methods.method import Lora
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class RequestFactors:
         """The factors in text encoder number `encoder`, where weights follow no schedule."""
         return self._at(self.texts[encoder], [lora.adapter.text_weight for lora in self.loras])
 
-    def of_kv(self, weights: Mapping[BoundAdapter, float]) -> RowFactors | None:
+    def of_kv(self, weights: Mapping[ResolvedAdapter, float]) -> RowFactors | None:
         """The factors in the projection of text to keys and values."""
         return self._at(self.kv, [weights[lora.adapter] for lora in self.loras])
 
-    def of_step(self, weights: Mapping[BoundAdapter, float]) -> RowFactors | None:
+    def of_step(self, weights: Mapping[ResolvedAdapter, float]) -> RowFactors | None:
         """The factors in the denoiser."""
         return self._at(self.step, [weights[lora.adapter] for lora in self.loras])
 

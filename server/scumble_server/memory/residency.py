@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from scumble.errors import QueueFull, Refused
+from scumble.stats import CacheStats
 from scumble_server.request.ending import stopping
 
 Value = TypeVar("Value")
@@ -69,18 +70,16 @@ class Residency:
             for key in [key for key, entry in self._entries.items() if entry.ready]:
                 self._evict(key)
 
-    def stats(self) -> dict[str, int]:
-        """`waits` counts values that had to wait for room."""
+    def stats(self) -> CacheStats:
         with self._changed:
-            counts = {name: self._counts[name] for name in ("hits", "misses", "evictions", "waits")}
             held = sum(entry.nbytes for entry in self._entries.values() if entry.holders)
-            return {
-                "entries": len(self._entries),
-                "bytes": self._used,
-                "held_bytes": held,
-                "budget": self._budget,
-                **counts,
-            }
+            return CacheStats(
+                entries=len(self._entries),
+                bytes=self._used,
+                held_bytes=held,
+                budget=self._budget,
+                **{name: self._counts[name] for name in ("hits", "misses", "evictions", "waits")},
+            )
 
     def _get(
         self,

@@ -15,7 +15,7 @@ from scumble_server.methods.lora import LoraMethod
 from scumble_server.methods.method import Lora, Method
 from scumble_server.methods.textual_inversion import TextualInversionMethod
 from scumble_server.prompts.tokens import PromptWord
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 METHODS: dict[str, Method] = {
     method.kind: method
@@ -31,35 +31,35 @@ METHODS: dict[str, Method] = {
 """By the kind that the registry gives."""
 
 
-def method_of(adapter: BoundAdapter) -> Method:
+def method_of(adapter: ResolvedAdapter) -> Method:
     return METHODS[adapter.kind]
 
 
-def words_of(adapters: Iterable[BoundAdapter]) -> dict[BoundAdapter, PromptWord]:
+def words_of(adapters: Iterable[ResolvedAdapter]) -> dict[ResolvedAdapter, PromptWord]:
     """The words that stand for adapters in a prompt."""
     words = ((adapter, method_of(adapter).word(adapter)) for adapter in adapters)
     return {adapter: word for adapter, word in words if word is not None}
 
 
-def loras_of(adapters: Iterable[BoundAdapter]) -> list[Lora]:
+def loras_of(adapters: Iterable[ResolvedAdapter]) -> list[Lora]:
     """The LoRAs that adapters are, bring along or predict."""
     loras = (method_of(adapter).lora(adapter) for adapter in adapters)
     return [lora for lora in loras if lora is not None]
 
 
-def scheduler_config_of(adapters: Iterable[BoundAdapter], default: Mapping[str, Any]) -> Mapping[str, Any]:
+def scheduler_config_of(adapters: Iterable[ResolvedAdapter], default: Mapping[str, Any]) -> Mapping[str, Any]:
     """The scheduler's config that an adapter brings, or else the base's."""
     configs = (method_of(adapter).scheduler_config(adapter) for adapter in adapters)
     return next((config for config in configs if config is not None), default)
 
 
-def control_maps_of(context: Context, adapters: Iterable[BoundAdapter]) -> tuple[Pixels, ...]:
+def control_maps_of(context: Context, adapters: Iterable[ResolvedAdapter]) -> tuple[Pixels, ...]:
     """The control maps that are made here of adapters' pictures, in the order of adapters and their images."""
     maps = (method_of(adapter).control_maps(context, adapter) for adapter in adapters)
     return tuple(pixels for of_adapter in maps for pixels in of_adapter)
 
 
-def by_method(weights: Mapping[BoundAdapter, float]) -> list[tuple[Method, dict[BoundAdapter, float]]]:
+def by_method(weights: Mapping[ResolvedAdapter, float]) -> list[tuple[Method, dict[ResolvedAdapter, float]]]:
     """The weights of a phase, method by method; methods without an adapter are left out."""
     grouped = (
         (method, {adapter: weight for adapter, weight in weights.items() if adapter.kind == kind})

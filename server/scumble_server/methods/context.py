@@ -15,7 +15,7 @@ from scumble_server.base import Base
 from scumble_server.executors.protocol import Executor, Vae
 from scumble_server.memory.pages import Pools
 from scumble_server.memory.residency import Lease
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.settings import Settings
 
 Record = TypeVar("Record")
@@ -81,7 +81,7 @@ class Context:
     def executor(self) -> Executor:
         return self.weights.executor
 
-    def record(self, adapter: BoundAdapter, read: Callable[[Path], Record]) -> Record:
+    def record(self, adapter: ResolvedAdapter, read: Callable[[Path], Record]) -> Record:
         """Read an adapter's normalised record, once for all requests that ask while it is resident."""
         return read_record(self.registry, self.records, adapter.version, read)
 

@@ -16,7 +16,7 @@ from scumble_registry.compatibility import ImageEncoderCompatibility, IpAdapterC
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.base import Base
 from scumble_server.methods.context import Context
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.pictures import Picture
 
 _FOLDER = "image_encoder"
@@ -38,7 +38,7 @@ class ImageEncoderLocation:
         return (self.compatibility.image_size // self.compatibility.patch_size) ** 2 + 1
 
 
-def check(adapter: BoundAdapter, base: Base) -> None:
+def check(adapter: ResolvedAdapter, base: Base) -> None:
     """Raises Refused if no image encoder is there for an adapter that reads pictures."""
     reads = _compatibility(adapter)
     if reads.picture_width is None or reads.encoder is not None or adapter.version.manifest.image_encoder:
@@ -59,14 +59,14 @@ def check(adapter: BoundAdapter, base: Base) -> None:
         ) from error
 
 
-def source_of(adapter: BoundAdapter) -> str | None:
+def source_of(adapter: ResolvedAdapter) -> str | None:
     """For the receipt: `entry`, `base`, or the digest of what was named; None where pictures are not read."""
     if _compatibility(adapter).picture_width is None:
         return None
     return "entry" if _compatibility(adapter).encoder is not None else adapter.version.manifest.image_encoder or "base"
 
 
-def encoder_of(context: Context, adapter: BoundAdapter) -> ImageEncoderLocation:
+def encoder_of(context: Context, adapter: ResolvedAdapter) -> ImageEncoderLocation:
     """Raises NotFound or Refused if the named version is gone or quarantined, IntegrityError, Unavailable."""
     registry, reads, named = context.registry, _compatibility(adapter), adapter.version.manifest.image_encoder
     if reads.encoder is not None:
@@ -119,7 +119,7 @@ def _with_preparation(*folders: Path) -> Path | None:
     return next((folder for folder in folders if (folder / PREPARATION).is_file()), None)
 
 
-def _compatibility(adapter: BoundAdapter) -> IpAdapterCompatibility:
+def _compatibility(adapter: ResolvedAdapter) -> IpAdapterCompatibility:
     compatibility = adapter.version.manifest.compatibility
     assert isinstance(compatibility, IpAdapterCompatibility)
     return compatibility

@@ -24,7 +24,7 @@ from scumble_server.memory.residency import Lease
 from scumble_server.methods.context import Context, Text, Weights
 from scumble_server.methods.part import Part
 from scumble_server.prompts.tokens import PromptWord
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.settings import Settings
 
 
@@ -39,7 +39,7 @@ class Lora:
     `read` gives its record; `condition` names what the record depends on beside the adapter's version.
     """
 
-    adapter: BoundAdapter
+    adapter: ResolvedAdapter
     compatibility: LoraCompatibility
     read: Callable[[Context], Mapping[str, Module]]
     condition: Callable[[Context], Hashable] = _unconditional
@@ -91,27 +91,27 @@ class Method:
 
     # Admission: what a request may ask. Nothing is loaded yet.
 
-    def check(self, adapter: BoundAdapter, base: Base) -> None:
+    def check(self, adapter: ResolvedAdapter, base: Base) -> None:
         """Raise InvalidRequest, Refused or Incompatible for what this server cannot serve, though it fits the base."""
 
-    def check_together(self, adapters: Sequence[BoundAdapter], base: Base, settings: Settings) -> None:
+    def check_together(self, adapters: Sequence[ResolvedAdapter], base: Base, settings: Settings) -> None:
         """Check all adapters of this kind in one request. Raises InvalidRequest or Refused."""
 
-    def idle(self, adapter: BoundAdapter, steps: int) -> str | None:
+    def idle(self, adapter: ResolvedAdapter, steps: int) -> str | None:
         """Say why this adapter would change nothing, or None."""
         return adapter.why_never(steps)
 
-    def scheduler_config(self, adapter: BoundAdapter) -> Mapping[str, Any] | None:  # noqa: ARG002
+    def scheduler_config(self, adapter: ResolvedAdapter) -> Mapping[str, Any] | None:  # noqa: ARG002
         """The scheduler's config where the adapter brings its own: it may predict something else than the base."""
         return None
 
     # Prompts.
 
-    def word(self, adapter: BoundAdapter) -> PromptWord | None:  # noqa: ARG002
+    def word(self, adapter: ResolvedAdapter) -> PromptWord | None:  # noqa: ARG002
         """What stands for the adapter in a prompt."""
         return None
 
-    def vectors(self, context: Context, adapter: BoundAdapter, component: str) -> Tensor:
+    def vectors(self, context: Context, adapter: ResolvedAdapter, component: str) -> Tensor:
         """What the word, if there is one, becomes in one of the base's text encoders: `(n, C)` float32, weighted."""
         raise NotImplementedError
 
@@ -123,7 +123,7 @@ class Method:
 
     def weights(
         self,
-        adapter: BoundAdapter,  # noqa: ARG002
+        adapter: ResolvedAdapter,  # noqa: ARG002
         own: Weights,  # noqa: ARG002
         base: Base,  # noqa: ARG002
         registry: Registry,  # noqa: ARG002
@@ -135,28 +135,28 @@ class Method:
         """
         return None
 
-    def lora(self, adapter: BoundAdapter) -> Lora | None:  # noqa: ARG002
+    def lora(self, adapter: ResolvedAdapter) -> Lora | None:  # noqa: ARG002
         """The LoRA that the adapter becomes, or brings along."""
         return None
 
-    def text_change(self, context: Context, weights: Mapping[BoundAdapter, float]) -> TextChange | None:  # noqa: ARG002
+    def text_change(self, context: Context, weights: Mapping[ResolvedAdapter, float]) -> TextChange | None:  # noqa: ARG002
         """What the adapters of this kind, at their weights in one phase, make of the text for cross-attention."""
         return None
 
-    def carry(self, context: Context, weights: Mapping[BoundAdapter, float], text: Text) -> Part | None:  # noqa: ARG002
+    def carry(self, context: Context, weights: Mapping[ResolvedAdapter, float], text: Text) -> Part | None:  # noqa: ARG002
         """What rows carry from the adapters of this kind, at their weights in one phase, in which `text` is read.
 
         None where none of them acts. What is costly is kept by `context.device`, so that all phases share it.
         """
         return None
 
-    def control_maps(self, context: Context, adapter: BoundAdapter) -> Sequence[Pixels]:  # noqa: ARG002
+    def control_maps(self, context: Context, adapter: ResolvedAdapter) -> Sequence[Pixels]:  # noqa: ARG002
         """The control maps that are made here of the adapter's pictures."""
         return ()
 
     # The receipt.
 
-    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:  # noqa: ARG002
+    def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:  # noqa: ARG002
         """What the receipt says of it beside its version and weights. Plain JSON."""
         return {}
 

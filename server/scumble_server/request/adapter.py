@@ -15,7 +15,7 @@ from scumble_server.request.pictures import Picture
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class BoundAdapter:
+class ResolvedAdapter:
     """One adapter of a request with the version that its reference names; all later steps go by the version's digest.
 
     `pictures`, `tensors` and `masks` are what `spec.images` and `spec.masks` name, in that order; adapters that read

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import triton_python_backend_utils as pb_utils
+
+from scumble.stats import Stats
 
 INTERVAL = 1.0
 COUNTERS = {
@@ -26,7 +27,7 @@ GAUGES = {
 class LoopMetrics:
     """Copies `read()` into Prometheus once a second, from a thread of its own; only what changed."""
 
-    def __init__(self, read: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, read: Callable[[], Stats]) -> None:
         self._read = read
         self._counters = {name: _Metric(f"scumble_{name}_total", text, "COUNTER") for name, text in COUNTERS.items()}
         self._gauges = {name: _Metric(f"scumble_{name}", text, "GAUGE") for name, text in GAUGES.items()}
@@ -43,7 +44,7 @@ class LoopMetrics:
         while not self._ended.wait(INTERVAL):
             stats = self._read()
             for name, metric in (self._counters | self._gauges).items():
-                metric.show(float(stats.get(name, 0)))
+                metric.show(float(getattr(stats, name)))
 
 
 class _Metric:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
-from typing import Any
 
 from scumble.errors import Unavailable
+from scumble.stats import Stats
 from scumble.wire import STREAM_MODEL
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be translated, not to be bound
@@ -17,7 +17,7 @@ def reachable(host: str) -> str:
     return ANY_ADDRESS.get(host, host)
 
 
-def ask_stats(host: str, http_port: int, timeout: float) -> dict[str, Any]:
+def ask_stats(host: str, http_port: int, timeout: float) -> Stats:
     """Return the loop's counters, asked over HTTP. Raises Unavailable when no answer comes in `timeout` seconds."""
     connection = http.client.HTTPConnection(reachable(host), http_port, timeout=timeout)
     try:
@@ -26,7 +26,7 @@ def ask_stats(host: str, http_port: int, timeout: float) -> dict[str, Any]:
         body = response.read()
         if response.status != http.HTTPStatus.OK:
             raise Unavailable(f"the server's model does not answer: {body.decode(errors='replace')}")
-        stats: dict[str, Any] = json.loads(json.loads(body)["stats"])
+        stats = Stats.model_validate_json(json.loads(body)["stats"])
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         raise Unavailable(f"the server does not answer on port {http_port}: {error!r}") from error
     else:

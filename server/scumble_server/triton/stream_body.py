@@ -7,7 +7,6 @@ loop works; the Service's queue is the bound, and what does not fit is answered 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from scumble.errors import ScumbleError
 from scumble.events import Failed
@@ -75,7 +74,7 @@ class TritonPythonModel:
                 self._inner_calls.cancel(str(parameters[CANCEL]))
                 self._outbox.put(responder, dict, final=True)
             elif is_stats_query(tensors):
-                self._outbox.put(responder, lambda: stats_to_tensors(self._stats()), final=True)
+                self._outbox.put(responder, lambda: stats_to_tensors(self._service.stats()), final=True)
             else:
                 self._service.submit(tensors_to_request(tensors), caller.on_event, caller.is_cancelled)
         except ScumbleError as error:
@@ -88,9 +87,6 @@ class TritonPythonModel:
         if CALL in parameters:
             return InnerCaller(responder, self._outbox, self._inner_calls, str(parameters[CALL]))
         return WireCaller(responder, self._outbox)
-
-    def _stats(self) -> dict[str, Any]:
-        return {**self._service.stats(), "alive": self._service.is_alive()}
 
 
 def _open_service(run: RunFolder) -> Service:

@@ -138,7 +138,7 @@ class Supervisor:
 
     def _answers(self, timeout: float) -> bool:
         try:
-            return bool(ask_stats(self._launch.host, self._launch.http_port, timeout)["alive"])
+            return ask_stats(self._launch.host, self._launch.http_port, timeout).alive
         except Unavailable:
             return False
 

@@ -100,7 +100,7 @@ def test_a_full_queue_says_when_to_come_again(infer_grpc: Callable[..., Any], cl
     assert len(errors) == 24 - 16
     assert {error["code"] for error in errors} == {"queue_full"}
     assert all(error["fields"]["retry_after"] > 0 for error in errors)
-    assert client.stats()["open_requests"] == 0
+    assert client.stats().open_requests == 0
 
 
 @pytest.mark.parametrize("call", ["load_model", "unload_model"])

@@ -68,11 +68,11 @@ def test_it_serves_several_bases(home: Path) -> None:
             drawn = {base: client.images.generate("x", base=base, steps=2, seed=1) for base in (None, "tiny/xl")}
             with pytest.raises(Refused, match=r"serves tiny/base@1, tiny/xl@1, not l/a@1"):
                 client.images.generate("x", base="l/a")
-            assert client.stats()["bases"] == ["tiny/base@1", "tiny/xl@1"]
+            assert client.stats().bases == ["tiny/base@1", "tiny/xl@1"]
     finally:
         process.terminate()
         process.wait(60)
-    assert [each.receipt["base"]["name"] for each in drawn.values()] == ["tiny/base", "tiny/xl"]
+    assert [each.receipt.base.name for each in drawn.values()] == ["tiny/base", "tiny/xl"]
     assert [each.images.shape for each in drawn.values()] == [(1, 64, 64, 3)] * 2
 
 
@@ -92,7 +92,7 @@ def test_it_stops_cleanly_in_the_middle_of_work(served: Served, ending: signal.S
     for worker in workers:
         worker.start()
     with Client(served.places["grpc"]) as client:
-        wait_until(lambda: client.stats()["open_requests"] == 10)
+        wait_until(lambda: client.stats().open_requests == 10)
     served.process.send_signal(ending)
     assert served.process.wait(60) == 0
     for worker in workers:

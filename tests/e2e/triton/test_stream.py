@@ -55,13 +55,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 def ends_early(client: Client, cancel: Callable[[], None]) -> None:
     """`cancel` takes the only running request back: the loop goes idle long before its thousand steps."""
     before = client.stats()
-    wait_until(lambda: client.stats()["steps"] > before["steps"])
+    wait_until(lambda: client.stats().steps > before.steps)
     cancel()
-    wait_until(lambda: client.stats()["open_requests"] == 0)
+    wait_until(lambda: client.stats().open_requests == 0)
     after = client.stats()
-    assert after["failed"] - before["failed"] == 1
-    assert after["steps"] - before["steps"] < 500
-    assert after["images"] == before["images"]
+    assert after.failed - before.failed == 1
+    assert after.steps - before.steps < 500
+    assert after.images == before.images
 
 
 def test_a_cancelled_stream_ends(stream: Stream, client: Client) -> None:

@@ -54,9 +54,9 @@ def test_eight_at_once_share_steps(protocol: str, request: pytest.FixtureRequest
         results = list(threads.map(infer, requests))
     after = client.stats()
     assert all(result.as_numpy("images").shape == (1, 64, 64, 3) for result in results)
-    assert after["images"] - before["images"] == 8
-    assert after["mixed_steps"] > before["mixed_steps"]
-    assert after["steps"] - before["steps"] < sum(each.steps or 0 for each in requests)
+    assert after.images - before.images == 8
+    assert after.mixed_steps > before.mixed_steps
+    assert after.steps - before.steps < sum(each.steps or 0 for each in requests)
 
 
 def test_an_empty_prompt_is_a_prompt(infer_http: Callable[..., Any]) -> None:
@@ -84,7 +84,10 @@ def test_prometheus_reads_the_loops_counters(server: RunningServer, client: Clie
             for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("scumble_"))
         }
 
-    names = {f"scumble_{name}_total": expected[name] for name in ("requests", "images", "steps", "rows", "mixed_steps")}
+    names = {
+        f"scumble_{name}_total": getattr(expected, name)
+        for name in ("requests", "images", "steps", "rows", "mixed_steps")
+    }
     wait_until(lambda: names.items() <= scraped().items())
 
 

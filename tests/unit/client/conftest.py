@@ -14,9 +14,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from scumble import kserve, wire
+from scumble import wire
 from scumble.client import Client
 from scumble.events import Done, Event
+from support.kserve_server import infer_response, request_tensors
+from support.receipts import a_receipt
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")  # a busy machine is no failure
@@ -40,11 +42,11 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         context.add_callback(lambda: finished.is_set() or self.cancelled.set())
         for message in messages:
             self.requests.append(message.id)
-            for event in self.script(kserve.request_tensors(message)):
+            for event in self.script(request_tensors(message)):
                 if isinstance(event, str):
                     yield service_pb2.ModelStreamInferResponse(error_message=event)
                 else:
-                    response = kserve.infer_response(message.model_name, message.id, wire.event_to_tensors(event))
+                    response = infer_response(message.model_name, message.id, wire.event_to_tensors(event))
                     yield service_pb2.ModelStreamInferResponse(infer_response=response)
         finished.set()
 
@@ -56,7 +58,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 
 def a_picture(**receipt: Any) -> Done:
-    return Done(np.full((1, 8, 8, 3), 7, np.uint8), {"schema": 1, **receipt})
+    return Done(np.full((1, 8, 8, 3), 7, np.uint8), a_receipt(**receipt))
 
 
 @pytest.fixture

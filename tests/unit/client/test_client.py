@@ -14,6 +14,7 @@ import scumble
 from scumble import wire
 from scumble.client import MAX_RETRIES, Client
 from scumble.events import Done, Event, Failed, Queued, Step
+from support.receipts import a_receipt
 
 
 def no_wait(client: Client) -> list[float]:
@@ -27,7 +28,7 @@ def test_generate_returns_pixels_and_receipt(client: Client) -> None:
     images = client.images.generate("a red apple")
     assert images.images.shape == (1, 8, 8, 3)
     assert images.images.dtype == np.uint8
-    assert images.receipt == {"schema": 1}
+    assert images.receipt == a_receipt()
     assert images.pil()[0].getpixel((0, 0)) == (7, 7, 7)
 
 
@@ -87,12 +88,12 @@ def test_many_threads_share_one_client(server: ScriptedServer, client: Client) -
 
     def script(tensors: wire.Tensors) -> Iterator[Event]:
         together.wait()  # passes only if all sixteen are under way at once
-        yield a_picture(seed=wire.tensors_to_request(tensors).seed)
+        yield a_picture(seeds=[wire.tensors_to_request(tensors).seed])
 
     server.script = script
     with ThreadPoolExecutor(16) as threads:
         results = threads.map(lambda seed: client.images.generate("", seed=seed), range(16))
-    assert [images.receipt["seed"] for images in results] == [*range(16)]
+    assert [images.receipt.seeds for images in results] == [(seed,) for seed in range(16)]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from scumble import kserve, wire
 from scumble.errors import InvalidRequest, NotFound, QueueFull, ScumbleError
 from scumble.events import Done, Failed, Preview, Queued, Step
 from scumble.request import Adapter, Options, Request, SchedulerName, TimestepSpacing
+from support.kserve_server import request_tensors
+from support.receipts import a_receipt, a_receipt_of, some_stats
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 weights = st.floats(allow_nan=False, allow_infinity=False)
@@ -79,7 +81,7 @@ def test_a_picture_may_come_as_a_data_url() -> None:
 def over_the_network(tensors: wire.Tensors) -> wire.Tensors:
     """Through the bytes of Triton's protocol."""
     message = kserve.infer_request("m", "id", tensors)
-    return kserve.request_tensors(type(message).FromString(message.SerializeToString()))
+    return request_tensors(type(message).FromString(message.SerializeToString()))
 
 
 @given(requests)
@@ -157,7 +159,7 @@ def test_previews_and_maps_arrive_as_they_were_sent() -> None:
     preview = wire.tensors_to_event(over_the_network(wire.event_to_tensors(Preview(2, 20, pixels))))
     assert isinstance(preview, Preview)
     assert (preview.step, preview.steps, preview.images.tolist()) == (2, 20, pixels.tolist())
-    done = wire.tensors_to_event(over_the_network(wire.event_to_tensors(Done(pixels, {"seeds": [1]}, pixels + 1))))
+    done = wire.tensors_to_event(over_the_network(wire.event_to_tensors(Done(pixels, a_receipt(), pixels + 1))))
     assert isinstance(done, Done)
     assert done.maps is not None
     assert done.maps.tolist() == (pixels + 1).tolist()
@@ -170,11 +172,11 @@ def test_progress_arrives_as_it_was_sent(event: Queued | Step) -> None:
 
 def test_pictures_and_receipt_arrive_as_they_were_sent() -> None:
     pixels = np.arange(2 * 8 * 16 * 3, dtype=np.uint8).reshape(2, 8, 16, 3)
-    tensors = wire.event_to_tensors(Done(pixels, {"schema": 1, "prompt": "né"}))
+    tensors = wire.event_to_tensors(Done(pixels, a_receipt_of(prompt="né")))
     for sent in (tensors, {name: tensors[name] for name in ("images", "receipt")}):  # stream, unary
         received = wire.tensors_to_event(sent)
         assert isinstance(received, Done)
-        assert received.receipt == {"schema": 1, "prompt": "né"}
+        assert received.receipt == a_receipt_of(prompt="né")
         np.testing.assert_array_equal(received.images, pixels)
 
 
@@ -198,7 +200,7 @@ def test_an_event_that_cannot_be_read_is_an_error_of_ours(tensors: wire.Tensors)
 def test_stats_are_asked_for_by_query_and_keep_their_numbers() -> None:
     assert wire.is_stats_query(wire.stats_query())
     assert not wire.is_stats_query(wire.request_to_tensors(Request(prompt="stats")))
-    stats = {"steps": 7, "batch_sizes": {1: 2, 8: 5}}
+    stats = some_stats(steps=7, batch_sizes={1: 2, 8: 5})
     assert wire.tensors_to_stats(wire.stats_to_tensors(stats)) == stats
     with pytest.raises(InvalidRequest, match="query"):
         wire.is_stats_query({"query": text("secrets")})

@@ -64,8 +64,8 @@ def test_requests_for_three_bases_at_once_equal_themselves_alone(all_three: Runn
     for asked, found in zip(requests(), together, strict=True):
         alone = all_three.run([asked])[0]
         assert (found.latents - alone.latents).abs().max() <= 1e-4
-        assert found.done.receipt["base"]["name"] == asked.base
-    assert all_three.run([request(None)])[0].done.receipt["base"]["name"] == BASES[0]
+        assert found.done.receipt.base.name == asked.base
+    assert all_three.run([request(None)])[0].done.receipt.base.name == BASES[0]
 
 
 def test_under_a_budget_for_one_they_take_turns_and_stay_the_same(
@@ -76,10 +76,10 @@ def test_under_a_budget_for_one_they_take_turns_and_stay_the_same(
     for _ in range(2):
         for ours, theirs in zip(few.run(requests()), all_three.run(requests()), strict=True):
             assert (ours.latents - theirs.latents).abs().max() <= 1e-4
-    stats = few.service.stats()["weights_cache"]
+    stats = few.service.stats().weights_cache
     few.service.close()
-    assert stats["bytes"] <= budget
-    assert stats["evictions"] >= 4
+    assert stats.bytes <= budget
+    assert stats.evictions >= 4
 
 
 def test_a_base_that_does_not_fit_is_refused_at_the_start(home: Path, start: Callable[..., Running]) -> None:
@@ -111,8 +111,8 @@ def test_what_shares_memory_is_evicted_together() -> None:
         lease.get("of the variant", 1, object, of="variant")
     with weights.open() as lease:
         lease.get("another", 5, object)
-        assert weights.stats()["entries"] == 1
-        assert weights.stats()["bytes"] == 5
+        assert weights.stats().entries == 1
+        assert weights.stats().bytes == 5
 
 
 def test_bytes_are_told_before_loading(all_three: Running) -> None:

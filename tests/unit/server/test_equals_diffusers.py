@@ -83,5 +83,5 @@ def test_a_batch_of_eight_equals_each_alone(running: Running) -> None:
         alone = running.run([each])[0]
         assert (batched.latents - alone.latents).abs().max() <= LATENT_TOLERANCE
         assert np.abs(batched.done.images.astype(float) - alone.done.images).mean() <= PIXEL_TOLERANCE
-    assert after["mixed_steps"] - before["mixed_steps"] >= 8
-    assert after["steps"] - before["steps"] < sum(each.steps or 0 for each in mixed) / 2
+    assert after.mixed_steps - before.mixed_steps >= 8
+    assert after.steps - before.steps < sum(each.steps or 0 for each in mixed) / 2

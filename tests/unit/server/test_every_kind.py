@@ -89,11 +89,11 @@ def test_sixteen_strangers_on_sdxl_are_drawn_as_alone(shared_xl: Shared, seed: i
 
 def check_strangers(shared: Shared, seed: int) -> None:
     requests = sixteen(shared.every, seed)
-    before = shared.running.service.stats()["mixed_steps"]
+    before = shared.running.service.stats().mixed_steps
     together = shared.draw(requests)
     after = shared.running.service.stats()
-    assert after["mixed_steps"] > before
-    assert after["failed_steps"] == 0, "a step that fails is tried again row by row, which would hide it"
+    assert after.mixed_steps > before
+    assert after.failed_steps == 0, "a step that fails is tried again row by row, which would hide it"
     assert largest_difference(together, shared.draw_alone(requests)) <= TOLERANCE
 
 
@@ -198,7 +198,7 @@ def test_an_adapter_of_weight_zero_is_dropped_and_said(shared: Shared, name: str
     with_it = shared.running.run([request_for(shared.every, [beside, idle], **fields)])[0]
     without = shared.draw([request_for(shared.every, [beside], **fields)])[0]
     assert (with_it.latents == without).all() or name == "lora/full", "text_weight of its own"
-    dropped = [each["ref"] for each in with_it.done.receipt["dropped"]]
+    dropped = [each.ref for each in with_it.done.receipt.dropped]
     assert dropped == ([name] if name != "lora/full" else [])
 
 
@@ -206,6 +206,6 @@ def test_the_receipt_pins_every_adapter_and_picture(shared: Shared) -> None:
     receipt = shared.running.run([everything(shared.every)])[0].done.receipt
     with Registry.open(shared.running.home) as registry:
         expected = {name: registry.resolve(name).digest for name in ways_to_ask(random.Random(0))}
-    assert {each["ref"]: each["digest"] for each in receipt["adapters"]} == expected
-    assert set(receipt["request"]["images"]) >= {"red", "shape", "blue"}
-    assert all(each["digest"].startswith("sha256:") for each in receipt["request"]["images"].values())
+    assert {each.ref: each.digest for each in receipt.adapters} == expected
+    assert set(receipt.request.images) >= {"red", "shape", "blue"}
+    assert all(each.digest.startswith("sha256:") for each in receipt.request.images.values())

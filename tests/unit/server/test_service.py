@@ -21,8 +21,9 @@ from scumble.errors import (
     ScumbleError,
 )
 from scumble.events import Done, Event, Failed, Queued, Step
-from scumble.receipt import request_from_receipt
-from scumble.request import Adapter, Request, SchedulerName
+from scumble.receipt import DroppedAdapter
+from scumble.redraw import request_from_receipt
+from scumble.request import Adapter, Options, Request, SchedulerName
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
 from scumble_server.denoise.noise import Noise
@@ -72,10 +73,41 @@ def test_the_receipt_says_what_was_bound(running: Running) -> None:
     receipt = done.receipt
     with Registry.open(running.home) as registry:
         version = registry.resolve("l/a")
-    assert [(each["ref"], each["digest"], each["rank"]) for each in receipt["adapters"]] == [("l/a", version.digest, 4)]
-    assert receipt["dropped"] == [{"ref": "l/b", "reason": "weight 0"}]
-    assert receipt["request"]["seed"] == receipt["seeds"][0] >= 0
-    assert set(receipt["timings_ms"]) == {"queue", "load", "encode", "denoise", "decode", "total"}
+    assert [(each.ref, each.digest, each.details["rank"]) for each in receipt.adapters] == [("l/a", version.digest, 4)]
+    assert receipt.dropped == (DroppedAdapter(ref="l/b", reason="weight 0"),)
+    assert receipt.request.seed == receipt.seeds[0] >= 0
+    assert set(receipt.timings_ms) == {"queue", "load", "encode", "denoise", "decode", "total"}
+
+
+def test_the_receipt_is_json_in_an_order_that_stays(running: Running) -> None:
+    """As in `tests/unit/client/receipt.json`, which is a server's; what is at its default is left out."""
+    asked = request(adapters=[Adapter(ref="l/a", weight=1.0)], options=Options(priority=0, format="png"))
+    data = running.run([asked])[0].done.receipt.to_json()
+    top = "schema request base adapters dropped seeds engine timings_ms"
+    assert list(data) == top.split()
+    assert list(data["request"]) == [*Request.model_fields]
+    assert data["request"]["adapters"] == [{"ref": "l/a"}]
+    assert data["request"]["options"] == {"format": "png"}
+    assert list(data["base"]) == ["name", "version", "digest", "ref"]
+    assert list(data["adapters"][0]) == ["name", "version", "digest", "ref", "kind", "weight", "text_weight", "rank"]
+
+
+def test_stats_are_json_that_says_all(running: Running) -> None:
+    data = running.service.stats().to_json()
+    counters = "requests images failed steps rows mixed_steps failed_steps out_of_memory batch_sizes step_seconds"
+    caches = ["host_cache", "device_cache", "weights_cache"]
+    assert list(data) == [*counters.split(), "open_requests", "base", "bases", *caches, "alive"]
+    assert list(data["host_cache"]) == [
+        "entries",
+        "bytes",
+        "held_bytes",
+        "budget",
+        "hits",
+        "misses",
+        "evictions",
+        "waits",
+    ]
+    assert all(isinstance(size, str) for size in data["batch_sizes"])
 
 
 def test_weight_zero_is_the_base(running: Running) -> None:
@@ -185,7 +217,7 @@ def test_a_higher_priority_overtakes_what_is_running(published: tuple[Path, dict
 def test_a_request_lets_go_of_all_that_it_held(running: Running) -> None:
     running.run([request(adapters=[Adapter(ref="l/a")], seed=i) for i in range(3)])
     for cache in (running.service._host, running.service._device, running.service._weights):
-        assert cache.stats()["held_bytes"] == 0
+        assert cache.stats().held_bytes == 0
 
 
 def test_what_a_waiting_request_will_read_is_there_before_its_turn(published: tuple[Path, dict[str, Path]]) -> None:
@@ -194,12 +226,12 @@ def test_what_a_waiting_request_will_read_is_there_before_its_turn(published: tu
     service.submit(request(), first, is_cancelled=lambda: not go.wait(60))  # holds the thread that conditions
     service.submit(request(adapters=[Adapter(ref="l/a")]), second)
     end = time.monotonic() + 30
-    while service.stats()["host_cache"]["entries"] == 0 and time.monotonic() < end:
+    while service.stats().host_cache.entries == 0 and time.monotonic() < end:
         time.sleep(0.01)
-    read_ahead = service.stats()["host_cache"]
+    read_ahead = service.stats().host_cache
     go.set()
     assert isinstance(second.wait(), Done)
-    assert read_ahead["entries"] == read_ahead["misses"] == service.stats()["host_cache"]["misses"] == 1
+    assert read_ahead.entries == read_ahead.misses == service.stats().host_cache.misses == 1
     service.close()
 
 
@@ -285,10 +317,10 @@ def test_a_step_that_raises_ends_only_the_row_to_blame(running: Running, monkeyp
 def test_bad_input_is_refused_at_the_edge(
     running: Running, changes: dict[str, Any], error: type[ScumbleError], says: str
 ) -> None:
-    before = running.service.stats()["requests"]
+    before = running.service.stats().requests
     with pytest.raises(error, match=says):
         running.service.submit(request(**changes), Listener())
-    assert running.service.stats()["requests"] == before
+    assert running.service.stats().requests == before
     assert len(running.run([request()])) == 1, "the server goes on"
 
 

@@ -39,10 +39,10 @@ def test_a_thousand_requests_leave_the_base_and_memory_as_they_were(
     stats = running.service.stats()
     after = running.executor.weights_digest()
     running.service.close()
-    assert stats["requests"] == 1000
-    assert stats["failed"] == stats["failed_steps"] == 0
-    assert stats["device_cache"]["evictions"] > 100
-    assert stats["host_cache"]["evictions"] > 10
-    assert stats["device_cache"]["held_bytes"] == 0
+    assert stats.requests == 1000
+    assert stats.failed == stats.failed_steps == 0
+    assert stats.device_cache.evictions > 100
+    assert stats.host_cache.evictions > 10
+    assert stats.device_cache.held_bytes == 0
     assert after == digest
     assert abs(resident[39] / resident[19] - 1) <= 0.02

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scumble.errors import InvalidRequest
-from scumble_trainers.methods.lora.model import Lora
+from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.parent import Parent, find_parent
 from scumble_trainers.run import train
@@ -75,7 +75,7 @@ def test_the_loss_on_one_picture_falls_and_the_base_stays_as_it_was(
     untouched = pipeline(base_folder)
     one = settings(steps=40, validation=0, caption_dropout=0, checkpoint_every=40, feed_forward=True)
 
-    result = train(Lora, parent, make_data(1), tmp_path / "out", one)
+    result = train(LoraTraining, parent, make_data(1), tmp_path / "out", one)
 
     assert result.metrics["after"]["training_loss"] < 0.95 * result.metrics["before"]["training_loss"]
     assert digest(trained[0].method.pipeline.unet) == digest(untouched.unet)
@@ -98,15 +98,15 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
             raise Killed
 
     with pytest.raises(Killed):
-        train(Lora, parent, data, tmp_path / "killed", chosen, report=kill_at_step_5)
+        train(LoraTraining, parent, data, tmp_path / "killed", chosen, report=kill_at_step_5)
     steps: list[int] = []
 
     def count(stage: str, done: int, *_: object) -> None:
         if stage == "training":
             steps.append(done)
 
-    resumed = train(Lora, parent, data, tmp_path / "killed", chosen, report=count)
-    whole = train(Lora, parent, data, tmp_path / "whole", chosen)
+    resumed = train(LoraTraining, parent, data, tmp_path / "killed", chosen, report=count)
+    whole = train(LoraTraining, parent, data, tmp_path / "whole", chosen)
 
     assert steps == [4, 5, 6]
     assert resumed.metrics == whole.metrics
@@ -116,8 +116,8 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
 
 def test_a_batch_in_parts_trains_the_same_weights(parent: Parent, make_data: Any, tmp_path: Path) -> None:
     data = make_data(8)
-    train(Lora, parent, data, tmp_path / "whole", settings())
-    train(Lora, parent, data, tmp_path / "parts", settings(accumulate=2, gradient_checkpointing=True))
+    train(LoraTraining, parent, data, tmp_path / "whole", settings())
+    train(LoraTraining, parent, data, tmp_path / "parts", settings(accumulate=2, gradient_checkpointing=True))
 
     whole, parts = load_file(tmp_path / "whole" / FILE), load_file(tmp_path / "parts" / FILE)
     assert all(torch.allclose(whole[name], parts[name], atol=1e-4) for name in whole)
@@ -127,19 +127,22 @@ def test_a_finished_run_is_returned_as_it_is_and_another_one_is_refused(
     parent: Parent, make_data: Any, tmp_path: Path
 ) -> None:
     data = make_data(4)
-    first = train(Lora, parent, data, tmp_path / "out", settings())
+    first = train(LoraTraining, parent, data, tmp_path / "out", settings())
 
-    assert train(Lora, parent, data, tmp_path / "out", settings()) == first
+    assert train(LoraTraining, parent, data, tmp_path / "out", settings()) == first
     with pytest.raises(InvalidRequest, match="rank: 4 → 2"):
-        train(Lora, parent, data, tmp_path / "out", settings(rank=2))
-    assert train(Lora, parent, data, tmp_path / "out", settings(rank=2), fresh=True).provenance["config"]["rank"] == 2
+        train(LoraTraining, parent, data, tmp_path / "out", settings(rank=2))
+    assert (
+        train(LoraTraining, parent, data, tmp_path / "out", settings(rank=2), fresh=True).provenance["config"]["rank"]
+        == 2
+    )
 
 
 def test_a_finished_run_can_be_trained_further(parent: Parent, make_data: Any, tmp_path: Path) -> None:
     data = make_data(4)
-    train(Lora, parent, data, tmp_path / "out", settings(schedule="constant"))
-    train(Lora, parent, data, tmp_path / "out", settings(schedule="constant", steps=8))
-    train(Lora, parent, data, tmp_path / "once", settings(schedule="constant", steps=8))
+    train(LoraTraining, parent, data, tmp_path / "out", settings(schedule="constant"))
+    train(LoraTraining, parent, data, tmp_path / "out", settings(schedule="constant", steps=8))
+    train(LoraTraining, parent, data, tmp_path / "once", settings(schedule="constant", steps=8))
 
     assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "once" / FILE).read_bytes()
 
@@ -149,7 +152,7 @@ def test_diffusers_loads_the_file_with_its_scale(
 ) -> None:
     """B holds the scale, so ΔW is B·A of the file with or without its header, for the text encoder as well."""
     out = tmp_path / "out"
-    train(Lora, parent, make_data(4), out, settings(alpha=10, text_encoder=True, feed_forward=True))
+    train(LoraTraining, parent, make_data(4), out, settings(alpha=10, text_encoder=True, feed_forward=True))
     bare = draw(pipeline(base_folder))
     adapted = pipeline(base_folder)
     adapted.load_lora_weights(out)
@@ -179,7 +182,7 @@ def test_two_runs_write_the_same_bytes_and_16_bits_take_half_the_room(
 ) -> None:
     data = make_data(4)
     for name, stored in (("a", "fp16"), ("b", "fp16"), ("c", "fp32")):
-        train(Lora, parent, data, tmp_path / name, settings(steps=2, save_dtype=stored))
+        train(LoraTraining, parent, data, tmp_path / name, settings(steps=2, save_dtype=stored))
 
     assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
     half, full = load_file(tmp_path / "a" / FILE), load_file(tmp_path / "c" / FILE)
@@ -191,7 +194,7 @@ def test_a_checkpoint_has_the_adapter_as_it_stands_and_the_grid_a_column(
     parent: Parent, base_folder: Path, make_data: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    train(Lora, parent, make_data(4), out, settings(checkpoint_every=2))
+    train(LoraTraining, parent, make_data(4), out, settings(checkpoint_every=2))
 
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
     pipeline(base_folder).load_lora_weights(out / "checkpoints/step-000004")
@@ -204,7 +207,9 @@ def test_a_checkpoint_has_the_adapter_as_it_stands_and_the_grid_a_column(
 
 def test_column_0_of_the_grid_is_the_base(parent: Parent, base_folder: Path, make_data: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    train(Lora, parent, make_data(4), out, settings(steps=2, sample_seed=3, sample_guidance=7.5, sample_steps=3))
+    train(
+        LoraTraining, parent, make_data(4), out, settings(steps=2, sample_seed=3, sample_guidance=7.5, sample_steps=3)
+    )
 
     with Image.open(out / "samples/step-000000.png") as column:
         first = np.asarray(column)[:16].astype(int)
@@ -226,13 +231,15 @@ def draw_small(base_folder: Path) -> np.ndarray[Any, Any]:
 )
 def test_options_of_the_loop_run(parent: Parent, make_data: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
     text = "text_learning_rate" in changes
-    result = train(Lora, parent, make_data(4), tmp_path / "out", settings(steps=2, text_encoder=text, **changes))
+    result = train(
+        LoraTraining, parent, make_data(4), tmp_path / "out", settings(steps=2, text_encoder=text, **changes)
+    )
     assert result.metrics["after"] != result.metrics["before"]
 
 
 def test_a_trigger_word_must_occur(parent: Parent, make_data: Any, tmp_path: Path) -> None:
     data = make_data(4)
     with pytest.raises(InvalidRequest, match="'sks'"):
-        train(Lora, parent, data, tmp_path / "out", settings(trigger_words=("sks",)), report=silent)
-    result = train(Lora, parent, data, tmp_path / "out", settings(steps=2, trigger_words=("Flat style",)))
+        train(LoraTraining, parent, data, tmp_path / "out", settings(trigger_words=("sks",)), report=silent)
+    result = train(LoraTraining, parent, data, tmp_path / "out", settings(steps=2, trigger_words=("Flat style",)))
     assert result.trigger_words == ("Flat style",)

@@ -22,17 +22,17 @@ CACHE_LIMIT = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class TextStates:
     """What a UNet is told in words."""
 
     states: Tensor  # (B, T, D)
     pooled: Tensor | None  # (B, P), SDXL only
 
-    def rows(self, chosen: Tensor) -> Text:
-        return Text(self.states[chosen], None if self.pooled is None else self.pooled[chosen])
+    def rows(self, chosen: Tensor) -> TextStates:
+        return TextStates(self.states[chosen], None if self.pooled is None else self.pooled[chosen])
 
-    def to(self, device: torch.device) -> Text:
-        return Text(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+    def to(self, device: torch.device) -> TextStates:
+        return TextStates(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
 
 
 class TextEncoders(nn.Module):
@@ -52,13 +52,13 @@ class TextEncoders(nn.Module):
         expanded = [[self.expand(text, tokenizer) for text in texts] for tokenizer in self.tokenizers]
         return torch.stack([tokenise(t, own) for t, own in zip(self.tokenizers, expanded, strict=True)], dim=1)
 
-    def forward(self, tokens: Tensor) -> Text:
+    def forward(self, tokens: Tensor) -> TextStates:
         """`(N, encoders, T)` token ids on the encoders' device."""
         if len(self.encoders) == 1:
-            return Text(self.encoders[0](tokens[:, 0])[0], None)
+            return TextStates(self.encoders[0](tokens[:, 0])[0], None)
         outputs = [encoder(tokens[:, i], output_hidden_states=True) for i, encoder in enumerate(self.encoders)]
         states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return Text(states, outputs[-1][0])
+        return TextStates(states, outputs[-1][0])
 
     @property
     def width(self) -> int:
@@ -74,7 +74,7 @@ class Captions:
     first: Tensor  # (N,) int64: an example's captions are rows first … first + count - 1 of `rows`
     count: Tensor  # (N,) int64
     rows: Tensor  # (Σ count,) int64: rows of `tokens`
-    embeddings: Text | None  # of U rows, or None where they are made at every step
+    embeddings: TextStates | None  # of U rows, or None where they are made at every step
 
     def choose(self, pictures: Tensor, which: Tensor, dropped: Tensor) -> Tensor:
         """`(B,)` rows of `tokens`: of each picture the caption at `which` in [0, 1), row 0 where dropped."""
@@ -85,11 +85,11 @@ class Captions:
         """`(B,)` rows of `tokens`: each picture's first caption."""
         return self.rows[self.first[pictures]]
 
-    def embed(self, encoders: TextEncoders, rows: Tensor, device: torch.device) -> Text:
+    def embed(self, encoders: TextEncoders, rows: Tensor, device: torch.device) -> TextStates:
         """On `device`: cached, or computed now (with gradients if the encoders have any)."""
         if self.embeddings is not None:
             return self.embeddings.rows(rows).to(device)
-        text: Text = encoders(self.tokens[rows].to(device))
+        text: TextStates = encoders(self.tokens[rows].to(device))
         return text
 
 
@@ -122,5 +122,5 @@ def read_captions(
         shares = [encoders(share.to(device)) for share in tokens.split(batch)]
         pooled = [share.pooled.float().cpu() for share in shares if share.pooled is not None]
         states = torch.cat([share.states.float().cpu() for share in shares])
-        embeddings = Text(states, torch.cat(pooled) if pooled else None)
+        embeddings = TextStates(states, torch.cat(pooled) if pooled else None)
     return Captions(tokens, count.cumsum(0) - count, count, torch.tensor(rows), embeddings)

@@ -15,7 +15,7 @@ from scumble.errors import Incompatible
 from scumble_build.graphs.vision import PREPARATION, ImageEncoder
 from scumble_trainers.data.dataset import Example, load_picture
 from scumble_trainers.parent import Parent
-from scumble_trainers.steps.progress import Report
+from scumble_trainers.steps.progress import ProgressReport
 
 Reads = Literal["embedding", "states"]
 """The tower's projected output (n, E), or the states of its last layer but one (n, N, C)."""
@@ -49,7 +49,7 @@ class PictureStates:
         self._examples: Sequence[Example] = ()
         self._kept: Tensor | None = None
 
-    def read(self, examples: Sequence[Example], report: Report) -> None:
+    def read(self, examples: Sequence[Example], report: ProgressReport) -> None:
         """Looks at all examples now, if what it makes of them can be kept."""
         self._examples = examples
         if len(examples) * self.nothing().numel() * 4 > CACHE_LIMIT:

@@ -15,11 +15,11 @@ from scumble_trainers.methods.textual_inversion.settings import TextualInversion
 from scumble_trainers.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from scumble_trainers.method import Method
+    from scumble_trainers.method import TrainingMethod
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class MethodEntry:
     """One method. `name` is its module's and its adapters' kind."""
 
     name: str
@@ -32,43 +32,45 @@ class Entry:
     def command(self) -> str:
         return self.name.replace("_", "-")
 
-    def load(self) -> type[Method[Any]]:
+    def load(self) -> type[TrainingMethod[Any]]:
         """Its class; imports torch and diffusers."""
-        found: type[Method[Any]] = getattr(import_module(f"{__name__}.{self.name}.model"), self.model)
-        return found
+        method: type[TrainingMethod[Any]] = getattr(import_module(f"{__name__}.{self.name}.model"), self.model)
+        return method
 
 
 AGAIN = "Continues from its newest checkpoint when the same command runs again in the same --out."
 
 METHODS = (
-    Entry("lora", "Lora", LoraSettings, f"Train a LoRA on captioned pictures, and publish it.\n\n{AGAIN}"),
-    Entry(
+    MethodEntry(
+        "lora", "LoraTraining", LoraSettings, f"Train a LoRA on captioned pictures, and publish it.\n\n{AGAIN}"
+    ),
+    MethodEntry(
         "ip_adapter",
-        "IpAdapter",
+        "IpAdapterTraining",
         IpAdapterSettings,
         f"Train an IP-Adapter (pictures as prompts) on captioned pictures, and publish it.\n\n{AGAIN}",
     ),
-    Entry(
+    MethodEntry(
         "controlnet",
-        "ControlNet",
+        "ControlNetTraining",
         ControlNetSettings,
         f"Train a ControlNet (the shape from a control picture), and publish it.\n\n{AGAIN}",
     ),
-    Entry(
+    MethodEntry(
         "textual_inversion",
-        "TextualInversion",
+        "TextualInversionTraining",
         TextualInversionSettings,
         f"Teach the base a new word from a few pictures, and publish it.\n\n{AGAIN}",
     ),
-    Entry(
+    MethodEntry(
         "dreambooth",
-        "Dreambooth",
+        "DreamboothTraining",
         DreamboothSettings,
         f"Fine-tune the whole base on a few pictures of one thing, and publish the difference.\n\n{AGAIN}",
     ),
-    Entry(
+    MethodEntry(
         "hypernetwork",
-        "Hypernetwork",
+        "HypernetworkTraining",
         HypernetworkSettings,
         "Train a network that predicts a LoRA from one picture, on pictures of many concepts, and publish it.\n\n"
         f"With --refine N it takes one's prediction N steps further instead, and publishes a LoRA.\n\n{AGAIN}",

@@ -17,14 +17,14 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from scumble.errors import Refused
-from scumble_trainers.method import Method
+from scumble_trainers.method import TrainingMethod
 from scumble_trainers.results.provenance import Cost, device_name, peak_memory
 from scumble_trainers.results.sampling import add_column
 from scumble_trainers.settings import TrainSettings
 from scumble_trainers.steps.checkpoints import Checkpoint, restore_optimizer, restore_parameters, write_checkpoint
 from scumble_trainers.steps.draws import Draw, draw_step, pictures_of_step
 from scumble_trainers.steps.losses import validation_loss
-from scumble_trainers.steps.progress import Report
+from scumble_trainers.steps.progress import ProgressReport
 
 LEVELS = 8  # noise levels of the validation loss
 MOST_MEASURED = 64  # training pictures that its counterpart is measured on
@@ -35,11 +35,11 @@ class Run:
     """A run in progress. Owns its folder `out` and the method's parameters; used from one thread."""
 
     accelerator: Accelerator
-    method: Method[Any]
+    method: TrainingMethod[Any]
     out: Path
     identity: dict[str, Any]
     """What a checkpoint must share with the run that resumes it: configuration, data, base."""
-    report: Report
+    report: ProgressReport
     step: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """`before` and the latest `after`."""

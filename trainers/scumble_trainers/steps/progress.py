@@ -11,19 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Report(Protocol):
+class ProgressReport(Protocol):
     """Says that `done` of `of` steps of `stage` are behind us; `note` is shown beside the bar."""
 
     def __call__(self, stage: str, done: int, of: int, note: str = "") -> None: ...
 
 
 def silent(stage: str, done: int, of: int, note: str = "") -> None:
-    """A Report that shows nothing."""
+    """A ProgressReport that shows nothing."""
 
 
 @contextmanager
-def shown(*, wanted: bool = True) -> Iterator[Report]:
-    """A Report with one bar per stage on stderr, where that is a terminal and it is `wanted`."""
+def shown(*, wanted: bool = True) -> Iterator[ProgressReport]:
+    """A ProgressReport with one bar per stage on stderr, where that is a terminal and it is `wanted`."""
     if not (wanted and sys.stderr.isatty()):
         yield silent
         return

@@ -17,7 +17,7 @@ from scumble_server.methods.controlnet import checks
 from scumble_server.methods.controlnet.nets import control_maps
 from scumble_server.methods.controlnet.part import ControlPart
 from scumble_server.methods.method import Method
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.settings import Settings
 
 
@@ -25,24 +25,24 @@ class ControlNetMethod(Method):
     kind = KIND
     fields = frozenset({"start", "end", "images", "scale", "mode", "control_type", "preprocess"})
 
-    def check(self, adapter: BoundAdapter, base: Base) -> None:
+    def check(self, adapter: ResolvedAdapter, base: Base) -> None:
         checks.check(adapter, base)
 
-    def check_together(self, adapters: Sequence[BoundAdapter], base: Base, settings: Settings) -> None:
+    def check_together(self, adapters: Sequence[ResolvedAdapter], base: Base, settings: Settings) -> None:
         for adapter in adapters:
             checks.check_size(adapter, base, settings)
 
-    def idle(self, adapter: BoundAdapter, steps: int) -> str | None:
+    def idle(self, adapter: ResolvedAdapter, steps: int) -> str | None:
         scaled = any(checks.picture_scales(adapter))
         return adapter.why_never(steps) or (None if scaled else "scale 0 for every picture")
 
-    def carry(self, context: Context, weights: Mapping[BoundAdapter, float], text: Text) -> ControlPart | None:
+    def carry(self, context: Context, weights: Mapping[ResolvedAdapter, float], text: Text) -> ControlPart | None:
         return ControlPart.of(context, weights, text)
 
-    def control_maps(self, context: Context, adapter: BoundAdapter) -> Sequence[Pixels]:
+    def control_maps(self, context: Context, adapter: ResolvedAdapter) -> Sequence[Pixels]:
         return control_maps(context, adapter) if adapter.spec.preprocess is not None else ()
 
-    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:
+    def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         """All that was settled, defaults too."""
         spec, made_by = adapter.spec, checks.preprocessor(adapter)
         return {

@@ -6,7 +6,7 @@ from scumble.errors import InvalidRequest, Refused
 from scumble_build.control_maps import Preprocessor, parse
 from scumble_registry.compatibility import ControlNetCompatibility
 from scumble_server.base import Base
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.settings import Settings
 
 CONTROL_TYPES = {
@@ -25,7 +25,7 @@ CONTROL_TYPES = {
 """The kinds of control of xinsir's union nets, by the place that each has there."""
 
 
-def check(adapter: BoundAdapter, base: Base) -> None:
+def check(adapter: ResolvedAdapter, base: Base) -> None:
     """Raises InvalidRequest naming the field, or Refused."""
     if not base.changes_graphs and compatibility(adapter).form == "lllite":
         raise Refused(
@@ -41,7 +41,7 @@ def check(adapter: BoundAdapter, base: Base) -> None:
     picture_scales(adapter)
 
 
-def check_size(adapter: BoundAdapter, base: Base, settings: Settings) -> None:
+def check_size(adapter: ResolvedAdapter, base: Base, settings: Settings) -> None:
     """Raises InvalidRequest for a size that the adapter cannot look at."""
     unit = _unit(adapter, base)
     if settings.width % unit or settings.height % unit:
@@ -52,7 +52,7 @@ def check_size(adapter: BoundAdapter, base: Base, settings: Settings) -> None:
         )
 
 
-def _unit(adapter: BoundAdapter, base: Base) -> int:
+def _unit(adapter: ResolvedAdapter, base: Base) -> int:
     """The pixels that a side must be a multiple of."""
     about = compatibility(adapter)
     if about.form == "t2i":
@@ -62,22 +62,22 @@ def _unit(adapter: BoundAdapter, base: Base) -> int:
     return 8 * 2 ** (base.blocks.levels - 1) if about.form == "lllite" else 8
 
 
-def compatibility(adapter: BoundAdapter) -> ControlNetCompatibility:
+def compatibility(adapter: ResolvedAdapter) -> ControlNetCompatibility:
     compatibility = adapter.version.manifest.compatibility
     assert isinstance(compatibility, ControlNetCompatibility)
     return compatibility
 
 
-def mode(adapter: BoundAdapter) -> str:
+def mode(adapter: ResolvedAdapter) -> str:
     return adapter.spec.mode or "balanced"
 
 
-def preprocessor(adapter: BoundAdapter) -> Preprocessor | None:
+def preprocessor(adapter: ResolvedAdapter) -> Preprocessor | None:
     """Raises InvalidRequest for one that there is not."""
     return None if adapter.spec.preprocess is None else parse(adapter.spec.preprocess)
 
 
-def control_types(adapter: BoundAdapter) -> tuple[int, ...]:
+def control_types(adapter: ResolvedAdapter) -> tuple[int, ...]:
     """One for each picture of a union net, () for others. Raises InvalidRequest."""
     spec, known = adapter.spec, compatibility(adapter).control_types
     if not known:
@@ -98,7 +98,7 @@ def control_types(adapter: BoundAdapter) -> tuple[int, ...]:
     return tuple(CONTROL_TYPES[name] for name in spec.control_type)
 
 
-def picture_scales(adapter: BoundAdapter) -> tuple[float, ...]:
+def picture_scales(adapter: ResolvedAdapter) -> tuple[float, ...]:
     """A union net's weight for each picture, beside its own weight. Raises InvalidRequest."""
     scale, count = adapter.spec.scale, len(adapter.pictures)
     if scale is None:
@@ -111,7 +111,7 @@ def picture_scales(adapter: BoundAdapter) -> tuple[float, ...]:
     return numbers
 
 
-def _check_net(adapter: BoundAdapter) -> None:
+def _check_net(adapter: ResolvedAdapter) -> None:
     channels = compatibility(adapter).conditioning_channels
     if channels not in {1, 3}:
         raise Refused(
@@ -120,7 +120,7 @@ def _check_net(adapter: BoundAdapter) -> None:
         )
 
 
-def _check_pictures(adapter: BoundAdapter) -> None:
+def _check_pictures(adapter: ResolvedAdapter) -> None:
     if adapter.tensors:
         raise _invalid(adapter, "images", f"takes pictures, not tensors ({', '.join(adapter.tensors)})")
     if not adapter.pictures:
@@ -133,12 +133,12 @@ def _check_pictures(adapter: BoundAdapter) -> None:
         )
 
 
-def _check_mode(adapter: BoundAdapter) -> None:
+def _check_mode(adapter: ResolvedAdapter) -> None:
     if compatibility(adapter).form == "lllite" and mode(adapter) not in {"balanced", "control"}:
         raise _invalid(adapter, "mode", "is an LLLite, which has no residuals to scale; use balanced or control")
     if compatibility(adapter).form == "t2i" and mode(adapter) == "guess":
         raise _invalid(adapter, "mode", "is a T2I-Adapter, which has no guess mode; use balanced, prompt or control")
 
 
-def _invalid(adapter: BoundAdapter, field: str, what: str) -> InvalidRequest:
+def _invalid(adapter: ResolvedAdapter, field: str, what: str) -> InvalidRequest:
     return InvalidRequest(f"{adapter.spec.ref} {what}", field=f"adapters.{field}")

@@ -26,7 +26,7 @@ from scumble_server.methods.controlnet.checks import (
     picture_scales,
     preprocessor,
 )
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +37,7 @@ class Control:
     LLLite with its embedded picture.
     """
 
-    adapter: BoundAdapter
+    adapter: ResolvedAdapter
     net: Net | None = None
     hint: Tensor | None = None
     features: tuple[Tensor, ...] = ()
@@ -45,20 +45,20 @@ class Control:
     embeddings: Embeddings = field(default_factory=dict)
 
 
-def control_of(context: Context, adapter: BoundAdapter) -> Control:
+def control_of(context: Context, adapter: ResolvedAdapter) -> Control:
     """Load the adapter and embed its picture, once for all phases. Raises Refused for files that make no net."""
     executor = context.executor
     like = torch.empty(0, dtype=executor.dtype, device=executor.device)
     return context.once(("control", adapter), lambda: _control(context, adapter, like))
 
 
-def control_maps(context: Context, adapter: BoundAdapter) -> list[Pixels]:
+def control_maps(context: Context, adapter: ResolvedAdapter) -> list[Pixels]:
     """Make the control maps of its pictures."""
     settings, made_by = context.settings, preprocessor(adapter)
     return [control_map(picture.rgb, settings.width, settings.height, made_by) for picture in adapter.pictures]
 
 
-def _control(context: Context, adapter: BoundAdapter, like: Tensor) -> Control:
+def _control(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Control:
     form = compatibility(adapter).form
     if form == "t2i":
         return Control(adapter, features=_features(context, adapter, like))
@@ -69,7 +69,7 @@ def _control(context: Context, adapter: BoundAdapter, like: Tensor) -> Control:
     return Control(adapter, net, _hint(context, adapter, net, like))
 
 
-def _lite(context: Context, adapter: BoundAdapter, like: Tensor) -> Control:
+def _lite(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Control:
     def load() -> LLLite:
         folder = context.registry.materialise(adapter.version)
         return load_lllite(folder, context.base.compatibility.targets).to_like(like)
@@ -87,7 +87,7 @@ def _lite(context: Context, adapter: BoundAdapter, like: Tensor) -> Control:
     return Control(adapter, lite=lite, embeddings=embeddings)
 
 
-def of_text(context: Context, adapter: BoundAdapter, net: Net, text: Text) -> tuple[Tensor, Tensor | None]:
+def of_text(context: Context, adapter: ResolvedAdapter, net: Net, text: Text) -> tuple[Tensor, Tensor | None]:
     """The net's own keys and values `(rows, T, K)` of the prompts, and what it adds to the time `(rows, E)`."""
     states = text.states
     net.check({"tokens": states.shape[1]})
@@ -101,7 +101,7 @@ def of_text(context: Context, adapter: BoundAdapter, net: Net, text: Text) -> tu
     return kv, added
 
 
-def _net(context: Context, adapter: BoundAdapter, like: Tensor) -> Net:
+def _net(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Net:
     """One object for all requests that may share its run: for a union net, those with the same kinds of control."""
     about = compatibility(adapter)
     # A control-LoRA changes the encoder of whatever the request is drawn with; other nets have their own.
@@ -123,7 +123,7 @@ def _net(context: Context, adapter: BoundAdapter, like: Tensor) -> Net:
     return nets.of(control_types(adapter))
 
 
-def _hint(context: Context, adapter: BoundAdapter, net: Net, like: Tensor) -> Tensor:
+def _hint(context: Context, adapter: ResolvedAdapter, net: Net, like: Tensor) -> Tensor:
     scales = picture_scales(adapter)
     weights = [adapter.spec.weight * scale for scale in scales] if len(scales) > 1 else [1.0]
     key = ("hint", _picture_key(context, adapter), tuple(weights), control_types(adapter))
@@ -133,7 +133,7 @@ def _hint(context: Context, adapter: BoundAdapter, net: Net, like: Tensor) -> Te
     return context.device.get(key, nbytes, lambda: net.embed(_pixels(context, adapter), weights))
 
 
-def _features(context: Context, adapter: BoundAdapter, like: Tensor) -> tuple[Tensor, ...]:
+def _features(context: Context, adapter: ResolvedAdapter, like: Tensor) -> tuple[Tensor, ...]:
     about = compatibility(adapter)
     levels = context.base.blocks.levels
     sizes = level_sizes(context.settings.height // 8, context.settings.width // 8, levels)
@@ -154,7 +154,7 @@ def _features(context: Context, adapter: BoundAdapter, like: Tensor) -> tuple[Te
     return context.device.get(("features", _picture_key(context, adapter)), nbytes, draw)
 
 
-def _picture_key(context: Context, adapter: BoundAdapter) -> Hashable:
+def _picture_key(context: Context, adapter: ResolvedAdapter) -> Hashable:
     """All that an embedded picture is made of."""
     settings = context.settings
     pictures = tuple(picture.digest for picture in adapter.pictures)
@@ -168,7 +168,7 @@ def _picture_key(context: Context, adapter: BoundAdapter) -> Hashable:
     )
 
 
-def _pixels(context: Context, adapter: BoundAdapter) -> Tensor:
+def _pixels(context: Context, adapter: ResolvedAdapter) -> Tensor:
     """`(n, 3, H, W)`, or grey `(n, 1, H, W)` where the net reads it so, in 0…1."""
     pictures = []
     for pixels in control_maps(context, adapter):

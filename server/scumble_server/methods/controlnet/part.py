@@ -18,7 +18,7 @@ from scumble_server.methods.controlnet.nets import Control, control_of, of_text
 from scumble_server.methods.controlnet.residuals import RowNet, residuals_at_each_step
 from scumble_server.methods.controlnet.scales import of_features, of_lite, of_residuals
 from scumble_server.methods.part import AtEachStep, BatchRows, Part, spread
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +42,7 @@ class ControlPart(Part):
     lites: tuple[RowLite, ...] = ()
 
     @classmethod
-    def of(cls, context: Context, weights: Mapping[BoundAdapter, float], text: Text) -> ControlPart | None:
+    def of(cls, context: Context, weights: Mapping[ResolvedAdapter, float], text: Text) -> ControlPart | None:
         """None where no adapter acts."""
         acting = [(control_of(context, adapter), weight) for adapter, weight in weights.items() if weight]
         if not acting:

@@ -25,14 +25,14 @@ from scumble_server.executors.protocol import Executor
 from scumble_server.memory.residency import Lease
 from scumble_server.methods.context import Weights
 from scumble_server.methods.method import Method
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.settings import Settings
 
 
 class DreamboothMethod(Method):
     kind = KIND
 
-    def check(self, adapter: BoundAdapter, base: Base) -> None:
+    def check(self, adapter: ResolvedAdapter, base: Base) -> None:
         """It is a difference to one base, and it acts or not. Raises Incompatible, InvalidRequest."""
         version, spec = adapter.version, adapter.spec
         if version.manifest.base != base.version.digest:
@@ -48,7 +48,7 @@ class DreamboothMethod(Method):
                 field="adapters.weight",
             )
 
-    def check_together(self, adapters: Sequence[BoundAdapter], base: Base, settings: Settings) -> None:  # noqa: ARG002
+    def check_together(self, adapters: Sequence[ResolvedAdapter], base: Base, settings: Settings) -> None:  # noqa: ARG002
         if len(adapters) > 1:
             raise InvalidRequest(
                 f"{' and '.join(adapter.spec.ref for adapter in adapters)} are checkpoints; a request is drawn with "
@@ -56,13 +56,13 @@ class DreamboothMethod(Method):
                 field="adapters",
             )
 
-    def idle(self, adapter: BoundAdapter, steps: int) -> str | None:  # noqa: ARG002 - it acts in every step
+    def idle(self, adapter: ResolvedAdapter, steps: int) -> str | None:  # noqa: ARG002 - it acts in every step
         return None if adapter.spec.weight else "weight 0"
 
-    def scheduler_config(self, adapter: BoundAdapter) -> Mapping[str, Any] | None:
+    def scheduler_config(self, adapter: ResolvedAdapter) -> Mapping[str, Any] | None:
         return _compatibility(adapter).scheduler
 
-    def weights(self, adapter: BoundAdapter, own: Weights, base: Base, registry: Registry, loaded: Lease) -> Weights:
+    def weights(self, adapter: ResolvedAdapter, own: Weights, base: Base, registry: Registry, loaded: Lease) -> Weights:
         """Load the checkpoint beside its base, unless it is resident."""
         version = adapter.version
         key = ("checkpoint", base.version.digest, version.digest)
@@ -78,7 +78,7 @@ class DreamboothMethod(Method):
             version, key, checkpoint.executor, checkpoint.tokenizers, checkpoint.executor.vae, version.digest
         )
 
-    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:
+    def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         return {"changed": _compatibility(adapter).changed}
 
 
@@ -97,7 +97,7 @@ def _load(version: Version, own: Weights, base: Base, registry: Registry) -> _Ch
     return _Checkpoint(own.executor.variant(changed, stored, version), load_tokenizers(stored, base.family))
 
 
-def _compatibility(adapter: BoundAdapter) -> DreamboothCompatibility:
+def _compatibility(adapter: ResolvedAdapter) -> DreamboothCompatibility:
     compatibility = adapter.version.manifest.compatibility
     assert isinstance(compatibility, DreamboothCompatibility)
     return compatibility

@@ -19,7 +19,7 @@ from scumble_server.methods.hypernetwork import predictor
 from scumble_server.methods.hypernetwork.context_networks import ContextsPart, change_of_text, networks_of
 from scumble_server.methods.lora import check_targets, describe_lora, why_idle
 from scumble_server.methods.method import Lora, Method, TextChange
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 _OF_PREDICTORS = ("blocks", "images", "text", "text_weight")
 """Fields that a hypernetwork of the webui's kind does not read."""
@@ -32,7 +32,7 @@ class HypernetworkMethod(Method):
     def read_record(self, path: Path) -> Any:
         return read_record(path)
 
-    def check(self, adapter: BoundAdapter, base: Base) -> None:
+    def check(self, adapter: ResolvedAdapter, base: Base) -> None:
         lora, network = self.lora(adapter), predictor.predictor_of(adapter)
         if lora is not None and network is not None:
             predictor.check(adapter, network, base)
@@ -40,21 +40,21 @@ class HypernetworkMethod(Method):
         else:
             _check_context_networks(adapter, base)
 
-    def idle(self, adapter: BoundAdapter, steps: int) -> str | None:
+    def idle(self, adapter: ResolvedAdapter, steps: int) -> str | None:
         lora = self.lora(adapter)
         return adapter.why_never(steps) if lora is None else why_idle(lora, steps)
 
-    def lora(self, adapter: BoundAdapter) -> Lora | None:
+    def lora(self, adapter: ResolvedAdapter) -> Lora | None:
         network = predictor.predictor_of(adapter)
         return None if network is None else predictor.predicted_lora(adapter, network)
 
-    def text_change(self, context: Context, weights: Mapping[BoundAdapter, float]) -> TextChange | None:
+    def text_change(self, context: Context, weights: Mapping[ResolvedAdapter, float]) -> TextChange | None:
         return change_of_text(context, weights)
 
-    def carry(self, context: Context, weights: Mapping[BoundAdapter, float], text: Text) -> ContextsPart | None:  # noqa: ARG002
+    def carry(self, context: Context, weights: Mapping[ResolvedAdapter, float], text: Text) -> ContextsPart | None:  # noqa: ARG002
         return ContextsPart.of(context, weights)
 
-    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:
+    def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         networks = networks_of(adapter)
         if networks is not None:
             return {"type": networks.type, "widths": list(networks.widths)}
@@ -66,7 +66,7 @@ class HypernetworkMethod(Method):
         return entry | {"text": adapter.spec.text}
 
 
-def _check_context_networks(adapter: BoundAdapter, base: Base) -> None:
+def _check_context_networks(adapter: ResolvedAdapter, base: Base) -> None:
     """Raises InvalidRequest for a field that this kind does not read, Refused where graphs are fixed."""
     for name in _OF_PREDICTORS:
         if getattr(adapter.spec, name) != Adapter.model_fields[name].default:

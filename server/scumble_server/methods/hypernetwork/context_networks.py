@@ -21,7 +21,7 @@ from scumble_registry.formats.hypernetwork import read_record
 from scumble_server.methods.context import Context
 from scumble_server.methods.method import TextChange
 from scumble_server.methods.part import BatchRows, Part
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Link:
     weight: float
 
 
-def networks_of(adapter: BoundAdapter) -> ContextNetworks | None:
+def networks_of(adapter: ResolvedAdapter) -> ContextNetworks | None:
     """None for what is no hypernetwork of the webui's kind."""
     compatibility = adapter.version.manifest.compatibility
     if not isinstance(compatibility, HypernetworkCompatibility):
@@ -41,7 +41,7 @@ def networks_of(adapter: BoundAdapter) -> ContextNetworks | None:
     return compatibility.network if isinstance(compatibility.network, ContextNetworks) else None
 
 
-def chain_of(context: Context, weights: Mapping[BoundAdapter, float]) -> tuple[Link, ...]:
+def chain_of(context: Context, weights: Mapping[ResolvedAdapter, float]) -> tuple[Link, ...]:
     """Load the hypernetworks of the webui's kind that act."""
     return tuple(
         Link(adapter.version.digest, _load(context, adapter), weight)
@@ -50,7 +50,7 @@ def chain_of(context: Context, weights: Mapping[BoundAdapter, float]) -> tuple[L
     )
 
 
-def change_of_text(context: Context, weights: Mapping[BoundAdapter, float]) -> TextChange | None:
+def change_of_text(context: Context, weights: Mapping[ResolvedAdapter, float]) -> TextChange | None:
     """What the chain makes of the text; None if no hypernetwork that acts has networks for the text's width."""
     width = sum(context.base.compatibility.text_widths)
     links = [link for link in chain_of(context, weights) if width in link.net.widths]
@@ -72,7 +72,7 @@ class ContextsPart(Part):
     weight: Tensor
 
     @classmethod
-    def of(cls, context: Context, weights: Mapping[BoundAdapter, float]) -> ContextsPart | None:
+    def of(cls, context: Context, weights: Mapping[ResolvedAdapter, float]) -> ContextsPart | None:
         """None if no hypernetwork acts in self-attention."""
         widths = context.base.compatibility.self_attention_widths
         links = [link for link in chain_of(context, weights) if link.net.widths & widths]
@@ -96,7 +96,7 @@ class ContextsPart(Part):
         return replace(inputs, contexts=tuple(contexts))
 
 
-def _load(context: Context, adapter: BoundAdapter) -> Hypernetwork:
+def _load(context: Context, adapter: ResolvedAdapter) -> Hypernetwork:
     record, executor = context.record(adapter, read_record), context.executor
     assert isinstance(record, dict)
     return context.device.get(

@@ -24,12 +24,12 @@ from scumble_server.methods.context import Context
 from scumble_server.methods.image_encoders import encode, encoder_in_base
 from scumble_server.methods.method import Lora
 from scumble_server.prompts.tokens import tokenize
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
 
 
-def predictor_of(adapter: BoundAdapter) -> WeightPredictor | None:
+def predictor_of(adapter: ResolvedAdapter) -> WeightPredictor | None:
     """None for what predicts nothing."""
     compatibility = adapter.version.manifest.compatibility
     if not isinstance(compatibility, HypernetworkCompatibility):
@@ -37,7 +37,7 @@ def predictor_of(adapter: BoundAdapter) -> WeightPredictor | None:
     return compatibility.network if isinstance(compatibility.network, WeightPredictor) else None
 
 
-def check(adapter: BoundAdapter, predictor: WeightPredictor, base: Base) -> None:
+def check(adapter: ResolvedAdapter, predictor: WeightPredictor, base: Base) -> None:
     """It must have what it reads, and the base the encoder that it reads it through.
 
     Raises InvalidRequest, Refused or Incompatible.
@@ -65,7 +65,7 @@ def check(adapter: BoundAdapter, predictor: WeightPredictor, base: Base) -> None
     _check_digest(adapter, predictor, base)
 
 
-def predicted_lora(adapter: BoundAdapter, predictor: WeightPredictor) -> Lora:
+def predicted_lora(adapter: ResolvedAdapter, predictor: WeightPredictor) -> Lora:
     """The LoRA for what the request shows; predicted once for all who show the same."""
 
     def condition(context: Context) -> Hashable:
@@ -80,7 +80,7 @@ def predicted_lora(adapter: BoundAdapter, predictor: WeightPredictor) -> Lora:
     return Lora(adapter, predictor.lora, read, condition)
 
 
-def _predict(context: Context, adapter: BoundAdapter) -> LoraRecord:
+def _predict(context: Context, adapter: ResolvedAdapter) -> LoraRecord:
     """Raises Refused if the network gives no finite numbers."""
     with torch.inference_mode():
         factors = _network(context, adapter).predict(_condition(context, adapter).float())
@@ -93,20 +93,20 @@ def _predict(context: Context, adapter: BoundAdapter) -> LoraRecord:
     return _as_record(factors)
 
 
-def _condition(context: Context, adapter: BoundAdapter) -> Tensor:
+def _condition(context: Context, adapter: ResolvedAdapter) -> Tensor:
     """States (1, N, C)."""
     if adapter.pictures:
         return encode(context, encoder_in_base(context), adapter.pictures[0]).states
     return context.base_weights.executor.encode(0, TextInputs(_ids(context, adapter))).states
 
 
-def _ids(context: Context, adapter: BoundAdapter) -> Tensor:
+def _ids(context: Context, adapter: ResolvedAdapter) -> Tensor:
     """`(1, 77)` of the text, or of the beginning of the prompt as it is written."""
     text = context.settings.prompt if adapter.spec.text is None else adapter.spec.text
     return tokenize(context.base.tokenizers[0], text).ids[:1]
 
 
-def _network(context: Context, adapter: BoundAdapter) -> Predictor:
+def _network(context: Context, adapter: ResolvedAdapter) -> Predictor:
     stored = context.record(adapter, read_record)
     assert isinstance(stored, PredictorRecord)
     return context.device.get(
@@ -127,7 +127,7 @@ def _nbytes(lora: LoraCompatibility) -> int:
     return sum((shape[0] + prod(shape[1:])) * lora.ranks[name] * 4 for name, shape in lora.requires.items())
 
 
-def _check_image_encoder(adapter: BoundAdapter, predictor: WeightPredictor, base: Base) -> None:
+def _check_image_encoder(adapter: ResolvedAdapter, predictor: WeightPredictor, base: Base) -> None:
     if base.image_encoder is None:
         raise Refused(
             f"{adapter.version.ref} reads pictures through the base's image encoder, but {base.version.ref} has none; "
@@ -143,7 +143,7 @@ def _check_image_encoder(adapter: BoundAdapter, predictor: WeightPredictor, base
         )
 
 
-def _check_digest(adapter: BoundAdapter, predictor: WeightPredictor, base: Base) -> None:
+def _check_digest(adapter: ResolvedAdapter, predictor: WeightPredictor, base: Base) -> None:
     folder = _ENCODERS[predictor.condition]
     digests = {
         blob.digest

@@ -19,7 +19,7 @@ from scumble_server.methods.context import Context, Text
 from scumble_server.methods.ip_adapter.inputs import check_inputs, compatibility_of, picture_count, scales_of
 from scumble_server.methods.ip_adapter.part import ImagesPart
 from scumble_server.methods.method import Lora, Method
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 class IpAdapterMethod(Method):
@@ -29,7 +29,7 @@ class IpAdapterMethod(Method):
     def read_record(self, path: Path) -> Any:
         return read_record(path)
 
-    def check(self, adapter: BoundAdapter, base: Base) -> None:
+    def check(self, adapter: ResolvedAdapter, base: Base) -> None:
         """Pictures, embeddings and masks must be there, fit, and be as many as each other.
 
         Raises InvalidRequest, or Refused where there is no image encoder.
@@ -44,17 +44,17 @@ class IpAdapterMethod(Method):
         scales_of(adapter)
         image_encoders.check(adapter, base)
 
-    def lora(self, adapter: BoundAdapter) -> Lora | None:
+    def lora(self, adapter: ResolvedAdapter) -> Lora | None:
         """A FaceID's own."""
         compatibility = compatibility_of(adapter).lora
         if compatibility is None:
             return None
         return Lora(adapter, compatibility, lambda context: context.record(adapter, read_record).lora)
 
-    def carry(self, context: Context, weights: Mapping[BoundAdapter, float], text: Text) -> ImagesPart | None:  # noqa: ARG002
+    def carry(self, context: Context, weights: Mapping[ResolvedAdapter, float], text: Text) -> ImagesPart | None:  # noqa: ARG002
         return ImagesPart.of(context, weights)
 
-    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:
+    def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         compatibility = compatibility_of(adapter)
         return {
             "projection": compatibility.projection,

@@ -8,21 +8,21 @@ from numpy.typing import NDArray
 from scumble.errors import InvalidRequest
 from scumble_registry.compatibility import IpAdapterCompatibility
 from scumble_server.methods.ip_adapter.layer_scales import layer_scales
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
-def compatibility_of(adapter: BoundAdapter) -> IpAdapterCompatibility:
+def compatibility_of(adapter: ResolvedAdapter) -> IpAdapterCompatibility:
     compatibility = adapter.version.manifest.compatibility
     assert isinstance(compatibility, IpAdapterCompatibility)
     return compatibility
 
 
-def picture_count(adapter: BoundAdapter) -> int:
+def picture_count(adapter: ResolvedAdapter) -> int:
     """How many pictures, or faces, it looks at."""
     return len(adapter.pictures) or len(faces_of(adapter))
 
 
-def scales_of(adapter: BoundAdapter) -> list[dict[str, float]]:
+def scales_of(adapter: ResolvedAdapter) -> list[dict[str, float]]:
     """For each picture: canonical name of a cross-attention → `scale` times `blocks`. Raises InvalidRequest."""
     attentions = list(compatibility_of(adapter).attentions)
     scale = 1.0 if adapter.spec.scale is None else adapter.spec.scale
@@ -33,14 +33,14 @@ def scales_of(adapter: BoundAdapter) -> list[dict[str, float]]:
     return [{name: value * blocks.of(name) for name, value in of_picture.items()} for of_picture in scales]
 
 
-def faces_of(adapter: BoundAdapter) -> NDArray[np.float32]:
+def faces_of(adapter: ResolvedAdapter) -> NDArray[np.float32]:
     """(n, E): the embeddings that it names, in that order; each comes as (E,) or (n, E)."""
     named = [adapter.tensors[name] for name in adapter.spec.images if name in adapter.tensors]
     rows = [np.atleast_2d(values).astype(np.float32) for values in named]
     return np.ascontiguousarray(np.concatenate(rows)) if rows else np.zeros((0, 0), np.float32)
 
 
-def check_inputs(adapter: BoundAdapter) -> None:
+def check_inputs(adapter: ResolvedAdapter) -> None:
     """Raises InvalidRequest."""
     compatibility, ref = compatibility_of(adapter), adapter.spec.ref
     width = compatibility.embedding_width
@@ -62,7 +62,7 @@ def check_inputs(adapter: BoundAdapter) -> None:
         )
 
 
-def _check_faces(adapter: BoundAdapter, width: int) -> None:
+def _check_faces(adapter: ResolvedAdapter, width: int) -> None:
     if not adapter.tensors:
         raise _wrong(
             f"{adapter.spec.ref} is a FaceID IP-Adapter and needs the embedding of a face (width {width}, by the face "

@@ -17,7 +17,7 @@ from scumble_server.methods.context import Context
 from scumble_server.methods.image_encoders import ImageEncoderLocation, encode, encoder_of
 from scumble_server.methods.ip_adapter.inputs import compatibility_of, faces_of, picture_count, scales_of
 from scumble_server.methods.ip_adapter.masks import area
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,10 @@ class Groups:
     kv: Tensor
     tokens: Tensor
     areas: Tensor | None
-    adapters: tuple[BoundAdapter, ...]
+    adapters: tuple[ResolvedAdapter, ...]
 
 
-def groups_of(context: Context, adapters: Sequence[BoundAdapter]) -> Groups:
+def groups_of(context: Context, adapters: Sequence[ResolvedAdapter]) -> Groups:
     """Make the groups of at least one adapter, once for all requests that ask for the same.
 
     Raises what `encoder_of` raises.
@@ -57,12 +57,12 @@ def groups_of(context: Context, adapters: Sequence[BoundAdapter]) -> Groups:
 class _Look:
     """One adapter of a request with what it looks at. `length` is the number of tokens in each of its groups."""
 
-    adapter: BoundAdapter
+    adapter: ResolvedAdapter
     encoder: ImageEncoderLocation | None
     length: int
 
     @classmethod
-    def of(cls, context: Context, adapter: BoundAdapter) -> _Look:
+    def of(cls, context: Context, adapter: ResolvedAdapter) -> _Look:
         reads_pictures = compatibility_of(adapter).picture_width is not None
         encoder = encoder_of(context, adapter) if reads_pictures else None
         tokens = compatibility_of(adapter).tokens
@@ -128,7 +128,7 @@ def _read(context: Context, look: _Look) -> tuple[Tensor | None, Tensor | None]:
     return embedding, states
 
 
-def _network(context: Context, adapter: BoundAdapter) -> IpAdapter:
+def _network(context: Context, adapter: ResolvedAdapter) -> IpAdapter:
     record, dtype = context.record(adapter, read_record), context.executor.dtype
 
     def load() -> IpAdapter:

@@ -14,7 +14,7 @@ from scumble_build.graphs.inputs import ImageInputs, StepInputs
 from scumble_server.methods.context import Context
 from scumble_server.methods.ip_adapter.keys_values import groups_of
 from scumble_server.methods.part import BatchRows, Part, spread
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +32,7 @@ class ImagesPart(Part):
     areas: Tensor | None = None
 
     @classmethod
-    def of(cls, context: Context, weights: Mapping[BoundAdapter, float]) -> ImagesPart | None:
+    def of(cls, context: Context, weights: Mapping[ResolvedAdapter, float]) -> ImagesPart | None:
         """None where no adapter acts."""
         if not any(weights.values()):
             return None

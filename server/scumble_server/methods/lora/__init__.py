@@ -10,7 +10,7 @@ from scumble_registry.compatibility import LoraCompatibility
 from scumble_registry.formats.lora import KIND, LoraRecord, read_record
 from scumble_server.base import Base
 from scumble_server.methods.method import Lora, Method
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 
 
 class LoraMethod(Method):
@@ -20,18 +20,18 @@ class LoraMethod(Method):
     def read_record(self, path: Path) -> LoraRecord:
         return read_record(path)
 
-    def check(self, adapter: BoundAdapter, base: Base) -> None:
+    def check(self, adapter: ResolvedAdapter, base: Base) -> None:
         check_targets(self.lora(adapter), base)
 
-    def idle(self, adapter: BoundAdapter, steps: int) -> str | None:
+    def idle(self, adapter: ResolvedAdapter, steps: int) -> str | None:
         return why_idle(self.lora(adapter), steps)
 
-    def lora(self, adapter: BoundAdapter) -> Lora:
+    def lora(self, adapter: ResolvedAdapter) -> Lora:
         compatibility = adapter.version.manifest.compatibility
         assert isinstance(compatibility, LoraCompatibility)
         return Lora(adapter, compatibility, lambda context: context.record(adapter, read_record))
 
-    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:
+    def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         return describe_lora(self.lora(adapter))
 
 

@@ -22,7 +22,7 @@ from scumble_server.base import Base
 from scumble_server.methods.context import Context
 from scumble_server.methods.method import Method
 from scumble_server.prompts.tokens import PromptWord
-from scumble_server.request.adapter import BoundAdapter
+from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.settings import Settings
 
 
@@ -33,9 +33,9 @@ class TextualInversionMethod(Method):
     def read_record(self, path: Path) -> TextualInversionRecord:
         return read_record(path)
 
-    def check_together(self, adapters: Sequence[BoundAdapter], base: Base, settings: Settings) -> None:  # noqa: ARG002
+    def check_together(self, adapters: Sequence[ResolvedAdapter], base: Base, settings: Settings) -> None:  # noqa: ARG002
         """Two embeddings cannot share a name in one request."""
-        first: dict[str, BoundAdapter] = {}
+        first: dict[str, ResolvedAdapter] = {}
         for adapter in adapters:
             token = self.word(adapter).token
             other = first.setdefault(" ".join(token.casefold().split()), adapter)
@@ -45,19 +45,19 @@ class TextualInversionMethod(Method):
                     field="adapters.token",
                 )
 
-    def idle(self, adapter: BoundAdapter, steps: int) -> str | None:  # noqa: ARG002 - the text encoder has no steps
+    def idle(self, adapter: ResolvedAdapter, steps: int) -> str | None:  # noqa: ARG002 - the text encoder has no steps
         return None if adapter.text_weight else "weight 0"
 
-    def word(self, adapter: BoundAdapter) -> PromptWord:
+    def word(self, adapter: ResolvedAdapter) -> PromptWord:
         """The request's token, or else the registry's, and how many places in the prompt it takes."""
         compatibility = adapter.version.manifest.compatibility
         assert isinstance(compatibility, TextualInversionCompatibility)
         return PromptWord(adapter.spec.token or compatibility.token, compatibility.vectors)
 
-    def vectors(self, context: Context, adapter: BoundAdapter, component: str) -> Tensor:
+    def vectors(self, context: Context, adapter: ResolvedAdapter, component: str) -> Tensor:
         vectors = context.record(adapter, read_record)[component]
         return torch.from_numpy(vectors.astype(np.float32)) * adapter.text_weight
 
-    def describe(self, adapter: BoundAdapter) -> dict[str, Any]:
+    def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         word = self.word(adapter)
         return {"token": word.token, "vectors": word.vectors}

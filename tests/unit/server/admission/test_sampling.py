@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import pytest
 
 from scumble.errors import InvalidRequest
-from scumble.receipt import request_from_receipt
+from scumble.redraw import request_from_receipt
 from scumble.request import Adapter, Request, SchedulerName
 from scumble_registry import Registry
 
@@ -62,7 +62,7 @@ def test_a_batch_of_every_scheduler_equals_each_alone(running: Running) -> None:
     before = running.service.stats()
     together = running.run(mixed)
     after = running.service.stats()
-    assert after["steps"] - before["steps"] < sum(each.steps or 0 for each in mixed) / 2
+    assert after.steps - before.steps < sum(each.steps or 0 for each in mixed) / 2
     for each, batched in zip(mixed, together, strict=True):
         assert (batched.latents - running.run([each])[0].latents).abs().max() <= TOLERANCE
 
@@ -130,8 +130,8 @@ def asked_with(*refs: str, **changes: Any) -> Request:
 
 
 def sampled(running: Running, asked: Request) -> dict[str, Any]:
-    shown = running.run([asked])[0].done.receipt["request"]
-    return {name: shown[name] for name in ("scheduler", "steps", "guidance_scale")} | shown["options"]
+    shown = running.run([asked])[0].done.receipt.request
+    return shown.model_dump(include={"scheduler", "steps", "guidance_scale"}) | shown.options
 
 
 def test_what_a_request_leaves_out_is_as_its_adapter_was_made_for(

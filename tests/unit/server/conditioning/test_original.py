@@ -25,7 +25,7 @@ from PIL import Image
 
 from scumble.errors import Incompatible, InvalidRequest, Refused
 from scumble.events import Done, Event, Failed, Step
-from scumble.receipt import read_receipt, request_from_receipt
+from scumble.redraw import read_receipt, request_from_receipt
 from scumble.request import Options, Request
 from scumble_registry import Registry
 from support.control_nets import load_unet, make_net
@@ -237,7 +237,7 @@ def test_a_second_pass_begins_with_the_enlarged_picture(many: Running, base: str
     ours = events[-1].images
     assert ours.shape == (2, 96, 96, 3)
     assert [event for event in events if isinstance(event, Step)] == [Step(step, 16) for step in range(1, 17)]
-    assert events[-1].receipt["request"]["width"] == 64
+    assert events[-1].receipt.request.width == 64
     first = many.run([request(base, "euler_a").model_copy(update={"num_images": 2})])[0].done.images
     kind = StableDiffusionXLImg2ImgPipeline if base == "tiny/sdxl" else StableDiffusionImg2ImgPipeline
     for index in range(2):
@@ -252,8 +252,8 @@ def test_a_second_pass_begins_with_the_enlarged_picture(many: Running, base: str
 def test_the_receipt_names_what_acted_in_either_pass(many: Running) -> None:
     early = {"ref": "net/one", "image": "other", "end": 0.1}  # in the first of ten steps, in none of six
     done = many.run([request("tiny/base", hires={"scale": 1.5, "strength": 0.6}, adapters=(early,))])[0].done
-    assert [adapter["ref"] for adapter in done.receipt["adapters"]] == ["net/one"]
-    assert done.receipt["dropped"] == []
+    assert [adapter.ref for adapter in done.receipt.adapters] == ["net/one"]
+    assert done.receipt.dropped == ()
     again = request_from_receipt(done.receipt, {digest_of("other"): PICTURES["other"]})
     assert np.array_equal(many.run([again])[0].done.images, done.images)
 
@@ -282,9 +282,9 @@ def test_another_vae_encodes_and_decodes(many: Running, base: str) -> None:
     assert np.abs(ours.done.images - theirs).max() <= 2
     own = many.run([request(base, **options)])[0]
     assert np.abs(ours.done.images.astype(float) - own.done.images).mean() >= 5
-    assert ours.done.receipt["vae"]["name"] == "vae/other"
+    assert ours.done.receipt.vae.name == "vae/other"
     again = request_from_receipt(ours.done.receipt, {digest_of("photo"): PICTURES["photo"]})
-    assert again.options.vae == f"vae/other@{ours.done.receipt['vae']['digest']}"
+    assert again.options.vae == f"vae/other@{ours.done.receipt.vae.digest}"
     assert torch.equal(many.run([again])[0].latents, ours.latents)
 
 
@@ -307,7 +307,7 @@ def test_files_instead_of_pixels_carry_the_receipt(many: Running, tmp_path: Path
     (content,) = found.encoded
     file = tmp_path / f"a.{kind}"
     file.write_bytes(content)
-    assert read_receipt(file) == found.receipt | {"image": 0}
+    assert read_receipt(file) == found.receipt.of_image(0)
     with Image.open(file) as picture:
         difference = np.abs(np.asarray(picture).astype(float) - pixels.images[0]).mean()
     assert difference <= (0 if kind == "png" else 12)

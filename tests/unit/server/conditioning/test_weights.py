@@ -113,12 +113,12 @@ def test_strangers_on_base_and_checkpoints_are_drawn_as_alone(variants: Running)
         request(*refs, seed=i)
         for i, refs in enumerate([(), ("my/dog",), ("l/a",), ("my/dog", "l/a"), ("my/cat",), ("my/dog",)])
     ]
-    before = variants.service.stats()["batch_sizes"]
+    before = variants.service.stats().batch_sizes
     together = variants.run(requests)
-    after = variants.service.stats()["batch_sizes"]
+    after = variants.service.stats().batch_sizes
     for each, result in zip(requests, together, strict=True):
         assert (result.latents - variants.run([each])[0].latents).abs().max() <= TOLERANCE
-    assert after.get("3", 0) > before.get("3", 0), "the three on my/dog share steps"
+    assert after.get(3, 0) > before.get(3, 0), "the three on my/dog share steps"
 
 
 def test_what_is_not_changed_is_shared_and_the_base_is_as_it_was(variants: Running) -> None:
@@ -144,11 +144,11 @@ def test_checkpoints_push_each_other_out_and_come_back_the_same(
     for _ in range(2):
         few.run([request("my/cat"), request("my/velocity"), request("my/dog")])
     again = few.run([request("my/dog")])[0]
-    stats = few.service.stats()["weights_cache"]
+    stats = few.service.stats().weights_cache
     few.service.close()
     assert torch.equal(first.latents, again.latents)
-    assert stats["evictions"] >= 3
-    assert stats["bytes"] <= budget
+    assert stats.evictions >= 3
+    assert stats.bytes <= budget
 
 
 WIDE = {

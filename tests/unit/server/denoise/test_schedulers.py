@@ -225,6 +225,12 @@ def test_steps_that_leave_the_schedule_are_refused(name: str, changes: Any, step
     assert caught.value.fields["field"] == "steps"
 
 
+def test_a_base_of_a_prediction_that_is_not_served_is_refused_by_its_name() -> None:
+    with pytest.raises(InvalidRequest, match="prediction_type 'flow_prediction'") as caught:
+        table("ddim", {**SD15, "prediction_type": "flow_prediction"}, 10)
+    assert caught.value.fields["field"] == "scheduler"
+
+
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [

@@ -50,8 +50,8 @@ def test_the_least_recently_used_goes_first() -> None:
     residency = Residency(30, "test")
     held_by_nobody(residency, "a", "b", "c", "a", "d")
     assert [is_there(residency, key) for key in "abcd"] == [True, False, True, True]
-    assert residency.stats()["evictions"] == 1
-    assert residency.stats()["bytes"] == 30
+    assert residency.stats().evictions == 1
+    assert residency.stats().bytes == 30
 
 
 def test_what_a_lease_holds_stays() -> None:
@@ -81,7 +81,7 @@ def test_a_value_that_does_not_fit_waits_until_another_lease_ends() -> None:
     running, waiting = residency.open(), residency.open()
     put(running, "a", 15)
     future = in_thread(lambda: put(waiting, "b", 15))
-    until(lambda: residency.stats()["waits"] == 1)
+    until(lambda: residency.stats().waits == 1)
     assert not future.done()
     running.release()
     assert future.result(10) == "b"
@@ -107,7 +107,7 @@ def test_who_is_not_wanted_any_more_does_not_wait_on() -> None:
 
     put(residency.open(), "a", 15)
     future = in_thread(lambda: put(residency.open(check), "b", 15))
-    until(lambda: residency.stats()["waits"] == 1)
+    until(lambda: residency.stats().waits == 1)
     cancelled.set()
     assert isinstance(future.exception(10), Cancelled)
 
@@ -116,7 +116,7 @@ def test_closing_ends_every_wait() -> None:
     residency = Residency(20, "test")
     put(residency.open(), "a", 15)
     future = in_thread(lambda: put(residency.open(), "b", 15))
-    until(lambda: residency.stats()["waits"] == 1)
+    until(lambda: residency.stats().waits == 1)
     residency.close()
     assert isinstance(future.exception(10), Unavailable)
 
@@ -140,7 +140,7 @@ def test_those_who_wait_for_each_other_are_told_to_try_again() -> None:
     put(one, "a")
     put(two, "b")
     first = in_thread(lambda: put(one, "c"))
-    until(lambda: residency.stats()["waits"] == 1)
+    until(lambda: residency.stats().waits == 1)
     with pytest.raises(QueueFull):
         put(two, "d")
     two.release()
@@ -151,7 +151,7 @@ def test_a_value_may_be_made_of_others() -> None:
     residency = Residency(30, "test")
     with residency.open() as lease:
         assert lease.get("sum", 10, lambda: put(lease, "a") + put(lease, "b")) == "ab"
-        assert residency.stats()["held_bytes"] == 30
+        assert residency.stats().held_bytes == 30
 
 
 def test_who_waits_for_a_value_does_not_stand_in_the_way_of_the_one_who_makes_it() -> None:
@@ -162,7 +162,7 @@ def test_who_waits_for_a_value_does_not_stand_in_the_way_of_the_one_who_makes_it
 
     def make() -> str:
         started.set()
-        until(lambda: residency.stats()["waits"] == 1)
+        until(lambda: residency.stats().waits == 1)
         return put(maker, "b", 5)
 
     made = in_thread(lambda: maker.get("sum", 10, make))
@@ -183,7 +183,7 @@ def test_a_key_is_made_once_however_many_ask() -> None:
         return "a"
 
     futures = [in_thread(lambda: residency.open().get("a", 10, make)) for _ in range(6)]
-    until(lambda: residency.stats()["waits"] == 5)
+    until(lambda: residency.stats().waits == 5)
     go.set()
     assert [future.result(10) for future in futures] == ["a"] * 6
     assert made == ["a"]
@@ -210,7 +210,7 @@ def test_what_fails_is_not_kept_and_the_next_tries_again() -> None:
 
     with residency.open() as lease, pytest.raises(ValueError, match="no"):
         lease.get("a", 20, make)
-    assert residency.stats()["bytes"] == 0
+    assert residency.stats().bytes == 0
     with residency.open() as lease:
         assert lease.get("a", 20, make) == "a"
 
@@ -234,7 +234,7 @@ def test_crowds_stay_within_the_budget_and_never_stand_still(seed: int, budget: 
     def make(key: int) -> int:
         assert key not in being_made
         being_made.add(key)
-        assert residency.stats()["bytes"] <= budget
+        assert residency.stats().bytes <= budget
         time.sleep(0.0005)
         being_made.remove(key)
         return key
@@ -253,8 +253,8 @@ def test_crowds_stay_within_the_budget_and_never_stand_still(seed: int, budget: 
     for future in futures:
         future.result(30)
     stats = residency.stats()
-    assert stats["held_bytes"] == 0
-    assert stats["bytes"] == sum(entry.nbytes for entry in residency._entries.values()) <= budget
+    assert stats.held_bytes == 0
+    assert stats.bytes == sum(entry.nbytes for entry in residency._entries.values()) <= budget
 
 
 def test_prefetching_happens_beside_and_its_failures_do_not_matter() -> None:

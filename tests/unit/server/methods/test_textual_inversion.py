@@ -103,8 +103,8 @@ def test_alone_equals_diffusers(running: Running, embeddings: Files, diffusers_a
     without = asked.model_copy(update={"adapters": loras})
     plain = diffusers_alone(embeddings, bare, diffusers_with(embeddings, without))
     assert (reference.latents - plain.latents).abs().max() >= VISIBLE, "the oracle shows nothing"
-    assert ours.done.receipt["dropped"] == []
-    assert [each["ref"] for each in ours.done.receipt["adapters"]] == [each.ref for each in asked.adapters]
+    assert ours.done.receipt.dropped == ()
+    assert [each.ref for each in ours.done.receipt.adapters] == [each.ref for each in asked.adapters]
 
 
 def test_strangers_with_other_embeddings_for_the_same_token_share_a_batch(running: Running) -> None:
@@ -116,9 +116,9 @@ def test_strangers_with_other_embeddings_for_the_same_token_share_a_batch(runnin
         request(OTHER, INK, Adapter(ref="l/a", weight=0.3), prompt=prompt),
         request(Adapter(ref="e/ink", token="<cat>"), prompt=prompt, negative_prompt="<cat>"),
     ]
-    before = running.service.stats()["mixed_steps"]
+    before = running.service.stats().mixed_steps
     together = running.run(mixed)
-    assert running.service.stats()["mixed_steps"] > before
+    assert running.service.stats().mixed_steps > before
     alone = [running.run([each])[0] for each in mixed]
     for batched, one in zip(together, alone, strict=True):
         assert (batched.latents - one.latents).abs().max() <= LATENT_TOLERANCE
@@ -148,15 +148,15 @@ def test_the_receipt_says_what_stands_for_what(running: Running) -> None:
         steps=2,
     )
     receipt = running.run([asked])[0].done.receipt
-    assert [(each["ref"], each["token"], each["vectors"]) for each in receipt["adapters"]] == [
+    assert [(each.ref, each.details["token"], each.details["vectors"]) for each in receipt.adapters] == [
         ("e/cat", "<cat>", 1),
         ("e/ink", "<hand>", 3),
     ]
-    assert receipt["dropped"] == [
-        {"ref": "e/bad", "reason": "weight 0"},
-        {"ref": "e/other", "reason": "its token '<nowhere>' occurs in no prompt (prompt or negative prompt)"},
+    assert [(each.ref, each.reason) for each in receipt.dropped] == [
+        ("e/bad", "weight 0"),
+        ("e/other", "its token '<nowhere>' occurs in no prompt (prompt or negative prompt)"),
     ]
-    again = Request.parse(receipt["request"])
+    again = Request.parse(receipt.to_json()["request"])
     assert again.adapters == asked.adapters
 
 
@@ -165,12 +165,12 @@ def test_weight_zero_leaves_the_word_as_plain_text(running: Running) -> None:
     for adapter in (Adapter(ref="e/cat", weight=0), Adapter(ref="e/cat", text_weight=0), INK):
         result = running.run([request(adapter, prompt="a <cat>")])[0]
         assert torch.equal(result.latents, bare.latents)
-        assert [each["ref"] for each in result.done.receipt["dropped"]] == [adapter.ref]
+        assert [each.ref for each in result.done.receipt.dropped] == [adapter.ref]
 
 
 def test_a_negative_prompt_that_is_not_read_counts_for_nothing(running: Running) -> None:
     result = running.run([request(BAD, negative_prompt="<bad>", guidance_scale=1.0, steps=1)])[0]
-    assert "occurs in no prompt (prompt)" in result.done.receipt["dropped"][0]["reason"]
+    assert "occurs in no prompt (prompt)" in result.done.receipt.dropped[0].reason
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_with_an_embedding_and_a_text_lora(
     ours = running.run([request(text, Adapter(ref="l/a", weight=0.4), Adapter(ref="e/pen"))])[0]
     assert (read[0] - torch.cat([negative, prompt])).abs().max() <= STATES_TOLERANCE
     assert (ours.latents - drawn(pipeline, negative, prompt)).abs().max() <= TOLERANCE
-    assert [each["ref"] for each in ours.done.receipt["adapters"]] == ["l/a", "e/pen"]
+    assert [each.ref for each in ours.done.receipt.adapters] == ["l/a", "e/pen"]
 
 
 def test_an_embedding_is_never_split() -> None:

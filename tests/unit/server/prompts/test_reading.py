@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from scumble.errors import InvalidRequest, ScumbleError
-from scumble.receipt import request_from_receipt
+from scumble.redraw import request_from_receipt
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from support.control_nets import load_unet, make_net
@@ -290,9 +290,9 @@ def test_strangers_of_all_lengths_share_a_batch(running: Running) -> None:
         request("a (cat:1.4)", "webui", guidance_scale=1.0, options={"clip_skip": 1}),
         request(negative_prompt="q w " * 50, scheduler="euler"),
     ]
-    before = running.service.stats()["mixed_steps"]
+    before = running.service.stats().mixed_steps
     together = running.run(mixed)
-    assert running.service.stats()["mixed_steps"] > before
+    assert running.service.stats().mixed_steps > before
     for asked, found in zip(mixed, together, strict=True):
         assert (running.run([asked])[0].latents - found.latents).abs().max() <= TOLERANCE
 
@@ -305,7 +305,7 @@ def test_tags_are_adapters(running: Running) -> None:
     second = running.run([request("a cat AND a dog ", "webui", adapters=named)])[0]
     assert torch.equal(first.latents, second.latents)
     receipt = first.done.receipt
-    assert [(each["ref"], each["weight"], each["text_weight"]) for each in receipt["adapters"]] == [
+    assert [(each.ref, each.weight, each.text_weight) for each in receipt.adapters] == [
         ("l/a", 0.4, 0.2),
         ("l/b", 0.1, 0.1),
     ]

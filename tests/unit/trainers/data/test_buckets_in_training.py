@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from scumble_trainers.methods.lora.files import FILE
-from scumble_trainers.methods.lora.model import Lora
+from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.parent import find_parent
 from scumble_trainers.run import train
@@ -32,7 +32,7 @@ def test_latents_keep_the_pictures_shapes(
     base_folder: Path, make_data: Any, tmp_path: Path, prepare: Callable[..., Run]
 ) -> None:
     parent = find_parent(str(base_folder), tmp_path)
-    run = prepare(Lora, parent, make_data(4, *SIZES), tmp_path / "out", settings())
+    run = prepare(LoraTraining, parent, make_data(4, *SIZES), tmp_path / "out", settings())
     latents = run.method.material.latents
     heights_and_widths = [latents.shape(index)[1:] for index in range(4)]
     assert heights_and_widths == [(16, 16), (12, 20), (20, 12), (12, 20)], "the last is longer than any size"
@@ -46,9 +46,9 @@ def test_a_killed_run_ends_in_the_same_bytes(base_folder: Path, make_data: Any, 
             raise Killed
 
     with pytest.raises(Killed):
-        train(Lora, parent, data, tmp_path / "killed", settings(), report=kill_at_step_5)
-    resumed = train(Lora, parent, data, tmp_path / "killed", settings())
-    whole = train(Lora, parent, data, tmp_path / "whole", settings())
+        train(LoraTraining, parent, data, tmp_path / "killed", settings(), report=kill_at_step_5)
+    resumed = train(LoraTraining, parent, data, tmp_path / "killed", settings())
+    whole = train(LoraTraining, parent, data, tmp_path / "whole", settings())
 
     assert resumed.metrics == whole.metrics
     assert resumed.metrics["after"]["training_loss"] < resumed.metrics["before"]["training_loss"]
@@ -59,5 +59,7 @@ def test_a_file_of_lines_trains_on_its_part(base_folder: Path, make_data: Any, t
     data, parent = make_data(8), find_parent(str(base_folder), tmp_path)
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "some.jsonl").write_text("\n".join(lines[2:5]))
-    result = train(Lora, parent, data / "some.jsonl", tmp_path / "out", settings(steps=1, bucket=False, resolution=16))
+    result = train(
+        LoraTraining, parent, data / "some.jsonl", tmp_path / "out", settings(steps=1, bucket=False, resolution=16)
+    )
     assert result.provenance["pictures"] == 3

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scumble_trainers.methods.lora.files import FILE
-from scumble_trainers.methods.lora.model import Lora
+from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
 from scumble_trainers.parent import find_parent
 from scumble_trainers.run import train
@@ -45,8 +45,8 @@ def test_the_saved_weights_are_the_average(
             seen.append({name: value.detach().clone() for name, value in runs[0].method.trained().items()})
 
     data, parent = make_data(4), find_parent(str(base_folder), tmp_path)
-    train(Lora, parent, data, tmp_path / "average", settings(ema=DECAY), report=keep)
-    train(Lora, parent, data, tmp_path / "plain", settings())
+    train(LoraTraining, parent, data, tmp_path / "average", settings(ema=DECAY), report=keep)
+    train(LoraTraining, parent, data, tmp_path / "plain", settings())
 
     expected = seen[0]
     for step, weights in enumerate(seen[1:], start=2):

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from scumble.errors import Incompatible, InvalidRequest
 from scumble_build.control_maps import NAMES, parse
 from scumble_trainers.data.dataset import Example, load_picture
-from scumble_trainers.method import DTYPES, Condition, Material, Method
+from scumble_trainers.method import DTYPES, Condition, Material, TrainingMethod
 from scumble_trainers.methods.controlnet.settings import READY, ControlNetSettings
 from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import StoredType
-from scumble_trainers.steps.progress import Report
+from scumble_trainers.steps.progress import ProgressReport
 
 FOLDER = "controlnet"
 HINT = (16, 32, 96, 256)  # lllyasviel's widths; each but the first halves the picture
 CHANNELS = 3  # of a control picture
 
 
-class ControlNet(Method[ControlNetSettings]):
+class ControlNetTraining(TrainingMethod[ControlNetSettings]):
     """Trains the copy in fp32. The UNet's own encoder needs no gradient: only its decoder is gone back through."""
 
     name = "controlnet"
@@ -56,7 +56,7 @@ class ControlNet(Method[ControlNetSettings]):
                 field="data",
             )
 
-    def begin(self, material: Material, device: torch.device, report: Report) -> None:
+    def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
         """Makes every picture's control map, kept as bytes `(3, H, W)`."""
         super().begin(material, device, report)
         for number, example in enumerate(material.examples, start=1):

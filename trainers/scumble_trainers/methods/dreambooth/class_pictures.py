@@ -10,17 +10,17 @@ from scumble_trainers.data.dataset import METADATA, Example, read_examples
 from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
 from scumble_trainers.parent import Parent, native_resolution
 from scumble_trainers.results.serving import served
-from scumble_trainers.steps.progress import Report
+from scumble_trainers.steps.progress import ProgressReport
 
 
-def class_examples(parent: Parent, settings: DreamboothSettings, folder: Path, report: Report) -> list[Example]:
+def class_examples(parent: Parent, settings: DreamboothSettings, folder: Path, report: ProgressReport) -> list[Example]:
     """The class's pictures in `folder`, drawn now if they are not there; the lines are written last."""
     if not (folder / METADATA).is_file() or not _are_of(folder, parent, settings):
         _draw(parent, settings, folder, report)
     return read_examples(folder, resolution=1)
 
 
-def _draw(parent: Parent, settings: DreamboothSettings, folder: Path, report: Report) -> None:
+def _draw(parent: Parent, settings: DreamboothSettings, folder: Path, report: ProgressReport) -> None:
     side = settings.resolution or native_resolution(parent)
     prompts = [settings.class_prompts[i % len(settings.class_prompts)] for i in range(settings.class_pictures)]
     requests = [

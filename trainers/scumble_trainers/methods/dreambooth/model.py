@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from scumble.errors import InvalidRequest
 from scumble_registry.formats.dreambooth import keep_differences, plain
 from scumble_trainers.data.dataset import Example
-from scumble_trainers.method import Condition, Method
+from scumble_trainers.method import Condition, TrainingMethod
 from scumble_trainers.methods.dreambooth.class_pictures import class_examples
 from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
 from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.draws import Draw
 from scumble_trainers.steps.losses import denoising_loss
-from scumble_trainers.steps.progress import Report
+from scumble_trainers.steps.progress import ProgressReport
 
 FOLDER = "model"
 
 
-class Dreambooth(Method[DreamboothSettings]):
+class DreamboothTraining(TrainingMethod[DreamboothSettings]):
     """Saved as the base's folder with other weights, which the registry keeps as a difference."""
 
     name = "dreambooth"
@@ -63,7 +63,7 @@ class Dreambooth(Method[DreamboothSettings]):
         settings: DreamboothSettings,
         examples: Sequence[Example],  # noqa: ARG003
         out: Path,
-        report: Report,
+        report: ProgressReport,
     ) -> list[Example]:
         return class_examples(parent, settings, out / "class", report) if settings.class_prompts else []
 

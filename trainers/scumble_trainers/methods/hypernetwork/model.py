@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scumble.errors import InvalidRequest
 from scumble_trainers.data.dataset import Example, hold_out
 from scumble_trainers.data.vision import PictureStates, encoder_folder
-from scumble_trainers.method import MOST_HELD_OUT, Condition, Material, Method
+from scumble_trainers.method import MOST_HELD_OUT, Condition, Material, TrainingMethod
 from scumble_trainers.methods.hypernetwork.layers import RowLora, attention_layers, expand_rows
 from scumble_trainers.methods.hypernetwork.network import FILE, encoder_digest, new_predictor, save_predictor
 from scumble_trainers.methods.hypernetwork.refine import Refinement
@@ -25,10 +25,10 @@ from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples
 from scumble_trainers.settings import StoredType
-from scumble_trainers.steps.progress import Report
+from scumble_trainers.steps.progress import ProgressReport
 
 
-class Hypernetwork(Method[HypernetworkSettings]):
+class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
     """Each row is a picture to denoise and a picture of the same concept to predict its LoRA from."""
 
     name = "hypernetwork"
@@ -45,7 +45,7 @@ class Hypernetwork(Method[HypernetworkSettings]):
         self.rows = RowLora(layers, settings.scale_alpha / settings.rank)
 
     @classmethod
-    def of(cls, settings: HypernetworkSettings) -> type[Method[Any]]:
+    def of(cls, settings: HypernetworkSettings) -> type[TrainingMethod[Any]]:
         return cls if settings.refine is None else Refinement
 
     @classmethod
@@ -74,7 +74,7 @@ class Hypernetwork(Method[HypernetworkSettings]):
         sides = [_concept(example) in apart for example in examples]
         return [n for n, is_held in enumerate(sides) if not is_held], [n for n, is_held in enumerate(sides) if is_held]
 
-    def begin(self, material: Material, device: torch.device, report: Report) -> None:
+    def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
         super().begin(material, device, report)
         self.seen.read(material.examples, report)
         of: dict[str, list[int]] = {}

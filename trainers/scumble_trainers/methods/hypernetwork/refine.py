@@ -24,17 +24,17 @@ from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_registry.formats.source import Source
 from scumble_trainers.data.dataset import Example, load_picture
 from scumble_trainers.data.vision import PictureStates, encoder_folder
-from scumble_trainers.method import Material, Method, in_fp32
+from scumble_trainers.method import Material, TrainingMethod, in_fp32
 from scumble_trainers.methods.hypernetwork.layers import PREFIX
 from scumble_trainers.methods.hypernetwork.network import encoder_digest
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.methods.lora.files import ADAPTER, FILE, save_factors
 from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
-from scumble_trainers.steps.progress import Report
+from scumble_trainers.steps.progress import ProgressReport
 
 
-class Refinement(Method[HypernetworkSettings]):
+class Refinement(TrainingMethod[HypernetworkSettings]):
     """The predicted factors at scale 1, in the first of `rank` ranks; the others as a new LoRA's."""
 
     name = "hypernetwork"
@@ -65,7 +65,7 @@ class Refinement(Method[HypernetworkSettings]):
         if settings.reference is not None:
             _open(settings.reference)
 
-    def begin(self, material: Material, device: torch.device, report: Report) -> None:
+    def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
         super().begin(material, device, report)
         first = material.examples[0]
         reference = _open(self.settings.reference) if self.settings.reference else load_picture(first.path, first.size)

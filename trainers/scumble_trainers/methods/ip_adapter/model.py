@@ -24,20 +24,20 @@ from torch import Tensor, nn
 
 from scumble_trainers.data.dataset import Example
 from scumble_trainers.data.vision import PictureStates, Reads, encoder_folder
-from scumble_trainers.method import Condition, Material, Method, half
+from scumble_trainers.method import Condition, Material, TrainingMethod, half
 from scumble_trainers.methods.ip_adapter.layout import projection_tensors
 from scumble_trainers.methods.ip_adapter.settings import IpAdapterSettings
 from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import StoredType
-from scumble_trainers.steps.progress import Report
+from scumble_trainers.steps.progress import ProgressReport
 
 FILE = "ip-adapter.safetensors"
 BASE_TOKENS = 4  # what every loader takes for granted of the base kind
 HEAD, DEPTH = 64, 4  # of the resampler; loaders take these for granted too
 
 
-class IpAdapter(Method[IpAdapterSettings]):
+class IpAdapterTraining(TrainingMethod[IpAdapterSettings]):
     """Keys and values begin as the text's own (as in tencent-ailab/IP-Adapter), the projection from the seed."""
 
     name = "ip_adapter"
@@ -60,7 +60,7 @@ class IpAdapter(Method[IpAdapterSettings]):
     def check(cls, settings: IpAdapterSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
         encoder_folder(parent, settings.image_encoder)
 
-    def begin(self, material: Material, device: torch.device, report: Report) -> None:
+    def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
         super().begin(material, device, report)
         self.seen.read(material.examples, report)
 

@@ -14,7 +14,7 @@ from scumble_registry.compatibility import canonical_name
 from scumble_registry.formats.base import examine
 from scumble_registry.formats.source import Source
 from scumble_trainers.data.dataset import Example
-from scumble_trainers.method import Method, in_fp32
+from scumble_trainers.method import TrainingMethod, in_fp32
 from scumble_trainers.methods.lora.files import ADAPTER, COMPONENTS, FILE, save_factors
 from scumble_trainers.methods.lora.layers import Size, choose_layers, endings, unused_layer
 from scumble_trainers.methods.lora.settings import LoraSettings
@@ -22,7 +22,7 @@ from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
 
 
-class Lora(Method[LoraSettings]):
+class LoraTraining(TrainingMethod[LoraSettings]):
     """A by Kaiming from the seed, B zero, so that nothing changes at first."""
 
     name = "lora"

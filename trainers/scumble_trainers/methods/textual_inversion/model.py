@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
 from scumble_trainers.data.dataset import Example
-from scumble_trainers.method import Method, half
+from scumble_trainers.method import TrainingMethod, half
 from scumble_trainers.methods.textual_inversion.settings import TextualInversionSettings
 from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
@@ -22,7 +22,7 @@ SPREAD = 0.01  # of the vectors about their beginning, in deviations of the tabl
 SDXL_KEYS = ("clip_l", "clip_g")
 
 
-class TextualInversion(Method[TextualInversionSettings]):
+class TextualInversionTraining(TrainingMethod[TextualInversionSettings]):
     """One group of vectors for each text encoder."""
 
     name = "textual_inversion"

@@ -120,7 +120,7 @@ def test_strangers_are_drawn_on_engines_as_on_torch(
         for found, expected in zip(engines.run(requests), running.run(requests), strict=True):
             assert torch.allclose(found.latents, expected.latents, atol=1e-3)
             assert abs(found.done.images.astype(int) - expected.done.images.astype(int)).max() <= 1
-            assert found.done.receipt["engine"]["executor"] == "tensorrt"
+            assert found.done.receipt.engine["executor"] == "tensorrt"
         with pytest.raises(Refused, match=r"graph unet\.full, and this base has no engine of it"):
             engines.run([draw(Adapter(ref="l/full"))])
     finally:
@@ -151,7 +151,7 @@ def test_what_engines_were_not_built_for_is_refused_before_any_step(
     try:
         with pytest.raises(Refused, match=says):
             running.run([Request.parse({**draw().model_dump(exclude_none=True), **change})])
-        assert running.service.stats()["steps"] == running.service.stats()["failed_steps"] == 0
+        assert running.service.stats().steps == running.service.stats().failed_steps == 0
         assert running.run([draw(Adapter(ref="l/a"))])[0].latents.isfinite().all()
     finally:
         running.service.close()
@@ -265,8 +265,8 @@ def test_a_checkpoint_runs_on_engines_of_its_own_and_the_bases(both: tuple[Runni
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.allclose(mine.latents, theirs.latents, atol=1e-3)
     assert (expected[0].latents - expected[1].latents).abs().max() > 1e-2
-    assert found[0].done.receipt["engine"]["engine unet.guided"] == "sha256:d/tuned"
-    assert found[0].done.receipt["engine"]["engine text_encoder"] == "sha256:tiny/base"
+    assert found[0].done.receipt.engine["engine unet.guided"] == "sha256:d/tuned"
+    assert found[0].done.receipt.engine["engine text_encoder"] == "sha256:tiny/base"
 
 
 def test_a_checkpoint_without_an_engine_of_what_it_changes_is_refused(

@@ -376,9 +376,9 @@ def test_strangers_with_and_without_nets_equal_each_alone(running: Running, monk
     ]
     alone = [running.run([each])[0].latents for each in together]
     runs.clear()
-    before = running.service.stats()["steps"]
+    before = running.service.stats().steps
     found = running.run(together)
-    steps = running.service.stats()["steps"] - before
+    steps = running.service.stats().steps - before
     for mine, expected in zip(found, alone, strict=True):
         assert (mine.latents - expected).abs().max() <= TOLERANCE
     assert steps < 3 * 8, "they shared steps"
@@ -400,8 +400,8 @@ def test_maps_are_returned_if_asked_for(running: Running) -> None:
     expected = [control_map(wide, 64, 64, parse(canny)), 255 - a, 255 - b]
     assert done.maps is not None
     assert (done.maps == np.stack(expected)).all()
-    assert done.receipt["adapters"][0]["preprocess"] == canny
-    assert done.receipt["adapters"][0]["images"] == ["wide"]
+    assert done.receipt.adapters[0].details["preprocess"] == canny
+    assert done.receipt.adapters[0].details["images"] == ["wide"]
     assert running.run([asked.model_copy(update={"options": Options()})])[0].done.maps is None
 
 
@@ -455,7 +455,7 @@ def test_a_tensor_is_no_picture(running: Running) -> None:
 )
 def test_a_net_that_would_do_nothing_is_dropped(running: Running, adapter: Adapter, reason: str) -> None:
     found = running.run([request(adapter)])[0]
-    assert reason in found.done.receipt["dropped"][0]["reason"]
+    assert reason in found.done.receipt.dropped[0].reason
     assert (found.latents - running.run([request()])[0].latents).abs().max() <= TOLERANCE
 
 

@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipe
 from torch import Tensor
 
 from scumble.errors import Incompatible, InvalidRequest
+from scumble.receipt import DroppedAdapter
 from scumble.request import Adapter, Request
 from scumble_build.graphs.hypernetwork import Hypernetwork
 from scumble_registry import Registry
@@ -185,7 +186,7 @@ def test_strangers_in_one_batch_are_as_alone(world: World) -> None:
     after = world.running.service.stats()
     for asked, batched in zip(mixed, together, strict=True):
         assert (batched.latents - world.running.run([asked])[0].latents).abs().max() <= TOLERANCE
-    assert after["mixed_steps"] - before["mixed_steps"] >= 8
+    assert after.mixed_steps - before.mixed_steps >= 8
 
 
 def test_rows_with_one_chain_share_its_networks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,13 +225,13 @@ def test_one_width_of_text_and_hidden_states_changes_both(
 def test_weight_0_is_dropped(world: World) -> None:
     dropped, plain = world.running.run([request({**BOTH, "weight": 0.0}), request()])
     assert (dropped.latents - plain.latents).abs().max() <= TOLERANCE
-    assert dropped.done.receipt["dropped"] == [{"ref": "h/both", "reason": "weight 0"}]
+    assert dropped.done.receipt.dropped == (DroppedAdapter(ref="h/both", reason="weight 0"),)
 
 
 def test_the_receipt_says_what_was_bound(world: World) -> None:
-    (found,) = world.running.run([request({**BOTH, "weight": 0.4})])[0].done.receipt["adapters"]
-    assert (found["kind"], found["type"], found["weight"]) == ("hypernetwork", "context", 0.4)
-    assert found["widths"] == [NARROW, TEXT, WIDE]
+    (found,) = world.running.run([request({**BOTH, "weight": 0.4})])[0].done.receipt.adapters
+    assert (found.kind, found.details["type"], found.weight) == ("hypernetwork", "context", 0.4)
+    assert found.details["widths"] == [NARROW, TEXT, WIDE]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from scumble.errors import Incompatible, InvalidRequest, Refused
+from scumble.receipt import DroppedAdapter
 from scumble.request import Adapter, Request
 from scumble_build.graphs.predictor import Predictor
 from scumble_build.graphs.vision import ImageEncoder
@@ -246,7 +247,7 @@ def test_strangers_in_one_batch_are_as_alone(world: World) -> None:
     after = world.running.service.stats()
     for asked, batched in zip(mixed, together, strict=True):
         assert (batched.latents - world.running.run([asked])[0].latents).abs().max() <= TOLERANCE
-    assert after["mixed_steps"] - before["mixed_steps"] >= 8
+    assert after.mixed_steps - before.mixed_steps >= 8
 
 
 @dataclass
@@ -293,24 +294,24 @@ def test_the_network_runs_once_for_one_condition(world: World, start: Callable[.
 
 
 def test_the_receipt_says_what_was_read(world: World) -> None:
-    adapters = world.running.run([CASES["beside a lora"]])[0].done.receipt["adapters"]
-    by_ref = {each["ref"]: each for each in adapters}
+    adapters = world.running.run([CASES["beside a lora"]])[0].done.receipt.adapters
+    by_ref = {each.ref: each for each in adapters}
     picture = f"sha256:{hashlib.sha256(PICTURES['red']).hexdigest()}"
     image, text = by_ref["p/image"], by_ref["p/text"]
-    assert (image["kind"], image["type"], image["condition"], image["rank"]) == (
+    assert (image.kind, image.details["type"], image.details["condition"], image.details["rank"]) == (
         "hypernetwork",
         "predictor",
         "image",
         2,
     )
-    assert image["pictures"] == [picture]
-    assert (text["condition"], text["text"]) == ("text", None)
+    assert image.details["pictures"] == [picture]
+    assert (text.details["condition"], text.details["text"]) == ("text", None)
 
 
 def test_weight_0_is_dropped_and_predicts_nothing(world: World, counted: Counted) -> None:
     dropped, plain = world.running.run([request({**BLUE, "weight": 0.0}, seed=99), request(seed=99)])
     assert (dropped.latents - plain.latents).abs().max() <= TOLERANCE
-    assert dropped.done.receipt["dropped"] == [{"ref": "p/image", "reason": "weight 0"}]
+    assert dropped.done.receipt.dropped == (DroppedAdapter(ref="p/image", reason="weight 0"),)
     assert counted == Counted()
 
 

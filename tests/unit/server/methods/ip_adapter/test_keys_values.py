@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from scumble.errors import InvalidRequest, Refused
+from scumble.receipt import DroppedAdapter
 from scumble.request import Adapter, Request
 from scumble_build.graphs.vision import EncodedPictures, ImageEncoder
 from scumble_registry import Registry
@@ -281,9 +282,9 @@ def test_strangers_in_a_batch_are_each_as_alone(world: World) -> None:
     names = ["base", "two pictures, plus", "masks", "faceid", "faceid plus v2", "scales by layer", "no guidance"]
     mixed = [CASES[name].model_copy(update={"seed": 50 + i}) for i, name in enumerate(names)]
     mixed.append(request(seed=99))
-    before = world.running.service.stats()["mixed_steps"]
+    before = world.running.service.stats().mixed_steps
     together = world.running.run(mixed)
-    assert world.running.service.stats()["mixed_steps"] > before
+    assert world.running.service.stats().mixed_steps > before
     for one, alone in zip(together, (world.running.run([each])[0] for each in mixed), strict=True):
         assert (one.latents - alone.latents).abs().max() <= 1e-4
 
@@ -302,23 +303,23 @@ def test_weight_zero_is_the_base_and_dropped(world: World, ref: str) -> None:
     looked = "face" if ref == "ip/faceid" else "red"
     off = world.running.run([request({"ref": ref, "image": looked, "weight": 0.0})])[0]
     assert torch.equal(off.latents, world.running.run([request()])[0].latents)
-    assert off.done.receipt["dropped"] == [{"ref": ref, "reason": "weight 0"}]
+    assert off.done.receipt.dropped == (DroppedAdapter(ref=ref, reason="weight 0"),)
 
 
 def test_the_receipt_says_what_was_looked_at(world: World) -> None:
     receipt = world.running.run([CASES["masks"]])[0].done.receipt
-    (adapter,) = receipt["adapters"]
-    digests = {name: entry["digest"] for name, entry in receipt["request"]["images"].items()}
-    assert adapter["kind"] == "ip_adapter"
-    assert adapter["projection"] == "base"
-    assert adapter["pictures"] == [digests["red"], digests["blue"]]
-    assert adapter["masks"] == [digests["left"], digests["right"]]
+    (adapter,) = receipt.adapters
+    digests = {name: entry.digest for name, entry in receipt.request.images.items()}
+    assert adapter.kind == "ip_adapter"
+    assert adapter.details["projection"] == "base"
+    assert adapter.details["pictures"] == [digests["red"], digests["blue"]]
+    assert adapter.details["masks"] == [digests["left"], digests["right"]]
     with Registry.open(world.running.home) as registry:
-        assert adapter["image_encoder"] == registry.find("vision/vit").digest
-    (plus,) = world.running.run([CASES["plus"]])[0].done.receipt["adapters"]
-    assert plus["image_encoder"] == "entry"
-    (face,) = world.running.run([CASES["faceid"]])[0].done.receipt["adapters"]
-    assert (face["image_encoder"], face["rank"]) == (None, 4)
+        assert adapter.details["image_encoder"] == registry.find("vision/vit").digest
+    (plus,) = world.running.run([CASES["plus"]])[0].done.receipt.adapters
+    assert plus.details["image_encoder"] == "entry"
+    (face,) = world.running.run([CASES["faceid"]])[0].done.receipt.adapters
+    assert (face.details["image_encoder"], face.details["rank"]) == (None, 4)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +373,7 @@ def test_where_the_image_encoder_is_looked_for(
     try:
         own = running.run([asked])[0]
         named = running.run([request({"ref": "ip/named", "image": "red"})])[0]
-        assert own.done.receipt["adapters"][0]["image_encoder"] == "base"
+        assert own.done.receipt.adapters[0].details["image_encoder"] == "base"
         assert torch.allclose(own.latents, named.latents, atol=1e-5), "the same weights, prepared alike"
         with Registry.open(tmp_path / "home") as registry:
             registry.set_status("vision/vit@1", "quarantined")

@@ -20,7 +20,7 @@ from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_trainers.data.dataset import read_examples
 from scumble_trainers.method import Condition
 from scumble_trainers.methods.hypernetwork.layers import expand_rows
-from scumble_trainers.methods.hypernetwork.model import Hypernetwork
+from scumble_trainers.methods.hypernetwork.model import HypernetworkTraining
 from scumble_trainers.methods.lora.files import FILE
 from scumble_trainers.parent import Parent, find_parent
 from scumble_trainers.results.result import publish_result
@@ -81,7 +81,7 @@ def test_references_are_of_the_same_concept(parent: Parent, things: Path, tmp_pa
 def test_whole_concepts_are_held_out(things: Path) -> None:
     examples = read_examples(things, resolution=16)
     settings: Any = make_settings(METHOD, validation=0.3)
-    trained, held = Hypernetwork.hold_out(settings, examples)
+    trained, held = HypernetworkTraining.hold_out(settings, examples)
     assert len(held) == 2
     assert examples[held[0]].concept == examples[held[1]].concept
     assert sorted(trained + held) == list(range(6))
@@ -91,7 +91,7 @@ def test_captions_may_leave_the_concept_to_the_picture(
     parent: Parent, things: Path, tmp_path: Path, prepare: Callable[..., Run]
 ) -> None:
     settings = make_settings(METHOD, captions=("a thing, {style} style",))
-    run = prepare(Hypernetwork, parent, things, tmp_path / "out", settings)
+    run = prepare(HypernetworkTraining, parent, things, tmp_path / "out", settings)
     said = [example.texts for example in run.method.material.examples]
     assert said == [("a thing, flat style",), ("a thing, round style",)] * 3
 
@@ -101,7 +101,7 @@ def test_a_refinement_begins_as_what_was_predicted(
 ) -> None:
     """With a higher rank than the prediction's, whose further ranks add nothing yet."""
     settings: Any = make_settings(METHOD, refine=3, source=str(network), rank=4, reference=things / "2.png")
-    run = prepare(Hypernetwork, parent, things, tmp_path / "begun", settings)
+    run = prepare(HypernetworkTraining, parent, things, tmp_path / "begun", settings)
     run.method.save(tmp_path, "fp32")
     method: Any = run_method(METHOD, parent, things, tmp_path / "again").method
     updates = predicted_updates(network, method.seen.of(torch.tensor([2])))
