@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from scumble.errors import Incompatible, Refused
 from scumble_registry import formats
 from scumble_registry.blob import Blob
-from scumble_registry.compatibility import Compatibility, check_fit
+from scumble_registry.compatibility import Compatibility
 from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import AUTO_V2, AUTO_V3, FileHash, HashKind, hashes_of, tensor_hashes, weights_of
 from scumble_registry.manifest import Manifest, Sampling
@@ -169,7 +169,7 @@ def _find_base(base: str, registry: Registry | None) -> PublishedFor:
 
 def _misfit(draft: Draft, base: Manifest) -> str | None:
     try:
-        check_fit(draft.compatibility, base.as_base())
+        draft.compatibility.fits(base.as_base())
     except Incompatible as error:
         return error.message
     return None

@@ -31,7 +31,7 @@ from pydantic import (
 from scumble.errors import IntegrityError, InvalidRequest, Refused
 from scumble.request import SchedulerName, TimestepSpacing
 from scumble_registry.blob import Blob
-from scumble_registry.compatibility import BaseCompatibility, Compatibility, check_fit
+from scumble_registry.compatibility import BaseCompatibility, StoredCompatibility
 from scumble_registry.references import parse_digest
 
 _MAX_BYTES = 8 << 20
@@ -95,7 +95,7 @@ class Manifest(BaseModel):
     """Path (with '/') → blob, exactly as published."""
     record: Blob | None = None
     """The normalised form that the server reads; bases have none."""
-    compatibility: Compatibility
+    compatibility: StoredCompatibility
     """Derived from the files, never taken from the publisher's word."""
     defaults: Defaults | None = None
     sampling: Sampling | None = None
@@ -156,7 +156,7 @@ class Manifest(BaseModel):
 
     def fits(self, base: Manifest) -> None:
         """Raises Incompatible, naming the first target that does not match, or Refused if `base` is no base."""
-        check_fit(self.compatibility, base.as_base())
+        self.compatibility.fits(base.as_base())
 
     @classmethod
     def parse(cls, text: bytes, digest: str) -> Manifest:

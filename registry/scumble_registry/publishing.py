@@ -16,7 +16,6 @@ from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble.files import explain_os_errors
 from scumble_registry import formats
 from scumble_registry.blob import Blob
-from scumble_registry.compatibility import check_fit
 from scumble_registry.formats import format_of, training_metadata
 from scumble_registry.formats.source import Draft, Hints, Source
 from scumble_registry.hashes import FileHash, hashes_of, tensor_hashes, weights_of
@@ -123,7 +122,7 @@ def store(
         metadata = _metadata(details, draft)
         _check_sampling(details, draft)
         if base is not None:
-            check_fit(draft.compatibility, base.as_base())
+            draft.compatibility.fits(base.as_base())
         if encoder is not None:
             format_of(draft.compatibility.kind).check_image_encoder(draft.compatibility, encoder.compatibility)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from scumble_registry.compatibility.base import BaseCompatibility, Family, PredictionType
+from scumble_registry.compatibility.base import BaseCompatibility, Compatibility, Family, PredictionType
 from scumble_registry.compatibility.controlnet import ControlNetCompatibility, feature_widths, residual_widths
 from scumble_registry.compatibility.dreambooth import DreamboothCompatibility
 from scumble_registry.compatibility.hypernetwork import ContextNetworks, HypernetworkCompatibility, WeightPredictor
 from scumble_registry.compatibility.image_encoder import ImageEncoderCompatibility
 from scumble_registry.compatibility.ip_adapter import IpAdapterCompatibility, IpAdapterKind
-from scumble_registry.compatibility.kinds import Compatibility, check_fit
+from scumble_registry.compatibility.kinds import StoredCompatibility, kinds
 from scumble_registry.compatibility.lora import LoraCompatibility
 from scumble_registry.compatibility.shapes import Shape, matrix_shape
 from scumble_registry.compatibility.targets import (
@@ -36,15 +36,16 @@ __all__ = [
     "LoraCompatibility",
     "PredictionType",
     "Shape",
+    "StoredCompatibility",
     "TextualInversionCompatibility",
     "VaeCompatibility",
     "WeightPredictor",
     "canonical_name",
-    "check_fit",
     "check_targets",
     "feature_widths",
     "has_bias",
     "is_padded",
+    "kinds",
     "lllite_names",
     "matrix_shape",
     "norm_shapes",

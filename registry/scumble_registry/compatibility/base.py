@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from scumble.errors import Refused
 from scumble_registry.compatibility.shapes import Shape
 
 Family = Literal["sd1", "sd2", "sdxl"]
@@ -13,9 +14,21 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 """What the UNet says: the noise, the velocity (Salimans and Ho, 2202.00512), or the finished sample."""
 
 
-class BaseCompatibility(BaseModel):
+class Compatibility(BaseModel):
+    """What a version needs of a base; derived from its files. Each kind has a class of its own (`kinds.py`)."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: str
+    family: Family | None
+    """None where the files do not tell, and no base was named."""
+
+    def fits(self, base: BaseCompatibility) -> None:
+        """Raise Incompatible, naming the first thing that does not match, or Refused for what is no adapter."""
+        raise NotImplementedError
+
+
+class BaseCompatibility(Compatibility):
     kind: Literal["base"] = "base"
     family: Family
     prediction_type: PredictionType
@@ -30,6 +43,10 @@ class BaseCompatibility(BaseModel):
     text_widths: tuple[int, ...]
     """Hidden size of each text encoder."""
     targets: dict[str, Shape]
+
+    def fits(self, base: BaseCompatibility) -> None:  # noqa: ARG002 - it fits none
+        """Raise Refused: a base is no adapter."""
+        raise Refused("this is a base, not an adapter; a base stands alone")
 
     @property
     def self_attention_widths(self) -> frozenset[int]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from scumble.errors import Incompatible
-from scumble_registry.compatibility.base import BaseCompatibility, Family
+from scumble_registry.compatibility.base import BaseCompatibility, Compatibility, Family
 from scumble_registry.compatibility.shapes import Shape, show_shape, show_value
 from scumble_registry.compatibility.targets import lllite_names
 
 
-class ControlNetCompatibility(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class ControlNetCompatibility(Compatibility):
     kind: Literal["controlnet"] = "controlnet"
     form: Literal["net", "union", "t2i", "control_lora", "lllite"]
     family: Family | None

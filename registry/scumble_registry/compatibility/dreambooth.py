@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 
 from scumble.errors import Incompatible
-from scumble_registry.compatibility.base import BaseCompatibility, Family, PredictionType
+from scumble_registry.compatibility.base import BaseCompatibility, Compatibility, Family, PredictionType
 
 
-class DreamboothCompatibility(BaseModel):
+class DreamboothCompatibility(Compatibility):
     """A checkpoint that the base's own graphs run, with other weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["dreambooth"] = "dreambooth"
     family: Family

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from scumble.errors import Incompatible
-from scumble_registry.compatibility.base import BaseCompatibility, Family
+from scumble_registry.compatibility.base import BaseCompatibility, Compatibility, Family
 from scumble_registry.compatibility.lora import LoraCompatibility
 from scumble_registry.compatibility.shapes import show_widths
 
@@ -65,9 +65,7 @@ class WeightPredictor(BaseModel):
             )
 
 
-class HypernetworkCompatibility(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class HypernetworkCompatibility(Compatibility):
     kind: Literal["hypernetwork"] = "hypernetwork"
     family: Family | None
     """The base's, if one was named; else by the width of the text context, else None."""

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from scumble.errors import Refused
-from scumble_registry.compatibility.base import BaseCompatibility
+from scumble_registry.compatibility.base import BaseCompatibility, Compatibility
 
 
-class ImageEncoderCompatibility(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class ImageEncoderCompatibility(Compatibility):
     kind: Literal["image_encoder"] = "image_encoder"
     family: None = None
     """Any base's pictures are pictures."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from scumble.errors import Incompatible
-from scumble_registry.compatibility.base import BaseCompatibility, Family
+from scumble_registry.compatibility.base import BaseCompatibility, Compatibility, Family
 from scumble_registry.compatibility.image_encoder import ImageEncoderCompatibility
 from scumble_registry.compatibility.lora import LoraCompatibility
 
@@ -15,9 +13,7 @@ IpAdapterKind = Literal["base", "full", "plus", "faceid", "faceid_plus", "face_r
 """How a picture becomes tokens: see `formats/ip_adapter/projection.py`."""
 
 
-class IpAdapterCompatibility(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class IpAdapterCompatibility(Compatibility):
     kind: Literal["ip_adapter"] = "ip_adapter"
     family: Family
     projection: IpAdapterKind

@@ -1,39 +1,27 @@
-"""Every kind's compatibility as one type, told apart by its `kind`."""
+"""Every kind's compatibility, told apart by its `kind` wherever one is read from JSON."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, SerializeAsAny
 
-from scumble.errors import Refused
-from scumble_registry.compatibility.base import BaseCompatibility
-from scumble_registry.compatibility.controlnet import ControlNetCompatibility
-from scumble_registry.compatibility.dreambooth import DreamboothCompatibility
-from scumble_registry.compatibility.hypernetwork import HypernetworkCompatibility
-from scumble_registry.compatibility.image_encoder import ImageEncoderCompatibility
-from scumble_registry.compatibility.ip_adapter import IpAdapterCompatibility
-from scumble_registry.compatibility.lora import LoraCompatibility
-from scumble_registry.compatibility.textual_inversion import TextualInversionCompatibility
-from scumble_registry.compatibility.vae import VaeCompatibility
-
-Compatibility = Annotated[
-    BaseCompatibility
-    | LoraCompatibility
-    | TextualInversionCompatibility
-    | ImageEncoderCompatibility
-    | VaeCompatibility
-    | IpAdapterCompatibility
-    | ControlNetCompatibility
-    | DreamboothCompatibility
-    | HypernetworkCompatibility,
-    Field(discriminator="kind"),
-]
-"""A new kind is one more class here."""
+from scumble_registry.compatibility.base import Compatibility
 
 
-def check_fit(adapter: Compatibility, base: BaseCompatibility) -> None:
-    """Raises Incompatible, or Refused for what is no adapter."""
-    if isinstance(adapter, BaseCompatibility):
-        raise Refused("this is a base, not an adapter; a base stands alone")
-    adapter.fits(base)
+def kinds() -> dict[str, type[Compatibility]]:
+    """The classes by their kind: a new kind is one more subclass of `Compatibility`, in its format's module."""
+    return {cls.model_fields["kind"].default: cls for cls in Compatibility.__subclasses__()}
+
+
+def _of_its_kind(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    cls = kinds().get(value.get("kind", ""))
+    if cls is None:
+        raise ValueError(f"kind is {value.get('kind')!r}; known are {', '.join(sorted(kinds()))}")
+    return cls.model_validate(value)
+
+
+StoredCompatibility = Annotated[SerializeAsAny[Compatibility], BeforeValidator(_of_its_kind)]
+"""As a field of a model: read as the class of its kind, written with all the fields of that class."""

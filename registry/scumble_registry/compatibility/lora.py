@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from scumble.errors import Incompatible
-from scumble_registry.compatibility.base import BaseCompatibility, Family
+from scumble_registry.compatibility.base import BaseCompatibility, Compatibility, Family
 from scumble_registry.compatibility.shapes import Shape
 from scumble_registry.compatibility.targets import check_targets, is_padded
 
 
-class LoraCompatibility(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class LoraCompatibility(Compatibility):
     kind: Literal["lora"] = "lora"
     family: Family | None
     """The base's, if one was named; else by the width of the text context, else None."""

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from scumble.errors import Incompatible
-from scumble_registry.compatibility.base import BaseCompatibility, Family
+from scumble_registry.compatibility.base import BaseCompatibility, Compatibility, Family
 from scumble_registry.compatibility.shapes import show_shape
 
 
-class TextualInversionCompatibility(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class TextualInversionCompatibility(Compatibility):
     kind: Literal["textual_inversion"] = "textual_inversion"
     family: Family | None
     """The base's, if one was named; else by the widths, else None."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from scumble.errors import Incompatible
-from scumble_registry.compatibility.base import BaseCompatibility
+from scumble_registry.compatibility.base import BaseCompatibility, Compatibility
 
 
 def vae_scale(config: Mapping[str, Any]) -> int:
@@ -16,9 +14,7 @@ def vae_scale(config: Mapping[str, Any]) -> int:
     return int(2 ** (max(len(config.get("block_out_channels") or ()), 1) - 1))
 
 
-class VaeCompatibility(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class VaeCompatibility(Compatibility):
     kind: Literal["vae"] = "vae"
     family: None = None
     """Families share latents of one shape; that the colours are right, nobody can tell from a file."""

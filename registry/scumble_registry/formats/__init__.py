@@ -38,12 +38,11 @@ FORMATS: tuple[Format, ...] = (
 """In the order of being asked: a base's folder that comes with a base is a checkpoint of it; an embedding of one tensor
 may bear any name, also one that speaks of LoRA, a FaceID IP-Adapter brings a LoRA of its own, and a control-LoRA speaks
 of it too."""
-_BY_KIND = {form.kind: form for form in FORMATS}
 
 
 def format_of(kind: str) -> Format:
     """Return the format of a manifest's kind, which is one of FORMATS."""
-    return _BY_KIND[kind]
+    return next(form for form in FORMATS if form.kind == kind)
 
 
 def read(source: Source, base: BaseCompatibility | None) -> Draft:

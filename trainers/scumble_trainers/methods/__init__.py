@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from scumble_trainers.methods.controlnet.settings import ControlNetSettings
@@ -24,7 +24,7 @@ class MethodEntry:
 
     name: str
     model: str
-    """Class in `methods/NAME/model.py`."""
+    """Where its class is, as `module:Class`; imported only when it is trained."""
     settings: type[TrainSettings]
     help: str
 
@@ -34,7 +34,7 @@ class MethodEntry:
 
     def load(self) -> type[TrainingMethod[Any]]:
         """Its class; imports torch and diffusers."""
-        method: type[TrainingMethod[Any]] = getattr(import_module(f"{__name__}.{self.name}.model"), self.model)
+        method: type[TrainingMethod[Any]] = resolve_name(self.model)
         return method
 
 
@@ -42,35 +42,38 @@ AGAIN = "Continues from its newest checkpoint when the same command runs again i
 
 METHODS = (
     MethodEntry(
-        "lora", "LoraTraining", LoraSettings, f"Train a LoRA on captioned pictures, and publish it.\n\n{AGAIN}"
+        "lora",
+        "scumble_trainers.methods.lora.model:LoraTraining",
+        LoraSettings,
+        f"Train a LoRA on captioned pictures, and publish it.\n\n{AGAIN}",
     ),
     MethodEntry(
         "ip_adapter",
-        "IpAdapterTraining",
+        "scumble_trainers.methods.ip_adapter.model:IpAdapterTraining",
         IpAdapterSettings,
         f"Train an IP-Adapter (pictures as prompts) on captioned pictures, and publish it.\n\n{AGAIN}",
     ),
     MethodEntry(
         "controlnet",
-        "ControlNetTraining",
+        "scumble_trainers.methods.controlnet.model:ControlNetTraining",
         ControlNetSettings,
         f"Train a ControlNet (the shape from a control picture), and publish it.\n\n{AGAIN}",
     ),
     MethodEntry(
         "textual_inversion",
-        "TextualInversionTraining",
+        "scumble_trainers.methods.textual_inversion.model:TextualInversionTraining",
         TextualInversionSettings,
         f"Teach the base a new word from a few pictures, and publish it.\n\n{AGAIN}",
     ),
     MethodEntry(
         "dreambooth",
-        "DreamboothTraining",
+        "scumble_trainers.methods.dreambooth.model:DreamboothTraining",
         DreamboothSettings,
         f"Fine-tune the whole base on a few pictures of one thing, and publish the difference.\n\n{AGAIN}",
     ),
     MethodEntry(
         "hypernetwork",
-        "HypernetworkTraining",
+        "scumble_trainers.methods.hypernetwork.model:HypernetworkTraining",
         HypernetworkSettings,
         "Train a network that predicts a LoRA from one picture, on pictures of many concepts, and publish it.\n\n"
         f"With --refine N it takes one's prediction N steps further instead, and publishes a LoRA.\n\n{AGAIN}",
