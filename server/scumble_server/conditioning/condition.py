@@ -99,8 +99,8 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
     maps = control_maps_of(context, admitted.adapters) if admitted.request.options.return_maps else ()
     if context.weights.tokenizers is not admitted.base.tokenizers:  # a checkpoint's own
         scripts = tuple(reading.scripts(context.weights.tokenizers, list(words.values())))
-    written = frozenset[int]().union(*(script.found for script in scripts))
-    unused = {adapter: word for index, (adapter, word) in enumerate(words.items()) if index not in written}
+    used = frozenset[int]().union(*(script.used for script in scripts))
+    unused = {adapter: word for index, (adapter, word) in enumerate(words.items()) if index not in used}
     to_merge = targets_to_merge(context.executor, loras)
     factors = bind_for_request(context, loras, to_merge)
     of_text = merge_into_text(context, loras, to_merge)

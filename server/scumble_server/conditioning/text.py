@@ -70,7 +70,7 @@ class Encoder:
     def _part(self, index: int, read: Tokens | CompelPrompt, clip_skip: int) -> Text:
         """Encode with one encoder: `(1, n·77, C)` of n chunks, one behind the other."""
         context, tokenizer = self.context, self.context.weights.tokenizers[index]
-        words = {i: self.words[i] for i in sorted(read.found)}
+        words = {i: self.words[i] for i in sorted(read.used)}
         factors = self.factors.of_text(index)
         key = (
             "text",

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from scumble_build.graphs.arrays import as_tensor
 from scumble_build.graphs.layout import PAGE, Extent, Layout, Target, pages_for, rank_bucket
 from scumble_registry.formats.lora import LoraModule, Module
 from scumble_registry.formats.lora.record import Gain
@@ -134,7 +134,7 @@ def _stretched(down: Tensor, up: Tensor, gain: Tensor, axis: int) -> tuple[Tenso
 
 def _rows(factor: NDArray[Any]) -> Tensor:
     """A factor as a float32 matrix: (r, in) or (out, r); of a convolution (r, k·k·in), tap by tap."""
-    matrix = factor.astype(np.float32)
+    matrix = as_tensor(factor)
     if matrix.ndim == 4:
-        matrix = matrix.transpose(0, 2, 3, 1)
-    return torch.from_numpy(np.ascontiguousarray(matrix.reshape(len(matrix), -1)))
+        matrix = matrix.permute(0, 2, 3, 1)
+    return matrix.reshape(len(matrix), -1)

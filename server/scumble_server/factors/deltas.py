@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from scumble_build.graphs.arrays import as_tensor
 from scumble_registry.formats.lora import Module
 from scumble_registry.formats.lora.record import Dense, Gain, Kronecker, LoraModule, Pair, Product, Rotation
 from scumble_registry.formats.safetensors_header import Array
@@ -120,5 +121,5 @@ def _like(weight: Tensor, added: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def tensor(values: Array, like: Tensor) -> Tensor:
-    """float32 on `like`'s device; torch knows no bfloat16 of numpy's."""
-    return torch.tensor(values.astype("float32"), device=like.device)
+    """Copy to float32 on `like`'s device."""
+    return as_tensor(values).to(like.device)

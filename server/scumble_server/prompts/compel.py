@@ -31,7 +31,7 @@ class CompelPrompt:
     words: str
     names: tuple[PromptWord, ...]
     chunks: int
-    found: frozenset[int]
+    used: frozenset[int]
 
 
 def read_compel(tokenizer: CLIPTokenizer, words: str, names: Sequence[PromptWord], field: str) -> CompelPrompt:
@@ -46,7 +46,7 @@ def read_compel(tokenizer: CLIPTokenizer, words: str, names: Sequence[PromptWord
     except (compel.PromptParser.ParsingException, RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise InvalidRequest(f"{field}: compel cannot read it: {error}", field=field) from error
     chunks = states.shape[1] // tokenizer.model_max_length
-    return CompelPrompt(words, tuple(names), chunks, frozenset(vocabulary.found))
+    return CompelPrompt(words, tuple(names), chunks, frozenset(vocabulary.used))
 
 
 def embed(prompt: CompelPrompt, tokenizer: CLIPTokenizer, run: Run) -> Tensor:
@@ -82,7 +82,7 @@ def _compel() -> ModuleType:
 
 
 class _Tokenizer:
-    """As compel asks one. `found` are the embeddings that were met so far."""
+    """As compel asks one. `used` are the embeddings whose word was met so far."""
 
     def __init__(self, tokenizer: CLIPTokenizer, names: Sequence[PromptWord]) -> None:
         self._tokenizer, self._names = tokenizer, names
@@ -91,7 +91,7 @@ class _Tokenizer:
         self.eos_token_id = tokenizer.eos_token_id
         self.pad_token_id = tokenizer.pad_token_id
         self._starts = list(accumulate((name.vectors for name in names), initial=len(tokenizer)))
-        self.found: set[int] = set()
+        self.used: set[int] = set()
 
     def __call__(self, texts: Sequence[str], **_options: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[self.bos_token_id, *self._ids(text), self.eos_token_id] for text in texts]}
@@ -101,7 +101,7 @@ class _Tokenizer:
             if isinstance(piece, int):
                 yield piece
             else:
-                self.found.add(piece.embedding)
+                self.used.add(piece.embedding)
                 yield from range(self._starts[piece.embedding], self._starts[piece.embedding + 1])
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:

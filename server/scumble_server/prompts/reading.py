@@ -13,7 +13,7 @@ from scumble.request import Options
 from scumble_server.prompts.chunks import MAX_CHUNKS
 from scumble_server.prompts.compel import CompelPrompt, read_compel
 from scumble_server.prompts.grammar.attention import parse_attention
-from scumble_server.prompts.grammar.composition import Part, parse_composition
+from scumble_server.prompts.grammar.composition import PromptPart, parse_composition
 from scumble_server.prompts.grammar.schedule import texts_by_step
 from scumble_server.prompts.script import Script
 from scumble_server.prompts.tokens import PromptWord, Tokens, tokenize, tokenize_weighted
@@ -102,7 +102,7 @@ def read(settings: Settings, options: Options, encoders: int) -> Reading:
     for field, text in (("prompt", settings.prompt), ("negative_prompt", settings.negative_prompt or "")):
         if len(text) > MAX_CHARACTERS:
             raise InvalidRequest(f"{field} has {len(text)} characters, {MAX_CHARACTERS} are read", field=field)
-    parts = parse_composition(settings.prompt) if options.grammar == "webui" else [Part(settings.prompt, 1.0)]
+    parts = parse_composition(settings.prompt) if options.grammar == "webui" else [PromptPart(settings.prompt, 1.0)]
     if len(parts) > MAX_PARTS:
         raise InvalidRequest(f"AND joins {len(parts)} prompts, {MAX_PARTS} at most are drawn", field="prompt")
     weights = tuple(part.weight for part in parts)

@@ -22,6 +22,6 @@ class Script:
         return max((text.chunks for text in self.of_encoder or ()), default=0)
 
     @property
-    def found(self) -> frozenset[int]:
+    def used(self) -> frozenset[int]:
         """The embeddings whose name is written in it."""
-        return frozenset[int]().union(*(text.found for text in self.of_encoder or ()))
+        return frozenset[int]().union(*(text.used for text in self.of_encoder or ()))

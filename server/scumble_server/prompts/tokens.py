@@ -61,7 +61,7 @@ class Tokens:
         return len(self.ids)
 
     @property
-    def found(self) -> frozenset[int]:
+    def used(self) -> frozenset[int]:
         """The embeddings whose name is written in the prompt."""
         return frozenset(slot.embedding for slot in self.slots)
 

@@ -10,16 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from transformers import CLIPTokenizer
 
 from scumble.errors import Incompatible, InvalidRequest
+from scumble_build.graphs.arrays import as_tensor
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import DreamboothCompatibility
 from scumble_registry.formats.dreambooth import KIND, read_changed
-from scumble_registry.formats.safetensors_header import Array
 from scumble_server.base import Base, load_tokenizers
 from scumble_server.executors.protocol import Executor
 from scumble_server.memory.residency import Lease
@@ -91,7 +88,7 @@ class _Checkpoint:
 def _load(version: Version, own: Weights, base: Base, registry: Registry) -> _Checkpoint:
     stored, of_base = registry.stored(version), registry.stored(base.version)
     changed = {
-        component: {name: _tensor(values) for name, values in tensors.items()}
+        component: {name: as_tensor(values) for name, values in tensors.items()}
         for component, tensors in read_changed(stored, of_base).items()
     }
     return _Checkpoint(own.executor.variant(changed, stored, version), load_tokenizers(stored, base.family))
@@ -101,8 +98,3 @@ def _compatibility(adapter: ResolvedAdapter) -> DreamboothCompatibility:
     compatibility = adapter.version.manifest.compatibility
     assert isinstance(compatibility, DreamboothCompatibility)
     return compatibility
-
-
-def _tensor(values: Array) -> Tensor:
-    """float32; torch knows no bfloat16 of numpy's."""
-    return torch.from_numpy(np.ascontiguousarray(values).astype(np.float32))

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from scumble.errors import InvalidRequest
+from scumble_build.graphs.arrays import as_tensor
 from scumble_registry.compatibility import TextualInversionCompatibility
 from scumble_registry.formats.textual_inversion import KIND, TextualInversionRecord, read_record
 from scumble_server.base import Base
@@ -55,8 +54,7 @@ class TextualInversionMethod(Method):
         return PromptWord(adapter.spec.token or compatibility.token, compatibility.vectors)
 
     def vectors(self, context: Context, adapter: ResolvedAdapter, component: str) -> Tensor:
-        vectors = context.record(adapter, read_record)[component]
-        return torch.from_numpy(vectors.astype(np.float32)) * adapter.text_weight
+        return as_tensor(context.record(adapter, read_record)[component]) * adapter.text_weight
 
     def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         word = self.word(adapter)

@@ -105,9 +105,9 @@ def _parse(prompt: str) -> _Tree:
         if plain := _PLAIN.match(prompt, position):
             nodes.append(plain[0])
             position = plain.end()
-        elif (found := _bracket(prompt, position, 0)) is not None:
-            nodes += found[0]
-            position = found[1]
+        elif (bracket := _bracket(prompt, position, 0)) is not None:
+            nodes += bracket[0]
+            position = bracket[1]
         elif prompt[position] in "[]():":
             nodes.append(prompt[position])
             position += 1
@@ -146,9 +146,9 @@ def _inner(prompt: str, position: int, depth: int) -> tuple[_Tree, int] | None:
         if plain := _PLAIN.match(prompt, position):
             nodes.append(plain[0])
             position = plain.end()
-        elif (found := _bracket(prompt, position, depth + 1)) is not None:
-            nodes += found[0]
-            position = found[1]
+        elif (bracket := _bracket(prompt, position, depth + 1)) is not None:
+            nodes += bracket[0]
+            position = bracket[1]
         else:
             return None
     return (tuple(nodes), position) if position < len(prompt) else None

@@ -23,8 +23,8 @@ class Tag(NamedTuple):
 
 def find_tag(prompt: str) -> str | None:
     """The first tag of the prompt, as it is written."""
-    found = _TAG.search(prompt)
-    return found[0] if found else None
+    tag = _TAG.search(prompt)
+    return tag[0] if tag else None
 
 
 def parse_tags(prompt: str) -> tuple[str, list[Tag]]:

@@ -132,7 +132,7 @@ def test_an_embedding_is_never_split() -> None:
 
     names = [PromptWord("<pen>", 10)]
     prompt = read_compel(tokenizer, "x " * 70 + "<pen>" + " y" * 80, names, "prompt")
-    assert (prompt.chunks, prompt.found) == (3, {0})
+    assert (prompt.chunks, prompt.used) == (3, {0})
     embed(prompt, tokenizer, run)
     assert seen == [(), (Slot(0, 0, 1),), ()]
 

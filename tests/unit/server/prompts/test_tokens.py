@@ -61,7 +61,7 @@ def test_names_are_found(prompt: str, names: list[PromptWord], expected: str) ->
 def test_places_are_counted_from_the_start_of_the_row() -> None:
     _, tokens = read("a <cat> ink", CAT, INK)
     assert tokens.slots == (Slot(0, 0, 2), Slot(1, 0, 3))
-    assert tokens.found == {0, 1}
+    assert tokens.used == {0, 1}
     assert tokens.weights is None
     assert tokens.ids.shape == (1, 77)
 
