@@ -31,24 +31,24 @@ from scumble_server.memory.residency import Lease, Residency
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """All but the weights, which come and go with the room that there is."""
+    """Everything of a base but its weights, which are loaded and evicted as memory allows."""
 
     version: Version
     compatibility: BaseCompatibility
     defaults: Defaults
     nbytes: int
-    """Of its weights in device memory."""
+    """Size of its weights in device memory."""
     load: Callable[[], Executor]
     max_rows: int
-    """How many model rows its executor computes at once."""
+    """The most model rows that its executor computes at once."""
     tokenizers: tuple[CLIPTokenizer, ...]
-    """Of each text encoder."""
+    """One for each text encoder."""
     scheduler_config: dict[str, Any]
     layouts: tuple[Layout, ...]
-    """Of the graphs that take factors: text encoders, K/V projection, denoiser."""
+    """One for each graph that takes factors: text encoders, K/V projection, denoiser."""
     colours: LatentColours
     limits: tuple[GraphLimits, ...] = ()
-    """Of the denoiser's graphs, if they were built for some sizes only."""
+    """The sizes that the denoiser's graphs take, if they were built for some sizes only."""
     changes_graphs: bool = True
     """Its executor runs what changes the graph: hypernetworks in self-attention, LLLite."""
     zero_negative: bool = False
@@ -71,14 +71,14 @@ class Base:
 
     @property
     def text_layers(self) -> int:
-        """Of the text encoder that has the fewest, those that can be left out."""
+        """How many layers clip_skip may leave out, in the text encoder that has the fewest."""
         layouts = self.layouts[: len(self.family.texts)]
         layers = [{name.split(".layers.")[1].split(".")[0] for name in layout.targets} for layout in layouts]
         return min(map(len, layers)) - self.family.penultimate
 
     @property
     def key(self) -> Hashable:
-        """Of its weights, among all that is loaded."""
+        """The key of its weights among all that is loaded."""
         return "base", self.version.digest
 
     def executor(self, weights: Lease) -> Executor:

@@ -1,4 +1,4 @@
-"""What one server is started with. Parsed once; the launcher hands it to the Triton stub through the environment."""
+"""A server's configuration. Parsed once; the launcher passes it to the Triton stub through the environment."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ServerConfig(BaseModel):
     more_bases: tuple[str, ...] = ()
     """References of the others that requests may name."""
     executor: ExecutorName = Field(default_factory=default_executor)
-    """Where TensorRT has no engine that fits, torch serves, and the log says why."""
+    """If TensorRT has no engine that fits, PyTorch serves instead, and the log gives the reason."""
     build_engines: bool = False
     """Build engines that are missing while starting, which takes minutes to hours."""
     device: Literal["cpu", "cuda"] = "cpu"

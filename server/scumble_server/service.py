@@ -82,7 +82,7 @@ class _Job:
 
 
 class _Pace:
-    """How quickly requests end: what a caller is told who finds the queue full. Guarded by the service's lock."""
+    """Measures how quickly requests end, for the Retry-After of a full queue. Guarded by the service's lock."""
 
     def __init__(self) -> None:
         self._ends: deque[float] = deque(maxlen=16)
@@ -350,7 +350,7 @@ def _done(pixels: Pixels, receipt: Receipt, maps: Pixels | None, options: Option
 
 
 def _typed(error: Exception) -> ScumbleError:
-    """What a caller sees of an error that nobody expected; the log has all of it."""
+    """Make the error that a caller gets of one that nobody expected; the log has all of it."""
     if isinstance(error, ScumbleError):
         return error
     log.error("a request failed", exc_info=error)

@@ -39,11 +39,11 @@ class Admitted:
     dropped: tuple[tuple[Adapter, str], ...]
     inputs: Inputs
     originals: tuple[Original, ...] = ()
-    """What the images begin with: nothing, one for all, or one for each."""
+    """The pictures that the images begin with: none, one for all, or one for each."""
     vae: Version | None = None
-    """What decodes, where it is not the base's own."""
+    """The VAE that decodes, if it is not the base's own."""
     second: Admitted | None = None
-    """What is done with the pictures once they are drawn: the same again, larger."""
+    """The second pass, larger, which begins with the pictures of this one."""
 
 
 def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixels: int) -> Admitted:

@@ -1,4 +1,4 @@
-"""What a request brings beside words: pictures and tensors, decoded and checked at the edge."""
+"""The pictures and tensors that a request brings, decoded and checked at the edge."""
 
 from __future__ import annotations
 

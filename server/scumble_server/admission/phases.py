@@ -10,8 +10,8 @@ from scumble_server.request.adapter import ResolvedAdapter
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedPhase:
-    """What stays the same in all steps of a phase: each adapter's weight, 0 where it does not act, and for each model
-    row the index of the text that it reads.
+    """A phase before anything is loaded: each adapter's weight, 0 if it does not act, and for each model row the index
+    of the text that it reads.
     """
 
     weights: Mapping[ResolvedAdapter, float]

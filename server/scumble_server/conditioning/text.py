@@ -21,7 +21,7 @@ from scumble_server.prompts.tokens import Tokens, tokenize
 from scumble_server.request.adapter import ResolvedAdapter
 
 _ROUNDING = 1e-5
-"""Of the mean size of numbers: a mean below is none."""
+"""A mean below this share of the mean absolute value is rounding error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Encoder:
 
 
 def _overrides(tokens: Tokens, vectors: Mapping[int, Tensor]) -> Overrides | None:
-    """What stands in the chunks of a prompt in place of token embeddings; None if nothing does.
+    """Put vectors in place of the token embeddings of words; None if the prompt has no such word.
 
     `tokens` says where word i, of which `vectors[i]` `(n, C)` are the vectors, stands.
     """
@@ -135,7 +135,7 @@ def _of_chunks(tokens: Tokens, call: Callable[[Tokens], EncodedText], emphasis: 
 def _of_compel(
     prompt: CompelPrompt, tokenizer: CLIPTokenizer, call: Callable[[Tokens, Tensor | None], EncodedText]
 ) -> EncodedText:
-    """What is pooled is the text as it is written, without a grammar: so compel has it."""
+    """Encode as compel does; like compel, pool the text as it is written, without its grammar."""
     like = call(tokenize(tokenizer, prompt.words, prompt.names), None)
     states = embed(prompt, tokenizer, lambda tokens, mask: call(tokens, mask).states)
     return EncodedText(states.to(like.states), like.pooled[:1] if like.pooled is not None else None)

@@ -1,4 +1,4 @@
-"""What the loop has done since it started: read by `stats`, metrics, tests and the demo."""
+"""Counts what the loop has done since it started, for stats and metrics."""
 
 from __future__ import annotations
 

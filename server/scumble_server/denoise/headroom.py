@@ -1,4 +1,4 @@
-"""How many model rows fit one step where device memory ran out: half as many at once, later one by one more.
+"""Limits the model rows of a step after device memory ran out: half as many at once, later one more at a time.
 
 What else is in memory changes from minute to minute, so what did not fit once is tried again.
 """

@@ -1,4 +1,4 @@
-"""What the loop works on: images on their way from noise to latents, and the request that they belong to."""
+"""Images on their way from noise to latents, and the request that they belong to."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from scumble_server.denoise.schedulers import HISTORY, Table
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditioning:
-    """What the text and the adapters of one request become: shared by its images."""
+    """The phases of one request, made of its texts and adapters; shared by its images."""
 
     phases: tuple[Phase, ...]
     phase_of_step: tuple[int, ...]
     adapters: frozenset[str]
     """Digests of the bound adapters: how the loop counts that different requests share a step."""
     prompt_weights: tuple[float, ...] = (1.0,)
-    """How strongly each of an image's prompts acts, on top of the guidance."""
+    """The weight of each of an image's prompts, on top of the guidance."""
 
 
 @dataclass(slots=True)
@@ -49,9 +49,9 @@ class ActiveRequest:
     ended: bool = False
     reported: int = 0
     steps_before: int = 0
-    """Of an earlier pass."""
+    """Steps of an earlier pass."""
     steps_after: int = 0
-    """Of a later one."""
+    """Steps of a later pass."""
 
     def report(self) -> None:
         """Send the slowest image's step, if it moved, and a preview, if one is due."""

@@ -84,7 +84,7 @@ class Table:
     matrix: Tensor
     """`(steps, 2 + HISTORY, 3 + HISTORY)`"""
     draws: tuple[bool, ...]
-    """Whether diffusers draws noise in a step, be it used or not."""
+    """True for each step in which diffusers draws noise, even if it does not use it."""
 
     @property
     def steps(self) -> int:
@@ -120,7 +120,7 @@ def table(
 
 
 def first_step(steps: int, strength: float) -> int:
-    """Where a schedule of `steps` begins that changes a picture by `strength` (0 to 1): diffusers' `get_timesteps`."""
+    """Return the first step of an img2img schedule of `steps` at `strength` (0 to 1), as diffusers' `get_timesteps`."""
     return max(steps - min(int(steps * strength), steps), 0)
 
 
@@ -217,7 +217,7 @@ def _takes_eta(scheduler: Any) -> bool:
 
 
 def _memory(scheduler: Any) -> list[Tensor | None]:
-    """What a scheduler keeps from step to step; None where there is nothing yet."""
+    """Return what a scheduler remembers from step to step; None for what is still empty."""
     samples = [getattr(scheduler, name) for name in _KEPT_SAMPLES if hasattr(scheduler, name)]
     return [*getattr(scheduler, "model_outputs", ()), *samples]
 

@@ -13,7 +13,7 @@ from scumble_server.memory.pages import PageSet, Pool
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """What one DoRA at weight 1 adds to the 1 by which the base's weights are stretched: out (Σout,), into (Σin,)."""
+    """The gain − 1 of one DoRA at weight 1, on the output axis (Σout,) and on the input axis (Σin,)."""
 
     out: Tensor | None
     into: Tensor | None

@@ -1,7 +1,7 @@
-"""What a module of a LoRA's record makes of one weight of the base: W' − W at strength 1, whatever the algorithm.
+"""Computes what one module of a LoRA's record changes in one layer of the base: W' − W at weight 1.
 
-At strength w the weight is W + w (W' − W), for every algorithm, as the webui and ComfyUI have it: at 0 the base, and
-several add up in any order, each against the base. (PEFT normalises a DoRA anew at every strength, and feeds one
+At weight w the layer has W + w (W' − W), for every algorithm, as in the webui and ComfyUI: 0 is the base, and several
+adapters add up in any order, each against the base. (PEFT normalises a DoRA anew at every weight, and feeds one
 adapter's result to the next.)
 """
 
@@ -65,7 +65,7 @@ def delta(weight: Tensor, module: Module) -> Tensor:
 
 
 def _plain(like: Tensor, module: LoraModule | Product | Kronecker | Dense) -> Tensor:
-    """What does not depend on the weight, in the order of the weight's own memory."""
+    """Compute a change that does not depend on W, in the order of W's memory."""
     match module:
         case LoraModule():
             return _product(like, Pair(module.up, module.down)) * module.scale
@@ -114,7 +114,7 @@ def _product(like: Tensor, pair: Pair) -> Tensor:
 
 
 def _like(weight: Tensor, added: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Of a first convolution that reads more channels than the change knows (inpainting), the others stay."""
+    """Shape a change like `weight`; the channels that only an inpainting base reads get no change."""
     if len(shape) == 4 and shape[1] < weight.shape[1]:
         return pad(added.view(shape), (0, 0, 0, 0, 0, weight.shape[1] - shape[1]))
     return added.view(weight.shape)

@@ -72,7 +72,7 @@ def targets_to_merge(executor: Executor, loras: Sequence[Lora]) -> frozenset[str
 
 
 def bound_bytes(layout: Layout, loras: Sequence[Lora], itemsize: int, without: frozenset[str] = frozenset()) -> int:
-    """How many bytes the bound set of these takes in one graph, before any of it is read."""
+    """Return the size of the bound set of these in one graph, before any of it is read."""
     names = {name for lora in loras for name in lora.compatibility.ranks if name in layout.targets} - without
     if not names:
         return 0

@@ -39,7 +39,7 @@ class Weights:
     """
 
     version: Version
-    """Of the base or the checkpoint."""
+    """The base's or the checkpoint's."""
     key: Hashable
     executor: Executor
     tokenizers: tuple[CLIPTokenizer, ...]

@@ -19,7 +19,7 @@ BACKTRACK = 20
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is never split: a token, or an embedding (`id` then only keeps its `width` places free)."""
+    """A token, or an embedding whose vectors take `width` places (`id` is then a filler). Never split."""
 
     id: int
     weight: float = 1.0

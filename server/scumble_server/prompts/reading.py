@@ -1,4 +1,4 @@
-"""What the prompts of a request say: which texts there are, and which of them each model row reads at each step."""
+"""Reads the prompts of a request: which texts there are, and which of them each model row reads at each step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from scumble_server.request.settings import Settings
 
 Field: TypeAlias = Literal["prompt", "negative_prompt"]
 MAX_CHARACTERS = 10_000
-"""Of a prompt, in any grammar."""
+"""The most characters of a prompt, in any grammar."""
 MAX_PARTS = 8
 """Prompts that AND joins."""
 MAX_TEXTS = 64
@@ -30,7 +30,7 @@ MAX_TEXTS = 64
 
 @dataclass(frozen=True, slots=True)
 class PromptText:
-    """What each of the base's text encoders reads, or None where zeros stand for it; how many of their last layers are
+    """The text for each of the base's text encoders, or None for zeros; how many of their last layers are
     left out; and the field where it is written.
     """
 
@@ -66,7 +66,7 @@ class Reading:
         return ("prompt", "negative_prompt") if self.rows > 1 else ("prompt",)
 
     def scripts(self, tokenizers: Sequence[CLIPTokenizer], names: Sequence[PromptWord]) -> list[Script]:
-        """Of each text. Raises InvalidRequest for one that is too long."""
+        """Tokenize each text. Raises InvalidRequest for one that is too long."""
         return [self._script(text, tokenizers, names) for text in self.texts]
 
     def _script(self, text: PromptText, tokenizers: Sequence[CLIPTokenizer], names: Sequence[PromptWord]) -> Script:

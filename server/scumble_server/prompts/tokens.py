@@ -80,7 +80,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompt: str, names: Sequence[PromptWord] 
 
 
 def tokenize_weighted(tokenizer: CLIPTokenizer, pieces: Sequence[Piece], names: Sequence[PromptWord] = ()) -> Tokens:
-    """What the webui's grammar makes of a prompt. All vectors of an embedding have the weight of its name."""
+    """Tokenize pieces of the webui's grammar. All vectors of an embedding get the weight of its name."""
     units: list[Unit | Break] = []
     for piece in pieces:
         units += [piece] if isinstance(piece, Break) else _units(tokenizer, piece, names)
@@ -178,7 +178,7 @@ _ALNUM = r"[^\W_]"
 
 
 def _pattern(token: str) -> str | None:
-    """How a name with a sign at an end stands in a text; None for a name of whole words."""
+    """Return the pattern of a name that begins or ends with a sign; None for a name of whole words."""
     words = unicodedata.normalize("NFC", token).split()
     first, last = re.match(_ALNUM, words[0]), re.match(_ALNUM, words[-1][-1])
     if first and last:

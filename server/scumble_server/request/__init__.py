@@ -1,1 +1,1 @@
-"""What a request asks for, as data."""
+"""A request as data."""

@@ -1,4 +1,4 @@
-"""Why a request ends before it is drawn. One place, so that every thread says it in the same words."""
+"""The errors of a request that ends before it is drawn, in one place for all threads."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from scumble.request import Options
 from scumble_server.request.pictures import Picture
 
 IMG2IMG_STRENGTH, INPAINTING_STRENGTH = 0.8, 1.0
-"""What diffusers' pipelines take where nothing is said."""
+"""The defaults of diffusers' pipelines."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +25,7 @@ class Original:
 
 
 def strength_of(options: Options) -> float:
-    """How much of the schedule is run. 1 where no picture is given."""
+    """Return the share of the schedule that is run; 1 without an original."""
     if options.image is None:
         return 1.0
     default = IMG2IMG_STRENGTH if options.mask is None else INPAINTING_STRENGTH

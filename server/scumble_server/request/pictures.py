@@ -16,7 +16,7 @@ from scumble.errors import InvalidRequest
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 << 20
-"""Of one picture: 4096 x 4096."""
+"""The most pixels of one picture: 4096 x 4096."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""What a request asks for, once its gaps are filled with the base's defaults."""
+"""A request's settings, with its gaps filled by its adapters' and its base's defaults."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Settings:
     num_images: int
     guidance_scale: float
     scheduler_options: Mapping[str, Any]
-    """Of timestep_spacing, rescale_betas and eta those that differ from what the base's config says."""
+    """timestep_spacing, rescale_betas and eta, as far as they differ from the base's config."""
     prompt_2: str | None = None
     """For the second text encoder, where there is one; None or empty: the first's."""
     negative_prompt_2: str | None = None
     strength: float = 1.0
     first_step: int = 0
-    """Where the schedule begins: behind 0 where a picture is changed by less than all."""
+    """The step at which the schedule begins: later than 0 for img2img of a strength below 1."""
     sizes: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     """Height and width of the original, top and left of the crop, height and width aimed at, in pixels (SDXL)."""
 
@@ -44,7 +44,7 @@ class Settings:
 
     @property
     def guidance(self) -> float:
-        """How strongly prompts act against the negative prompt: 1 is no guidance."""
+        """The guidance scale; 1 is no guidance."""
         return self.guidance_scale if self.guided else 1.0
 
     @property

@@ -43,7 +43,7 @@ class ControlNetMethod(Method):
         return control_maps(context, adapter) if adapter.spec.preprocess is not None else ()
 
     def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
-        """All that was settled, defaults too."""
+        """Everything that was settled, defaults too."""
         spec, made_by = adapter.spec, checks.preprocessor(adapter)
         return {
             "form": checks.compatibility(adapter).form,

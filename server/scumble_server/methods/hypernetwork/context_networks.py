@@ -51,7 +51,7 @@ def chain_of(context: Context, weights: Mapping[ResolvedAdapter, float]) -> tupl
 
 
 def change_of_text(context: Context, weights: Mapping[ResolvedAdapter, float]) -> TextChange | None:
-    """What the chain makes of the text; None if no hypernetwork that acts has networks for the text's width."""
+    """Return how the chain changes the text; None if no hypernetwork that acts has networks for the text's width."""
     width = sum(context.base.compatibility.text_widths)
     links = [link for link in chain_of(context, weights) if width in link.net.widths]
 

@@ -41,7 +41,7 @@ Piece: TypeAlias = Span | Break
 
 
 def parse_attention(text: str) -> list[Piece]:
-    """What each word weighs; at least one piece, an empty text being a span of its own.
+    """Split a prompt into pieces with a weight each; an empty text is one span.
 
     >>> parse_attention("an (important) word")
     [Span(text='an ', weight=1.0), Span(text='important', weight=1.1), Span(text=' word', weight=1.0)]

@@ -53,7 +53,7 @@ class _NotThisGrammarError(Exception):
 
 
 def parse_schedule(prompt: str, steps: int) -> list[Until]:
-    """What the prompt says over `steps` steps, as long as each text lasts; the last one lasts to the end.
+    """Return the texts of a prompt over `steps` steps, with the step at which each ends.
 
     >>> parse_schedule("a [cat:dog:.5]", 10)
     [Until(step=5, text='a cat'), Until(step=10, text='a dog')]

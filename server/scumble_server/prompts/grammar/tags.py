@@ -39,15 +39,15 @@ def parse_tags(prompt: str) -> tuple[str, list[Tag]]:
 def _tag(text: str, kind: str, body: str) -> Tag:
     if kind == "hypernet":
         raise _invalid(text, "only LoRAs are named in a prompt; name a hypernetwork in adapters")
-    ref, strengths = _split(body)
+    ref, weights = _split(body)
     if "/" not in ref:
         raise _invalid(text, f"{ref!r} is no reference; write namespace and name, like {EXAMPLE}")
-    named = {name: value for name, sign, value in (part.partition("=") for part in strengths) if sign}
-    placed = [part for part in strengths if "=" not in part]
+    named = {name: value for name, sign, value in (part.partition("=") for part in weights) if sign}
+    placed = [part for part in weights if "=" not in part]
     if unknown := sorted(named.keys() - {"te", "unet"}):
         raise _invalid(text, f"{unknown[0]!r} is unknown; te and unet can be named")
     if len(placed) > 2:
-        raise _invalid(text, "two strengths at most: for the text encoder, then for the UNet")
+        raise _invalid(text, "two weights at most: for the text encoder, then for the UNet")
     te = _number(text, named.get("te", placed[0] if placed else "1"))
     unet = _number(text, named["unet"]) if "unet" in named else _number(text, placed[1]) if len(placed) > 1 else te
     return Tag(text, ref, unet, te)
@@ -55,10 +55,10 @@ def _tag(text: str, kind: str, body: str) -> Tag:
 
 def _split(body: str) -> tuple[str, list[str]]:
     """A digest's own colon belongs to the reference."""
-    ref, *strengths = [part.strip() for part in body.split(":")]
-    if ref.endswith("@sha256") and strengths:
-        ref = f"{ref}:{strengths.pop(0)}"
-    return ref, strengths
+    ref, *weights = [part.strip() for part in body.split(":")]
+    if ref.endswith("@sha256") and weights:
+        ref = f"{ref}:{weights.pop(0)}"
+    return ref, weights
 
 
 def _number(text: str, value: str) -> float:

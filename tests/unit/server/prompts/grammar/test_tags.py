@@ -39,7 +39,7 @@ def test_what_is_no_tag_stays(text: str) -> None:
         ("<lora:>", "namespace and name"),
         ("<lora:ns/ink:much>", "not a finite number"),
         ("<lora:ns/ink:inf>", "not a finite number"),
-        ("<lora:ns/ink:1:1:1>", "two strengths"),
+        ("<lora:ns/ink:1:1:1>", "two weights"),
         ("<lora:ns/ink:1:dyn=4>", "'dyn' is unknown"),
         ("<hypernet:ns/ink:1>", "in adapters"),
     ],
