@@ -105,8 +105,8 @@ class Encoder:
         context, executor = self.context, self.context.executor
         component = context.base.family.texts[index].encoder
         vectors = {i: method_of(adapter).vectors(context, adapter, component) for i, adapter in words.items()}
-        carried = factors.alone(tokens.chunks, executor.device) if factors is not None else None
-        return executor.encode(index, TextInputs(tokens.ids, carried, _overrides(tokens, vectors), clip_skip, mask))
+        own = factors.alone(tokens.chunks, executor.device) if factors is not None else None
+        return executor.encode(index, TextInputs(tokens.ids, own, _overrides(tokens, vectors), clip_skip, mask))
 
 
 def _overrides(tokens: Tokens, vectors: Mapping[int, Tensor]) -> Overrides | None:

@@ -98,7 +98,7 @@ class Loop:
         parts = self._cut(images)
         batches = [next((batch for batch in known if batch.fits(part)), None) or Batch(part) for part in parts]
         groups = {image.group for image in active}
-        self._batches = {group: kept for group, kept in self._batches.items() if group in groups}
+        self._batches = {group: made for group, made in self._batches.items() if group in groups}
         self._batches[images[0].group] = batches
         return batches
 

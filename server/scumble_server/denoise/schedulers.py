@@ -226,9 +226,9 @@ def _remember(scheduler: Any, vectors: Sequence[Tensor]) -> None:
     """Put `vectors` where the scheduler remembers something, in the order of `_memory`."""
     rest = list(vectors)
     outputs = getattr(scheduler, "model_outputs", [])
-    for i, kept in enumerate(outputs):
+    for i, output in enumerate(outputs):
         vector = rest.pop(0)
-        outputs[i] = None if kept is None else vector
+        outputs[i] = None if output is None else vector
     for name in _KEPT_SAMPLES:
         if hasattr(scheduler, name):
             vector = rest.pop(0)
@@ -256,14 +256,14 @@ def _only_used(matrices: Tensor) -> Tensor:
     used = [place for place in range(1, 1 + places) if matrices[:, :, place].any()]
     if len(used) > HISTORY:
         raise ValueError(f"its solver_order needs {len(used)} earlier latents, and at most {HISTORY} are kept")
-    kept = matrices.new_zeros(len(matrices), 2 + HISTORY, 3 + HISTORY)
+    reduced = matrices.new_zeros(len(matrices), 2 + HISTORY, 3 + HISTORY)
     there = [*range(1 + len(used))]
     rows, columns = [0, *used, places + 1], [0, *used, places + 1, places + 2]
     kept_rows, kept_columns = [*there, HISTORY + 1], [*there, HISTORY + 1, HISTORY + 2]
-    kept[:, torch.tensor(kept_rows)[:, None], torch.tensor(kept_columns)] = matrices[
+    reduced[:, torch.tensor(kept_rows)[:, None], torch.tensor(kept_columns)] = matrices[
         :, torch.tensor(rows)[:, None], torch.tensor(columns)
     ]
-    return kept
+    return reduced
 
 
 class _Given(TorchFunctionMode):

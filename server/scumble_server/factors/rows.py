@@ -84,12 +84,13 @@ def _sum(stretches: Sequence[Stretch | None], weights: Sequence[float]) -> Stret
     )
 
 
-def stack_factors(carried: Sequence[RowFactors | None], rows: BatchRows) -> Factors | None:
-    """Tell each row which pages it reads. `carried`, one for each image, has equal sets side by side, and those without
-    factors last; all sets are in one pool. None if no image has any.
+def stack_factors(of_images: Sequence[RowFactors | None], rows: BatchRows) -> Factors | None:
+    """Tell each row which pages it reads. None if no image has factors.
+
+    `of_images` has one for each image, equal sets side by side, None last; all sets are in one pool.
     """
     device = rows.device
-    present = [(factors, count) for factors, count in zip(carried, rows.counts, strict=True) if factors is not None]
+    present = [(factors, count) for factors, count in zip(of_images, rows.counts, strict=True) if factors is not None]
     if not present:
         return None
     rank = rank_bucket(max(factors.bound.rank for factors, _ in present))
@@ -130,12 +131,12 @@ def _rows_per_set(present: Sequence[tuple[RowFactors, int]]) -> int:
     return sizes.pop() if len(sizes) == 1 else 0
 
 
-def _stack_stretches(carried: Sequence[tuple[Tensor | None, int]], length: int, device: str) -> Tensor | None:
+def _stack_stretches(of_images: Sequence[tuple[Tensor | None, int]], length: int, device: str) -> Tensor | None:
     """(m, length), 0 where a row has none or the small layout only; None if no row has any."""
-    if all(vector is None for vector, _ in carried):
+    if all(vector is None for vector, _ in of_images):
         return None
     rows = [
         (torch.zeros(length) if vector is None else pad(vector, (0, length - len(vector)))).expand(count, -1)
-        for vector, count in carried
+        for vector, count in of_images
     ]
     return torch.cat(rows).to(device)

@@ -28,9 +28,9 @@ class Unit:
     is_comma: bool = False
 
 
-def chunked(units: Iterable[Unit | Break], room: int, backtrack: int = 0) -> list[list[Unit]]:
-    """Chunks of at most `room` places, one at least; no unit is wider than that."""
-    chunks = _Chunks(room, backtrack)
+def chunked(units: Iterable[Unit | Break], size: int, backtrack: int = 0) -> list[list[Unit]]:
+    """Chunks of at most `size` places, one at least; no unit is wider than that."""
+    chunks = _Chunks(size, backtrack)
     for unit in units:
         if isinstance(unit, Break):
             chunks.end()
@@ -42,8 +42,8 @@ def chunked(units: Iterable[Unit | Break], room: int, backtrack: int = 0) -> lis
 class _Chunks:
     """Chunks that are done, and one that fills. `_comma` is where its last comma stands: its index, and its place."""
 
-    def __init__(self, room: int, backtrack: int) -> None:
-        self._room, self._backtrack = room, backtrack
+    def __init__(self, size: int, backtrack: int) -> None:
+        self._size, self._backtrack = size, backtrack
         self._done: list[list[Unit]] = []
         self._chunk: list[Unit] = []
         self._comma: tuple[int, int] | None = None
@@ -52,13 +52,13 @@ class _Chunks:
         filled = _places(self._chunk)
         if unit.is_comma:
             self._comma = len(self._chunk), filled
-        elif filled == self._room and self._comma is not None and filled - self._comma[1] <= self._backtrack:
+        elif filled == self._size and self._comma is not None and filled - self._comma[1] <= self._backtrack:
             behind = self._comma[0] + 1
             moved = self._chunk[behind:]
             del self._chunk[behind:]
             self.end()
             self._chunk = moved
-        if _places(self._chunk) + unit.width > self._room:
+        if _places(self._chunk) + unit.width > self._size:
             self.end()
         self._chunk.append(unit)
 

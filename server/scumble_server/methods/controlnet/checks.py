@@ -54,12 +54,10 @@ def check_size(adapter: ResolvedAdapter, base: Base, settings: Settings) -> None
 
 def _unit(adapter: ResolvedAdapter, base: Base) -> int:
     """The pixels that a side must be a multiple of."""
-    about = compatibility(adapter)
-    if about.form == "t2i":
-        return about.pixels_per_latent * (
-            2 if len(about.widths) > base.blocks.levels else 1
-        )  # SDXL's: half the latents
-    return 8 * 2 ** (base.blocks.levels - 1) if about.form == "lllite" else 8
+    fit = compatibility(adapter)
+    if fit.form == "t2i":
+        return fit.pixels_per_latent * (2 if len(fit.widths) > base.blocks.levels else 1)  # SDXL's: half the latents
+    return 8 * 2 ** (base.blocks.levels - 1) if fit.form == "lllite" else 8
 
 
 def compatibility(adapter: ResolvedAdapter) -> ControlNetCompatibility:

@@ -103,18 +103,18 @@ def of_text(context: Context, adapter: ResolvedAdapter, net: Net, text: Text) ->
 
 def _net(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Net:
     """One object for all requests that may share its run: for a union net, those with the same kinds of control."""
-    about = compatibility(adapter)
+    fit = compatibility(adapter)
     # A control-LoRA changes the encoder of whatever the request is drawn with; other nets have their own.
-    builds_on = context.weights.version if about.form == "control_lora" else context.base.version
+    builds_on = context.weights.version if fit.form == "control_lora" else context.base.version
     key = ("net", adapter.version.digest, builds_on.digest)
-    nbytes = about.parameters * like.element_size() * context.base_weights.executor.copies
+    nbytes = fit.parameters * like.element_size() * context.base_weights.executor.copies
 
     def unet() -> Path:
         return context.registry.materialise(builds_on) / "unet"  # hashes the whole folder: only if it is read
 
     def load() -> NetModel:
         folder = context.registry.materialise(adapter.version)
-        return load_union(folder) if about.form == "union" else load_net(folder, unet)
+        return load_union(folder) if fit.form == "union" else load_net(folder, unet)
 
     executor = context.base_weights.executor
     nets = context.device.get(
@@ -134,16 +134,16 @@ def _hint(context: Context, adapter: ResolvedAdapter, net: Net, like: Tensor) ->
 
 
 def _features(context: Context, adapter: ResolvedAdapter, like: Tensor) -> tuple[Tensor, ...]:
-    about = compatibility(adapter)
+    fit = compatibility(adapter)
     levels = context.base.blocks.levels
     sizes = level_sizes(context.settings.height // 8, context.settings.width // 8, levels)
-    if len(about.widths) > levels:  # SDXL's: behind the first downsampler, then at each level, then in the middle
+    if len(fit.widths) > levels:  # SDXL's: behind the first downsampler, then at each level, then in the middle
         sizes = [sizes[1], *sizes[1:], sizes[-1]]
-    nbytes = sum(c * h * w for c, (h, w) in zip(about.widths, sizes, strict=True)) * like.element_size()
+    nbytes = sum(c * h * w for c, (h, w) in zip(fit.widths, sizes, strict=True)) * like.element_size()
 
     network = context.device.get(
         ("t2i", adapter.version.digest),
-        about.parameters * like.element_size(),
+        fit.parameters * like.element_size(),
         lambda: load_t2i(context.registry.materialise(adapter.version)).to(like.device, like.dtype),
     )
 

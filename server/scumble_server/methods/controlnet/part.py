@@ -79,9 +79,9 @@ class ControlPart(Part):
 
 def _row_net(context: Context, control: Control, weight: float, net: Net, hint: Tensor, text: Text) -> RowNet:
     adapter = control.adapter
-    about, scales = compatibility(adapter), picture_scales(adapter)
+    fit, scales = compatibility(adapter), picture_scales(adapter)
     weight = weight * scales[0] if len(scales) == 1 else 1.0  # of several pictures, each one's weight is in the hint
-    scale = of_residuals(mode(adapter), weight, len(about.widths), context.sides, pools=about.pools)
+    scale = of_residuals(mode(adapter), weight, len(fit.widths), context.sides, pools=fit.pools)
     kv, added = of_text(context, adapter, net, text)
     return RowNet(net, kv, hint, spread(scale, context.rows).to(hint.device), added)
 
@@ -106,26 +106,26 @@ def _features(context: Context, acting: Sequence[tuple[Control, float]]) -> tupl
     return tuple(feature if len(feature) == 1 else spread(feature, context.rows) for feature in total) or None
 
 
-def _stack_features(carried: Sequence[tuple[Tensor, ...] | None], rows: BatchRows) -> tuple[Tensor, ...] | None:
+def _stack_features(of_images: Sequence[tuple[Tensor, ...] | None], rows: BatchRows) -> tuple[Tensor, ...] | None:
     """Stack `(rows, C, h, w)` for each down block, zero in rows that have none."""
-    pattern = next((features for features in carried if features is not None), None)
+    pattern = next((features for features in of_images if features is not None), None)
     if pattern is None:
         return None
     return tuple(
         torch.cat(
             [
                 (torch.zeros_like(like) if features is None else features[block]).expand(count, -1, -1, -1)
-                for features, count in zip(carried, rows.counts, strict=True)
+                for features, count in zip(of_images, rows.counts, strict=True)
             ]
         ).to(rows.device)
         for block, like in enumerate(pattern)
     )
 
 
-def _stack_lites(carried: Sequence[tuple[RowLite, ...]], rows: BatchRows) -> tuple[LiteInputs, ...]:
+def _stack_lites(of_images: Sequence[tuple[RowLite, ...]], rows: BatchRows) -> tuple[LiteInputs, ...]:
     """One for each LLLite; model rows on which it does not act are left out of it."""
     asking: dict[int, list[tuple[Tensor, Tensor, RowLite]]] = {}
-    for start, lites in zip(rows.starts, carried, strict=True):
+    for start, lites in zip(rows.starts, of_images, strict=True):
         for lite in lites:
             acts = lite.weight.nonzero()[:, 0]
             if len(acts):

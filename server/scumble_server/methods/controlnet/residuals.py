@@ -39,18 +39,18 @@ class NetCall:
     scale: Tensor
 
 
-def residuals_at_each_step(carried: Sequence[tuple[RowNet, ...]], rows: BatchRows) -> AtEachStep | None:
+def residuals_at_each_step(of_images: Sequence[tuple[RowNet, ...]], rows: BatchRows) -> AtEachStep | None:
     """None where no net runs."""
-    calls = stack_nets(carried, rows)
+    calls = stack_nets(of_images, rows)
     if not calls:
         return None
     return lambda inputs, sample, timestep: with_residuals(inputs, calls, sample, timestep)
 
 
-def stack_nets(carried: Sequence[tuple[RowNet, ...]], rows: BatchRows) -> list[NetCall]:
+def stack_nets(of_images: Sequence[tuple[RowNet, ...]], rows: BatchRows) -> list[NetCall]:
     """One call for each net; model rows in which it has no say are left out of it."""
     asking: dict[int, list[tuple[int, RowNet]]] = {}
-    for start, nets in zip(rows.starts, carried, strict=True):
+    for start, nets in zip(rows.starts, of_images, strict=True):
         for net in nets:
             asking.setdefault(id(net.net), []).append((start, net))
     calls = (_net_call(nets, rows.device) for nets in asking.values())
