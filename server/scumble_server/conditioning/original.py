@@ -54,13 +54,13 @@ def _encode(context: Context, original: Original, *, masked: bool) -> LatentDist
 
 def _pixels(picture: Picture, settings: Settings) -> Tensor:
     """`(1, 3, H, W)` in -1…1, resized as diffusers resizes."""
-    resized = Image.fromarray(picture.rgb).resize((settings.width, settings.height), Image.Resampling.LANCZOS)
+    resized = Image.fromarray(picture.on_white).resize((settings.width, settings.height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
     return pixels.view(1, settings.height, settings.width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _mask(picture: Picture, settings: Settings) -> Tensor:
-    """`(1, 1, H, W)`, 1 where it is lighter than half."""
-    resized = Image.fromarray(picture.rgb).resize((settings.width, settings.height), Image.Resampling.LANCZOS)
+    """`(1, 1, H, W)`, 1 where it is lighter than half; what is transparent is not covered."""
+    resized = Image.fromarray(picture.on_black).resize((settings.width, settings.height), Image.Resampling.LANCZOS)
     light = torch.frombuffer(bytearray(resized.convert("L").tobytes()), dtype=torch.uint8)
     return (light.view(1, 1, settings.height, settings.width).float() / 255 >= 0.5).float()

@@ -99,7 +99,7 @@ def encode(context: Context, location: ImageEncoderLocation, picture: Picture | 
 
     def make() -> EncodedPictures:
         encoder = _load(context, location)
-        return encoder.encode([picture.pixels]) if picture is not None else encoder.encode_nothing()
+        return encoder.encode([picture.on_white]) if picture is not None else encoder.encode_nothing()
 
     return context.device.get(key, values * context.executor.dtype.itemsize, make)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from scumble.errors import InvalidRequest
+from scumble_build.pictures import BLACK, WHITE, lay_on, to_eight_bits
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 << 20
@@ -36,9 +37,14 @@ class Picture:
         return self.pixels.shape[1], self.pixels.shape[0]
 
     @property
-    def rgb(self) -> NDArray[np.uint8]:
-        """`(H, W, 3)`; transparency is dropped, as PIL's own conversion does."""
-        return self.pixels[..., :3]
+    def on_white(self) -> NDArray[np.uint8]:
+        """`(H, W, 3)`, laid on white where it is transparent: for originals, references and what is preprocessed."""
+        return lay_on(self.pixels, WHITE)
+
+    @property
+    def on_black(self) -> NDArray[np.uint8]:
+        """`(H, W, 3)`, laid on black where it is transparent: for masks and ready control maps."""
+        return lay_on(self.pixels, BLACK)
 
 
 def decode_all(images: Mapping[str, bytes]) -> dict[str, Picture]:
@@ -68,9 +74,9 @@ def decode(name: str, content: bytes) -> Picture:
         raise _too_large(field, f"{width}x{height}")
     try:
         upright = ImageOps.exif_transpose(picture)
-        pixels = np.asarray(upright.convert("RGBA" if upright.has_transparency_data else "RGB"))
+        pixels = np.asarray(to_eight_bits(upright))
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise InvalidRequest(f"{field}: the picture is damaged ({error}); send it again", field=field) from error
+        raise InvalidRequest(f"{field}: the picture cannot be read ({error}); send another", field=field) from error
     return Picture(name, f"sha256:{hashlib.sha256(content).hexdigest()}", pixels)
 
 

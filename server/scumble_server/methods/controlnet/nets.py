@@ -53,9 +53,12 @@ def control_of(context: Context, adapter: ResolvedAdapter) -> Control:
 
 
 def control_maps(context: Context, adapter: ResolvedAdapter) -> list[Pixels]:
-    """Make the control maps of its pictures."""
+    """Make the control maps of its pictures. A ready map is laid on black where it is transparent, others on white."""
     settings, made_by = context.settings, preprocessor(adapter)
-    return [control_map(picture.rgb, settings.width, settings.height, made_by) for picture in adapter.pictures]
+    return [
+        control_map(picture.on_black if made_by is None else picture.on_white, settings.width, settings.height, made_by)
+        for picture in adapter.pictures
+    ]
 
 
 def _control(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Control:

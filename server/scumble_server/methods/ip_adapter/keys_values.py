@@ -145,7 +145,7 @@ def _areas(context: Context, looks: Sequence[_Look]) -> Tensor | None:
         return None
     settings, base = context.settings, context.base
     size = settings.width, settings.height, base.compatibility.vae_scale, base.blocks.levels
-    areas = [area(mask.pixels, *size) if mask is not None else None for mask in masks]
+    areas = [area(mask.on_black, *size) if mask is not None else None for mask in masks]
     positions = next(len(inside) for inside in areas if inside is not None)
     return torch.stack([torch.ones(positions) if inside is None else inside for inside in areas])
 
