@@ -15,6 +15,7 @@ from scumble_server.admission.texts import read_texts
 from scumble_server.base import Base
 from scumble_server.denoise.schedulers import Table, table
 from scumble_server.methods import METHODS, method_of, scheduler_config_of
+from scumble_server.prompts.length import check_lengths
 from scumble_server.prompts.lora_tags import without_tags
 from scumble_server.prompts.reading import Reading
 from scumble_server.prompts.script import Script
@@ -51,6 +52,7 @@ def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixel
 
     Raises InvalidRequest, NotFound or Refused, naming what is wrong.
     """
+    check_lengths(request)
     request = without_tags(request)
     base = resolve_base(request, bases, registry)
     vae = resolve_vae(request.options, base, registry)

@@ -20,8 +20,6 @@ from scumble_server.prompts.tokens import PromptWord, Tokens, tokenize, tokenize
 from scumble_server.request.settings import Settings
 
 Field: TypeAlias = Literal["prompt", "negative_prompt"]
-MAX_CHARACTERS = 10_000
-"""The most characters of a prompt, in any grammar."""
 MAX_PARTS = 8
 """Prompts that AND joins."""
 MAX_TEXTS = 64
@@ -99,9 +97,6 @@ def read(settings: Settings, options: Options, encoders: int) -> Reading:
     Several parts, or one with a weight, stand against the negative prompt even where there is no guidance.
     """
     _check(options)
-    for field, text in (("prompt", settings.prompt), ("negative_prompt", settings.negative_prompt or "")):
-        if len(text) > MAX_CHARACTERS:
-            raise InvalidRequest(f"{field} has {len(text)} characters, {MAX_CHARACTERS} are read", field=field)
     parts = parse_composition(settings.prompt) if options.grammar == "webui" else [PromptPart(settings.prompt, 1.0)]
     if len(parts) > MAX_PARTS:
         raise InvalidRequest(f"AND joins {len(parts)} prompts, {MAX_PARTS} at most are drawn", field="prompt")

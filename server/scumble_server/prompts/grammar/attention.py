@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import re
 from enum import Enum
+from itertools import groupby
 from typing import NamedTuple, TypeAlias
+
+import numpy as np
 
 ROUND = 1.1
 SQUARE = 1 / 1.1
@@ -21,7 +24,7 @@ _SIGN = re.compile(
     """,
     re.VERBOSE,
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 
 
 class Span(NamedTuple):
@@ -60,20 +63,23 @@ def parse_attention(text: str) -> list[Piece]:
 
 
 class _Reader:
-    """Pieces so far, and where each open bracket stands among them."""
+    """Pieces so far, where each open bracket stands among them, and what closed brackets do to which pieces."""
 
     def __init__(self) -> None:
-        self._pieces: list[Piece] = []
+        self._pieces: list[str | Break] = []
         self._open: dict[str, list[int]] = {"(": [], "[": []}
+        self._closed: list[tuple[int, int, float]] = []
 
     def add(self, text: str) -> None:
-        self._pieces.append(Span(text, 1.0))
+        self._pieces.append(text)
 
     def words(self, text: str) -> None:
-        for i, part in enumerate(_BREAK.split(text)):
-            if i:
-                self._pieces.append(Break.BREAK)
-            self.add(part)
+        """Add text without the white space around BREAK."""
+        first, *others = _BREAK.split(text)
+        for other in others:
+            self._pieces += [first.rstrip(), Break.BREAK]
+            first = other.lstrip()
+        self.add(first)
 
     def bracket(self, sign: str) -> None:
         if sign in self._open:
@@ -95,24 +101,29 @@ class _Reader:
         for sign, factor in (("(", ROUND), ("[", SQUARE)):
             while self._close(sign, factor):
                 pass
-        return _merged(self._pieces)
+        weights = np.ones(len(self._pieces))
+        for start, end, factor in self._closed:  # the inner bracket first, as numbers are rounded there
+            weights[start:end] *= factor
+        return _merged(
+            [
+                Span(piece, weight) if isinstance(piece, str) else piece
+                for piece, weight in zip(self._pieces, weights.tolist(), strict=True)
+            ]
+        )
 
     def _close(self, sign: str, factor: float) -> bool:
         if not self._open[sign]:
             return False
-        for i in range(self._open[sign].pop(), len(self._pieces)):
-            piece = self._pieces[i]
-            if isinstance(piece, Span):
-                self._pieces[i] = Span(piece.text, piece.weight * factor)
+        self._closed.append((self._open[sign].pop(), len(self._pieces), factor))
         return True
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:
+    """Join neighbouring spans of one weight."""
     merged: list[Piece] = []
-    for piece in pieces or [Span("", 1.0)]:
-        last = merged[-1] if merged else None
-        if isinstance(piece, Span) and isinstance(last, Span) and piece.weight == last.weight:
-            merged[-1] = Span(last.text + piece.text, last.weight)
+    for weight, group in groupby(pieces or [Span("", 1.0)], lambda piece: getattr(piece, "weight", None)):
+        if weight is None:
+            merged += group
         else:
-            merged.append(piece)
+            merged.append(Span("".join(piece.text for piece in group if isinstance(piece, Span)), weight))
     return merged

@@ -10,13 +10,16 @@ with nothing behind it, makes all of the prompt plain text; within `[…:when]` 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import NamedTuple, TypeAlias
 
 _DEEPEST = 64
 """Brackets nested deeper than this are text."""
 _PLAIN = re.compile(r"(?:[^\\\[\]():|]|\\.)+")
+_BRACKET = re.compile(r"\\.|[\[\]()]", re.DOTALL)
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 _CLOSING = {"[": "]", "(": ")"}
 
@@ -62,8 +65,17 @@ def parse_schedule(prompt: str, steps: int) -> list[Until]:
         tree = _parse(prompt)
     except _NotThisGrammarError:
         return [Until(steps, prompt)]
-    ends = sorted({steps, *_ends(tree, steps)})
-    return [Until(step, _at(tree, step, steps)) for step in ends]
+    timed = _timed(tree, steps)
+    changes, period = sorted(_changes(timed)), _period(timed)
+    ends = range(1, steps + 1) if period > 1 else sorted({steps, *changes} - {0})
+    texts: dict[tuple[int, int], str] = {}  # between two changes, texts come again after `period` steps
+    untils = []
+    for step in ends:
+        key = bisect_left(changes, step), step % period
+        if key not in texts:
+            texts[key] = _at(timed, step)
+        untils.append(Until(step, texts[key]))
+    return untils
 
 
 def texts_by_step(prompt: str, steps: int) -> list[str]:
@@ -74,38 +86,85 @@ def texts_by_step(prompt: str, steps: int) -> list[str]:
     return texts
 
 
-def _ends(tree: _Tree, steps: int) -> set[int]:
-    """Steps behind which something changes, in a part that is shown or not."""
-    ends: set[int] = set()
-    for node in tree:
-        if isinstance(node, _Alternation):
-            ends |= set(range(1, steps + 1))
-        elif isinstance(node, _Change):
-            ends |= _ends(node.before, steps) | _ends(node.after, steps) | ({node.step(steps)} - {0})
-    return ends
+class _ChangeAt(NamedTuple):
+    """A change once the number of steps is known: `before` up to and with step `last`."""
+
+    last: int
+    before: _Timed
+    after: _Timed
 
 
-def _at(tree: _Tree, step: int, steps: int) -> str:
-    parts = []
+class _Cycle(NamedTuple):
+    """An alternation once the number of steps is known."""
+
+    options: tuple[_Timed, ...]
+
+
+_Timed: TypeAlias = "str | tuple[str | _ChangeAt | _Cycle, ...]"
+
+
+def _timed(tree: _Tree, steps: int) -> _Timed:
+    """Work out what needs no step: when changes happen, and text in which nothing does."""
+    nodes: list[str | _ChangeAt | _Cycle] = []
     for node in tree:
         if isinstance(node, str):
-            parts.append(node)
-        elif isinstance(node, _Alternation):
-            parts.append(_at(node.options[(step - 1) % len(node.options)], step, steps))
+            nodes.append(node)
+        elif isinstance(node, _Change):
+            nodes.append(_ChangeAt(node.step(steps), _timed(node.before, steps), _timed(node.after, steps)))
         else:
-            parts.append(_at(node.before if step <= node.step(steps) else node.after, step, steps))
+            nodes.append(_Cycle(tuple(_timed(option, steps) for option in node.options)))
+    texts = [node for node in nodes if isinstance(node, str)]
+    return "".join(texts) if len(texts) == len(nodes) else tuple(nodes)
+
+
+def _changes(timed: _Timed) -> set[int]:
+    """The steps behind which something changes, in a part that is drawn or not; 0 for what never was."""
+    changes: set[int] = set()
+    for node in timed if isinstance(timed, tuple) else ():
+        if isinstance(node, _ChangeAt):
+            changes |= {node.last} | _changes(node.before) | _changes(node.after)
+        elif isinstance(node, _Cycle):
+            changes = changes.union(*map(_changes, node.options))
+    return changes
+
+
+def _period(timed: _Timed) -> int:
+    """The number of steps after which all alternations are where they were; 1 without any."""
+    periods = [1]
+    for node in timed if isinstance(timed, tuple) else ():
+        if isinstance(node, _Cycle):
+            periods += [len(node.options), *map(_period, node.options)]
+        elif isinstance(node, _ChangeAt):
+            periods += [_period(node.before), _period(node.after)]
+    return lcm(*periods)
+
+
+def _at(timed: _Timed, step: int) -> str:
+    """The text at a step, counted from 1."""
+    if isinstance(timed, str):
+        return timed
+    parts = []
+    for node in timed:
+        part: _Timed = (
+            node
+            if isinstance(node, str)
+            else (node.before if step <= node.last else node.after)
+            if isinstance(node, _ChangeAt)
+            else node.options[(step - 1) % len(node.options)]
+        )
+        parts.append(part if isinstance(part, str) else _at(part, step))
     return "".join(parts)
 
 
 def _parse(prompt: str) -> _Tree:
     """Brackets that do not fit together are text out here, and nowhere else. Raises _NotThisGrammarError."""
     nodes: list[str | _Change | _Alternation] = []
-    position = 0
+    position, closing = 0, _closing(prompt)
     while position < len(prompt):
         if plain := _PLAIN.match(prompt, position):
             nodes.append(plain[0])
             position = plain.end()
-        elif (bracket := _bracket(prompt, position, 0)) is not None:
+        elif position in closing and (bracket := _bracket(prompt, position, 0)) is not None:
             nodes += bracket[0]
             position = bracket[1]
         elif prompt[position] in "[]():":
@@ -114,6 +173,25 @@ def _parse(prompt: str) -> _Tree:
         else:
             raise _NotThisGrammarError
     return tuple(nodes)
+
+
+def _closing(prompt: str) -> dict[int, int]:
+    """Opening brackets that a bracket of their own sign closes and that are not nested too deep: where they end.
+
+    Only these can be `_bracket`s; to try the others would cost time that grows with the square of the prompt.
+    """
+    closing: dict[int, int] = {}
+    stack: list[tuple[int, int]] = []  # where one opened, and how deep it is nested inside so far
+    for sign in _BRACKET.finditer(prompt):
+        if sign[0] in _CLOSING:
+            stack.append((sign.start(), 0))
+        elif sign[0] in _CLOSING.values() and stack:
+            start, depth = stack.pop()
+            if _CLOSING[prompt[start]] == sign[0] and depth <= _DEEPEST:
+                closing[start] = sign.start()
+            if stack:
+                stack[-1] = stack[-1][0], max(stack[-1][1], depth + 1)
+    return closing
 
 
 def _bracket(prompt: str, start: int, depth: int) -> tuple[_Tree, int] | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from scumble.errors import InvalidRequest
 
-_TAG = re.compile(r"<(lora|lyco|hypernet):([^>]*)>")
+_OPENING = re.compile(r"<(lora|lyco|hypernet):")
 EXAMPLE = "<lora:ns/name:0.8>"
 
 
@@ -22,18 +23,30 @@ class Tag(NamedTuple):
 
 
 def find_tag(prompt: str) -> str | None:
-    """The first tag of the prompt, as it is written."""
-    tag = _TAG.search(prompt)
-    return tag[0] if tag else None
+    """Return the first tag of the prompt, as it is written."""
+    return next((prompt[start:end] for start, _, end in _places(prompt)), None)
 
 
 def parse_tags(prompt: str) -> tuple[str, list[Tag]]:
-    """The prompt without its tags, and these in their order. Raises InvalidRequest for one that cannot be read.
+    """Return the prompt without its tags, and these in their order. Raises InvalidRequest for one that cannot be read.
 
     >>> parse_tags("a cat <lora:styles/ink@2:0.8:0.5>")[1][0][1:]
     ('styles/ink@2', 0.5, 0.8)
     """
-    return _TAG.sub("", prompt), [_tag(*match.group(0, 1, 2)) for match in _TAG.finditer(prompt)]
+    text, tags, behind = [], [], 0
+    for start, opening, end in _places(prompt):
+        text.append(prompt[behind:start])
+        tags.append(_tag(prompt[start:end], opening[1], prompt[opening.end() : end - 1]))
+        behind = end
+    return "".join([*text, prompt[behind:]]), tags
+
+
+def _places(prompt: str) -> Iterator[tuple[int, re.Match[str], int]]:
+    """Where each tag begins, its opening, and where it ends: behind the next `>`."""
+    end = 0
+    while (opening := _OPENING.search(prompt, end)) and (closing := prompt.find(">", opening.end())) >= 0:
+        end = closing + 1
+        yield opening.start(), opening, end
 
 
 def _tag(text: str, kind: str, body: str) -> Tag:

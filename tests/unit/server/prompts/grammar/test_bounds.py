@@ -1,0 +1,88 @@
+"""A prompt of the greatest length is read in a bounded CPU time, whatever it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scumble.errors import InvalidRequest
+from scumble.request import Request
+from scumble_server.prompts.grammar.attention import parse_attention
+from scumble_server.prompts.grammar.composition import parse_composition
+from scumble_server.prompts.grammar.schedule import texts_by_step
+from scumble_server.prompts.grammar.tags import find_tag, parse_tags
+from scumble_server.prompts.length import MAX_CHARACTERS, check_lengths
+
+MOST_STEPS = 1000
+CPU_SECONDS = 0.2
+READERS: dict[str, Callable[[str], object]] = {
+    "attention": parse_attention,
+    "schedule": lambda text: texts_by_step(text, MOST_STEPS),
+    "composition": parse_composition,
+    "find_tag": find_tag,
+    "tags": parse_tags,
+}
+PIECES = [
+    "a(", "(", "[", " ", "\t\n", "a[b:", "[a|", "[a:b:.5]", "[a|b]", "[a|b][a|b|c]", "[a:a:7]", "((a", "(a:1.1)", "\\(",
+    "AND ", " BREAK", "BREAK ", "<lora:", "> <lora:", "<lora:n/a>", "[[]", "([)]", ":", "|", ",", "1.",
+]  # fmt: skip
+
+
+def cpu_seconds(read: Callable[[str], object], text: str) -> float:
+    """The least of three, as a collection of garbage or a busy sibling core may fall into one."""
+    spent = []
+    for _ in range(3):
+        start = time.process_time()
+        with contextlib.suppress(InvalidRequest):
+            read(text)
+        spent.append(time.process_time() - start)
+        if spent[-1] <= CPU_SECONDS:
+            break
+    return min(spent)
+
+
+def filled(piece: str) -> str:
+    return (piece * (MAX_CHARACTERS // len(piece) + 1))[:MAX_CHARACTERS]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("piece", PIECES)
+def test_one_piece_again_and_again(reader: str, piece: str) -> None:
+    assert cpu_seconds(READERS[reader], filled(piece)) <= CPU_SECONDS
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(" * 5000 + ")" * 5000,
+        "[" * 3000 + "a" + ":.5]" * 1700,
+        "".join(f"[a:b:{step}]" for step in range(1, 1000)),
+        ("[a|" * 10 + "b" + "]" * 10) * 240,
+        ">" + "<lora:" * 1600,
+    ],
+    ids=["deep", "deep and closed", "a change at each step", "nested alternations", "tags that never close"],
+)
+def test_nesting_and_many_changes(reader: str, text: str) -> None:
+    assert cpu_seconds(READERS[reader], text) <= CPU_SECONDS
+
+
+@pytest.mark.parametrize("reader", READERS)
+@settings(max_examples=25, deadline=None)
+@given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=4))
+def test_any_few_pieces_again_and_again(reader: str, pieces: list[str]) -> None:
+    assert cpu_seconds(READERS[reader], filled("".join(pieces))) <= CPU_SECONDS
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt", "prompt_2", "negative_prompt_2"])
+def test_what_is_longer_is_refused_by_name_before_any_grammar(field: str) -> None:
+    long = "<lora:" * 30_000
+    asked = {"prompt": "a", field: long} if field in Request.model_fields else {"prompt": "a", "options": {field: long}}
+    with pytest.raises(InvalidRequest, match="180000 characters, at most 10000") as refused:
+        check_lengths(Request.parse(asked))
+    assert refused.value.fields["field"].endswith(field)
