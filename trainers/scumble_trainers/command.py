@@ -60,31 +60,29 @@ def train_and_publish(entry: MethodEntry, common: Common, settings: TrainSetting
     from accelerate import PartialState  # type: ignore[import-untyped]
 
     from scumble_registry import Registry, default_home
+    from scumble_trainers.base import find_base
     from scumble_trainers.evaluation import installed_evaluation
-    from scumble_trainers.parent import find_parent
     from scumble_trainers.results.result import publish_result
     from scumble_trainers.run import train
     from scumble_trainers.steps.progress import shown
 
     home, publish = default_home(), common["publish"]
-    parent = find_parent(common["base"], home)
+    base = find_base(common["base"], home)
     out = common["out"] or default_out(home, entry.name, publish)
     evaluation = installed_evaluation() if common["evaluate"] else None
     if evaluation is not None:
-        evaluation.check_measurable(parent)
+        evaluation.check_measurable(base)
     with shown(wanted=not common["as_json"]) as report:
-        result = train(entry.load(), parent, common["data"], out, settings, fresh=common["fresh"], report=report)
+        result = train(entry.load(), base, common["data"], out, settings, fresh=common["fresh"], report=report)
     if not PartialState().is_main_process:
         return None
     if evaluation is not None:
-        result = evaluation.measure(entry.name, parent, common["data"], out, result)
+        result = evaluation.measure(entry.name, base, common["data"], out, result)
     told = _told(out, result)
     if publish is None:
         return told
     with Registry.open(home, create=True) as registry:
-        version = publish_result(
-            registry, out, publish, base=parent.ref, alias=common["alias"], staged=common["staged"]
-        )
+        version = publish_result(registry, out, publish, base=base.ref, alias=common["alias"], staged=common["staged"])
     return {**told, "ref": version.ref, "digest": version.digest}
 
 

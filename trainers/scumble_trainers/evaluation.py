@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from scumble.errors import Unavailable
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.result import Result
 
 GROUP = "scumble.evaluation"
@@ -17,10 +17,10 @@ GROUP = "scumble.evaluation"
 class Evaluator(Protocol):
     """Judges the pictures that a trained adapter draws."""
 
-    def check_measurable(self, parent: Parent) -> None:
+    def check_measurable(self, base: TrainingBase) -> None:
         """Raises InvalidRequest for a base whose pictures it cannot judge."""
 
-    def measure(self, method: str, parent: Parent, data: Path, out: Path, result: Result) -> Result:
+    def measure(self, method: str, base: TrainingBase, data: Path, out: Path, result: Result) -> Result:
         """Returns `result` with the effect among its metrics, and writes it to `out`."""
 
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.captions import Captions, TextEncoders, TextStates
 from scumble_trainers.data.dataset import Example, hold_out
 from scumble_trainers.data.latents import Latents
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import Settings, StoredType
 from scumble_trainers.steps.draws import Draw
@@ -67,9 +67,9 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
 
     material: Material
 
-    def __init__(self, pipeline: Pipeline, settings: Settings, parent: Parent) -> None:
+    def __init__(self, pipeline: Pipeline, settings: Settings, base: TrainingBase) -> None:
         super().__init__()
-        self.settings, self.parent = settings, parent
+        self.settings, self.base = settings, base
         self.pipeline = pipeline
         self.unet: Any = pipeline.unet
         self.text = TextEncoders(pipeline)
@@ -80,7 +80,7 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
         return DTYPES[settings.mixed_precision]
 
     @classmethod
-    def check(cls, settings: Settings, parent: Parent, examples: Sequence[Example]) -> None:
+    def check(cls, settings: Settings, base: TrainingBase, examples: Sequence[Example]) -> None:
         """Raises InvalidRequest or Incompatible for what this method cannot be trained on, before any work."""
 
     @classmethod
@@ -96,7 +96,7 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
 
     @classmethod
     def further_examples(
-        cls, parent: Parent, settings: Settings, examples: Sequence[Example], out: Path, report: ProgressReport
+        cls, base: TrainingBase, settings: Settings, examples: Sequence[Example], out: Path, report: ProgressReport
     ) -> list[Example]:
         """Pictures that the method makes for itself; `Material.further` says where they are."""
         return []

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from scumble.errors import InvalidRequest
+from scumble_trainers.base import TrainingBase, load_base, native_resolution, schedule_config, side_multiple
 from scumble_trainers.data.buckets import Size, choose_sizes
 from scumble_trainers.data.captions import read_captions
 from scumble_trainers.data.dataset import Example, data_digest, read_examples, with_captions
 from scumble_trainers.data.latents import cached_latents
 from scumble_trainers.method import Material, TrainingMethod
-from scumble_trainers.parent import Parent, load_parent, native_resolution, schedule_config, side_multiple
 from scumble_trainers.results.card import write_card
 from scumble_trainers.results.provenance import provenance
 from scumble_trainers.results.result import CARD, GRID, Result, read_result, write_result
@@ -34,7 +34,7 @@ SAMPLE_ROWS = 4
 
 def train(
     kind: type[TrainingMethod[Any]],
-    parent: Parent,
+    base: TrainingBase,
     data: Path,
     out: Path,
     settings: TrainSettings,
@@ -48,25 +48,25 @@ def train(
     holds another run (unless `fresh`, which deletes that first), Unavailable where nothing can be written.
     """
     kind = kind.of(settings)
-    noise_schedule(schedule_config(parent))  # raises for a base whose prediction nobody here knows
-    resolution = settings.resolution or native_resolution(parent)
-    multiple = side_multiple(parent)
+    noise_schedule(schedule_config(base))  # raises for a base whose prediction nobody here knows
+    resolution = settings.resolution or native_resolution(base)
+    multiple = side_multiple(base)
     if resolution % multiple:
         raise InvalidRequest(f"--resolution {resolution} is no multiple of this base's {multiple}", field="resolution")
     read = read_examples(data, resolution=resolution)
     examples = with_captions(read, settings.captions)
     _check_triggers(settings, examples)
-    kind.check(settings, parent, examples)
+    kind.check(settings, base, examples)
     identity: dict[str, Any] = {
         "config": settings.config(),
         "data": data_digest(read),
-        "base": parent.content,
+        "base": base.content,
         "resolution": resolution,
     }
     if fresh:
         _clear(out)
     finished = read_result(out)
-    if finished and _same_run(finished, identity, parent):
+    if finished and _same_run(finished, identity, base):
         return finished
     checkpoint = latest_checkpoint(out / "checkpoints")
     if checkpoint is not None:
@@ -76,7 +76,7 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         (out / CARD).unlink(missing_ok=True)
         accelerator = _accelerator(out, kind.name, settings)
-        run = _prepare(accelerator, kind, parent, examples, out, settings, identity, report)
+        run = _prepare(accelerator, kind, base, examples, out, settings, identity, report)
         run.train(checkpoint)
         return _finish(run, len(examples))
 
@@ -95,14 +95,14 @@ def _finish(run: Run, pictures: int) -> Result:
             data_digest=run.identity["data"],
             pictures=pictures,
             seed=settings.seed,
-            parent=method.parent.digest,
+            parent=method.base.digest,
             cost=run.cost,
         ).to_dict(),
         metrics={**run.metrics, "resolution": run.identity["resolution"]},
     )
     if accelerator.is_main_process:
         run.save_adapter(out)
-        write_card(out, result, base=method.parent.ref)
+        write_card(out, result, base=method.base.ref)
         write_result(out, result)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -112,7 +112,7 @@ def _finish(run: Run, pictures: int) -> Result:
 def _prepare(
     accelerator: Accelerator,
     kind: type[TrainingMethod[Any]],
-    parent: Parent,
+    base: TrainingBase,
     examples: list[Example],
     out: Path,
     settings: TrainSettings,
@@ -121,10 +121,10 @@ def _prepare(
 ) -> Run:
     """Loads the base, puts in what is trained, encodes pictures and captions."""
     with accelerator.main_process_first():
-        further = kind.further_examples(parent, settings, examples, out, report)
-    pipeline = load_parent(parent, dtype=kind.weights_dtype(settings)).to(accelerator.device)
+        further = kind.further_examples(base, settings, examples, out, report)
+    pipeline = load_base(base, dtype=kind.weights_dtype(settings)).to(accelerator.device)
     torch.manual_seed(settings.seed)
-    method = kind(pipeline, settings, parent)
+    method = kind(pipeline, settings, base)
     material = _material(accelerator, method, examples, further, out, identity["resolution"], report)
     method.begin(material, accelerator.device, report)
     method.lay_out()
@@ -141,7 +141,7 @@ def _material(
     report: ProgressReport,
 ) -> Material:
     settings, pipeline, everything = method.settings, method.pipeline, [*examples, *further]
-    sizes = choose_sizes(everything, resolution, side_multiple(method.parent), bucket=settings.bucket)
+    sizes = choose_sizes(everything, resolution, side_multiple(method.base), bucket=settings.bucket)
     with accelerator.main_process_first():
         latents = cached_latents(
             out / "cache",
@@ -223,12 +223,12 @@ def _check_resumable(checkpoint: Checkpoint, settings: TrainSettings, identity: 
         )
 
 
-def _same_run(finished: Result, identity: dict[str, Any], parent: Parent) -> bool:
+def _same_run(finished: Result, identity: dict[str, Any], base: TrainingBase) -> bool:
     told = finished.provenance
     return (
         told["config"] == identity["config"]
         and told["data_digest"] == identity["data"]
-        and told["parent"] in (parent.digest, parent.content)
+        and told["parent"] in (base.digest, base.content)
     )
 
 

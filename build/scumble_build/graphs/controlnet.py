@@ -90,22 +90,22 @@ class ControlNetUnion(ControlledEncoder):
     the sample, pictures are fused once per request.
     """
 
-    def fuse(self, controls: Tensor, types: Sequence[int], strengths: Sequence[float]) -> Tensor:
-        """controls `(n, 3, H, W)`, for each its kind of control and its strength → hint `(1, C, h, w)`.
+    def fuse(self, controls: Tensor, types: Sequence[int], weights: Sequence[float]) -> Tensor:
+        """controls `(n, 3, H, W)`, for each its kind of control and its weight → hint `(1, C, h, w)`.
 
-        A single picture's strength has its place behind the net, on the residuals: it is 1 here.
+        A single picture's weight has its place behind the net, on the residuals: it is 1 here.
         """
-        return self.fused(controls, torch.tensor(types, device=controls.device), controls.new_tensor(strengths))
+        return self.fused(controls, torch.tensor(types, device=controls.device), controls.new_tensor(weights))
 
-    def fused(self, controls: Tensor, kinds: Tensor, strengths: Tensor) -> Tensor:
-        """The same with kinds and strengths `(n,)` as tensors."""
-        hints, strength = self.embed(controls), strengths[:, None]
-        tokens = (hints.mean((2, 3)) + self.model.task_embedding.index_select(0, kinds)) * strength
+    def fused(self, controls: Tensor, kinds: Tensor, weights: Tensor) -> Tensor:
+        """The same with kinds and weights `(n,)` as tensors."""
+        hints, weight = self.embed(controls), weights[:, None]
+        tokens = (hints.mean((2, 3)) + self.model.task_embedding.index_select(0, kinds)) * weight
         for layer in self.model.transformer_layes:  # the model's own spelling
             tokens = layer(tokens[None])[0]
         shifted = hints + self.model.spatial_ch_projs(tokens)[..., None, None]
         # The type is said, for an exported sum would else be of float32.
-        hint: Tensor = (shifted * strength[..., None, None]).sum(0, keepdim=True, dtype=shifted.dtype)
+        hint: Tensor = (shifted * weight[..., None, None]).sum(0, keepdim=True, dtype=shifted.dtype)
         return hint
 
     def residuals_of(self, types: Tensor, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:

@@ -86,10 +86,10 @@ class CrossAttention:
         key, value = self._keys_and_values(images.kv.flatten(0, 1), query.shape[1])
         mask = images.tokens.flatten(0, 1)[:, None, None] if images.tokens is not None else None
         mixed = _attend(attn, asking, key, value, mask)
-        strength = images.scale[..., None]
+        weight = images.scale[..., None]
         if images.areas is not None:
-            strength = strength * images.areas[..., self.source.places[self.level]]
-        weighted: Tensor = mixed.unflatten(0, (m, groups)) * strength[:, :, None, :, None]
+            weight = weight * images.areas[..., self.source.places[self.level]]
+        weighted: Tensor = mixed.unflatten(0, (m, groups)) * weight[:, :, None, :, None]
         return weighted[:, 0] if groups == 1 else weighted.sum(1)
 
 
@@ -118,8 +118,8 @@ class SelfAttention:
             if not any(hidden_states.shape[-1] in net.widths for net in chain.nets):
                 continue
             of_keys = of_values = hidden_states.index_select(0, chain.rows)
-            for net, strength in zip(chain.nets, chain.strength.unbind(1), strict=True):
-                of_keys, of_values = net(of_keys, of_values, strength[:, None, None])
+            for net, weight in zip(chain.nets, chain.weight.unbind(1), strict=True):
+                of_keys, of_values = net(of_keys, of_values, weight[:, None, None])
             keys, values = keys.index_copy(0, chain.rows, of_keys), values.index_copy(0, chain.rows, of_values)
         return keys, values
 

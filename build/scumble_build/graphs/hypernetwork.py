@@ -2,8 +2,8 @@
 
 For a context c of a width that a hypernetwork has networks n_k and n_v for:
 
-    keys are read from    c + strength · n_k(c)        n(c): for each layer  norm(activation(weight c + bias))
-    values are read from  c + strength · n_v(c)
+    keys are read from    c + weight · n_k(c)        n(c): for each layer  norm(activation(weight c + bias))
+    values are read from  c + weight · n_v(c)
 
 Several stand in a chain, each reading what the one before made. Dropout, which training has, is left out.
 """
@@ -77,16 +77,16 @@ class Hypernetwork(nn.Module):
         self.k = nn.ModuleDict({str(width): _Layers(sides.k) for width, sides in record.items()})
         self.v = nn.ModuleDict({str(width): _Layers(sides.v) for width, sides in record.items()})
 
-    def forward(self, keys: Tensor, values: Tensor, strength: float | Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, keys: Tensor, values: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
         """Contexts `(rows, N, C)` for keys and for values; a width without networks stays as it is.
 
-        strength: one for all, or `(rows, 1, 1)`.
+        weight: one for all, or `(rows, 1, 1)`.
         """
         width = keys.shape[-1]
         if width not in self.widths:
             return keys, values
         of_keys, of_values = self.k[str(width)], self.v[str(width)]
-        return keys + strength * of_keys(keys), values + strength * of_values(values)
+        return keys + weight * of_keys(keys), values + weight * of_values(values)
 
 
 def parameters_of(record: ContextRecord) -> int:

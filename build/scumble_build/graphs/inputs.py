@@ -39,32 +39,32 @@ class ImageInputs:
 class ContextInputs:
     """Hypernetworks that change what self-attention reads, one behind the other, for m of the rows.
 
-    rows (m,) int64; strength (m, n) of n networks.
+    rows (m,) int64; weight (m, n) of n networks.
     """
 
     rows: Tensor
     nets: tuple[Hypernetwork, ...]
-    strength: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class LiteInputs:
     """A ControlNet-LLLite for m of the rows.
 
-    rows (m,) int64; embeddings (m, N, e) of each target; strength (m,).
+    rows (m,) int64; embeddings (m, N, e) of each target; weight (m,).
     """
 
     rows: Tensor
     net: LLLite
     embeddings: Mapping[str, Tensor]
-    strength: Tensor
+    weight: Tensor
 
     def change(self, target: str, x: Tensor) -> Tensor:
         """x `(rows, N, in)`: what the matrix of this name reads."""
         if target not in self.embeddings:
             return x
         added = self.net.change(target, x.index_select(0, self.rows), self.embeddings[target])
-        return x.index_add(0, self.rows, added * self.strength[:, None, None])
+        return x.index_add(0, self.rows, added * self.weight[:, None, None])
 
 
 @dataclass(frozen=True, slots=True)

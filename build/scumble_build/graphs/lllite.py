@@ -1,6 +1,6 @@
 """ControlNet-LLLite: what a matrix of the UNet's attention reads, changed by an embedded picture.
 
-    W reads    x + strength · up(relu(mid([embedding, relu(down(x))])))
+    W reads    x + weight · up(relu(mid([embedding, relu(down(x))])))
 
 The embedding of a place depends on the picture alone, so it is made once per request. (The file's layout and where it
 comes from: `scumble_registry.formats.controlnet.lllite`.)
@@ -64,7 +64,7 @@ class LLLite(nn.Module):
         return total
 
     def change(self, target: str, x: Tensor, embedding: Tensor) -> Tensor:
-        """x `(m, N, in)`, embedding `(m, N, e)` → what is added to x at strength 1."""
+        """x `(m, N, in)`, embedding `(m, N, e)` → what is added to x at weight 1."""
         own = self._networks[target]
         down = relu(linear(x, own["down.0.weight"], own["down.0.bias"]))
         mid = relu(linear(torch.cat([embedding, down], dim=-1), own["mid.0.weight"], own["mid.0.bias"]))

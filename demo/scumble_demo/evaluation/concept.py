@@ -18,8 +18,8 @@ from scumble_demo.emoji.packages import fetch_packages
 from scumble_demo.evaluation.measures import concept_rate, similarity
 from scumble_demo.evaluation.trial import ADAPTER, COUNT, Metrics, Trial, rounded, show
 from scumble_demo.scorer import Scorer
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.data.dataset import METADATA
-from scumble_trainers.parent import Parent
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import Served
 
@@ -35,10 +35,10 @@ class Taught:
     references: list[Image.Image]
 
 
-def measure_concept(parent: Parent, taught: Taught, out: Path, scorer: Scorer, server: Served) -> Metrics:
+def measure_concept(base: TrainingBase, taught: Taught, out: Path, scorer: Scorer, server: Served) -> Metrics:
     """With the word, and with the name of its kind ("a bird") by the base alone."""
-    named = Trial(parent, _prompts(taught.token))
-    kind = Trial(parent, _prompts(with_article(taught.concept.kind)))
+    named = Trial(base, _prompts(taught.token))
+    kind = Trial(base, _prompts(with_article(taught.concept.kind)))
     without, adapted = kind.plain(server), named.adapted(server)
     show(out, {f"{taught.concept.kind}, base": without, taught.token: adapted}, named.prompts)
     before, after = (similarity(scorer, drawn, taught.references) for drawn in (without, adapted))

@@ -14,17 +14,17 @@ from scumble_demo.evaluation.measures import edge_f1
 from scumble_demo.evaluation.trial import ADAPTER, COUNT, Metrics, Trial, known_prompts, rounded, show, some_concepts
 from scumble_demo.evaluation.unseen import unseen_pictures
 from scumble_demo.scorer import Scorer
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import Served, served
 
 
-def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
+def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
     """Edges are those of pictures that neither base nor adapter saw; prompts name something else, or nothing."""
     maps = [Canny().apply(np.array(picture)) for picture in unseen_pictures(COUNT)]
-    prompted = Trial(parent, known_prompts(some_concepts()))
-    silent = Trial(parent, ("",) * COUNT)
-    with served(parent, {ADAPTER: out}) as server:
+    prompted = Trial(base, known_prompts(some_concepts()))
+    silent = Trial(base, ("",) * COUNT)
+    with served(base, {ADAPTER: out}) as server:
         without, adapted = prompted.plain(server), _draw(prompted, server, maps)
         silently, silently_without = _draw(silent, server, maps), silent.plain(server)
     shown = [Image.fromarray(edges) for edges in maps]

@@ -27,13 +27,13 @@ from scumble_demo.evaluation.trial import ADAPTER, Metrics, Trial, rounded, show
 from scumble_demo.scorer import Scorer
 from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
+from scumble_trainers.base import TrainingBase, native_resolution
 from scumble_trainers.data.dataset import METADATA, read_examples
 from scumble_trainers.data.vision import PictureStates
 from scumble_trainers.methods.hypernetwork.model import HypernetworkTraining
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import Parent, native_resolution
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import served
 from scumble_trainers.run import train
@@ -55,22 +55,22 @@ class Subject:
     others: list[Image.Image]
 
 
-def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
+def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
     """A refinement is measured as what is taught one concept."""
     if result.adapter != HypernetworkTraining.adapter:
         taught = read_taught(data, result)
-        with served(parent, {ADAPTER: out}) as server:
-            return measure_concept(parent, taught, out, scorer, server)
+        with served(base, {ADAPTER: out}) as server:
+            return measure_concept(base, taught, out, scorer, server)
     unseen = [_by_the_base(concept) for concept in concepts() if concept.held_out][:CONCEPTS]
-    trained = _trained_on(parent, data, result)
+    trained = _trained_on(base, data, result)
     known = [_by_others(concept) for concept in some_concepts() if concept.name in trained][:CONCEPTS]
     subjects = unseen + known
     with tempfile.TemporaryDirectory(prefix="scumble-loras-") as place:
         folders = {f"lora/n{number}": Path(place) / str(number) for number in range(len(subjects))}
-        times = [_train(parent, subject, folder) for subject, folder in zip(subjects, folders.values(), strict=True)]
+        times = [_train(base, subject, folder) for subject, folder in zip(subjects, folders.values(), strict=True)]
         runs = {name: folder / "run" for name, folder in folders.items()}
-        gains = _gains(parent, out, subjects, runs, scorer)
-    predicting = _prediction_time(parent, out / result.adapter, subjects[0].picture)
+        gains = _gains(base, out, subjects, runs, scorer)
+    predicting = _prediction_time(base, out / result.adapter, subjects[0].picture)
     told: Metrics = {"pictures": 2 * CONCEPTS * PER_CONCEPT}
     for name, part in (("unseen_concepts", gains[: len(unseen)]), ("trained_concepts", gains[len(unseen) :])):
         predicted, lora = (fmean(column) for column in zip(*part, strict=True))
@@ -80,13 +80,13 @@ def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scor
 
 
 def _gains(
-    parent: Parent, out: Path, subjects: Sequence[Subject], loras: dict[str, Path], scorer: Scorer
+    base: TrainingBase, out: Path, subjects: Sequence[Subject], loras: dict[str, Path], scorer: Scorer
 ) -> list[tuple[float, float]]:
     """For each subject, how much liker it the prediction makes what is drawn, and its own LoRA."""
     each = [subject for subject in subjects for _ in range(PER_CONCEPT)]
-    trial = Trial(parent, tuple(_prompt(BASE_STYLES[n % len(BASE_STYLES)].name) for n in range(len(each))))
+    trial = Trial(base, tuple(_prompt(BASE_STYLES[n % len(BASE_STYLES)].name) for n in range(len(each))))
     images = {str(n): png(subject.picture) for n, subject in enumerate(each)}
-    with served(parent, {ADAPTER: out, **loras}) as server:
+    with served(base, {ADAPTER: out, **loras}) as server:
         plain = trial.plain(server)
         predicted = trial.draw(server, [Adapter(ref=ADAPTER, images=(name,)) for name in images], images=images)
         own = trial.draw(server, [Adapter(ref=name) for name in loras for _ in range(PER_CONCEPT)])
@@ -113,27 +113,27 @@ def _by_others(concept: Concept) -> Subject:
     return Subject(concept, picture, BASE_STYLES[0].name, others)
 
 
-def _trained_on(parent: Parent, data: Path, result: Result) -> set[str]:
+def _trained_on(base: TrainingBase, data: Path, result: Result) -> set[str]:
     """Names of the concepts that the run did not hold out."""
     settings = HypernetworkSettings.model_validate(result.provenance["config"])
-    examples = read_examples(data, resolution=settings.resolution or native_resolution(parent))
+    examples = read_examples(data, resolution=settings.resolution or native_resolution(base))
     return {str(examples[number].concept) for number in HypernetworkTraining.hold_out(settings, examples)[0]}
 
 
-def _train(parent: Parent, subject: Subject, folder: Path) -> float:
+def _train(base: TrainingBase, subject: Subject, folder: Path) -> float:
     """A LoRA of its one picture in `folder/run`; returns the seconds."""
     folder.mkdir()
     subject.picture.save(folder / "picture.png")
     (folder / METADATA).write_text(json.dumps({"file_name": "picture.png", "text": _prompt(subject.style)}), "utf-8")
-    result = train(LoraTraining, parent, folder / METADATA, folder / "run", LORA)
+    result = train(LoraTraining, base, folder / METADATA, folder / "run", LORA)
     return float(result.provenance["time"])
 
 
-def _prediction_time(parent: Parent, file: Path, picture: Image.Image) -> float:
+def _prediction_time(base: TrainingBase, file: Path, picture: Image.Image) -> float:
     """Seconds from the picture to the factors, the network being there."""
     record = read_record(file)
     assert isinstance(record, PredictorRecord)
-    predictor, seen = Predictor.of(record), PictureStates(parent, None, "states", torch.device("cpu"))
+    predictor, seen = Predictor.of(record), PictureStates(base, None, "states", torch.device("cpu"))
     times = []
     for _ in range(RUNS + 1):
         start = time.perf_counter()

@@ -11,7 +11,7 @@ from scumble.errors import InvalidRequest
 from scumble_demo.evaluation import controlnet, dreambooth, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_demo.evaluation.trial import Metrics
 from scumble_demo.scorer import SCORER_FILE, Scorer
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.card import write_card
 from scumble_trainers.results.result import Result, write_result
 
@@ -19,7 +19,7 @@ from scumble_trainers.results.result import Result, write_result
 class Evaluate(Protocol):
     """Draws with what a run left in `out` and measures what it does."""
 
-    def __call__(self, parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics: ...
+    def __call__(self, base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics: ...
 
 
 EVALUATIONS: Mapping[str, Evaluate] = {
@@ -33,20 +33,20 @@ EVALUATIONS: Mapping[str, Evaluate] = {
 """By the method's name."""
 
 
-def check_measurable(parent: Parent) -> None:
+def check_measurable(base: TrainingBase) -> None:
     """Raises InvalidRequest where nothing can judge the pictures."""
-    if not (parent.folder / SCORER_FILE).is_file():
+    if not (base.folder / SCORER_FILE).is_file():
         raise InvalidRequest(
-            f"--evaluate needs a judge, and {parent.folder} has no {SCORER_FILE}: it is for the demo's base and data; "
+            f"--evaluate needs a judge, and {base.folder} has no {SCORER_FILE}: it is for the demo's base and data; "
             "look at the sample grid and the validation loss instead",
             field="evaluate",
         )
 
 
-def measure(method: str, parent: Parent, data: Path, out: Path, result: Result) -> Result:
+def measure(method: str, base: TrainingBase, data: Path, out: Path, result: Result) -> Result:
     """The result with the method's effect among its metrics, written to `out` as well."""
-    effect = EVALUATIONS[method](parent, data, out, result, Scorer.load(parent.folder))
+    effect = EVALUATIONS[method](base, data, out, result, Scorer.load(base.folder))
     measured = replace(result, metrics={**result.metrics, "effect": effect})
-    write_card(out, measured, base=parent.ref)
+    write_card(out, measured, base=base.ref)
     write_result(out, measured)
     return measured

@@ -12,7 +12,7 @@ from PIL import Image
 from scumble.request import Adapter, Request
 from scumble_demo.emoji.captions import canonical_caption
 from scumble_demo.emoji.concepts import BASE_STYLES, Concept, base_concepts
-from scumble_trainers.parent import Parent, native_resolution
+from scumble_trainers.base import TrainingBase, native_resolution
 from scumble_trainers.results.sampling import grid, save_sheet
 from scumble_trainers.results.serving import Served
 
@@ -31,12 +31,12 @@ Metrics = dict[str, float]
 class Trial:
     """Prompt i is drawn from seed i, whatever else differs."""
 
-    parent: Parent
+    base: TrainingBase
     prompts: tuple[str, ...]
 
     def draw(self, served: Served, adapters: Sequence[Adapter | None], **more: Any) -> list[Image.Image]:
         """One picture per prompt, the i-th with `adapters[i]`, or with none."""
-        side = native_resolution(self.parent)
+        side = native_resolution(self.base)
         requests = [
             Request(
                 prompt=prompt,

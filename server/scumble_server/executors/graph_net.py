@@ -53,10 +53,10 @@ class GraphNet:
         return self._sessions["controlnet_kv"]({"states": states})[0]
 
     @torch.inference_mode()
-    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
+    def embed(self, controls: Tensor, weights: Sequence[float]) -> Tensor:
         feeds = {"control": controls}
         if self._present:
-            feeds |= {"kinds": torch.tensor(self._kinds), "strength": torch.tensor(list(strengths))}
+            feeds |= {"kinds": torch.tensor(self._kinds), "strength": torch.tensor(list(weights))}
         return self._sessions["controlnet_hint"](feeds)[0]
 
     @torch.inference_mode()

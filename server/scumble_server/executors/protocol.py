@@ -56,10 +56,10 @@ class Net(Protocol):
     def project(self, states: Tensor) -> Tensor:
         """Text states `(rows, T, C)` → the net's own keys and values `(rows, T, K)`."""
 
-    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
+    def embed(self, controls: Tensor, weights: Sequence[float]) -> Tensor:
         """Control pictures `(n, 3, H, W)` in 0…1 → what the net adds to its first layer, `(1, C, H/8, W/8)`.
 
-        `strengths` weighs the n pictures of a union net; other nets take one picture and ignore it.
+        `weights` weighs the n pictures of a union net; other nets take one picture and ignore it.
         """
 
     def condition(self, pooled: Tensor, sizes: Tensor) -> Tensor | None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from scumble_trainers.base import Pipeline
 from scumble_trainers.data.dataset import Example
-from scumble_trainers.parent import Pipeline
 
 CACHE_LIMIT = 2 * 2**30
 """Bytes of embeddings kept in memory; beyond it they are made again at every step."""
@@ -47,10 +47,10 @@ class TextEncoders(nn.Module):
         if second is not None:
             self.tokenizers.append(pipeline.tokenizer_2)
 
-    def tokenise(self, texts: Sequence[str]) -> Tensor:
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
         """`(N, encoders, T)` int64."""
         expanded = [[self.expand(text, tokenizer) for text in texts] for tokenizer in self.tokenizers]
-        return torch.stack([tokenise(t, own) for t, own in zip(self.tokenizers, expanded, strict=True)], dim=1)
+        return torch.stack([tokenize(t, own) for t, own in zip(self.tokenizers, expanded, strict=True)], dim=1)
 
     def forward(self, tokens: Tensor) -> TextStates:
         """`(N, encoders, T)` token ids on the encoders' device."""
@@ -93,7 +93,7 @@ class Captions:
         return text
 
 
-def tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """`(N, T)` int64, padded and cut to the tokenizer's length as the pipeline does."""
     encoded = tokenizer(
         list(texts),
@@ -115,7 +115,7 @@ def read_captions(
     row_of: dict[str, int] = {"": 0}
     rows = [row_of.setdefault(text, len(row_of)) for example in examples for text in example.texts]
     count = torch.tensor([len(example.texts) for example in examples])
-    tokens = encoders.tokenise(list(row_of))
+    tokens = encoders.tokenize(list(row_of))
     size = len(tokens) * tokens.shape[-1] * encoders.width * 4
     embeddings = None
     if cache and size <= CACHE_LIMIT:

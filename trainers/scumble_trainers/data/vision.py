@@ -13,8 +13,8 @@ from torch import Tensor
 
 from scumble.errors import Incompatible
 from scumble_build.graphs.vision import PREPARATION, ImageEncoder
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.data.dataset import Example, load_picture
-from scumble_trainers.parent import Parent
 from scumble_trainers.steps.progress import ProgressReport
 
 Reads = Literal["embedding", "states"]
@@ -25,9 +25,9 @@ CACHE_LIMIT = 2 * 2**30
 _AT_ONCE = 32
 
 
-def encoder_folder(parent: Parent, given: Path | None) -> Path:
+def encoder_folder(base: TrainingBase, given: Path | None) -> Path:
     """`given`, or the base's own; Incompatible where there is none."""
-    folder = given or parent.folder / "image_encoder"
+    folder = given or base.folder / "image_encoder"
     if not (folder / "config.json").is_file():
         raise Incompatible(
             f"{folder} is no image encoder (CLIPVisionModelWithProjection); name one with --image-encoder FOLDER",
@@ -39,9 +39,9 @@ def encoder_folder(parent: Parent, given: Path | None) -> Path:
 class PictureStates:
     """Owns a frozen vision tower. `seen[i]` is what it makes of example i."""
 
-    def __init__(self, parent: Parent, given: Path | None, reads: Reads, device: torch.device) -> None:
-        folder = encoder_folder(parent, given)
-        places = [folder] if given else [folder, parent.folder / "feature_extractor"]
+    def __init__(self, base: TrainingBase, given: Path | None, reads: Reads, device: torch.device) -> None:
+        folder = encoder_folder(base, given)
+        places = [folder] if given else [folder, base.folder / "feature_extractor"]
         preparation = next((place for place in places if (place / PREPARATION).is_file()), None)
         self._encoder = ImageEncoder(folder, preparation, str(device), torch.float32)
         self._reads: Reads = reads

@@ -13,11 +13,11 @@ FILE = "README.md"
 def write_card(out: Path, result: Result, *, base: str | None) -> None:
     """Writes `out/README.md` from what training.json says; `base` is the base's reference, where it has one."""
     told = result.provenance
-    parent = base or str(told["parent"])
+    base = base or str(told["parent"])
     matter = {
         "library_name": "diffusers",
         "license": result.license or "unknown",
-        "base_model": parent,
+        "base_model": base,
         "tags": ["text-to-image", str(told["trainer"])],
         "instance_prompt": result.trigger_words[0] if result.trigger_words else None,
     }
@@ -30,9 +30,9 @@ def write_card(out: Path, result: Result, *, base: str | None) -> None:
 {front}
 ---
 
-# {result.description or f"{told['trainer']} for {parent}"}
+# {result.description or f"{told['trainer']} for {base}"}
 
-Trained by `scumble train {told["trainer"]}` for {parent}.
+Trained by `scumble train {told["trainer"]}` for {base}.
 
 - Trigger words: {", ".join(result.trigger_words) or "none"}
 - Licence: {result.license or "not given"}

@@ -1,7 +1,7 @@
 """What a finished run leaves: the adapter's file and everything its manifest will say, ready to publish.
 
 OUT/<the adapter's file or files>
-OUT/training.json       trigger words, licence, provenance, metrics
+OUT/training.json       trigger words, license, provenance, metrics
 OUT/sample_grid.png
 """
 

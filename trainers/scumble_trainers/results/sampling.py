@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from scumble_trainers.parent import Pipeline
+from scumble_trainers.base import Pipeline
 
 MARGIN = 4
 LABEL = 18  # pixels of a column's or row's caption

@@ -16,7 +16,7 @@ from scumble.client import Client
 from scumble.local import local_server
 from scumble.request import Request
 from scumble_registry import Registry
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.result import publish_result
 
 BASE = "trained/base"
@@ -38,7 +38,7 @@ class Served:
 
 
 @contextmanager
-def served(parent: Parent, results: Mapping[str, Path] | None = None, url: str | None = None) -> Iterator[Served]:
+def served(base: TrainingBase, results: Mapping[str, Path] | None = None, url: str | None = None) -> Iterator[Served]:
     """The server at `url`, or one of our own with the base and, by name, what finished runs left in their folders.
 
     Raises Unavailable where no server is installed, and what publishing raises.
@@ -49,7 +49,7 @@ def served(parent: Parent, results: Mapping[str, Path] | None = None, url: str |
         return
     with tempfile.TemporaryDirectory(prefix="scumble-train-") as home:
         with Registry.open(Path(home), create=True) as registry:
-            registry.publish(parent.folder, BASE)
+            registry.publish(base.folder, BASE)
             for name, out in (results or {}).items():
                 publish_result(registry, out, name, base=BASE)
         with _home(home), local_server(BASE) as address, Client(address) as client:

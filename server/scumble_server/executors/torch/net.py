@@ -38,7 +38,7 @@ class _TorchNet:
         return self._graph.condition(pooled.to(self._like), sizes.to(self._like.device))
 
     @torch.inference_mode()
-    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:  # noqa: ARG002 - a union net's
+    def embed(self, controls: Tensor, weights: Sequence[float]) -> Tensor:  # noqa: ARG002 - a union net's
         return self._graph.embed(controls.to(self._like))
 
     def _moved(self, inputs: NetInputs) -> NetInputs:
@@ -73,8 +73,8 @@ class TorchUnionNet(_TorchNet):
         self._present = self._graph.present(self._types)
 
     @torch.inference_mode()
-    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
-        return self._graph.fuse(controls.to(self._like), self._types, strengths)
+    def embed(self, controls: Tensor, weights: Sequence[float]) -> Tensor:
+        return self._graph.fuse(controls.to(self._like), self._types, weights)
 
     @torch.inference_mode()
     def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from scumble_trainers.parent import Parent, find_parent
+from scumble_trainers.base import TrainingBase, find_base
 from support.every_method import TOKEN
 from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
 from support.tiny_ip import make_image_encoder
@@ -39,8 +39,8 @@ def seeing_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def parent(seeing_folder: Path, tmp_path: Path) -> Parent:
-    return find_parent(str(seeing_folder), tmp_path / "home")
+def base(seeing_folder: Path, tmp_path: Path) -> TrainingBase:
+    return find_base(str(seeing_folder), tmp_path / "home")
 
 
 @pytest.fixture

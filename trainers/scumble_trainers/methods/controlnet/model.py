@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from scumble.errors import Incompatible, InvalidRequest
 from scumble_build.control_maps import NAMES, parse
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example, load_picture
 from scumble_trainers.method import DTYPES, Condition, Material, TrainingMethod
 from scumble_trainers.methods.controlnet.settings import READY, ControlNetSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.progress import ProgressReport
@@ -34,13 +34,13 @@ class ControlNetTraining(TrainingMethod[ControlNetSettings]):
     name = "controlnet"
     adapter = FOLDER
 
-    def __init__(self, pipeline: Pipeline, settings: ControlNetSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: ControlNetSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         self.net: Any = self._net().float().to(self.device).requires_grad_(requires_grad=True)
         self.maps: list[Tensor] = []
 
     @classmethod
-    def check(cls, settings: ControlNetSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+    def check(cls, settings: ControlNetSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
         if settings.preprocessor != READY:
             if settings.preprocessor not in NAMES:
                 known = ", ".join((*NAMES, READY))

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
 from scumble_registry.formats.dreambooth import keep_differences, plain
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import Condition, TrainingMethod
 from scumble_trainers.methods.dreambooth.class_pictures import class_examples
 from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.draws import Draw
 from scumble_trainers.steps.losses import denoising_loss
@@ -34,8 +34,8 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
     name = "dreambooth"
     adapter = FOLDER
 
-    def __init__(self, pipeline: Pipeline, settings: DreamboothSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: DreamboothSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         self.parts: dict[str, Any] = {"unet": pipeline.unet}
         if settings.text_encoder:
             names = ("text_encoder", "text_encoder_2")[: len(self.text.encoders)]
@@ -49,7 +49,7 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
         return torch.float32
 
     @classmethod
-    def check(cls, settings: DreamboothSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+    def check(cls, settings: DreamboothSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
         if settings.class_prompts and settings.bucket:
             raise InvalidRequest(
                 "--bucket goes with no --class-prompt: the class's pictures are square, and a batch has one size",
@@ -59,13 +59,13 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
     @classmethod
     def further_examples(
         cls,
-        parent: Parent,
+        base: TrainingBase,
         settings: DreamboothSettings,
         examples: Sequence[Example],  # noqa: ARG003
         out: Path,
         report: ProgressReport,
     ) -> list[Example]:
-        return class_examples(parent, settings, out / "class", report) if settings.class_prompts else []
+        return class_examples(base, settings, out / "class", report) if settings.class_prompts else []
 
     @property
     def trains_text(self) -> bool:
@@ -111,13 +111,13 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
         """In the base's own types, whatever `dtype`: its difference to the base is what is kept of it."""
         target = folder / FOLDER
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(self.parent.folder, target)
+        shutil.copytree(self.base.folder, target)
         for part, module in self.parts.items():
             trained = {plain(name): value.detach().cpu() for name, value in module.state_dict().items()}
             for file in sorted((target / part).glob("*.safetensors")):
                 _replace(file, trained)
         if self.settings.save_delta:
-            keep_differences(target, self.parent.folder)
+            keep_differences(target, self.base.folder)
 
 
 def _replace(file: Path, trained: dict[str, Tensor]) -> None:

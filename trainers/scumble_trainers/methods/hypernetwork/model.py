@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example, hold_out
 from scumble_trainers.data.vision import PictureStates, encoder_folder
 from scumble_trainers.method import MOST_HELD_OUT, Condition, Material, TrainingMethod
@@ -22,7 +23,6 @@ from scumble_trainers.methods.hypernetwork.layers import RowLora, attention_laye
 from scumble_trainers.methods.hypernetwork.network import FILE, encoder_digest, new_predictor, save_predictor
 from scumble_trainers.methods.hypernetwork.refine import Refinement
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.progress import ProgressReport
@@ -36,12 +36,12 @@ class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
 
     partners: list[Tensor]  # of every picture, the others of its concept that are on its side of the split
 
-    def __init__(self, pipeline: Pipeline, settings: HypernetworkSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: HypernetworkSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         layers = attention_layers(self.unet)
-        self.seen = PictureStates(parent, None, "states", self.device)
+        self.seen = PictureStates(base, None, "states", self.device)
         width = self.seen.nothing().shape[-1]
-        self.predictor = new_predictor(settings, layers, width, encoder_digest(parent)).to(self.device)
+        self.predictor = new_predictor(settings, layers, width, encoder_digest(base)).to(self.device)
         self.rows = RowLora(layers, settings.scale_alpha / settings.rank)
 
     @classmethod
@@ -49,8 +49,8 @@ class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
         return cls if settings.refine is None else Refinement
 
     @classmethod
-    def check(cls, settings: HypernetworkSettings, parent: Parent, examples: Sequence[Example]) -> None:
-        encoder_folder(parent, None)
+    def check(cls, settings: HypernetworkSettings, base: TrainingBase, examples: Sequence[Example]) -> None:
+        encoder_folder(base, None)
         if settings.width % settings.heads:
             raise InvalidRequest(
                 f"--width {settings.width} cannot be divided among --heads {settings.heads}", field="heads"

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from scumble_build.graphs.predictor import Predictor
 from scumble_registry.formats.hypernetwork.predictor import PredictorConfig, write_record
 from scumble_registry.formats.safetensors_header import Array
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.data.vision import encoder_folder
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
-from scumble_trainers.parent import Parent
 from scumble_trainers.settings import StoredType
 
 FILE = "hypernetwork.safetensors"
@@ -63,9 +63,9 @@ def save_predictor(predictor: Predictor, file: Path, dtype: StoredType) -> None:
     file.write_bytes(write_record(replace(record, network=network, up=up, down=down)))
 
 
-def encoder_digest(parent: Parent) -> str | None:
+def encoder_digest(base: TrainingBase) -> str | None:
     """`sha256:…` of the image encoder's weights; None where they are more than one file."""
-    files = sorted(encoder_folder(parent, None).glob("*.safetensors"))
+    files = sorted(encoder_folder(base, None).glob("*.safetensors"))
     if len(files) != 1:
         return None
     with files[0].open("rb") as content:

@@ -22,6 +22,7 @@ from scumble_registry import Registry, default_home
 from scumble_registry.formats.hypernetwork import read_record, recognises
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_registry.formats.source import Source
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example, load_picture
 from scumble_trainers.data.vision import PictureStates, encoder_folder
 from scumble_trainers.method import Material, TrainingMethod, in_fp32
@@ -29,7 +30,6 @@ from scumble_trainers.methods.hypernetwork.layers import PREFIX
 from scumble_trainers.methods.hypernetwork.network import encoder_digest
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.methods.lora.files import ADAPTER, FILE, save_factors
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.progress import ProgressReport
 
@@ -40,8 +40,8 @@ class Refinement(TrainingMethod[HypernetworkSettings]):
     name = "hypernetwork"
     adapter = FILE
 
-    def __init__(self, pipeline: Pipeline, settings: HypernetworkSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: HypernetworkSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         self.record = _find_record(settings)
         rank = max(settings.rank, self.record.config.rank)
         names = [target.removeprefix(PREFIX) for target in self.record.config.targets]
@@ -49,14 +49,14 @@ class Refinement(TrainingMethod[HypernetworkSettings]):
         in_fp32([self.unet])
 
     @classmethod
-    def check(cls, settings: HypernetworkSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
-        encoder_folder(parent, None)
+    def check(cls, settings: HypernetworkSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
+        encoder_folder(base, None)
         config = _find_record(settings).config
         if config.condition != "image":
             raise InvalidRequest(f"--from {settings.source} predicts from text, not from a picture", field="from")
-        if config.encoder not in (None, encoder_digest(parent)):
+        if config.encoder not in (None, encoder_digest(base)):
             raise Incompatible(
-                f"--from {settings.source} was trained with another image encoder than {parent.folder} has: "
+                f"--from {settings.source} was trained with another image encoder than {base.folder} has: "
                 "name the base that it was trained for",
                 field="from",
             )
@@ -70,7 +70,7 @@ class Refinement(TrainingMethod[HypernetworkSettings]):
         first = material.examples[0]
         reference = _open(self.settings.reference) if self.settings.reference else load_picture(first.path, first.size)
         predictor = Predictor.of(self.record).to(device)
-        seen = PictureStates(self.parent, None, "states", device)
+        seen = PictureStates(self.base, None, "states", device)
         self._fill(predictor.predict(seen.look([np.asarray(reference)])))
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -22,12 +22,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
 from scumble_trainers.data.vision import PictureStates, Reads, encoder_folder
 from scumble_trainers.method import Condition, Material, TrainingMethod, half
 from scumble_trainers.methods.ip_adapter.layout import projection_tensors
 from scumble_trainers.methods.ip_adapter.settings import IpAdapterSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.progress import ProgressReport
@@ -42,11 +42,11 @@ class IpAdapterTraining(TrainingMethod[IpAdapterSettings]):
 
     name = "ip_adapter"
 
-    def __init__(self, pipeline: Pipeline, settings: IpAdapterSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: IpAdapterSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         self.adapter = "ip_adapter" if settings.image_encoder else FILE
         reads: Reads = "embedding" if settings.variant == "base" else "states"
-        self.seen = PictureStates(parent, settings.image_encoder, reads, pipeline.unet.device)
+        self.seen = PictureStates(base, settings.image_encoder, reads, pipeline.unet.device)
         self.nothing = self.seen.nothing()
         self.tokens = BASE_TOKENS if settings.variant == "base" else settings.tokens
         self.projection = self._projection().to(self.device)
@@ -57,8 +57,8 @@ class IpAdapterTraining(TrainingMethod[IpAdapterSettings]):
         self.unet.config.encoder_hid_dim_type = "ip_image_proj"
 
     @classmethod
-    def check(cls, settings: IpAdapterSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
-        encoder_folder(parent, settings.image_encoder)
+    def check(cls, settings: IpAdapterSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
+        encoder_folder(base, settings.image_encoder)
 
     def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
         super().begin(material, device, report)

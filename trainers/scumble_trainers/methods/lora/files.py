@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from scumble.files import write_whole
 from scumble_registry.compatibility import canonical_name
+from scumble_trainers.base import Pipeline
 from scumble_trainers.method import DTYPES
 from scumble_trainers.methods.lora.settings import Layout
-from scumble_trainers.parent import Pipeline
 from scumble_trainers.settings import StoredType
 
 FILE = "pytorch_lora_weights.safetensors"

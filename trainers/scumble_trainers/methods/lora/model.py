@@ -13,12 +13,12 @@ from torch import nn
 from scumble_registry.compatibility import canonical_name
 from scumble_registry.formats.base import examine
 from scumble_registry.formats.source import Source
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import TrainingMethod, in_fp32
 from scumble_trainers.methods.lora.files import ADAPTER, COMPONENTS, FILE, save_factors
 from scumble_trainers.methods.lora.layers import Size, choose_layers, endings, unused_layer
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
 
 
@@ -28,18 +28,18 @@ class LoraTraining(TrainingMethod[LoraSettings]):
     name = "lora"
     adapter = FILE
 
-    def __init__(self, pipeline: Pipeline, settings: LoraSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: LoraSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         _add_factors(pipeline, settings)
         in_fp32([pipeline.unet, self.text])
         if settings.dora:
             _measure_lengths([pipeline.unet, self.text])
 
     @classmethod
-    def check(cls, settings: LoraSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+    def check(cls, settings: LoraSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
         if settings.rank_pattern or settings.alpha_pattern or settings.convolution_rank:
-            base, _ = examine(Source.scan(parent.folder))
-            choose_layers(settings, base.targets)
+            compatibility, _ = examine(Source.scan(base.folder))
+            choose_layers(settings, compatibility.targets)
 
     @property
     def trains_text(self) -> bool:

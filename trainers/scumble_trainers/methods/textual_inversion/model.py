@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import TrainingMethod, half
 from scumble_trainers.methods.textual_inversion.settings import TextualInversionSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
 
 FILE = "learned_embeds.safetensors"
@@ -27,8 +27,8 @@ class TextualInversionTraining(TrainingMethod[TextualInversionSettings]):
 
     name = "textual_inversion"
 
-    def __init__(self, pipeline: Pipeline, settings: TextualInversionSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: TextualInversionSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         # Files for SDXL hold no name: theirs is the file's, as webui and kohya have it.
         self.adapter = FILE if len(self.text.encoders) == 1 else f"{settings.token.strip('<>')}.safetensors"
         words = token_names(settings.token, settings.vectors)
@@ -45,7 +45,7 @@ class TextualInversionTraining(TrainingMethod[TextualInversionSettings]):
             )
 
     @classmethod
-    def check(cls, settings: TextualInversionSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+    def check(cls, settings: TextualInversionSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
         token = settings.token
         if token.split() != [token]:
             raise InvalidRequest(f"--token {token!r} is no single word", field="token")

@@ -29,7 +29,7 @@ Pipeline: TypeAlias = Any
 
 
 @dataclass(frozen=True, slots=True)
-class Parent:
+class TrainingBase:
     """A base's files, and what the registry calls them if it holds them."""
 
     folder: Path
@@ -41,7 +41,7 @@ class Parent:
     """The registry's digest, or `content` where the registry does not hold it."""
 
 
-def find_parent(base: str, home: Path) -> Parent:
+def find_base(base: str, home: Path) -> TrainingBase:
     """The base named by a folder or a reference; a folder is looked up in the registry too.
 
     Raises NotFound, or Incompatible where it is no folder of one of KINDS.
@@ -53,18 +53,18 @@ def find_parent(base: str, home: Path) -> Parent:
     content = folder_digest(folder)
     version = _published(folder, home)
     if version is None:
-        return Parent(folder.resolve(), content, None, content)
-    return Parent(folder.resolve(), content, version.ref, version.digest)
+        return TrainingBase(folder.resolve(), content, None, content)
+    return TrainingBase(folder.resolve(), content, version.ref, version.digest)
 
 
-def load_parent(parent: Parent, *, dtype: torch.dtype = torch.float32) -> Pipeline:
+def load_base(base: TrainingBase, *, dtype: torch.dtype = torch.float32) -> Pipeline:
     """The base as a diffusers pipeline without safety checker, every weight frozen; the autoencoder stays fp32."""
     disable_progress_bar()
     disable_loading_bar()
-    xl = pipeline_kind(parent.folder) == "StableDiffusionXLPipeline"
+    xl = pipeline_kind(base.folder) == "StableDiffusionXLPipeline"
     unchecked = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
     pipeline: Pipeline = DiffusionPipeline.from_pretrained(
-        parent.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **unchecked
+        base.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **unchecked
     )
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
@@ -77,23 +77,23 @@ def pipeline_kind(folder: Path) -> str:
     return str(json.loads((folder / INDEX).read_text("utf-8")).get("_class_name"))
 
 
-def native_resolution(parent: Parent) -> int:
+def native_resolution(base: TrainingBase) -> int:
     """Pixels a side that the base was trained at; read from its configuration, before any weight."""
-    unet = json.loads((parent.folder / "unet" / "config.json").read_text("utf-8"))
-    vae = json.loads((parent.folder / "vae" / "config.json").read_text("utf-8"))
+    unet = json.loads((base.folder / "unet" / "config.json").read_text("utf-8"))
+    vae = json.loads((base.folder / "vae" / "config.json").read_text("utf-8"))
     return int(unet["sample_size"]) * vae_scale(vae)
 
 
-def schedule_config(parent: Parent) -> dict[str, object]:
+def schedule_config(base: TrainingBase) -> dict[str, object]:
     """Its scheduler's configuration."""
-    config: dict[str, object] = json.loads((parent.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    config: dict[str, object] = json.loads((base.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     return config
 
 
-def side_multiple(parent: Parent) -> int:
+def side_multiple(base: TrainingBase) -> int:
     """Pixels that a picture's sides must be a multiple of: the UNet halves latents between its levels."""
-    unet = json.loads((parent.folder / "unet" / "config.json").read_text("utf-8"))
-    vae = json.loads((parent.folder / "vae" / "config.json").read_text("utf-8"))
+    unet = json.loads((base.folder / "unet" / "config.json").read_text("utf-8"))
+    vae = json.loads((base.folder / "vae" / "config.json").read_text("utf-8"))
     return int(vae_scale(vae) * 2 ** (len(unet["block_out_channels"]) - 1))
 
 
@@ -103,14 +103,14 @@ def folder_digest(folder: Path) -> str:
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
-def _from_registry(base: str, home: Path) -> Parent:
+def _from_registry(base: str, home: Path) -> TrainingBase:
     if not _looks_like_reference(base):
         raise NotFound(f"no base folder {base}, and it is no reference such as demo/base@1", field="base")
     with Registry.open(home) as registry:
         version = registry.resolve(base)
         folder = registry.materialise(version)
     _check_kind(folder)
-    return Parent(folder, folder_digest(folder), version.ref, version.digest)
+    return TrainingBase(folder, folder_digest(folder), version.ref, version.digest)
 
 
 def _published(folder: Path, home: Path) -> Version | None:
