@@ -19,7 +19,7 @@ from scumble.errors import IntegrityError, OutOfMemory, Refused, ScumbleError, U
 from scumble.files import write_whole
 from scumble_build.engines.api import Dims, Engine, ExecutionContext, RuntimeCache, TensorRT
 from scumble_build.engines.builder import DTYPES
-from scumble_build.engines.progress import Said, logger
+from scumble_build.engines.progress import BuildLog, logger
 from scumble_build.engines.store import Pulled
 from scumble_build.export.manifest import GraphManifest
 from scumble_server.executors.device import Stepping, faults
@@ -64,8 +64,8 @@ class RunningEngine:
         """Raises IntegrityError for a corrupt plan, Refused for one of another GPU, version or graph, OutOfMemory."""
         self.manifest: GraphManifest = pulled.manifest
         self._trt, self._stepping, self._device = trt, stepping, device
-        self._said = Said()
-        self._logger = logger(trt, self._said)
+        self._log = BuildLog()
+        self._logger = logger(trt, self._log)
         self._runtime = trt.Runtime(self._logger)
         plan = pulled.plan.read_bytes()
         rtx = pulled.stored.key.flavour.is_rtx
@@ -130,7 +130,7 @@ class RunningEngine:
             if not context.execute_async_v3(_stream(self._device)):
                 raise self._failure("a run failed")
 
-        self._said.errors.clear()
+        self._log.errors.clear()
         with faults(f"a run of {self.manifest.graph}"):
             self._stepping.graphs.run(key, work)
         return outputs
@@ -168,7 +168,7 @@ class RunningEngine:
         if engine is not None:
             return engine
         words = self._words()
-        if self._said.ran_out_of_memory:
+        if self._log.ran_out_of_memory:
             raise OutOfMemory(f"the engine of {self.manifest.graph} does not fit into device memory: {words}")
         if any(sign in words for sign in ("driver", "no CUDA-capable device", "cudaError")):
             raise Unavailable(f"the GPU or its driver does not take the engine of {self.manifest.graph}: {words}")
@@ -233,12 +233,12 @@ class RunningEngine:
 
     def _failure(self, what: str) -> ScumbleError:
         words = self._words()
-        if self._said.ran_out_of_memory:
+        if self._log.ran_out_of_memory:
             return OutOfMemory(f"device memory ran out in {self.manifest.graph}: {words}")
         return ScumbleError(f"{self.manifest.graph}: {what}: {words}")
 
     def _words(self) -> str:
-        errors: Sequence[str] = self._said.errors[-3:]
+        errors: Sequence[str] = self._log.errors[-3:]
         return "; ".join(errors) or "TensorRT says no more"
 
 
