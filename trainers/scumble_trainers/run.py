@@ -1,4 +1,4 @@
-"""From a base and pictures to a finished adapter: everything is checked before any work is done."""
+"""Trains an adapter from a base and pictures. Everything is checked before any work is done."""
 
 from __future__ import annotations
 
@@ -42,17 +42,19 @@ def train(
     fresh: bool = False,
     report: ProgressReport = silent,
 ) -> Result:
-    """Trains into `out`, continuing from its newest checkpoint, and returns what training.json says.
+    """Train into `out`, from its newest checkpoint if there is one, and return the content of training.json.
 
-    A run that is finished already is returned as it is. Raises InvalidRequest for bad data, or where `out`
-    holds another run (unless `fresh`, which deletes that first), Unavailable where nothing can be written.
+    A finished run's result is returned as it is. Raises InvalidRequest for bad data, or if `out` holds another run
+    (unless `fresh`, which deletes that first), Unavailable if `out` cannot be written.
     """
     kind = kind.of(settings)
-    noise_schedule(schedule_config(base))  # raises for a base whose prediction nobody here knows
+    noise_schedule(schedule_config(base))  # raises for an unknown prediction type
     resolution = settings.resolution or native_resolution(base)
     multiple = side_multiple(base)
     if resolution % multiple:
-        raise InvalidRequest(f"--resolution {resolution} is no multiple of this base's {multiple}", field="resolution")
+        raise InvalidRequest(
+            f"--resolution {resolution} is not a multiple of this base's {multiple}", field="resolution"
+        )
     read = read_examples(data, resolution=resolution)
     examples = with_captions(read, settings.captions)
     _check_triggers(settings, examples)
@@ -82,7 +84,7 @@ def train(
 
 
 def _finish(run: Run, pictures: int) -> Result:
-    """Saves the adapter and, last, training.json."""
+    """Save the adapter and, last, training.json."""
     accelerator, method, settings, out = run.accelerator, run.method, run.settings, run.out
     result = Result(
         adapter=method.adapter,
@@ -119,7 +121,7 @@ def _prepare(
     identity: dict[str, Any],
     report: ProgressReport,
 ) -> Run:
-    """Loads the base, puts in what is trained, encodes pictures and captions."""
+    """Load the base, add the trained parameters, encode pictures and captions."""
     with accelerator.main_process_first():
         further = kind.further_examples(base, settings, examples, out, report)
     pipeline = load_base(base, dtype=kind.weights_dtype(settings)).to(accelerator.device)
@@ -166,7 +168,7 @@ def _material(
 
 
 def _framing(examples: Sequence[Example], sizes: Sequence[Size]) -> torch.Tensor:
-    """SDXL's six numbers of every picture: `load_picture` fits and then crops at the centre."""
+    """Return SDXL's six time ids of every picture, which `load_picture` resizes and then crops at the centre."""
     rows = []
     for (width, height), example in zip(sizes, examples, strict=True):
         scale = max(width / example.size[0], height / example.size[1])
@@ -192,7 +194,7 @@ def _accelerator(out: Path, name: str, settings: TrainSettings) -> Accelerator:
     parts = accelerator.num_processes * settings.accumulate
     if settings.batch_size % parts:
         raise InvalidRequest(
-            f"--batch-size {settings.batch_size} cannot be divided among {accelerator.num_processes} processes "
+            f"--batch-size {settings.batch_size} cannot be split over {accelerator.num_processes} processes "
             f"and {settings.accumulate} accumulation parts: use a multiple of {parts}",
             field="batch_size",
         )
@@ -205,7 +207,7 @@ def _check_triggers(settings: TrainSettings, examples: Sequence[Example]) -> Non
     for word in settings.trigger_words:
         if not any(word.lower() in caption for caption in captions):
             raise InvalidRequest(
-                f"no caption contains the trigger word {word!r}, so it would trigger nothing", field="trigger"
+                f"no caption contains the trigger word {word!r}, so it would have no effect", field="trigger"
             )
 
 
@@ -224,16 +226,16 @@ def _check_resumable(checkpoint: Checkpoint, settings: TrainSettings, identity: 
 
 
 def _same_run(finished: Result, identity: dict[str, Any], base: TrainingBase) -> bool:
-    told = finished.provenance
+    provenance = finished.provenance
     return (
-        told["config"] == identity["config"]
-        and told["data_digest"] == identity["data"]
-        and told["parent"] in (base.digest, base.content)
+        provenance["config"] == identity["config"]
+        and provenance["data_digest"] == identity["data"]
+        and provenance["parent"] in (base.digest, base.content)
     )
 
 
 def _clear(out: Path) -> None:
-    """Deletes what a run leaves in `out`, and nothing else that lies there. Cached latents stay: they are keyed."""
+    """Delete a run's files in `out` and nothing else. Cached latents stay, as they have keys."""
     finished = read_result(out)
     for folder in ("checkpoints", "samples", "logs"):
         shutil.rmtree(out / folder, ignore_errors=True)

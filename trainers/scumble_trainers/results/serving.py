@@ -1,4 +1,4 @@
-"""Pictures by our own server, as users get them: from a base and adapters that are published for the occasion."""
+"""Draws images by a Scumble server from a base and adapters that are published to a temporary registry."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A running server. Safe to share between threads."""
+    """A running server. Any thread may call it."""
 
     client: Client
 
     def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
-        """One picture per request, in their order; they share batches where the server lets them."""
+        """Draw one image per request, in order. Requests are sent concurrently, so they share batches."""
         with ThreadPoolExecutor(_AT_ONCE) as threads:
             drawn = threads.map(lambda request: self.client.images.generate(request).pil()[0], requests)
             return list(drawn)
@@ -39,9 +39,9 @@ class Served:
 
 @contextmanager
 def served(base: TrainingBase, results: Mapping[str, Path] | None = None, url: str | None = None) -> Iterator[Served]:
-    """The server at `url`, or one of our own with the base and, by name, what finished runs left in their folders.
+    """Yield the server at `url`, or a new one with the base and the adapters in finished runs' folders, by name.
 
-    Raises Unavailable where no server is installed, and what publishing raises.
+    Raises Unavailable if no server is installed, and errors of publishing.
     """
     if url is not None:
         with Client(url) as client:

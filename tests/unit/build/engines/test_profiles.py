@@ -67,8 +67,8 @@ def test_what_stands_in_a_key_is_every_range_written_out(manifest: GraphManifest
         ("[[profile]]\nrows = [1, 2]\n", "rows must be a number, or"),
         ("[[profile]]\nrows = true\n", "rows must be a number, or"),
         ('[[profile]]\ngraphs = "x"\n', "graphs must be a list of names"),
-        ("rows = 2\n", r"has \[\[profile\]\] tables"),
-        ("profile = []\n", r"has \[\[profile\]\] tables"),
+        ("rows = 2\n", r"must have \[\[profile\]\] tables"),
+        ("profile = []\n", r"must have \[\[profile\]\] tables"),
         ("[[profile\n", "is not TOML"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the base itself draws of the class: the prior that fine-tuning must keep."""
+"""Class pictures drawn by the base: the prior that fine-tuning must preserve."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scumble_trainers.steps.progress import ProgressReport
 def class_examples(
     base: TrainingBase, settings: DreamboothSettings, folder: Path, report: ProgressReport
 ) -> list[Example]:
-    """The class's pictures in `folder`, drawn now if they are not there; the lines are written last."""
+    """Return the class pictures in `folder`, drawn now if missing; their metadata is written last."""
     if not (folder / METADATA).is_file() or not _are_of(folder, base, settings):
         _draw(base, settings, folder, report)
     return read_examples(folder, resolution=1)
@@ -50,7 +50,7 @@ def _are_of(folder: Path, base: TrainingBase, settings: DreamboothSettings) -> b
 
 
 def _made(base: TrainingBase, settings: DreamboothSettings) -> dict[str, object]:
-    """What the pictures depend on."""
+    """Return everything that the pictures depend on."""
     return {
         "base": base.content,
         "prompts": list(settings.class_prompts),

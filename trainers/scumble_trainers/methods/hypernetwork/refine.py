@@ -1,6 +1,7 @@
-"""A predicted LoRA, trained a few steps further on pictures of what it was predicted for.
+"""Trains a predicted LoRA for a few more steps on pictures of its concept.
 
-HyperDreamBooth (2307.06949) calls it rank-relaxed fast fine-tuning: further ranks begin beside the predicted ones.
+HyperDreamBooth (2307.06949) calls it rank-relaxed fast fine-tuning: new rank columns are trained beside the predicted
+ones.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from scumble_trainers.steps.progress import ProgressReport
 
 
 class Refinement(TrainingMethod[HypernetworkSettings]):
-    """The predicted factors at scale 1, in the first of `rank` ranks; the others as a new LoRA's."""
+    """Trains a LoRA of `rank` columns: the first are the predicted factors at scale 1, the others a new LoRA's."""
 
     name = "hypernetwork"
     adapter = FILE
@@ -57,7 +58,7 @@ class Refinement(TrainingMethod[HypernetworkSettings]):
         if config.encoder not in (None, encoder_digest(base)):
             raise Incompatible(
                 f"--from {settings.source} was trained with another image encoder than {base.folder} has: "
-                "name the base that it was trained for",
+                "use the base that it was trained for",
                 field="from",
             )
         if not all(target.startswith(PREFIX) for target in config.targets):
@@ -97,17 +98,17 @@ class Refinement(TrainingMethod[HypernetworkSettings]):
 
 
 def _find_record(settings: HypernetworkSettings) -> PredictorRecord:
-    """Of `--from`: a file, or a version in the registry."""
+    """Read the record of `--from`: a file, or a version in the registry."""
     if settings.source is None:
-        raise InvalidRequest("--refine needs the hypernetwork: --from FILE or --from ns/name@7", field="from")
-    place = Path(settings.source)
-    if not place.exists():
+        raise InvalidRequest("--refine needs a hypernetwork: --from FILE or --from ns/name@7", field="from")
+    path = Path(settings.source)
+    if not path.exists():
         with Registry.open(default_home()) as registry:
-            place = registry.materialise(registry.resolve(settings.source))
-    source = Source.scan(place)
-    record = read_record(*source.weights().values() or (place,)) if recognises(source) else None
+            path = registry.materialise(registry.resolve(settings.source))
+    source = Source.scan(path)
+    record = read_record(*source.weights().values() or (path,)) if recognises(source) else None
     if not isinstance(record, PredictorRecord):
-        raise InvalidRequest(f"--from {settings.source} is no hypernetwork that predicts a LoRA", field="from")
+        raise InvalidRequest(f"--from {settings.source} is not a hypernetwork that predicts a LoRA", field="from")
     return record
 
 
@@ -117,6 +118,4 @@ def _open(file: Path) -> Image.Image:
             size = opened.size
         return load_picture(file, size)
     except (OSError, UnidentifiedImageError) as error:
-        raise InvalidRequest(
-            f"--reference {file} is no picture that can be read: {error}", field="reference"
-        ) from error
+        raise InvalidRequest(f"--reference {file} cannot be read as a picture: {error}", field="reference") from error

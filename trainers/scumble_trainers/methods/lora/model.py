@@ -1,4 +1,4 @@
-"""LoRA factors on a frozen pipeline, put in by PEFT."""
+"""Trains LoRA factors, which PEFT adds to a frozen pipeline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from scumble_trainers.settings import StoredType
 
 
 class LoraTraining(TrainingMethod[LoraSettings]):
-    """A by Kaiming from the seed, B zero, so that nothing changes at first."""
+    """A starts by Kaiming initialisation from the seed, B as zero, so nothing changes at first."""
 
     name = "lora"
     adapter = FILE
@@ -46,7 +46,7 @@ class LoraTraining(TrainingMethod[LoraSettings]):
         return self.settings.text_encoder
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """`unet.…` first, then `text.…`."""
+        """Return the factors: `unet.…` first, then `text.…`."""
         parts = {"unet": self.unet, "text": self.text}
         return {
             f"{part}.{name}": parameter
@@ -56,7 +56,7 @@ class LoraTraining(TrainingMethod[LoraSettings]):
         }
 
     def learning_rate(self, name: str) -> float:
-        """LoRA+ (2402.12354): B learns faster than A, by a ratio."""
+        """Return the learning rate; B's is a multiple of A's with LoRA+ (2402.12354)."""
         own = self.settings.text_learning_rate if name.startswith("text") else None
         return (own or self.settings.learning_rate) * (self.settings.plus_ratio if ".lora_B." in name else 1)
 
@@ -83,9 +83,9 @@ def _add_factors(pipeline: Pipeline, settings: LoraSettings) -> None:
 
 
 def _measure_lengths(modules: Sequence[nn.Module]) -> None:
-    """Again in fp32: PEFT measured in the frozen weights' type, whose rounding is larger than a step.
+    """Compute DoRA's magnitudes again in fp32: PEFT uses the frozen weights' dtype, whose rounding exceeds a step.
 
-    At every step it measures convolutions in their own type, so that those are kept in fp32.
+    At every step PEFT computes a convolution's norm in its own dtype, so convolutions are kept in fp32.
     """
     for layer in (layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)):
         base = layer.get_base_layer()
@@ -99,7 +99,7 @@ def _measure_lengths(modules: Sequence[nn.Module]) -> None:
 def _config(
     settings: LoraSettings, targets: Sequence[str], layers: Mapping[str, Size], skipped: Sequence[str]
 ) -> LoraConfig:
-    """PEFT's, of one part; `layers` and `skipped` by the part's own names."""
+    """Return PEFT's configuration of one part; `layers` and `skipped` by the part's own names."""
     alpha = settings.alpha or float(settings.rank)
     return LoraConfig(
         r=settings.rank,
@@ -114,5 +114,5 @@ def _config(
 
 
 def _whole(alpha: float) -> int:
-    """PEFT types alpha as an integer; it only divides by the rank, and takes fractions as well."""
+    """Cast alpha, which PEFT types as an integer although fractions work."""
     return int(alpha) if alpha == int(alpha) else cast(int, cast(Any, alpha))
