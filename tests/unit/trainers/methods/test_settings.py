@@ -97,7 +97,7 @@ def test_the_hints_widths_must_be_as_many_as_the_latents_need(base: TrainingBase
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"token": "two words"}, "no single word"),
+        ({"token": "two words"}, "is not a single word"),
         ({"token": "<y>"}, "no caption with <y>"),
         ({"initial_words": "red", "vectors": 1}, "more than --vectors"),
     ],
@@ -123,4 +123,4 @@ def test_a_word_begins_as_other_words(base: TrainingBase, things: Path, tmp_path
 
 def test_class_pictures_are_square(base: TrainingBase, things: Path, tmp_path: Path) -> None:
     message = refused("dreambooth", base, things, tmp_path / "out", class_prompts=("a disc",), bucket=True)
-    assert "--bucket goes with no --class-prompt" in message
+    assert "--bucket cannot be used with --class-prompt" in message

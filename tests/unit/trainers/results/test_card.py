@@ -47,4 +47,4 @@ def test_a_card_of_little_says_so(base_folder: Path, make_data: Any, tmp_path: P
     assert card.data.base_model.startswith("sha256:")
     assert "instance_prompt" not in card.data.to_dict()
     assert "Trigger words: none" in card.text
-    assert "Licence: not given" in card.text
+    assert "License: not given" in card.text
