@@ -1,4 +1,4 @@
-"""Does the checkpoint draw its thing, and what it knew before?"""
+"""Measures whether a checkpoint draws its concept, and still draws others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scumble_trainers.results.serving import served
 
 
 def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
-    """On held-out pictures of the concept, and on other concepts that the base knows."""
+    """Measure on held-out pictures of the concept, and on other concepts that the base knows."""
     taught = read_taught(data, result)
     others = [concept for concept in some_concepts() if concept != taught.concept]
     prior = Trial(base, known_prompts(others))

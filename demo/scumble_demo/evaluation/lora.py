@@ -1,4 +1,4 @@
-"""Does a style LoRA draw in its style, and still what it is asked for?"""
+"""Measures whether a style LoRA draws in its style, and still draws the prompt's concept."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _END = " style"
 
 
 def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
-    """Prompts name known concepts in the trained style, whose held-out hand the base never saw.
+    """Measure with prompts of known concepts in the trained style, which the base was not trained on.
 
-    How well the base draws what it is asked for is measured in the styles that it knows.
+    The base's recognised concepts are measured in its own styles.
     """
     wanted = some_concepts()
     trained = _style(result)
@@ -45,6 +45,6 @@ def _style(result: Result) -> Style:
         if word.endswith(_END):
             return style(word.removesuffix(_END))
     raise InvalidRequest(
-        'the measure is for styles of the bundled data: train with --trigger "NAME style", e.g. "ink style"',
+        '--evaluate needs a style of the bundled data: train with --trigger "NAME style", e.g. "ink style"',
         field="trigger",
     )

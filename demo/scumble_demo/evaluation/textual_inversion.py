@@ -1,4 +1,4 @@
-"""Does the new word draw its thing?"""
+"""Measures whether a new word draws its concept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scumble_trainers.results.serving import served
 
 
 def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
-    """On held-out pictures of the concept."""
+    """Measure on held-out pictures of the concept."""
     taught = read_taught(data, result)
     with served(base, {ADAPTER: out}) as server:
         return measure_concept(base, taught, out, scorer, server)
