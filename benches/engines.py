@@ -158,7 +158,7 @@ def filled(model: Any) -> Any:
             count = min(flat.numel() - start, len(noise) - offset)
             flat[start : start + count] = noise[offset : offset + count]
             start, offset = start + count, (offset + count + 1) % len(noise)
-    return result
+    return model
 
 
 def peak() -> int:

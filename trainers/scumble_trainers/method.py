@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002, ARG003 - what only subclasses use
 """The contract of a training method: frozen base and trained parameters as one module whose forward is the loss."""
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """The conditioning of a prediction, beside the noisy latents."""
+    """The conditioning of a prediction, besides the noisy latents."""
 
     pictures: Tensor  # (B,) int64 on the CPU: indices of the examples
     text: TextStates
@@ -84,7 +83,7 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
         """Check settings, base and data before any work. Raises InvalidRequest or Incompatible."""
 
     @classmethod
-    def of(cls, settings: Settings) -> type[TrainingMethod[Any]]:
+    def of(cls, settings: Settings) -> type[TrainingMethod[Any]]:  # noqa: ARG003 - for overrides
         """Return the class that trains with these settings; a method may have several."""
         return cls
 
@@ -99,6 +98,7 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
         cls, base: TrainingBase, settings: Settings, examples: Sequence[Example], out: Path, report: ProgressReport
     ) -> list[Example]:
         """Return pictures that the method draws itself; `Material.further` has their indices."""
+        del base, settings, examples, out, report  # for overrides
         return []
 
     @property
@@ -111,7 +111,7 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
         """Words that a prompt needs to use the adapter."""
         return self.settings.trigger_words
 
-    def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
+    def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:  # noqa: ARG002 - for overrides
         """Called once before the first step; a method may compute here what it needs of every picture."""
         self.material = material
 
@@ -119,7 +119,7 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name, in a fixed order."""
 
-    def learning_rate(self, name: str) -> float:
+    def learning_rate(self, name: str) -> float:  # noqa: ARG002 - for overrides
         """Return the peak learning rate of the trained parameter `name`."""
         return self.settings.learning_rate
 

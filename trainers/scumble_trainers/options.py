@@ -15,7 +15,7 @@ from scumble.errors import InvalidRequest
 from scumble_trainers.settings import DATA, SAVE, TrainSettings, option_name
 
 Common = Mapping[str, Any]
-"""Options of every method beside its settings, by the names in COMMON."""
+"""Options of every method besides its settings, by the names in COMMON."""
 
 Command = Callable[[Common, dict[str, Any]], None]
 """Called with the common options and the settings that were given."""

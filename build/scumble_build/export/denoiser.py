@@ -1,6 +1,6 @@
 """The denoiser's graphs; each takes all inputs of the one before it.
 
-| graph  | inputs beside text |
+| graph  | inputs besides text |
 |--------|---------------------------|
 | bare   | nothing |
 | small  | factors over the small layout |

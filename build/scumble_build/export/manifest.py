@@ -19,7 +19,7 @@ Its guarantees:
   pair, A_rest and B_rest, for targets whose offsets are not below `total_in` and `total_out`, which are subtracted from
   their offsets. `pages` has the pages that each row reads, in the order of its rank columns. A page of zeros, or a
   scale of zeros, adds nothing.
-* `includes` lists the inputs of a denoiser's graph beside text; the graph serves all batches that need no others.
+* `includes` lists the inputs of a denoiser's graph besides text; the graph serves all batches that need no others.
 * `onnx.sha256` and `weights.sha256` are those of the files. `parameters` maps each initializer to the tensor of the
   component, in the diffusers layout, that it holds.
 """

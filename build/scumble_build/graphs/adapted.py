@@ -116,7 +116,7 @@ class Adapted(nn.Module):
         self.source = source
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `(rows, in)` or `(rows, N, in)` for a linear layer, `(rows, in, H, W)` for a convolution."""
+        """Run the layer on x: `(rows, in)` or `(rows, N, in)` if linear, `(rows, in, H, W)` for a convolution."""
         for change in self.source.changes:
             x = change.change(self.target.name, x)
         y: Tensor = self.base(x)

@@ -1,4 +1,4 @@
-"""The optional inputs of a denoiser's graph, beside text: a batch may have each of them or not."""
+"""The optional inputs of a denoiser's graph, besides text: a batch may have each of them or not."""
 
 from __future__ import annotations
 

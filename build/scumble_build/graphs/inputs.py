@@ -1,4 +1,4 @@
-"""The inputs of one step of the denoiser or of a ControlNet, beside sample and timestep.
+"""The inputs of one step of the denoiser or of a ControlNet, besides sample and timestep.
 
 `rows` in these classes counts model rows: a guided image is two, negative prompt first. Every part but the text's
 keys and values may be absent, and then costs nothing.
@@ -115,7 +115,7 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class NetInputs:
-    """The inputs of one step of a ControlNet, beside sample and timestep.
+    """The inputs of one step of a ControlNet, besides sample and timestep.
 
     kv (rows, T, K), the net's own keys and values of the text; hint (rows, C, H/8, W/8), the embedded control picture;
     added (rows, E), which SDXL's nets add to the embedded time, or None; kv_mask (rows, T) bool, True where a key is,

@@ -29,7 +29,7 @@ from scumble_server.executors.sessions import BaseSessions
 from scumble_server.executors.torch.executor import TorchExecutor
 
 ALWAYS = ("kv_projection", "unet.bare", "vae_decoder")
-"""The graphs that every request runs, beside the text encoders."""
+"""The graphs that every request runs, besides the text encoders."""
 
 
 @dataclass(slots=True)

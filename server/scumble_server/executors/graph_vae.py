@@ -16,7 +16,7 @@ class _Half(nn.Module):
     """The encoder or the decoder, with the interface that diffusers calls."""
 
     def __init__(self, sessions: BaseSessions, name: str, port: str) -> None:
-        """`port` is the name of the graph's only input."""
+        """Take the graph `name`, whose only input is `port`."""
         super().__init__()
         # diffusers reads a model's device and dtype from its parameters.
         self.placeholder = nn.Parameter(torch.empty(0, device=sessions.graphs.vae.device), requires_grad=False)

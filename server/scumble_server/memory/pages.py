@@ -55,7 +55,7 @@ class Pool:
     """
 
     def __init__(self, extent: Extent, device: torch.device, dtype: torch.dtype, most: int | None = None) -> None:
-        """`most` is the largest number of pages that the graphs accept, or None."""
+        """Make an empty pool of `most` pages at most, the number that the graphs accept (None: no limit)."""
         self._widths = PAGE * extent.total_in, PAGE * extent.total_out
         self._device, self._dtype, self._most = device, dtype, most
         self._uploads = Uploads(device)

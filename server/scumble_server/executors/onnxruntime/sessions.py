@@ -89,7 +89,7 @@ class OrtSessions(Generic[GraphsT]):
     def __init__(
         self, graphs: GraphsT, cache: GraphCache, device: str, parent: OrtSessions[GraphsT] | None = None
     ) -> None:
-        """Components that share all their tensors with `parent` run in its sessions."""
+        """Take graphs to open; components that share all their tensors with `parent` run in its sessions."""
         self.graphs, self._cache, self._device, self._parent = graphs, cache, device, parent
         self._opened: dict[str, _Session] = {}
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Settings of a ControlNet run, beside those of every run."""
+"""Settings of a ControlNet run, in addition to those of every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a hypernetwork run, beside those of every run."""
+"""Settings of a hypernetwork run, in addition to those of every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of an IP-Adapter run, beside those of every run."""
+"""Settings of an IP-Adapter run, in addition to those of every run."""
 
 from __future__ import annotations
 

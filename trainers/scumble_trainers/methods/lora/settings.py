@@ -1,4 +1,4 @@
-"""Settings of a LoRA run, beside those of every run."""
+"""Settings of a LoRA run, in addition to those of every run."""
 
 from __future__ import annotations
 

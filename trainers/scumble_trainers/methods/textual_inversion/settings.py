@@ -1,4 +1,4 @@
-"""Settings of a textual inversion run, beside those of every run."""
+"""Settings of a textual inversion run, in addition to those of every run."""
 
 from __future__ import annotations
 
