@@ -77,9 +77,9 @@ def test_prompts_are_of_concepts_that_the_base_knows() -> None:
     assert not any(concept.held_out for concept in chosen)
 
 
-def test_without_a_judge_nothing_is_measured(base_folder: Path, tmp_path: Path) -> None:
+def test_without_a_scorer_nothing_is_measured(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="needs a scorer"):
-        check_measurable(find_base(str(base_folder), tmp_path))
+        check_measurable(find_base(str(tiny_base), tmp_path))
     check_measurable(find_base(str(DEMO), tmp_path))
 
 
