@@ -1,8 +1,8 @@
-"""TensorRT for RTX engines of real sizes with random weights: what they take to build on a machine without a GPU.
+"""Measures building TensorRT for RTX engines of real sizes with random weights, on a machine without a GPU.
 
-Every graph is exported and built in a process of its own, whose largest resident size is the peak. Where a graph does
-not fit into this machine, what it would need is reckoned from its weights and from those that did. Prints JSON, or with
-`--table` the table of docs/gpu.md.
+Every graph is exported and built in its own process, whose largest resident size is the peak. For a graph that does not
+fit into memory, the need is estimated from its weights and the other builds. Prints JSON, or with `--table` the table
+of docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--sm", type=int, action="append")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--table", action="store_true", help="Markdown instead of JSON")
-    parser.add_argument("--work", type=Path, help="Folder for graphs and plans, kept [default: a temporary one]")
+    parser.add_argument("--work", type=Path, help="Folder for graphs and plans [default: a temporary one]")
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="scumble-engines-"))
     xl = arguments.family == "sdxl"
@@ -68,8 +68,8 @@ def main() -> None:
         if arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)
     reckon(rows)
-    found = {"machine": machine(), "family": arguments.family, "sm": arguments.sm or [89], "engines": rows}
-    print(table(rows) if arguments.table else json.dumps(found, indent=2))
+    report = {"machine": machine(), "family": arguments.family, "sm": arguments.sm or [89], "engines": rows}
+    print(table(rows) if arguments.table else json.dumps(report, indent=2))
 
 
 def measured(family: str, graph: str, sm: tuple[int, ...], profile: Path | None, work: Path) -> dict[str, Any]:
@@ -85,10 +85,10 @@ def measured(family: str, graph: str, sm: tuple[int, ...], profile: Path | None,
 
 
 def alone(work: Any, *arguments: Any) -> dict[str, Any]:
-    """In a process of its own, so that peaks are its own and a killed one ends nothing else."""
+    """Run `work` in its own process, so that its peak is separate and nothing else ends if it is killed."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found: dict[str, Any] = pool.submit(work, *arguments).result()
-    return found
+        result: dict[str, Any] = pool.submit(work, *arguments).result()
+    return result
 
 
 def export(family: str, graph: str, work: Path) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def engine(graph: str, sm: tuple[int, ...], profile: Path | None, work: Path) ->
 
 
 def random_models(family: FamilyConfigs, name: str) -> Models:
-    """In fp16; only shapes matter, so weights are drawn the quickest way that leaves no NaN."""
+    """Make the models in fp16; only shapes matter, so weights are drawn by the fastest method without NaN."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     with torch.device("meta"):
@@ -142,22 +142,22 @@ def random_net(family: FamilyConfigs) -> ControlNetModel:
         unet = UNet2DConditionModel(sample_size=family.latents, **family.unet)
         net = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
     torch.set_default_dtype(torch.float32)
-    found: ControlNetModel = filled(net.to_empty(device="cpu"))
-    return found
+    model: ControlNetModel = filled(net.to_empty(device="cpu"))
+    return model
 
 
 @torch.no_grad()
 def filled(model: Any) -> Any:
-    """No two tensors are alike: TensorRT keeps such weights once, and a plan would be too small."""
+    """Fill all tensors with different values: TensorRT stores equal weights once, and a plan would be too small."""
     noise = torch.randn(1 << 20).half() * 0.02
-    place = 0
+    offset = 0
     for tensor in filter(torch.is_floating_point, (*model.parameters(), *model.buffers())):
         flat = tensor.view(-1)
         start = 0
         while start < flat.numel():
-            count = min(flat.numel() - start, len(noise) - place)
-            flat[start : start + count] = noise[place : place + count]
-            start, place = start + count, (place + count + 1) % len(noise)
+            count = min(flat.numel() - start, len(noise) - offset)
+            flat[start : start + count] = noise[offset : offset + count]
+            start, offset = start + count, (offset + count + 1) % len(noise)
     return model
 
 
@@ -166,7 +166,7 @@ def peak() -> int:
 
 
 def reckon(rows: list[dict[str, Any]]) -> None:
-    """What those that failed would need: as much for each byte of weights as the most hungry of those that did not."""
+    """Estimate the memory of failed builds by the largest ratio of peak to weights among the others."""
     done = [row["peak_bytes"] / row["weights_bytes"] for row in rows if "peak_bytes" in row]
     for row in rows:
         if "failed" in row and done and "weights_bytes" in row:

@@ -1,9 +1,9 @@
-"""A step of the denoiser by each executor that this machine has, over batches and ranks, side by side in one run.
+"""Measures a step of the denoiser with each executor that this machine has, over batch sizes and ranks.
 
     PYTHONPATH=tests python benches/executors.py --base demo/base [--rounds 7] [--rows 2 8] [--ranks 0 16 64]
 
 Prints JSON: median seconds of a step and the ratio to torch's. Rank 0 is a step without factors; otherwise each guided
-image (two rows) has a LoRA of its own over the small layout. The first round warms up and does not count.
+image (two rows) has its own LoRA in the small layout. The first round is a warm-up.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as cache:
-        found = find_base(str(arguments.base), Path(cache))
-        family = FAMILIES[found.family]
+        folder = find_base(str(arguments.base), Path(cache))
+        family = FAMILIES[folder.family]
         executors: dict[str, Executor] = {
-            "torch": TorchExecutor.load(found.folder, family),
-            "onnxruntime": OnnxRuntimeExecutor.load(found.folder, family, Path(cache)),
+            "torch": TorchExecutor.load(folder.folder, family),
+            "onnxruntime": OnnxRuntimeExecutor.load(folder.folder, family, Path(cache)),
         }
         steps = [
             measure(executors, rows, rank, arguments.side, arguments.rounds)
@@ -56,9 +56,12 @@ def measure(executors: dict[str, Executor], rows: int, rank: int, side: int, rou
     torch.manual_seed(0)
     executor = executors["torch"]
     sample, timestep = torch.randn(rows, 4, side, side), torch.full((rows,), 500.0)
-    width = sum(2 * place.width for place in executor.kv_slices)
+    width = sum(2 * kv_slice.width for kv_slice in executor.kv_slices)
     inputs = StepInputs(torch.randn(rows, 77, width), factors=factors(executor, rows, rank) if rank else None)
-    runs = {name: (lambda each=each: each.denoise(sample, timestep, inputs)) for name, each in executors.items()}
+    runs = {
+        name: (lambda executor=executor: executor.denoise(sample, timestep, inputs))
+        for name, executor in executors.items()
+    }
     results = {name: run() for name, run in runs.items()}
     difference = float((results["torch"] - results["onnxruntime"]).abs().max())
     seconds = alternate(runs, rounds)
@@ -67,7 +70,7 @@ def measure(executors: dict[str, Executor], rows: int, rank: int, side: int, rou
 
 
 def factors(executor: Executor, rows: int, rank: int) -> Factors:
-    """As the server stacks them: the two rows of a guided image share a set."""
+    """Stack factors as the server does: the two rows of a guided image share a set."""
     sets = [row // 2 for row in range(rows)]
     return some_factors(executor.step_layout, sets, rank, size=0.02, scale=1.0, rows_per_set=2)
 

@@ -1,4 +1,4 @@
-"""Steps on exported graphs beside a plain export of diffusers' UNet: TensorRT on a GPU, ONNX Runtime on a CPU."""
+"""Runs exported graphs and a plain export of diffusers' UNet: in TensorRT on a GPU, in ONNX Runtime on a CPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NO_BASE = "sha256:" + "0" * 64
 
 @dataclass(frozen=True)
 class ExportedUnet:
-    """`plain` is diffusers' UNet, of text states and not of their keys and values; it takes what its inputs name."""
+    """`plain` is the export of diffusers' UNet, which reads text states instead of keys and values."""
 
     runtime: str
     executor: ExportedExecutor
@@ -48,7 +48,9 @@ class ExportedUnet:
 def make(
     models: Models, family: str, precision: Precision, latents: int, device: torch.device, work: Path
 ) -> ExportedUnet:
-    """`models` are on the CPU, in `precision`, and nobody else's. Raises Unavailable on a GPU without TensorRT."""
+    """Export and load `models`, which are on the CPU in `precision` and are changed. Raises Unavailable on a GPU
+    without TensorRT.
+    """
     plain = PlainGraphs(copy.deepcopy(models.unet), precision)
     cpu = torch.device("cpu")
     weights = TorchExecutor(models, FAMILIES[family], cpu, PRECISIONS[precision], 64)  # type: ignore[index]
@@ -72,7 +74,7 @@ def make(
 def _engines(
     graphs: Exportable, names: tuple[str, ...], family: str, precision: Precision, latents: int, work: Path
 ) -> dict[str, Pulled]:
-    """For one size and eight rows at most, as this bench draws."""
+    """Return the profile for one size and eight rows at most."""
     manifests = write_graphs(graphs, names, work, base=NO_BASE, family=family)  # type: ignore[arg-type]
     side, pixels, sm = Range(latents, latents, latents), Range(8 * latents, 8 * latents, 8 * latents), current_sm()
     assert sm is not None
@@ -88,13 +90,13 @@ def _engines(
         work, manifests, BuildTarget(Flavour.TENSORRT, (sm,), precision, (Profile(axes),)), work / "plans"
     )
     return {
-        each.key.part: Pulled(Stored(each.key, None), GraphManifest.read(each.manifest), each.plan)  # type: ignore[arg-type]
-        for each in built
+        engine.key.part: Pulled(Stored(engine.key, None), GraphManifest.read(engine.manifest), engine.plan)  # type: ignore[arg-type]
+        for engine in built
     }
 
 
 class PlainGraphs:
-    """diffusers' UNet with nothing but its weights, exported as our graphs are."""
+    """Return diffusers' UNet without adapters as a graph for the same exporter."""
 
     names = ("unet.plain",)
 
@@ -110,13 +112,13 @@ class PlainGraphs:
         inputs = [
             Port(name="sample", dtype="float32", dims=maps, about="Latents."),
             TIMESTEP,
-            Port(name="states", dtype=dtype, dims=states, about="Of the text."),
+            Port(name="states", dtype=dtype, dims=states, about="Text states."),
         ]
         if config.addition_embed_type == "text_time":
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             inputs += [Port(name="pooled", dtype=dtype, dims=("rows", pooled), about="The pooled text."), SIZES]
         axes = {"rows": ROWS, "tokens": TOKENS, "height": HEIGHT, "width": WIDTH}
-        out = Port(name="prediction", dtype="float32", dims=maps, about="As the base predicts.")
+        out = Port(name="prediction", dtype="float32", dims=maps, about="The base's prediction.")
         parameters = {f"unet.{key}": tensor for key, tensor in self.states["unet"].items()}
         module = _Plain(self._unet, DTYPES[dtype])
         return Graph(name, "denoiser", module, tuple(inputs), (out,), axes, self._precision, parameters)

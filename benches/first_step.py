@@ -1,4 +1,4 @@
-"""From a request to its first step, for each kind of adapter: cold, when nothing of it is in memory, and warm."""
+"""Measures the time from a request to its first step for each kind of adapter, cold (not in memory) and warm."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SIDE = 128
 
 
 def first_steps(base: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds. Every cold request meets a server that has just started, with its base loaded.
+    """Return median milliseconds. Every cold request is sent to a server that has just started, with its base loaded.
 
-    The warm one asks for the same adapter with other words, so its text is encoded anew.
+    The warm one uses the same adapter with another prompt, so its text is encoded again.
     """
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "home"
@@ -33,7 +33,7 @@ def first_steps(base: Path, rounds: int) -> dict[str, dict[str, float]]:
         for _ in range(rounds + 1):
             for name in names:
                 service = Service.open(ServerConfig(home=home, base=every.base))
-                _to_first_step(service, _request(every, "bare", "something else"))  # the base's own first call
+                _to_first_step(service, _request(every, "bare", "something else"))  # the base's first call
                 seconds[name].append(
                     (
                         _to_first_step(service, _request(every, name, "a red apple")),

@@ -1,18 +1,18 @@
-"""One script for a machine with a GPU: at most ten minutes, no network, random weights. Prints JSON with aims.
+"""Benchmarks for a machine with a GPU: at most ten minutes, no network, random weights. Prints JSON.
 
     python benches/gpu.py                 SD 1.5 at 512² and SDXL at 1024² on CUDA
     python benches/gpu.py --engines       on TensorRT too
-    python benches/gpu.py --tiny          the same script on a CPU with toy sizes: that it works, not how fast
+        python benches/gpu.py --tiny          the same script on a CPU with toy sizes, to test that it works
 
-What is measured, each against an aim (`aims` in the output says which are met):
+It measures the following; `aims` in the output compares each figure with a threshold:
 
 * correctness: a mixed step in the serving precision against fp32 on the CPU
 * bare: our graph without adapters against diffusers' own UNet
-* mixed: 8 rows with 8 sets of LoRAs against 8 bare rows, and against what the arithmetic of the factors adds
-* switch: a set that is on the device joins a batch (warm); it comes from host memory (cold)
-* traffic: images with adapters of their own, drawn by us as one batch, by diffusers with PEFT one after the other
-* exported (with `--engines`, which builds them first and takes longer): steps on our engines against an engine of
-  diffusers' UNet exported as it is, and what a graph that takes factors costs a batch without any
+* mixed: 8 rows with 8 sets of LoRAs against 8 bare rows, and against the added arithmetic of the factors
+* switch: a set joins a batch from the device (warm) or from host memory (cold)
+* traffic: images with different adapters, drawn by Scumble in one batch, by diffusers with PEFT one after another
+* exported (with `--engines`, which builds them first and takes longer): steps on Scumble's engines against an engine of
+  diffusers' UNet exported as it is, and the overhead of a graph with factors for a batch without any
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SETS = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn: `latents` is the side of a square; `context` the width of text states."""
+    """A base to measure: `latents` is the side of a square; `context` the width of text states."""
 
     name: str
     models: Callable[[], Models]
@@ -74,31 +74,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="on a CPU, with toy sizes")
     parser.add_argument("--engines", action="store_true", help="build TensorRT engines and measure them too")
-    parser.add_argument("--minutes", type=float, default=10.0, help="what does not fit into this time is left out")
+    parser.add_argument("--minutes", type=float, default=10.0, help="sections beyond this time are left out")
     arguments = parser.parse_args()
     if not arguments.tiny and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; --tiny shows on a CPU that this script works")
+        raise SystemExit("torch sees no CUDA device; --tiny tests this script on a CPU")
     device = torch.device("cpu" if arguments.tiny else "cuda")
     end = time.monotonic() + 60 * arguments.minutes
     plans = [tiny_plan()] if arguments.tiny else [real_plan("sd1.5", 4.0), real_plan("sdxl", 2.0)]
-    found: dict[str, Any] = {"machine": machine() | about(device), "bases": {}, "left_out": []}
+    report: dict[str, Any] = {"machine": machine() | device_info(device), "bases": {}, "left_out": []}
     for plan in plans:
-        results = found["bases"][plan.name] = {}
+        results = report["bases"][plan.name] = {}
         bench = Bench(plan, device)
         sections = [bench.correctness, bench.bare, bench.mixed, bench.switch, bench.traffic]
         for section in [*sections, bench.exported] if arguments.engines or arguments.tiny else sections:
             if time.monotonic() > end:
-                found["left_out"].append(f"{plan.name}: {section.__name__}")
+                report["left_out"].append(f"{plan.name}: {section.__name__}")
                 continue
             results[section.__name__] = section()
         del bench
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    found["aims"] = aims(found["bases"], {plan.name: plan.aim_traffic for plan in plans})
-    print(json.dumps(found, indent=2))
+    report["aims"] = aims(report["bases"], {plan.name: plan.aim_traffic for plan in plans})
+    print(json.dumps(report, indent=2))
 
 
-def about(device: torch.device) -> dict[str, Any]:
+def device_info(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {"device": "cpu"}
     properties = torch.cuda.get_device_properties(device)
@@ -106,7 +106,7 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 class Bench:
-    """One base on one device: our executor, diffusers' UNet beside it with the same weights, sets of LoRAs."""
+    """One base on one device: the torch executor, diffusers' UNet with the same weights, sets of LoRAs."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
@@ -119,14 +119,14 @@ class Bench:
         for model in (ours.unet, *ours.texts.values()):
             model.to(self.dtype)
         self.executor = TorchExecutor(ours, family, device, self.dtype, 64, Stepping.on(device))
-        self.kv_width = sum(2 * each.width for each in self.executor.kv_slices)
+        self.kv_width = sum(2 * kv_slice.width for kv_slice in self.executor.kv_slices)
         layout = self.executor.step_layout
         self.pools = [Pool(extent, device, self.dtype) for extent in (layout.small, layout.rest)]
 
-    # What is measured
+    # Measurements
 
     def correctness(self) -> dict[str, Any]:
-        """Two rows with factors, in the serving precision and in fp32 on the CPU. SDXL's would take minutes there."""
+        """Compare two rows with factors in the serving precision with fp32 on the CPU (not for SDXL)."""
         if self.reference is None:
             return {"left_out": "fp32 on the CPU is measured for SD 1.5 only"}
         models = Models(
@@ -137,14 +137,14 @@ class Bench:
         family = OURS[self.plan.family]  # type: ignore[index]
         exact = TorchExecutor(models, family, torch.device("cpu"), torch.float32, 64)
         sample, timestep, inputs = self.batch(2, sets=2, rank=16)
-        found = self.executor.denoise(sample, timestep, inputs).cpu()
+        prediction = self.executor.denoise(sample, timestep, inputs).cpu()
         moved = inputs.to(torch.device("cpu"), torch.float32)
         expected = exact.denoise(sample.cpu().float(), timestep.cpu(), moved)
         self.reference = None
-        return {"relative_error": float((found - expected).norm() / expected.norm())}
+        return {"relative_error": float((prediction - expected).norm() / expected.norm())}
 
     def bare(self) -> dict[str, Any]:
-        """Eight rows without adapters, against diffusers' UNet on the same rows."""
+        """Measure eight rows without adapters against diffusers' UNet on the same rows."""
         sample, timestep, inputs = self.batch(SETS)
         states = torch.randn(SETS, 77, self.plan.context, device=self.device, dtype=self.dtype)
         added = {"text_embeds": inputs.pooled, "time_ids": inputs.sizes}
@@ -157,25 +157,25 @@ class Bench:
         return {"ours_s": ours, "diffusers_s": theirs, "ratio": ours / theirs}
 
     def mixed(self) -> dict[str, Any]:
-        """Each of eight rows has a set of its own; the floor is what the factors' arithmetic adds."""
+        """Measure eight rows with a set each, and the arithmetic that the factors add."""
         sample, timestep, inputs = self.batch(SETS)
         bare = self.timed(lambda: self.executor.denoise(sample, timestep, inputs))
         bare_flops = self.flops(sample, timestep, inputs)
-        found: dict[str, Any] = {"bare_s": bare, "bare_flops": bare_flops}
+        report: dict[str, Any] = {"bare_s": bare, "bare_flops": bare_flops}
         for rank in RANKS:
-            _, _, carried = self.batch(SETS, sets=SETS, rank=rank)
-            seconds = self.timed(lambda carried=carried: self.executor.denoise(sample, timestep, carried))
-            added = self.flops(sample, timestep, carried) / bare_flops
-            found[f"rank_{rank}"] = {
+            _, _, inputs = self.batch(SETS, sets=SETS, rank=rank)
+            seconds = self.timed(lambda inputs=inputs: self.executor.denoise(sample, timestep, inputs))
+            added = self.flops(sample, timestep, inputs) / bare_flops
+            report[f"rank_{rank}"] = {
                 "seconds": seconds,
                 "of_bare_throughput": bare / seconds,
                 "cost": seconds / bare - 1,
                 "arithmetic": added - 1,
             }
-        return found
+        return report
 
     def switch(self) -> dict[str, Any]:
-        """From one composition of a batch to another with a new set of rank 64, until its first step may start."""
+        """Measure the time to change a batch to one with another set of rank 64, until its first step may start."""
         sets = [self.bound(64) for _ in range(3)]
         on_host = self.on_host(64)
 
@@ -190,12 +190,12 @@ class Bench:
         join(sets[0])
         base = self.batch(1, bound=[sets[0]])
         step = self.timed(lambda: self.executor.denoise(*base))
-        warm = self.timed(lambda: [join(each) for each in sets]) / len(sets)
+        warm = self.timed(lambda: [join(one) for one in sets]) / len(sets)
         nbytes = sum(tensor.nbytes for tensor in on_host.small.holder.tensors)
         return {"set_bytes": nbytes, "warm_s": max(warm - step, 0.0), "cold_s": max(self.timed(cold) - step, 0.0)}
 
     def traffic(self) -> dict[str, Any]:
-        """Guided images with a LoRA each, from noise to pixels: one batch of ours, diffusers one after the other."""
+        """Draw guided images with a LoRA each, from noise to pixels: by Scumble in one batch, by diffusers in turn."""
         plan, images = self.plan, self.plan.images
         sample, timestep, inputs = self.batch(2 * images, sets=images, rank=16, rows_each=2)
         latents = torch.randn(images, 4, plan.latents, plan.latents, device=self.device)
@@ -204,8 +204,8 @@ class Bench:
         def ours() -> None:
             for _ in range(plan.steps):
                 self.executor.denoise(sample, timestep, inputs)
-            for each in latents:
-                decode(each[None])
+            for one in latents:
+                decode(one[None])
 
         names = [f"a{index}" for index in range(images)]
         for name in names:
@@ -219,17 +219,17 @@ class Bench:
         typed = sample[:2].to(self.dtype)
 
         def theirs() -> None:
-            for name, each in zip(names, latents, strict=True):
+            for name, one in zip(names, latents, strict=True):
                 self.theirs.set_adapters(name)
                 for _ in range(plan.steps):
                     self.theirs(typed, timestep[:2], states, added_cond_kwargs=added, return_dict=False)
-                decode(each[None])
+                decode(one[None])
 
         mine, others = self.timed(ours, rounds=1), self.timed(theirs, rounds=1)
         return {"images": images, "steps": plan.steps, "ours_s": mine, "diffusers_s": others, "speedup": others / mine}
 
     def exported(self) -> dict[str, Any]:
-        """The bare graph, eight sets, and eight rows whose factors are all of scale 0, on what runs exported graphs."""
+        """Measure exported graphs: without adapters, with eight sets, and with factors of scale 0."""
         models = self.plan.models()
         for model in (models.unet, *models.texts.values()):
             model.to(self.dtype)
@@ -242,31 +242,31 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="scumble-exported-") as folder:
             start = time.monotonic()
             made = exported.make(models, self.plan.family, precision, self.plan.latents, self.device, Path(folder))
-            found: dict[str, Any] = {"runtime": made.runtime, "made_in_s": time.monotonic() - start}
-            carried = {"bare": inputs} | {f"rank_{r}": self.batch(SETS, sets=SETS, rank=r)[2] for r in RANKS}
-            silent = carried["rank_16"]
+            report: dict[str, Any] = {"runtime": made.runtime, "made_in_s": time.monotonic() - start}
+            cases = {"bare": inputs} | {f"rank_{r}": self.batch(SETS, sets=SETS, rank=r)[2] for r in RANKS}
+            silent = cases["rank_16"]
             assert silent.factors is not None
             factors = replace(silent.factors, scale=torch.zeros_like(silent.factors.scale))
-            carried["empty"] = replace(silent, factors=factors)
-            found["plain_s"] = self.timed(lambda: made.plain(feeds))
-            for name, each in carried.items():
-                found[f"{name}_s"] = self.timed(lambda each=each: made.executor.denoise(sample, timestep, each))
-        return found
+            cases["empty"] = replace(silent, factors=factors)
+            report["plain_s"] = self.timed(lambda: made.plain(feeds))
+            for name, case in cases.items():
+                report[f"{name}_s"] = self.timed(lambda case=case: made.executor.denoise(sample, timestep, case))
+        return report
 
-    # What it is measured with
+    # Inputs and tools
 
     def batch(
         self, rows: int, *, sets: int = 0, rank: int = 16, rows_each: int = 1, bound: list[BoundSet] | None = None
     ) -> tuple[Tensor, Tensor, StepInputs]:
-        """Rows as the loop stacks them: the first `sets` images carry a set each."""
-        carried = bound if bound is not None else [self.bound(rank) for _ in range(sets)]
+        """Stack rows as the loop does; the first `sets` images have a set each."""
+        lora_sets = bound if bound is not None else [self.bound(rank) for _ in range(sets)]
         side, device = self.plan.latents, self.device
         phases = []
         for index in range(rows // rows_each):
             kv = torch.randn(rows_each, 77, self.kv_width, device=device, dtype=self.dtype)
             factors = None
-            if index < len(carried):
-                factors = RowFactors(carried[index], torch.ones(carried[index].rank))
+            if index < len(lora_sets):
+                factors = RowFactors(lora_sets[index], torch.ones(lora_sets[index].rank))
             xl = self.plan.family == "sdxl"
             pooled = torch.randn(rows_each, 1280, device=device, dtype=self.dtype) if xl else None
             sizes = (1024, 1024, 0, 0, 1024, 1024) if xl else None
@@ -291,7 +291,7 @@ class Bench:
         return counted[0]
 
     def timed(self, run: Callable[[], object], rounds: int = 5) -> float:
-        """Median seconds after a warm-up, with the device's work done."""
+        """Return median seconds after a warm-up, including the device's work."""
         measured = []
         with torch.inference_mode():
             for _ in range(rounds + 1):
@@ -304,33 +304,31 @@ class Bench:
 
 
 def aims(bases: dict[str, Any], traffic: dict[str, float]) -> dict[str, bool]:
-    """The issue's numbers; what was left out has no entry."""
-    found: dict[str, bool] = {}
-    for name, each in bases.items():
-        if "relative_error" in each.get("correctness", {}):
-            found[f"{name}: a mixed step within 2 % of fp32"] = each["correctness"]["relative_error"] <= 0.02
-        if "bare" in each:
-            found[f"{name}: the bare graph at most 1.03x diffusers'"] = each["bare"]["ratio"] <= 1.03
-        for rank in RANKS if "mixed" in each else ():
-            at = each["mixed"][f"rank_{rank}"]
-            found[f"{name}: rank {rank}, 8 sets, 90 % of the bare batch"] = at["of_bare_throughput"] >= 0.9
-            found[f"{name}: rank {rank} costs at most 1.5x its arithmetic"] = at["cost"] <= 1.5 * at["arithmetic"]
-        if "exported" in each:
-            at = each["exported"]
-            found[f"{name}: the bare graph exported at most 1.03x a plain export"] = (
-                at["bare_s"] <= 1.03 * at["plain_s"]
-            )
+    """Compare the figures with thresholds; sections that were left out have no entry."""
+    met: dict[str, bool] = {}
+    for name, figures in bases.items():
+        if "relative_error" in figures.get("correctness", {}):
+            met[f"{name}: a mixed step within 2 % of fp32"] = figures["correctness"]["relative_error"] <= 0.02
+        if "bare" in figures:
+            met[f"{name}: the bare graph at most 1.03x diffusers'"] = figures["bare"]["ratio"] <= 1.03
+        for rank in RANKS if "mixed" in figures else ():
+            at = figures["mixed"][f"rank_{rank}"]
+            met[f"{name}: rank {rank}, 8 sets, 90 % of the bare batch"] = at["of_bare_throughput"] >= 0.9
+            met[f"{name}: rank {rank} costs at most 1.5x its arithmetic"] = at["cost"] <= 1.5 * at["arithmetic"]
+        if "exported" in figures:
+            at = figures["exported"]
+            met[f"{name}: the bare graph exported at most 1.03x a plain export"] = at["bare_s"] <= 1.03 * at["plain_s"]
             for rank in RANKS:
-                found[f"{name}: rank {rank} exported, 90 % of the bare batch"] = (
+                met[f"{name}: rank {rank} exported, 90 % of the bare batch"] = (
                     at["bare_s"] >= 0.9 * at[f"rank_{rank}_s"]
                 )
-        if "switch" in each:
-            found[f"{name}: a warm switch in 15 ms"] = each["switch"]["warm_s"] <= 0.015
-        if "traffic" in each:
-            found[f"{name}: {traffic[name]:g}x diffusers on mixed traffic"] = (
-                each["traffic"]["speedup"] >= traffic[name]
+        if "switch" in figures:
+            met[f"{name}: a warm switch in 15 ms"] = figures["switch"]["warm_s"] <= 0.015
+        if "traffic" in figures:
+            met[f"{name}: {traffic[name]:g}x diffusers on mixed traffic"] = (
+                figures["traffic"]["speedup"] >= traffic[name]
             )
-    return found
+    return met
 
 
 def real_plan(name: str, aim: float) -> Plan:

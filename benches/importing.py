@@ -1,8 +1,7 @@
-"""What it costs that a file comes in: publishing and first use, against hashing it and against safetensors' own load.
+"""Measures publishing and first use of a file, against hashing it and against safetensors' load.
 
-Made-up LoRAs of 10 MB, 300 MB and 2 GB (F16, random). Each measure runs in a process of its own that has nothing else
-to do; memory is what it takes beside the mapped file, over what Python, numpy and the registry take. The file is in the
-page cache. Prints JSON.
+Random LoRAs of 10 MB, 300 MB and 2 GB (F16). Each measurement runs in its own process; memory is the growth beside the
+mapped file, without that of Python, numpy and the registry. The file is in the page cache. Prints JSON.
 
     python benches/importing.py [--sizes 10 300 2000] [--rounds 5]
 """
@@ -35,7 +34,7 @@ WAYS = ("hash", "safetensors", "publish", "first use")
 
 
 def write_lora(path: Path, megabytes: int) -> None:
-    """PEFT's layout, rank 64 or as much more as the size wants, over at most 700 linear layers."""
+    """Write a LoRA in PEFT's format: rank 64, or more for a larger size, over at most 700 linear layers."""
     draw = np.random.default_rng(0)
     layers = min(700, max(1, megabytes * 1_000_000 // (2 * 2 * 64 * WIDTH)))
     rank = max(64, megabytes * 1_000_000 // (2 * 2 * WIDTH * layers))
@@ -49,7 +48,7 @@ def write_lora(path: Path, megabytes: int) -> None:
 
 
 def measure(way: str, file: Path, home: Path) -> dict[str, float]:
-    """In this process: seconds on the clock and of all cores, and by how many MB anonymous memory grew at its peak."""
+    """Measure in this process: wall-clock and CPU seconds, and peak growth of anonymous memory in MB."""
     prepared = _prepare(way, file, home)
     with _Peak() as peak:
         begin, worked = time.perf_counter(), time.process_time()
@@ -79,7 +78,7 @@ def _prepare(way: str, file: Path, home: Path) -> Callable[[], Any]:
 
 
 class _Peak:
-    """Samples this process's anonymous memory: the mapped file can be dropped at any time and is not counted."""
+    """Samples this process's anonymous memory, without the mapped file, which can be dropped at any time."""
 
     def __enter__(self) -> Self:
         self._begin = self._most = _anonymous()
@@ -109,38 +108,38 @@ def _anonymous() -> int:
 
 
 def alone(way: str, file: Path, home: Path) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Run `measure` in its own process."""
     command = [sys.executable, __file__, "--measure", way, str(file), str(home)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
 
 
 def compare(file: Path, rounds: int, folder: Path) -> dict[str, Any]:
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for number in range(rounds + 1):  # the first warms up
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for number in range(rounds + 1):  # the first is a warm-up
         for way in WAYS:
             taken = alone(way, file, folder / f"home{number}")
             if number:
-                found[way].append(taken)
-        shutil.rmtree(folder / f"home{number}")  # the disk is not endless
+                runs[way].append(taken)
+        shutil.rmtree(folder / f"home{number}")  # saves disk space
     result: dict[str, Any] = {
         way: {
             "seconds": round(statistics.median(one["seconds"] for one in taken), 3),
             "cpu": round(statistics.median(one["cpu"] for one in taken), 3),
             "megabytes": round(max(one["megabytes"] for one in taken), 1),
         }
-        for way, taken in found.items()
+        for way, taken in runs.items()
     }
     for unit in ("seconds", "cpu"):
-        pairs = zip(found["publish"], found["hash"], strict=True)
+        pairs = zip(runs["publish"], runs["hash"], strict=True)
         result[f"publish / hash, {unit}"] = round(statistics.median(p[unit] / h[unit] for p, h in pairs), 2)
     largest = max(info.end - info.begin for info in read_header(file).tensors.values())
     return {"bytes": file.stat().st_size, "largest tensor": largest, **result}
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description="What it costs that a file comes in.")
+    options = argparse.ArgumentParser(description="Measure publishing and first use of a file.")
     options.add_argument("--sizes", type=int, nargs="+", default=[10, 300, 2000], help="megabytes")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--measure", nargs=3, metavar=("WAY", "FILE", "HOME"))

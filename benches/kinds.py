@@ -1,8 +1,8 @@
-"""What each kind of adapter costs: a step beside the bare step and beside its arithmetic, and the time to a first step.
+"""Measures the cost of each kind of adapter: of a step, against a bare step and its arithmetic, and to a first step.
 
-Prints JSON. A step is one pass of the denoiser (and of nets) over a batch of eight images; an adapter is carried by one
-of them or by all. `extra` is the time that a kind adds, over the arithmetic that it adds: 1 means that its operations
-run as fast as the base's own. Attention is not counted: torch's counter does not know the kernel that a CPU takes.
+Prints JSON. A step is one pass of the denoiser (and of nets) over a batch of eight images, of which one or all have the
+adapter. `extra` is added time over added arithmetic: at 1 its operations run as fast as the base's. Attention is not
+counted, because torch's counter does not support the CPU's kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--wide", action="store_true", help="also at SD 1.5's real width (8 GB, some 20 minutes)")
     parser.add_argument("--xl", action="store_true", help="also at SDXL's real width (20 GB, an hour)")
-    parser.add_argument("--steps-only", action="store_true", help="leave the time to a first step out")
+    parser.add_argument("--steps-only", action="store_true", help="do not measure the time to a first step")
     arguments = parser.parse_args()
     unet = UNet2DConditionModel.from_pretrained(BASE / "unet", local_files_only=True, torch_dtype=torch.float32)
     result: dict[str, Any] = {
@@ -50,7 +50,7 @@ def main() -> None:
         from first_step import first_steps
 
         result["first_step_demo_base"] = first_steps(BASE, arguments.rounds)
-    # Random weights, because speed does not depend on them.
+    # Random weights: speed does not depend on them.
     for asked, name, family in (
         (arguments.wide, "step_sd15_width", "sd1.5"),
         (arguments.xl, "step_sdxl_width", "sdxl"),
@@ -96,7 +96,7 @@ class Steps:
                 run()
             flops[name] = counted[0]
         with torch.inference_mode():
-            found = against(cases["bare"], cases, rounds)
+            measured = against(cases["bare"], cases, rounds)
         return {
             name: {
                 "seconds": round(seconds, 5),
@@ -104,31 +104,33 @@ class Steps:
                 "arithmetic": round(flops[name] / flops["bare"], 4),
                 **_extra(ratio - 1, flops[name] / flops["bare"] - 1),
             }
-            for name, (seconds, ratio) in found.items()
+            for name, (seconds, ratio) in measured.items()
         } | {
-            "step with nets over bare and nets alone": self._sum_of_parts({k: ratio for k, (_, ratio) in found.items()})
+            "step with nets over bare and nets alone": self._sum_of_parts(
+                {k: ratio for k, (_, ratio) in measured.items()}
+            )
         }
 
     def cases(self) -> dict[str, Callable[[], object]]:
-        carried: dict[str, StepInputs] = {"bare": self._with()}
+        by_name: dict[str, StepInputs] = {"bare": self._with()}
         for how, images in (("one image", 1), ("all images", IMAGES)):
             for layout in ("small", "full"):
                 for rank in RANKS:
-                    carried[f"LoRA {layout} R {rank}, {how}"] = self._with(factors=self._factors(layout, rank, images))
-            carried[f"DoRA small R 16, {how}"] = self._with(factors=self._factors("small", 16, images, stretch=True))
+                    by_name[f"LoRA {layout} R {rank}, {how}"] = self._with(factors=self._factors(layout, rank, images))
+            by_name[f"DoRA small R 16, {how}"] = self._with(factors=self._factors("small", 16, images, stretch=True))
             for tokens in (4, 16):
-                carried[f"IP-Adapter {tokens} tokens, {how}"] = self._with(images=self._pictures(tokens, images))
-        carried["T2I-Adapter, all images"] = self._with(features=self._features())
+                by_name[f"IP-Adapter {tokens} tokens, {how}"] = self._with(images=self._pictures(tokens, images))
+        by_name["T2I-Adapter, all images"] = self._with(features=self._features())
         cases: dict[str, Callable[[], object]] = {
             name: (lambda inputs=inputs: self.denoiser(self.sample, self.timestep, inputs))
-            for name, inputs in carried.items()
+            for name, inputs in by_name.items()
         }
         for how, images in (("one image", 1), ("all images", IMAGES)):
             call = self._call(images)
             cases[f"ControlNet, {how}"] = lambda call=call: self._step_with_net(call)
             cases[f"ControlNet alone, {how}"] = lambda call=call: self._net_alone(call)
         residuals = self._with(
-            residuals=with_residuals(carried["bare"], [self._call(1)], self.sample, self.timestep).residuals
+            residuals=with_residuals(by_name["bare"], [self._call(1)], self.sample, self.timestep).residuals
         )
         cases["rows beside a net, the net itself not counted"] = lambda: self.denoiser(
             self.sample, self.timestep, residuals
@@ -139,8 +141,8 @@ class Steps:
         return StepInputs(self.kv, **self.of_xl, **parts)
 
     def _factors(self, layout: str, rank: int, images: int, *, stretch: bool = False) -> Factors:
-        """Every target of the layout, each image with a set of its own."""
-        found = some_factors(
+        """Make factors for every target of the layout, a set for each image."""
+        factors = some_factors(
             self.denoiser.layout,
             [image for image in range(images) for _ in range(self.per_image)],
             rank,
@@ -149,7 +151,7 @@ class Steps:
             rows_per_set=self.per_image,
             stretch=0.01 if stretch else 0.0,
         )
-        return replace(found, stretch_in=None)
+        return replace(factors, stretch_in=None)
 
     def _pictures(self, tokens: int, images: int) -> ImageInputs:
         m = images * self.per_image
@@ -162,7 +164,7 @@ class Steps:
 
     def _features(self) -> tuple[Tensor, ...]:
         sizes, widths = level_sizes(self.size, self.size, len(self.channels)), self.channels
-        if self.of_xl:  # behind the first downsampler, at each further level, in the middle
+        if self.of_xl:  # after the first downsampler, at each further level, in the middle
             sizes, widths = [sizes[1], *sizes[1:], sizes[-1]], (*widths, widths[-1])
         return tuple(torch.randn(self.rows, width, *size) for width, size in zip(widths, sizes, strict=True))
 

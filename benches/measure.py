@@ -1,4 +1,4 @@
-"""How benches measure: contenders in turn, medians after a warm-up round, and torch's count of the arithmetic."""
+"""Measures contenders in turn, with medians after a warm-up round, and counts arithmetic with torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def machine() -> dict[str, object]:
 
 
 def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; the first round warms up and does not count."""
+    """Return the median seconds of each; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, run in contenders.items():
@@ -34,8 +34,8 @@ def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[
 def against(
     bare: Callable[[], object], contenders: dict[str, Callable[[], object]], rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """Of each, median seconds and the median of its ratio to `bare` run right before it: what slows the machine for a
-    while slows both. The first round warms up and does not count.
+    """Return each one's median seconds and the median of its ratio to `bare`, run right before it, so that a temporary
+    slowdown affects both. The first round is a warm-up.
     """
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
@@ -54,9 +54,9 @@ def against(
 
 @contextmanager
 def count_flops() -> Iterator[list[int]]:
-    """The floating point operations of products and convolutions, by torch's own counter."""
+    """Count the floating point operations of products and convolutions with torch's counter."""
     counted = [0]
-    # The counter knows only the form that makes a new tensor.
+    # The counter supports only the out-of-place operator.
     in_place = {torch.ops.aten.baddbmm_: lambda _y, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         yield counted

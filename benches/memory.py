@@ -1,7 +1,7 @@
-"""What a base takes: its weights, what each request adds, and what a step needs at the size it was trained for.
+"""Computes and measures a base's memory: weights, additions per request, and a step at its training size.
 
-Weights are random at the real sizes of SD 1.5, 2.1 and XL. `--measure FAMILY` runs one step on the CPU in a process of
-its own and reports how its resident memory grew. Prints JSON.
+Weights are random at the real sizes of SD 1.5, 2.1 and XL. `--measure FAMILY` runs one step on the CPU in its own
+process and reports the growth of its resident memory. Prints JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ FULL_VAE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class FamilyConfigs:
-    """Configs as the published checkpoints have them; `latents` is the side that they were trained at."""
+    """Configs of the published checkpoints; `latents` is the side that they were trained at."""
 
     unet: dict[str, Any]
     texts: tuple[tuple[type[nn.Module], dict[str, Any]], ...]
@@ -101,17 +101,17 @@ def main() -> None:
         inside = {"step": step, "decode": decode}[arguments.inside]
         print(json.dumps(inside(FAMILIES[arguments.measure[0]], dtype)))
         return
-    found: dict[str, Any] = {name: computed(family) for name, family in FAMILIES.items()}
+    bases: dict[str, Any] = {name: computed(family) for name, family in FAMILIES.items()}
     for name in arguments.measure:
-        found[name]["measured"] = {}
+        bases[name]["measured"] = {}
         for inside in ("step", "decode"):
             command = [sys.executable, __file__, "--inside", inside, "--measure", name, "--dtype", arguments.dtype]
-            found[name]["measured"] |= json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    print(json.dumps({"machine": machine(), "bases": found}, indent=2))
+            bases[name]["measured"] |= json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    print(json.dumps({"machine": machine(), "bases": bases}, indent=2))
 
 
 def computed(family: FamilyConfigs) -> dict[str, Any]:
-    """Numbers, not bytes: times 2 in half precision, times 4 in float32."""
+    """Return counts of numbers, not bytes: times 2 in half precision, times 4 in float32."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**family.unet, sample_size=family.latents)
         texts = [kind(CLIPTextConfig(**config)) for kind, config in family.texts]
@@ -130,7 +130,7 @@ def computed(family: FamilyConfigs) -> dict[str, Any]:
 
 @torch.inference_mode()
 def decode(family: FamilyConfigs, dtype: torch.dtype) -> dict[str, Any]:
-    """GiB of resident memory, at its highest, that decoding one picture adds to the VAE."""
+    """Return the peak GiB of resident memory that decoding one picture adds to the VAE."""
     vae = _filled(AutoencoderKL, FULL_VAE, dtype)
     before = _peak()
     vae.decode(torch.randn(1, 4, family.latents, family.latents, dtype=dtype))
@@ -139,7 +139,7 @@ def decode(family: FamilyConfigs, dtype: torch.dtype) -> dict[str, Any]:
 
 @torch.inference_mode()
 def step(family: FamilyConfigs, dtype: torch.dtype) -> dict[str, Any]:
-    """GiB of resident memory, at its highest: of the UNet, and added by a step of one guided image."""
+    """Return the peak GiB of resident memory of the UNet, and that a step of one guided image adds."""
     before = _peak()
     unet = _filled(UNet2DConditionModel, {**family.unet, "sample_size": family.latents}, dtype)
     with_unet = _peak()
@@ -161,7 +161,7 @@ def step(family: FamilyConfigs, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _filled(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """With pages that are really there; the numbers do not matter."""
+    """Fill tensors so that their memory is resident; the values do not matter."""
     with torch.device("meta"):
         model = kind(**config).to(dtype)
     model = model.to_empty(device="cpu").eval().requires_grad_(requires_grad=False)

@@ -1,8 +1,7 @@
-"""Eight requests with eight different adapters: one batch of ours against diffusers one after another.
+"""Measures eight requests with eight different adapters: Scumble in one batch against diffusers one after another.
 
-Once with LoRAs alone, once with adapters of every kind that diffusers has. Prints JSON. Everything is measured side by
-side in this process: each round runs every contender once, in turn; a figure is the median over the rounds after one
-warm-up round.
+Once with LoRAs only, once with adapters of every kind that diffusers supports. Prints JSON. Each round runs every
+contender once, in turn, in this process; figures are medians over the rounds after a warm-up round.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def main() -> None:
 
 
 def mixed_loras(base: Path, rounds: int) -> dict[str, object]:
-    """Seconds for the eight pictures, and how many times faster ours is."""
+    """Return the seconds for the eight images, and Scumble's speedup."""
     with tempfile.TemporaryDirectory() as folder:
         files = [_lora(base, Path(folder) / str(seed), seed) for seed in range(REQUESTS)]
         with Registry.open(Path(folder) / "home", create=True) as registry:
@@ -98,7 +97,7 @@ def mixed_loras(base: Path, rounds: int) -> dict[str, object]:
 
 
 def mixed_kinds(base: Path, rounds: int) -> dict[str, object]:
-    """Eight requests of six kinds. diffusers has a pipeline for each, all loaded before the clock starts."""
+    """Measure eight requests of six kinds. diffusers' pipelines are loaded beforehand."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "home"
         with Registry.open(home, create=True) as registry:
@@ -138,11 +137,11 @@ KINDS: list[dict[str, Any]] = [
     {"ref": "net/one", "weight": 0.8, "image": "blue"},
     {"ref": "dream/dog"},
 ]
-"""What diffusers can do too: it has no hypernetworks."""
+"""Return the requests that diffusers supports, which are all but hypernetworks."""
 
 
 def _by_diffusers(every: EveryKind, adapter: dict[str, Any]) -> Callable[[int], None]:
-    """A pipeline of its own for this adapter; call it with a seed."""
+    """Return diffusers' pipeline for this adapter, to be called with a seed."""
     ref, weight = adapter["ref"], adapter.get("weight", 1.0)
     file = every.files[ref]
     kind = ref.split("/")[0]
@@ -223,7 +222,7 @@ def _pipeline(base: Path, kind: Any = StableDiffusionPipeline, **parts: Any) -> 
 
 
 def _lora(base: Path, folder: Path, seed: int) -> Path:
-    """A random rank-16 LoRA on the UNet's attention, of PEFT's making."""
+    """Write a random rank-16 LoRA on the UNet's attention, made by PEFT."""
     unet = UNet2DConditionModel.from_pretrained(base / "unet", local_files_only=True)
     torch.manual_seed(seed)
     unet.add_adapter(LoraConfig(r=16, lora_alpha=1, target_modules=TARGETS, init_lora_weights=False))

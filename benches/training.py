@@ -1,8 +1,8 @@
-"""What training takes at the real sizes of SD 1.5, 2.1 and XL, computed: nothing is allocated.
+"""Computes the memory of training at the real sizes of SD 1.5, 2.1 and XL, without allocating it.
 
-Weights are counted. Activations are what autograd keeps in one forward pass, counted on the meta device, where tensors
-have shapes and no numbers: once for each storage, parameters not among them, attention as a fused kernel keeps it. With
-gradient checkpointing a block keeps its inputs, and the largest block is made once more. Prints JSON.
+Weights are counted. Activations are the tensors that autograd keeps in one forward pass, counted on the meta device,
+where tensors have shapes but no data: once per storage, without parameters, with a fused attention kernel. With
+gradient checkpointing each block keeps its inputs, and the largest block is computed again. Prints JSON.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from torch.nn import functional
 LORA = ["to_q", "to_k", "to_v", "to_out.0"]
 RANK = 16
 WORK, MASTER = torch.bfloat16, 16
-"""Frozen weights and arithmetic; bytes of a trained number: itself in fp32, its gradient, and Adam's two."""
+"""Bytes per number: of frozen weights and activations; of a trained parameter (fp32 value, gradient,
+Adam's moments).
+"""
 CUDA = 1.0  # GiB of context and kernels
 GIB = 2**30
 
 
 class FusedAttention(torch.autograd.Function):
-    """Keeps what FlashAttention keeps: its inputs, its output and a number a row."""
+    """Keeps what FlashAttention keeps: inputs, output and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -55,12 +57,12 @@ def fused_attention() -> Iterator[None]:
 
 
 def number(tensor: Tensor) -> int:
-    """Of its storage; on the meta device all addresses are 0."""
+    """Return an identifier of a tensor's storage; on the meta device all addresses are 0."""
     return StorageWeakRef(tensor.untyped_storage()).cdata
 
 
 class SavedActivations:
-    """Bytes of the storages that autograd keeps within `counting`."""
+    """Counts the bytes of storages that autograd keeps within `counting`."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._ours = {number(p) for module in modules for p in module.parameters()}
@@ -71,7 +73,7 @@ class SavedActivations:
         def pack(tensor: Tensor) -> Tensor:
             storage = number(tensor)
             if storage not in self._ours:
-                self._seen.setdefault(storage, tensor)  # kept alive, so that no other storage gets its number
+                self._seen.setdefault(storage, tensor)  # kept alive, so that its id is not reused
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -83,7 +85,7 @@ class SavedActivations:
 
 
 def activations(modules: list[nn.Module], blocks: list[nn.Module], forward: Callable[[], Any]) -> dict[str, float]:
-    """GiB kept by `forward`, whole and with `blocks` checkpointed."""
+    """Return the GiB that `forward` keeps, without and with `blocks` checkpointed."""
     whole, inside, ends, stack = SavedActivations(modules), [], [0], []
 
     def enter(_block: nn.Module, arguments: Any, named: Any) -> None:
@@ -112,7 +114,7 @@ def activations(modules: list[nn.Module], blocks: list[nn.Module], forward: Call
 
 
 def unet_blocks(unet: Any) -> list[nn.Module]:
-    """What `enable_gradient_checkpointing` makes again: every residual and every transformer block's layers."""
+    """Return the blocks that `enable_gradient_checkpointing` computes again: resnets and transformer blocks."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -151,7 +153,7 @@ def dreambooth(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]
 
 
 def textual_inversion(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]]:
-    """Gradients go back through the whole UNet to the text."""
+    """Count textual inversion: gradients pass through the whole UNet to the text."""
     unet, given = unet_of(family), inputs(family, batch)
     given["encoder_hidden_states"].requires_grad_()
     vectors = sum(config["hidden_size"] for _, config in family.texts)
@@ -159,7 +161,7 @@ def textual_inversion(family: FamilyConfigs, batch: int) -> tuple[int, dict[str,
 
 
 def ip_adapter(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]]:
-    """4 tokens, ViT-H's embedding (1024 wide)."""
+    """Count an IP-Adapter of 4 tokens with ViT-H's embedding (1024 wide)."""
     unet, context = unet_of(family), family.unet["cross_attention_dim"]
     processors = dict(unet.attn_processors)
     count = 1024 * 4 * context
@@ -178,15 +180,15 @@ def ip_adapter(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]
 
 
 def hypernetwork(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]]:
-    """Its own few states are left out; each layer's factors of every row are not."""
-    _, kept = lora(family, batch)
+    """Count a hypernetwork: each layer's factors of every row, without the network's own states."""
+    _, activations = lora(family, batch)
     layers = sum(name.endswith(tuple(LORA)) for name, _ in unet_of(family).named_modules())
     width, depth, coefficients = 128, 3, 64
-    return depth * 16 * width**2 + (1024 + layers + 2 * coefficients) * width, kept
+    return depth * 16 * width**2 + (1024 + layers + 2 * coefficients) * width, activations
 
 
 def controlnet(family: FamilyConfigs, batch: int) -> tuple[int, dict[str, float]]:
-    """The net is gone back through, and of the UNet its decoder, whose inputs come from it."""
+    """Count a ControlNet: gradients pass through the net and the UNet's decoder, which reads its output."""
     unet = unet_of(family)
     with torch.device("meta"):
         net: Any = ControlNetModel.from_unet(unet, load_weights_from_unet=False).to(WORK)
@@ -217,7 +219,9 @@ def trained(module: nn.Module) -> int:
 
 
 def frozen(family: FamilyConfigs, method: str) -> float:
-    """GiB: text encoders and UNet in 16 bits (DreamBooth's UNet is what is trained), the autoencoder in fp32."""
+    """Return GiB of frozen weights: text encoders and UNet in 16 bits (DreamBooth: without UNet),
+    autoencoder in fp32.
+    """
     with torch.device("meta"):
         parts = [AutoencoderKL(**FULL_VAE)]
         texts = [kind(kind.config_class(**config)) for kind, config in family.texts]
@@ -236,18 +240,18 @@ def estimate(name: str, method: str) -> dict[str, float]:
     weights, states = frozen(family, method), MASTER * count / GIB
     casts = 2 * count / GIB  # autocast keeps 16-bit copies of trained weights
     fixed = CUDA + weights + states + casts
-    told = {"trained_millions": count / 1e6, "frozen": weights, "trained": states + casts}
+    figures = {"trained_millions": count / 1e6, "frozen": weights, "trained": states + casts}
     for kind in ("whole", "checkpointed"):
         more = two[kind] - one[kind]
-        told |= {f"{kind}_first": fixed + one[kind], f"{kind}_each": more}
+        figures |= {f"{kind}_first": fixed + one[kind], f"{kind}_each": more}
         for card in (24, 80):
-            told[f"{kind}_batch_in_{card}"] = max(0, int((card / 1.073741824 - fixed - one[kind]) / more + 1))
-    return {key: round(value, 2) for key, value in told.items()}
+            figures[f"{kind}_batch_in_{card}"] = max(0, int((card / 1.073741824 - fixed - one[kind]) / more + 1))
+    return {key: round(value, 2) for key, value in figures.items()}
 
 
 def main() -> None:
-    found = {name: {method: estimate(name, method) for method in METHODS} for name in FAMILIES}
-    print(json.dumps({"machine": machine(), "gib": found}, indent=2))
+    estimates = {name: {method: estimate(name, method) for method in METHODS} for name in FAMILIES}
+    print(json.dumps({"machine": machine(), "gib": estimates}, indent=2))
 
 
 if __name__ == "__main__":

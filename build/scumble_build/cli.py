@@ -1,4 +1,4 @@
-"""`scumble build …`: what a base is made into for other runtimes than torch."""
+"""`scumble build …`: export a base's graphs to ONNX and build TensorRT engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ app = typer.Typer(no_args_is_help=True, help="Export a base's graphs to ONNX, an
 
 @app.callback()
 def build() -> None:
-    """Make a base's graphs into what other runtimes take."""
+    """Export a base's graphs and build engines from them."""
 
 
 app.command("export")(export)

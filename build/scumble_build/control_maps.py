@@ -1,7 +1,7 @@
 """Pictures → control maps, without any model. `pixels` and maps are `(H, W, 3)` uint8, RGB.
 
-Maps are as the nets were trained on them: lines are white on black. What needs a model (depth, poses, …) a request
-brings ready-made.
+Maps look as in the nets' training data: white lines on black. Maps that need a model (depth, poses, …) are not made
+here; a request sends them ready-made.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Canny(_Preprocessor):
 
 
 class SoftEdge(_Preprocessor):
-    """How steep brightness is at each place: Scharr's gradient of the blurred picture, the steepest 2 % white."""
+    """Gradient of brightness: Scharr's operator on the blurred picture, scaled so that the steepest 2 % are white."""
 
     name: Literal["soft_edge"] = "soft_edge"
     sigma: _Sigma = 1.5
@@ -55,7 +55,7 @@ class SoftEdge(_Preprocessor):
 
 
 class LineArt(_Preprocessor):
-    """Dark lines: how far a place is darker than its surroundings (controlnet_aux's LineartStandard)."""
+    """Dark lines: how much darker a pixel is than its surroundings (controlnet_aux's LineartStandard)."""
 
     name: Literal["line_art"] = "line_art"
     sigma: _Sigma = 6.0
@@ -80,7 +80,7 @@ class Scribble(_Preprocessor):
 
 
 class Tile(_Preprocessor):
-    """Less detail: scaled down by `factor` and up again, then blurred (0: not)."""
+    """Less detail: scaled down by `factor` and up again, then blurred with `sigma` (0: no blur)."""
 
     name: Literal["tile"] = "tile"
     factor: Annotated[float, Field(ge=1, le=32)] = 2.0
@@ -89,8 +89,8 @@ class Tile(_Preprocessor):
     def apply(self, pixels: Pixels) -> Pixels:
         height, width = pixels.shape[:2]
         small = (max(1, round(width / self.factor)), max(1, round(height / self.factor)))
-        found = cv2.resize(cv2.resize(pixels, small, interpolation=cv2.INTER_AREA), (width, height))
-        return _rounded(_blur(found, self.sigma) if self.sigma else found)
+        coarse = cv2.resize(cv2.resize(pixels, small, interpolation=cv2.INTER_AREA), (width, height))
+        return _rounded(_blur(coarse, self.sigma) if self.sigma else coarse)
 
 
 class Recolour(_Preprocessor):
@@ -123,7 +123,7 @@ NAMES = ("canny", "soft_edge", "line_art", "scribble", "tile", "recolour", "inve
 
 
 def parse(asked: str | dict[str, Any]) -> Preprocessor:
-    """`canny`, or `{"name": "canny", "low": 50}`. Raises InvalidRequest naming what is wrong and what there is."""
+    """Parse `canny` or `{"name": "canny", "low": 50}`. Raises InvalidRequest for an unknown name or parameter."""
     given = {"name": asked} if isinstance(asked, str) else asked
     if given.get("name") not in NAMES:
         raise InvalidRequest(
@@ -142,7 +142,7 @@ def parse(asked: str | dict[str, Any]) -> Preprocessor:
 
 
 def control_map(pixels: Pixels, width: int, height: int, preprocessor: Preprocessor | None) -> Pixels:
-    """Resized to the request's size first (Lanczos, as diffusers' image processor does), then preprocessed."""
+    """Resize a picture to the request's size (Lanczos, as diffusers' image processor does), then preprocess it."""
     if pixels.shape[:2] != (height, width):
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
     return pixels if preprocessor is None else preprocessor.apply(np.ascontiguousarray(pixels))
@@ -155,7 +155,7 @@ def _parameters(name: str) -> set[str]:
 
 
 def _surroundings_minus(pixels: Pixels, sigma: float, places: Floats) -> Floats:
-    """`(H, W)`: the least over the colours of how much lighter the surroundings are."""
+    """Return `(H, W)`: how much lighter the surroundings are than `places`, the least over the three colours."""
     return np.asarray((_blur(pixels, sigma) - places).min(axis=2))
 
 
@@ -172,5 +172,5 @@ def _rounded(values: NDArray[Any]) -> Pixels:
 
 
 def _grey(values: NDArray[Any]) -> Pixels:
-    """`(H, W)` → `(H, W, 3)`."""
+    """Round `(H, W)` to uint8 and repeat it over three channels: `(H, W, 3)`."""
     return np.repeat(_rounded(values)[..., None], 3, axis=2)

@@ -1,1 +1,1 @@
-"""What exists for the bundled base alone: its pretraining, its pictures, the judge of adapters, the demo."""
+"""Everything for the bundled base only: its training, its data, the evaluation of adapters, `scumble demo`."""

@@ -1,7 +1,7 @@
-"""Says what a picture shows (a small convolutional network) and in which style (its colours, or its double).
+"""Classifies a picture's concept (by a small convolutional network) and style (by colours, or a stored rendering).
 
-It learnt from real renderings only, never from generated pictures, so that it can judge those. It is
-apart from the base's own vision tower, which learns with the text encoder and is not as sharp an eye.
+It is trained on real renderings only, never on generated images, so that it can score those. It is independent of the
+base's vision tower, which is trained with the text encoder and less accurate.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from scumble.errors import NotFound
 from scumble_demo.emoji.concepts import STYLES, Concept, Style, concepts
 
 SIZE = 128
-NEAR = 0.005  # mean squared distance of thumbnails; of 100 real renderings one is this close to any other
-_LEVELS = 8  # of each colour channel in the palette
-_THUMB = 16  # pixels of a thumbnail's side
+NEAR = 0.005  # mean squared distance of thumbnails; one real rendering in 100 is this close to any other
+_LEVELS = 8  # levels of each colour channel in the palette
+_THUMB = 16  # side of a thumbnail in pixels
 SCORER_FILE = "scorer/model.safetensors"
 
 
@@ -42,11 +42,11 @@ class _Residual(nn.Module):
 
 
 class ScorerNet(nn.Module):
-    """Names concepts by shape and styles by colour; `pixels (n, 3, 128, 128)` are in -1…1 throughout.
+    """Classifies concepts by shape and styles by colour; `pixels (n, 3, 128, 128)` are in -1…1 throughout.
 
-    Concepts are read from small patches anywhere and from a coarse map of 4×4 places. Styles are read from the
-    palette, unless the picture is almost one of the renderings that the scorer remembers: then it has that
-    one's style. Generated pictures often keep a style's shapes with colours a little off.
+    Concepts are classified from small patches and a coarse 4×4 map, styles from the palette. A picture that nearly
+    equals a stored rendering gets that one's style, because generated images often have a style's shapes with slightly
+    wrong colours.
     """
 
     templates: Tensor
@@ -74,7 +74,7 @@ class ScorerNet(nn.Module):
         self.register_buffer("template_styles", torch.zeros(templates, dtype=torch.long))
 
     def concept(self, pixels: Tensor) -> Tensor:
-        """Logits `(n, classes)`."""
+        """Return logits over concepts `(n, classes)`."""
         near = self.near(pixels)
         far = self.far(near)
         local = functional.relu(self.near_norm(near)).mean(dim=(2, 3))
@@ -83,12 +83,12 @@ class ScorerNet(nn.Module):
         return logits
 
     def style_by_palette(self, pixels: Tensor) -> Tensor:
-        """Logits `(n, styles)`."""
+        """Return logits over styles `(n, styles)`, from the palette."""
         logits: Tensor = self.style_head(palette(pixels))
         return logits
 
     def style(self, pixels: Tensor) -> Tensor:
-        """Logits `(n, styles)`; the style of a remembered rendering that is nearly the same comes first."""
+        """Return logits over styles `(n, styles)`; the style of a nearly equal stored rendering is ranked first."""
         logits = self.style_by_palette(pixels)
         if len(self.templates) == 0:
             return logits
@@ -98,24 +98,24 @@ class ScorerNet(nn.Module):
         return logits + wins * (logits.amax(dim=1) - logits.amin(dim=1) + 1)[:, None]
 
     def forget(self) -> None:
-        """Drops the remembered renderings, so that only what is learnt is measured."""
+        """Drop the stored renderings, to measure the classifier alone."""
         self.remember(torch.zeros(0, 3, SIZE, SIZE), torch.zeros(0, dtype=torch.long))
 
     def remember(self, pixels: Tensor, styles: Tensor) -> None:
-        """Keeps renderings `(m, 3, H, W)` of known `styles (m,)` as thumbnails."""
+        """Store renderings `(m, 3, H, W)` of known `styles (m,)` as thumbnails."""
         self.templates = (thumbnails(pixels) * 255).round().byte()
         self.template_styles = styles.clone()
 
 
 def thumbnails(pixels: Tensor) -> Tensor:
-    """`(n, 3·16·16)` in 0…1."""
+    """Return thumbnails `(n, 3·16·16)` in 0…1."""
     return functional.adaptive_avg_pool2d(pixels.float(), _THUMB).flatten(1).add(1).div(2)
 
 
 def palette(pixels: Tensor) -> Tensor:
-    """How often each of 8×8×8 colours occurs in `pixels (n, 3, H, W)`: `(n, 512)`, square roots, times ten.
+    """Return the frequency of 8×8×8 colours in `pixels (n, 3, H, W)`: `(n, 512)`, square roots, times ten.
 
-    Every set is painted from a palette of its own, which tells the styles apart better than any shape.
+    Every set has its own palette, which distinguishes styles better than shapes.
     """
     levels = ((pixels.detach().float() + 1) * (_LEVELS / 2)).long().clamp(0, _LEVELS - 1).flatten(2)
     bins = (levels[:, 0] * _LEVELS + levels[:, 1]) * _LEVELS + levels[:, 2]
@@ -132,21 +132,21 @@ class Scores:
     style: Tensor
 
     def best(self, picture: int, among: Sequence[Concept] | None = None) -> tuple[Concept, Style]:
-        """The most likely concept (of `among`, or of all) and style of one picture."""
+        """Return the most likely concept (of `among`, or of all) and style of one picture."""
         order = list(among or concepts())
         columns = [concepts().index(concept) for concept in order]
         return order[int(self.concept[picture, columns].argmax())], STYLES[int(self.style[picture].argmax())]
 
 
 class Scorer:
-    """Owns the network; stateless after loading, safe to share between threads."""
+    """Owns the network. Stateless after loading; any thread may call it."""
 
     def __init__(self, net: ScorerNet, device: str = "cpu") -> None:
         self.net, self.device = net.to(device).eval().requires_grad_(False), device
 
     @classmethod
     def load(cls, base: Path, device: str = "cpu") -> Scorer:
-        """Reads `scorer/` of a base's folder; NotFound where it has none."""
+        """Load `scorer/` of a base's folder. Raises NotFound if it has none."""
         if not (base / SCORER_FILE).is_file():
             raise NotFound(f"{base} has no scorer ({SCORER_FILE})", path=str(base))
         weights = load_file(base / SCORER_FILE)
@@ -156,19 +156,19 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, pictures: NDArray[np.uint8] | Sequence[Image.Image], batch: int = 64) -> Scores:
-        """Scores `(n, H, W, 3)` bytes, or PIL pictures, of any size."""
+        """Score `(n, H, W, 3)` bytes, or PIL images, of any size."""
         pixels = torch.stack([_pixels(picture) for picture in pictures])
         parts = [part.to(self.device) for part in pixels.split(batch)]
         concept = torch.cat([self.net.concept(part).cpu() for part in parts])
         return Scores(concept, torch.cat([self.net.style(part).cpu() for part in parts]))
 
     def palettes(self, pictures: NDArray[np.uint8] | Sequence[Image.Image]) -> Tensor:
-        """`(n, bins)`: how often each colour occurs, as the styles are told by."""
+        """Return colour frequencies `(n, bins)`, the input of the style classifier."""
         return palette(torch.stack([_pixels(picture) for picture in pictures]))
 
 
 def _pixels(picture: NDArray[np.uint8] | Image.Image) -> Tensor:
-    """`(3, SIZE, SIZE)` in -1…1."""
+    """Convert a picture to `(3, SIZE, SIZE)` in -1…1."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -176,7 +176,7 @@ def _pixels(picture: NDArray[np.uint8] | Image.Image) -> Tensor:
 
 
 def hit_rate(scores: Tensor, wanted: Sequence[int], k: int) -> float:
-    """The share of rows of `scores (n, classes)` whose wanted class is among the k best."""
+    """Return the share of rows of `scores (n, classes)` whose wanted class is among the k best."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     hits = (best == torch.tensor(list(wanted))[:, None]).any(dim=1)
     return int(hits.sum()) / len(hits)

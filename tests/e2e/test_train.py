@@ -15,9 +15,9 @@ from PIL import Image
 from scumble_demo.evaluation import lora as effect
 from scumble_demo.evaluation import trial
 from scumble_demo.evaluation.run import measure
+from scumble_trainers.base import find_base
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import find_parent
 from scumble_trainers.results.result import read_result
 from scumble_trainers.run import train
 
@@ -67,7 +67,7 @@ def test_the_effect_is_drawn_by_the_server_and_kept_with_the_result(
     settings = LoraSettings(
         steps=1, batch_size=1, rank=1, validation=0, sample_steps=1, trigger_words=("ink style",), prompts=("an owl",)
     )
-    parent = find_parent(str(DEMO), tmp_path / "home")
+    parent = find_base(str(DEMO), tmp_path / "home")
     measured = measure("lora", parent, data, out, train(LoraTraining, parent, data, out, settings))
 
     told = measured.metrics["effect"]

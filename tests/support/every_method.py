@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.methods import METHODS
-from scumble_trainers.parent import Parent
 from scumble_trainers.run import train
 from scumble_trainers.settings import TrainSettings
 from scumble_trainers.steps.loop import Run
@@ -31,7 +31,7 @@ def make_settings(method: str, **changes: Any) -> TrainSettings:
     return ENTRIES[method].settings.model_validate(small)
 
 
-def run_method(method: str, parent: Parent, data: Path, out: Path, **changes: Any) -> Run:
+def run_method(method: str, base: TrainingBase, data: Path, out: Path, **changes: Any) -> Run:
     """Trains, and returns the run as it is after its last step."""
     runs: list[Run] = []
     original = Run.train
@@ -42,5 +42,5 @@ def run_method(method: str, parent: Parent, data: Path, out: Path, **changes: An
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "train", remember)
-        train(ENTRIES[method].load(), parent, data, out, make_settings(method, **changes))
+        train(ENTRIES[method].load(), base, data, out, make_settings(method, **changes))
     return runs[0]

@@ -9,7 +9,7 @@ import pytest
 from scumble.errors import Unavailable
 from scumble_build.engines.api import Flavour, load
 from scumble_build.engines.builder import parse_network
-from scumble_build.engines.progress import Said, logger
+from scumble_build.engines.progress import BuildLog, logger
 from scumble_build.export.manifest import GraphManifest
 
 
@@ -28,6 +28,6 @@ needs_rtx = pytest.mark.skipif(
 
 def check_parses(onnx: Path, manifest: GraphManifest, flavour: Flavour) -> None:
     """Raises Refused if TensorRT does not take the graph, or reads it other than its manifest says."""
-    trt, said = load(flavour), Said()
+    trt, said = load(flavour), BuildLog()
     keep = logger(trt, said)
     parse_network(trt, trt.Builder(keep), onnx, manifest, keep, said)

@@ -59,11 +59,11 @@ class WebuiHypernetwork:
                 parameter.requires_grad_(False)
                 parameter.copy_(torch.randn(parameter.shape) * gain * parameter.shape[-1] ** -0.5)
 
-    def __call__(self, keys: Tensor, values: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, keys: Tensor, values: Tensor, weight: float) -> tuple[Tensor, Tensor]:
         if keys.shape[-1] not in self.sides:
             return keys, values
         of_keys, of_values = self.sides[keys.shape[-1]]
-        return keys + strength * of_keys(keys), values + strength * of_values(values)
+        return keys + weight * of_keys(keys), values + weight * of_values(values)
 
     def metadata(self) -> dict[str, str]:
         return {
@@ -87,7 +87,7 @@ class WebuiHypernetwork:
 
 
 class WebuiAttention:
-    """The formula: `acting` are the networks of the step at their strengths, in the order of the request."""
+    """The formula: `acting` are the networks of the step at their weights, in the order of the request."""
 
     def __init__(self) -> None:
         self.acting: list[tuple[WebuiHypernetwork, float]] = []
@@ -97,8 +97,8 @@ class WebuiAttention:
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         of_keys, of_values = context, context
-        for network, strength in self.acting:
-            of_keys, of_values = network(of_keys, of_values, strength)
+        for network, weight in self.acting:
+            of_keys, of_values = network(of_keys, of_values, weight)
         q, k, v = (
             projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for projected in (attn.to_q(hidden_states), attn.to_k(of_keys), attn.to_v(of_values))

@@ -69,11 +69,11 @@ def save_lllite(lites: dict[str, Lite], unet: UNet2DConditionModel, file: Path) 
     return file
 
 
-def apply_lllite(lites: dict[str, Lite], unet: UNet2DConditionModel, picture: Tensor, strength: float) -> None:
+def apply_lllite(lites: dict[str, Lite], unet: UNet2DConditionModel, picture: Tensor, weight: float) -> None:
     """picture `(1, 3, H, W)` in 0…1."""
 
     def hook(lite: Lite) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        return lambda _, read: (read[0] + strength * lite(read[0], 2 * picture - 1), *read[1:])
+        return lambda _, read: (read[0] + weight * lite(read[0], 2 * picture - 1), *read[1:])
 
     for name, lite in lites.items():
         unet.get_submodule(name).register_forward_pre_hook(hook(lite))

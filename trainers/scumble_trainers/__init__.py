@@ -1,1 +1,1 @@
-"""The offline trainers: pictures become adapters, and the base its weights."""
+"""The offline trainers of the six adapter methods."""

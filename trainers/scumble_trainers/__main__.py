@@ -1,4 +1,4 @@
-"""`python -m scumble_trainers METHOD …`: `scumble train METHOD …` for launchers that start modules."""
+"""`python -m scumble_trainers METHOD …` is `scumble train METHOD …`, for launchers that start modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`scumble train …`: one subcommand per method, and those that other packages add."""
+"""`scumble train …`: one subcommand per method, and subcommands of other packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scumble_trainers.command import method_command
 from scumble_trainers.methods import METHODS
 
 GROUP = "scumble.train_commands"
-"""Entry point: a function that becomes a subcommand, as typer reads it."""
+"""Entry point for subcommands: functions that typer reads."""
 
 app = typer.Typer(no_args_is_help=True, help="Train an adapter and publish it.")
 for added in sorted(entry_points(group=GROUP), key=lambda added: added.name):

@@ -1,4 +1,4 @@
-"""`scumble train METHOD`: options in, an adapter in the registry out."""
+"""`scumble train METHOD`: trains an adapter and publishes it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 def method_command(entry: MethodEntry) -> Callable[..., None]:
-    """The subcommand of one method, for typer."""
+    """Make the subcommand of one method, for typer."""
     return command_of(entry.settings, partial(_run, entry), entry.help)
 
 
 def _run(entry: MethodEntry, common: Common, given: dict[str, Any]) -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of picture libraries that nothing here uses
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about picture libraries that are not used here
     settings = _settings(entry, common["config"], given)
     _check_names(common)
-    told = train_and_publish(entry, common, settings)
-    if told is not None:
-        typer.echo(json.dumps(told, ensure_ascii=False) if common["as_json"] else _in_words(told))
+    summary = train_and_publish(entry, common, settings)
+    if summary is not None:
+        typer.echo(json.dumps(summary, ensure_ascii=False) if common["as_json"] else _as_text(summary))
 
 
 def _settings(entry: MethodEntry, config: Path | None, given: dict[str, Any]) -> TrainSettings:
-    """Options of the command line before those of --config before the defaults."""
+    """Merge options: the command line's, then --config's, then the defaults."""
     from_file = {} if config is None else read_config(config, entry.settings)
     return parse_settings(entry.settings, from_file | given)
 
@@ -46,7 +46,7 @@ def _check_names(common: Common) -> None:
 
     publish, alias = common["publish"], common["alias"]
     if publish is None and common["out"] is None:
-        raise InvalidRequest("say where the result goes: --publish ns/name, --out FOLDER or both", field="out")
+        raise InvalidRequest("no place for the result: pass --publish ns/name, --out FOLDER or both", field="out")
     if publish is None and (alias or common["staged"]):
         raise InvalidRequest("--alias and --staged need --publish ns/name", field="publish")
     if publish is not None:
@@ -56,54 +56,54 @@ def _check_names(common: Common) -> None:
 
 
 def train_and_publish(entry: MethodEntry, common: Common, settings: TrainSettings) -> dict[str, Any] | None:
-    """Trains, measures, publishes; returns what `--json` prints, or None in all processes but the first."""
+    """Train, evaluate and publish. Returns what `--json` prints, or None in all processes but the first."""
     from accelerate import PartialState  # type: ignore[import-untyped]
 
     from scumble_registry import Registry, default_home
+    from scumble_trainers.base import find_base
     from scumble_trainers.evaluation import installed_evaluation
-    from scumble_trainers.parent import find_parent
     from scumble_trainers.results.result import publish_result
     from scumble_trainers.run import train
-    from scumble_trainers.steps.progress import shown
+    from scumble_trainers.steps.progress import progress_bars
 
     home, publish = default_home(), common["publish"]
-    parent = find_parent(common["base"], home)
+    base = find_base(common["base"], home)
     out = common["out"] or default_out(home, entry.name, publish)
     evaluation = installed_evaluation() if common["evaluate"] else None
     if evaluation is not None:
-        evaluation.check_measurable(parent)
-    with shown(wanted=not common["as_json"]) as report:
-        result = train(entry.load(), parent, common["data"], out, settings, fresh=common["fresh"], report=report)
+        evaluation.check_measurable(base)
+    with progress_bars(wanted=not common["as_json"]) as report:
+        result = train(entry.load(), base, common["data"], out, settings, fresh=common["fresh"], report=report)
     if not PartialState().is_main_process:
         return None
     if evaluation is not None:
-        result = evaluation.measure(entry.name, parent, common["data"], out, result)
-    told = _told(out, result)
+        result = evaluation.measure(entry.name, base, common["data"], out, result)
+    summary = _summary(out, result)
     if publish is None:
-        return told
+        return summary
     with Registry.open(home, create=True) as registry:
-        version = publish_result(
-            registry, out, publish, base=parent.ref, alias=common["alias"], staged=common["staged"]
-        )
-    return {**told, "ref": version.ref, "digest": version.digest}
+        version = publish_result(registry, out, publish, base=base.ref, alias=common["alias"], staged=common["staged"])
+    return {**summary, "ref": version.ref, "digest": version.digest}
 
 
 def default_out(home: Path, method: str, name: str) -> Path:
-    """Where a run that is published as `ns/name` keeps its checkpoints."""
+    """Return the default folder of a run that is published as `ns/name`."""
     return home / "train" / method / name
 
 
-def _told(out: Path, result: Result) -> dict[str, Any]:
+def _summary(out: Path, result: Result) -> dict[str, Any]:
     return {"out": str(out), **asdict(result), "adapter": str(out / result.adapter)}
 
 
-def _in_words(told: dict[str, Any]) -> str:
-    """The result as a person reads it."""
-    before, after = told["metrics"]["before"], told["metrics"]["after"]
+def _as_text(summary: dict[str, Any]) -> str:
+    """Format the result as text."""
+    before, after = summary["metrics"]["before"], summary["metrics"]["after"]
     lines = [f"{name.replace('_', ' ')}: {before[name]:.4f} → {after[name]:.4f}" for name in after]
-    lines += [f"{name.replace('_', ' ')}: {value}" for name, value in told["metrics"].get("effect", {}).items()]
-    cost = told["provenance"]
+    lines += [f"{name.replace('_', ' ')}: {value}" for name, value in summary["metrics"].get("effect", {}).items()]
+    cost = summary["provenance"]
     lines.append(f"{cost['time']:.0f} s, {cost['peak_memory'] / 2**20:.0f} MiB, on {cost['device']}")
-    lines.append(f"published as {told['ref']} ({told['digest']})" if "ref" in told else f"saved as {told['adapter']}")
-    lines.append(f"sample grid: {told['out']}/sample_grid.png")
+    lines.append(
+        f"published as {summary['ref']} ({summary['digest']})" if "ref" in summary else f"saved as {summary['adapter']}"
+    )
+    lines.append(f"sample grid: {summary['out']}/sample_grid.png")
     return "\n".join(lines)

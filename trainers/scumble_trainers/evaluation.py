@@ -1,4 +1,4 @@
-"""`--evaluate`: measures what a trained adapter does, where a package that can judge pictures is installed."""
+"""`--evaluate`: measures a trained adapter's effect, if a package with an evaluator is installed."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from scumble.errors import Unavailable
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.result import Result
 
 GROUP = "scumble.evaluation"
-"""Entry point: a module that is an `Evaluator`."""
+"""Entry point for a module that implements `Evaluator`."""
 
 
 class Evaluator(Protocol):
-    """Judges the pictures that a trained adapter draws."""
+    """Measures the images drawn with a trained adapter."""
 
-    def check_measurable(self, parent: Parent) -> None:
-        """Raises InvalidRequest for a base whose pictures it cannot judge."""
+    def check_measurable(self, base: TrainingBase) -> None:
+        """Check a base. Raises InvalidRequest if its images cannot be measured."""
 
-    def measure(self, method: str, parent: Parent, data: Path, out: Path, result: Result) -> Result:
-        """Returns `result` with the effect among its metrics, and writes it to `out`."""
+    def measure(self, method: str, base: TrainingBase, data: Path, out: Path, result: Result) -> Result:
+        """Measure the effect, write it to `out`, and return `result` with it among the metrics."""
 
 
 def installed_evaluation() -> Evaluator:
-    """Raises Unavailable where none is installed."""
+    """Load the evaluator. Raises Unavailable if none is installed."""
     entries = list(entry_points(group=GROUP))
     if not entries:
-        raise Unavailable("--evaluate needs a judge of pictures, and none is installed: pip install 'scumble[demo]'")
+        raise Unavailable("--evaluate needs an evaluator, and none is installed: run pip install 'scumble[demo]'")
     return cast("Evaluator", entries[0].load())

@@ -1,5 +1,4 @@
-# ruff: noqa: ARG002, ARG003 - what only subclasses use
-"""What a method is to a run: the frozen base and the trained parameters as one module that gives a loss."""
+"""The contract of a training method: frozen base and trained parameters as one module whose forward is the loss."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.captions import Captions, TextEncoders, TextStates
 from scumble_trainers.data.dataset import Example, hold_out
 from scumble_trainers.data.latents import Latents
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import Settings, StoredType
 from scumble_trainers.steps.draws import Draw
@@ -31,7 +30,7 @@ MOST_HELD_OUT = 64
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What a run reads: every example's latents and captions, and which of them are held out."""
+    """The data of a run: every example's latents and captions, and which examples are held out."""
 
     examples: Sequence[Example]
     schedule: Schedule
@@ -40,98 +39,99 @@ class Material:
     framing: Tensor  # (N, 6): original height and width, crop's top and left, target height and width; SDXL's time ids
     trained: Tensor  # (N,) int64
     held: Tensor  # (M,) int64, may be empty
-    further: Tensor  # (K,) int64: what `Method.further_examples` gave, in no other group; may be empty
+    further: Tensor  # (K,) int64: the examples of `further_examples`, in no other group; may be empty
     samples: Samples
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What a prediction is told beside the noisy latents."""
+    """The conditioning of a prediction, besides the noisy latents."""
 
-    pictures: Tensor  # (B,) int64 on the CPU: which examples they are
+    pictures: Tensor  # (B,) int64 on the CPU: indices of the examples
     text: TextStates
     chances: Tensor | None
-    """`(B, CHANCES)` in [0, 1) in training, None where the loss is measured: there nothing is dropped."""
+    """`(B, CHANCES)` in [0, 1) in training; None in validation, where nothing is dropped."""
 
 
 class TrainingMethod(nn.Module, ABC, Generic[Settings]):
-    """One run's model. Its forward is the loss of a part of a batch, so that accelerate can wrap all of it at once.
+    """The model of one run. Its forward is the loss of a part of a batch, so that accelerate can wrap it as one module.
 
-    A subclass puts its parameters in (from `settings.seed`), says how it predicts, and saves what it has learnt.
+    A subclass adds its parameters (initialised from `settings.seed`), predicts with them, and saves them.
     """
 
     name: ClassVar[str]
-    """As in `scumble train NAME`, and of the adapter's kind."""
+    """Name in `scumble train NAME`, and kind of the adapter."""
     adapter: str
     """Name of the file or folder that `save` writes."""
 
     material: Material
 
-    def __init__(self, pipeline: Pipeline, settings: Settings, parent: Parent) -> None:
+    def __init__(self, pipeline: Pipeline, settings: Settings, base: TrainingBase) -> None:
         super().__init__()
-        self.settings, self.parent = settings, parent
+        self.settings, self.base = settings, base
         self.pipeline = pipeline
         self.unet: Any = pipeline.unet
         self.text = TextEncoders(pipeline)
 
     @classmethod
     def weights_dtype(cls, settings: Settings) -> torch.dtype:
-        """What the base is loaded in: the compute type, as frozen weights need no more."""
+        """Return the dtype that the base is loaded in: the compute dtype, which is enough for frozen weights."""
         return DTYPES[settings.mixed_precision]
 
     @classmethod
-    def check(cls, settings: Settings, parent: Parent, examples: Sequence[Example]) -> None:
-        """Raises InvalidRequest or Incompatible for what this method cannot be trained on, before any work."""
+    def check(cls, settings: Settings, base: TrainingBase, examples: Sequence[Example]) -> None:
+        """Check settings, base and data before any work. Raises InvalidRequest or Incompatible."""
 
     @classmethod
-    def of(cls, settings: Settings) -> type[TrainingMethod[Any]]:
-        """What these settings ask for: a method may have more than one thing that it trains."""
+    def of(cls, settings: Settings) -> type[TrainingMethod[Any]]:  # noqa: ARG003 - for overrides
+        """Return the class that trains with these settings; a method may have several."""
         return cls
 
     @classmethod
     def hold_out(cls, settings: Settings, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
-        """Which examples are (trained on, held out), in order: by default pictures by lot."""
+        """Split examples into (trained on, held out); by default pictures are held out at random."""
         places = range(len(examples))
         return hold_out(places, fraction=settings.validation, seed=settings.seed, most=MOST_HELD_OUT)
 
     @classmethod
     def further_examples(
-        cls, parent: Parent, settings: Settings, examples: Sequence[Example], out: Path, report: ProgressReport
+        cls, base: TrainingBase, settings: Settings, examples: Sequence[Example], out: Path, report: ProgressReport
     ) -> list[Example]:
-        """Pictures that the method makes for itself; `Material.further` says where they are."""
+        """Return pictures that the method draws itself; `Material.further` has their indices."""
+        del base, settings, examples, out, report  # for overrides
         return []
 
     @property
     def trains_text(self) -> bool:
-        """Whether embeddings of captions change with the steps."""
+        """Whether embeddings of captions change during training."""
         return False
 
     @property
     def trigger_words(self) -> tuple[str, ...]:
-        """What a prompt must say."""
+        """Words that a prompt needs to use the adapter."""
         return self.settings.trigger_words
 
-    def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
-        """Once before the first step; a method may make what it needs of every picture."""
+    def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:  # noqa: ARG002 - for overrides
+        """Called once before the first step; a method may compute here what it needs of every picture."""
         self.material = material
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name, in an order of their own."""
+        """Return the trained parameters by name, in a fixed order."""
 
-    def learning_rate(self, name: str) -> float:
-        """At its highest, of the trained parameter `name`."""
+    def learning_rate(self, name: str) -> float:  # noqa: ARG002 - for overrides
+        """Return the peak learning rate of the trained parameter `name`."""
         return self.settings.learning_rate
 
     def forward(self, draw: Draw) -> Tensor:
-        """Mean loss over `draw`."""
+        """Return the mean loss over `draw`."""
         material = self.material
         rows = material.captions.choose(draw.pictures, draw.captions, draw.dropped)
         text = material.captions.embed(self.text, rows, self.device)
         return self.losses(draw, Condition(draw.pictures, text, draw.chances)).mean()
 
     def losses(self, draw: Draw, condition: Condition) -> Tensor:
-        """`(B,)`."""
+        """Return the loss of each picture, `(B,)`."""
         material = self.material
         return denoising_loss(
             material.schedule,
@@ -143,24 +143,24 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
         )
 
     def predict_measured(self, pictures: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """With the pictures' first captions; for the validation loss."""
+        """Predict with the pictures' first captions, for the validation loss."""
         captions = self.material.captions
         text = captions.embed(self.text, captions.of(pictures), self.device)
         return self.predict(Condition(pictures, text, None), noisy, timesteps)
 
     def predict(self, condition: Condition, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The UNet's prediction, `(B, C, h, w)`."""
+        """Return the UNet's prediction, `(B, C, h, w)`."""
         return self.denoise(condition, noisy, timesteps)
 
     def denoise(self, condition: Condition, noisy: Tensor, timesteps: Tensor, **more: Any) -> Tensor:
-        """One evaluation of the UNet; `more` are further arguments of its own."""
+        """Evaluate the UNet; `more` are passed to it."""
         more["added_cond_kwargs"] = self.added(condition) | more.get("added_cond_kwargs", {})
         dtype = self.unet.dtype
         result: Tensor = self.unet(noisy.to(dtype), timesteps, condition.text.states.to(dtype), **more).sample
         return result
 
     def added(self, condition: Condition) -> dict[str, Any]:
-        """SDXL's pooled text and time ids; nothing for the others."""
+        """Return SDXL's pooled text and time ids as arguments; none for other families."""
         if condition.text.pooled is None:
             return {}
         ids = self.material.framing[condition.pictures].to(self.device)
@@ -168,16 +168,16 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
-        """Within, the model is the base alone, if it is not that anyway before the first step."""
+        """Within the block the model acts as the base, for methods whose initial parameters change it."""
         yield
 
     def draw(self, samples: Samples) -> list[Image.Image]:
-        """One picture per prompt at the present weights."""
+        """Draw one image per prompt with the current weights."""
         return draw_samples(self.pipeline, samples)
 
     @abstractmethod
     def save(self, folder: Path, dtype: StoredType) -> None:
-        """Writes `folder/ADAPTER`, the adapter as it stands."""
+        """Write the adapter, as it is now, to `folder/ADAPTER`."""
 
     @property
     def device(self) -> torch.device:
@@ -185,21 +185,21 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
         return device
 
     def lay_out(self) -> None:
-        """Weights in memory channels last: convolutions of small nets on CPUs are a quarter faster."""
+        """Use the channels-last memory format: convolutions of small nets on CPUs are a quarter faster."""
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def enable_gradient_checkpointing(self) -> None:
-        """Less memory for activations, more time."""
+        """Enable gradient checkpointing: less memory for activations, more time."""
         self.unet.enable_gradient_checkpointing()
 
 
 def half(state: dict[str, Tensor], dtype: StoredType) -> dict[str, Tensor]:
-    """On the CPU in the type that files are saved in."""
+    """Return tensors on the CPU in the dtype of files."""
     return {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in state.items()}
 
 
 def in_fp32(modules: Sequence[nn.Module]) -> None:
-    """Trained parameters are fp32 whatever the frozen weights are kept in."""
+    """Convert trained parameters to fp32, whatever the dtype of the frozen weights."""
     for module in modules:
         for parameter in module.parameters():
             if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""The command line of a method, made from its settings: one option a field."""
+"""Builds a method's command line from its settings: one option per field."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from scumble.errors import InvalidRequest
 from scumble_trainers.settings import DATA, SAVE, TrainSettings, option_name
 
 Common = Mapping[str, Any]
-"""What is asked of every method beside its settings, by the names in COMMON."""
+"""Options of every method besides its settings, by the names in COMMON."""
 
 Command = Callable[[Common, dict[str, Any]], None]
-"""Called with the common options and with those settings that were given."""
+"""Called with the common options and the settings that were given."""
 
 
 def _option(*names: str, panel: str, help: str) -> Any:  # noqa: A002, typer's word
@@ -31,20 +31,20 @@ COMMON: Mapping[str, tuple[Any, Any]] = {
     "config": (Path | None, _option("--config", panel=DATA, help="TOML file of options; the command line wins.")),
     "publish": (str | None, _option("--publish", panel=SAVE, help="Publish as ns/name.")),
     "alias": (str | None, _option("--alias", panel=SAVE, help="Point this alias at it.")),
-    "staged": (bool, _option("--staged", panel=SAVE, help="Publish without approving.")),
+    "staged": (bool, _option("--staged", panel=SAVE, help="Publish without approval.")),
     "out": (Path | None, _option("--out", panel=SAVE, help="Checkpoints, samples, logs and the result.")),
     "fresh": (bool, _option("--fresh", panel=SAVE, help="Delete an earlier run in --out first.")),
     "evaluate": (
         bool,
-        _option("--evaluate", panel=SAVE, help="Measure the effect on what was never trained on, and keep it."),
+        _option("--evaluate", panel=SAVE, help="Measure the effect on held-out data and store it."),
     ),
-    "as_json": (bool, _option("--json", panel=SAVE, help="Print the result as JSON, show no progress.")),
+    "as_json": (bool, _option("--json", panel=SAVE, help="Print the result as JSON and no progress.")),
 }
 REQUIRED = ("base", "data")
 
 
 def command_of(settings: type[TrainSettings], run: Command, description: str) -> Callable[..., None]:
-    """A function whose signature typer reads; `description` is its help."""
+    """Return a function whose signature typer reads; `description` is its help."""
 
     def command(**given: Any) -> None:
         common = {name: given.pop(name) for name in COMMON}
@@ -55,9 +55,9 @@ def command_of(settings: type[TrainSettings], run: Command, description: str) ->
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if name in REQUIRED else False if kind is bool else None,
-            annotation=Annotated[kind, told],
+            annotation=Annotated[kind, option],
         )
-        for name, (kind, told) in COMMON.items()
+        for name, (kind, option) in COMMON.items()
     ]
     parameters += [_parameter(settings, name, field) for name, field in settings.model_fields.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -67,28 +67,28 @@ def command_of(settings: type[TrainSettings], run: Command, description: str) ->
 
 
 def _parameter(settings: type[TrainSettings], name: str, field: FieldInfo) -> inspect.Parameter:
-    """Without a value of its own: None says that the option was not given, so --config or the default holds."""
+    """Return a field's option, whose default is None: if it is not given, --config or the field's default applies."""
     extra = field.json_schema_extra
     panel = str(extra.get("panel")) if isinstance(extra, dict) else None
     flag = option_name(settings, name)
     kind = _kind(field.annotation)
     both = f"{flag}/--no-{flag.removeprefix('--')}" if kind is bool else flag
-    shown = None if field.is_required() or field.default in (None, (), "", {}) else str(field.default)
-    told = typer.Option(
-        both, rich_help_panel=panel, help=field.description, show_default=False if shown is None else shown
+    default = None if field.is_required() or field.default in (None, (), "", {}) else str(field.default)
+    option = typer.Option(
+        both, rich_help_panel=panel, help=field.description, show_default=False if default is None else default
     )
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[Union[kind, None], told],  # noqa: UP007
+        annotation=Annotated[Union[kind, None], option],  # noqa: UP007
     )
 
 
 def _kind(annotation: Any) -> Any:
-    """How the command line takes a field: `X | None` as X, tuples and tables as repeated options."""
+    """Return the type of a field on the command line: `X | None` as X, tuples and tables as repeated options."""
     if get_origin(annotation) in (Union, types.UnionType):
-        (kind,) = (each for each in get_args(annotation) if each is not type(None))
+        (kind,) = (member for member in get_args(annotation) if member is not type(None))
         return _kind(kind)
     if get_origin(annotation) is tuple:
         return list[get_args(annotation)[0]]  # type: ignore[misc]
@@ -98,7 +98,7 @@ def _kind(annotation: Any) -> Any:
 
 
 def _told(settings: type[TrainSettings], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options that were given; NAME=VALUE as tables."""
+    """Return the options that were given, with NAME=VALUE parsed to tables."""
     return {
         name: _table(settings, name, value) if _is_table(settings, name) else value
         for name, value in given.items()

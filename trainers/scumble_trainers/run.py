@@ -1,4 +1,4 @@
-"""From a base and pictures to a finished adapter: everything is checked before any work is done."""
+"""Trains an adapter from a base and pictures. Everything is checked before any work is done."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from scumble.errors import InvalidRequest
+from scumble_trainers.base import TrainingBase, load_base, native_resolution, schedule_config, side_multiple
 from scumble_trainers.data.buckets import Size, choose_sizes
 from scumble_trainers.data.captions import read_captions
 from scumble_trainers.data.dataset import Example, data_digest, read_examples, with_captions
 from scumble_trainers.data.latents import cached_latents
 from scumble_trainers.method import Material, TrainingMethod
-from scumble_trainers.parent import Parent, load_parent, native_resolution, schedule_config, side_multiple
 from scumble_trainers.results.card import write_card
 from scumble_trainers.results.provenance import provenance
 from scumble_trainers.results.result import CARD, GRID, Result, read_result, write_result
@@ -34,7 +34,7 @@ SAMPLE_ROWS = 4
 
 def train(
     kind: type[TrainingMethod[Any]],
-    parent: Parent,
+    base: TrainingBase,
     data: Path,
     out: Path,
     settings: TrainSettings,
@@ -42,31 +42,33 @@ def train(
     fresh: bool = False,
     report: ProgressReport = silent,
 ) -> Result:
-    """Trains into `out`, continuing from its newest checkpoint, and returns what training.json says.
+    """Train into `out`, from its newest checkpoint if there is one, and return the content of training.json.
 
-    A run that is finished already is returned as it is. Raises InvalidRequest for bad data, or where `out`
-    holds another run (unless `fresh`, which deletes that first), Unavailable where nothing can be written.
+    A finished run's result is returned as it is. Raises InvalidRequest for bad data, or if `out` holds another run
+    (unless `fresh`, which deletes that first), Unavailable if `out` cannot be written.
     """
     kind = kind.of(settings)
-    noise_schedule(schedule_config(parent))  # raises for a base whose prediction nobody here knows
-    resolution = settings.resolution or native_resolution(parent)
-    multiple = side_multiple(parent)
+    noise_schedule(schedule_config(base))  # raises for an unknown prediction type
+    resolution = settings.resolution or native_resolution(base)
+    multiple = side_multiple(base)
     if resolution % multiple:
-        raise InvalidRequest(f"--resolution {resolution} is no multiple of this base's {multiple}", field="resolution")
+        raise InvalidRequest(
+            f"--resolution {resolution} is not a multiple of this base's {multiple}", field="resolution"
+        )
     read = read_examples(data, resolution=resolution)
     examples = with_captions(read, settings.captions)
     _check_triggers(settings, examples)
-    kind.check(settings, parent, examples)
+    kind.check(settings, base, examples)
     identity: dict[str, Any] = {
         "config": settings.config(),
         "data": data_digest(read),
-        "base": parent.content,
+        "base": base.content,
         "resolution": resolution,
     }
     if fresh:
         _clear(out)
     finished = read_result(out)
-    if finished and _same_run(finished, identity, parent):
+    if finished and _same_run(finished, identity, base):
         return finished
     checkpoint = latest_checkpoint(out / "checkpoints")
     if checkpoint is not None:
@@ -76,13 +78,13 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         (out / CARD).unlink(missing_ok=True)
         accelerator = _accelerator(out, kind.name, settings)
-        run = _prepare(accelerator, kind, parent, examples, out, settings, identity, report)
+        run = _prepare(accelerator, kind, base, examples, out, settings, identity, report)
         run.train(checkpoint)
         return _finish(run, len(examples))
 
 
 def _finish(run: Run, pictures: int) -> Result:
-    """Saves the adapter and, last, training.json."""
+    """Save the adapter and, last, training.json."""
     accelerator, method, settings, out = run.accelerator, run.method, run.settings, run.out
     result = Result(
         adapter=method.adapter,
@@ -95,14 +97,14 @@ def _finish(run: Run, pictures: int) -> Result:
             data_digest=run.identity["data"],
             pictures=pictures,
             seed=settings.seed,
-            parent=method.parent.digest,
+            parent=method.base.digest,
             cost=run.cost,
         ).to_dict(),
         metrics={**run.metrics, "resolution": run.identity["resolution"]},
     )
     if accelerator.is_main_process:
         run.save_adapter(out)
-        write_card(out, result, base=method.parent.ref)
+        write_card(out, result, base=method.base.ref)
         write_result(out, result)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -112,19 +114,19 @@ def _finish(run: Run, pictures: int) -> Result:
 def _prepare(
     accelerator: Accelerator,
     kind: type[TrainingMethod[Any]],
-    parent: Parent,
+    base: TrainingBase,
     examples: list[Example],
     out: Path,
     settings: TrainSettings,
     identity: dict[str, Any],
     report: ProgressReport,
 ) -> Run:
-    """Loads the base, puts in what is trained, encodes pictures and captions."""
+    """Load the base, add the trained parameters, encode pictures and captions."""
     with accelerator.main_process_first():
-        further = kind.further_examples(parent, settings, examples, out, report)
-    pipeline = load_parent(parent, dtype=kind.weights_dtype(settings)).to(accelerator.device)
+        further = kind.further_examples(base, settings, examples, out, report)
+    pipeline = load_base(base, dtype=kind.weights_dtype(settings)).to(accelerator.device)
     torch.manual_seed(settings.seed)
-    method = kind(pipeline, settings, parent)
+    method = kind(pipeline, settings, base)
     material = _material(accelerator, method, examples, further, out, identity["resolution"], report)
     method.begin(material, accelerator.device, report)
     method.lay_out()
@@ -141,7 +143,7 @@ def _material(
     report: ProgressReport,
 ) -> Material:
     settings, pipeline, everything = method.settings, method.pipeline, [*examples, *further]
-    sizes = choose_sizes(everything, resolution, side_multiple(method.parent), bucket=settings.bucket)
+    sizes = choose_sizes(everything, resolution, side_multiple(method.base), bucket=settings.bucket)
     with accelerator.main_process_first():
         latents = cached_latents(
             out / "cache",
@@ -166,7 +168,7 @@ def _material(
 
 
 def _framing(examples: Sequence[Example], sizes: Sequence[Size]) -> torch.Tensor:
-    """SDXL's six numbers of every picture: `load_picture` fits and then crops at the centre."""
+    """Return SDXL's six time ids of every picture, which `load_picture` resizes and then crops at the centre."""
     rows = []
     for (width, height), example in zip(sizes, examples, strict=True):
         scale = max(width / example.size[0], height / example.size[1])
@@ -192,7 +194,7 @@ def _accelerator(out: Path, name: str, settings: TrainSettings) -> Accelerator:
     parts = accelerator.num_processes * settings.accumulate
     if settings.batch_size % parts:
         raise InvalidRequest(
-            f"--batch-size {settings.batch_size} cannot be divided among {accelerator.num_processes} processes "
+            f"--batch-size {settings.batch_size} cannot be split over {accelerator.num_processes} processes "
             f"and {settings.accumulate} accumulation parts: use a multiple of {parts}",
             field="batch_size",
         )
@@ -205,7 +207,7 @@ def _check_triggers(settings: TrainSettings, examples: Sequence[Example]) -> Non
     for word in settings.trigger_words:
         if not any(word.lower() in caption for caption in captions):
             raise InvalidRequest(
-                f"no caption contains the trigger word {word!r}, so it would trigger nothing", field="trigger"
+                f"no caption contains the trigger word {word!r}, so it would have no effect", field="trigger"
             )
 
 
@@ -223,17 +225,17 @@ def _check_resumable(checkpoint: Checkpoint, settings: TrainSettings, identity: 
         )
 
 
-def _same_run(finished: Result, identity: dict[str, Any], parent: Parent) -> bool:
-    told = finished.provenance
+def _same_run(finished: Result, identity: dict[str, Any], base: TrainingBase) -> bool:
+    provenance = finished.provenance
     return (
-        told["config"] == identity["config"]
-        and told["data_digest"] == identity["data"]
-        and told["parent"] in (parent.digest, parent.content)
+        provenance["config"] == identity["config"]
+        and provenance["data_digest"] == identity["data"]
+        and provenance["parent"] in (base.digest, base.content)
     )
 
 
 def _clear(out: Path) -> None:
-    """Deletes what a run leaves in `out`, and nothing else that lies there. Cached latents stay: they are keyed."""
+    """Delete a run's files in `out` and nothing else. Cached latents stay, as they have keys."""
     finished = read_result(out)
     for folder in ("checkpoints", "samples", "logs"):
         shutil.rmtree(out / folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What every training run can be told; each method adds its own. A field is also an option and a key of --config."""
+"""Settings of every training run; each method adds its own. A field is also an option and a key of --config."""
 
 from __future__ import annotations
 
@@ -32,25 +32,27 @@ UNRELATED = frozenset(
         "layout",
     }
 )
-"""What may differ when a run is resumed: it does not change what the earlier steps did."""
+"""Settings that may differ when a run is resumed, as they do not change earlier steps."""
 
 Settings = TypeVar("Settings", bound="TrainSettings")
 
 
 def option(default: Any = ..., *, panel: str, help: str, name: str | None = None, **limits: Any) -> Any:  # noqa: A002
-    """A field that the command line shows under `panel`, as --name (by default the field's own)."""
+    """Make a field that the command line's help has under `panel`, as --name (default: the field's name)."""
     extra: dict[str, Any] = {"panel": panel, "option": name}
     return Field(default, description=help, json_schema_extra=extra, **limits)
 
 
 class TrainSettings(BaseModel):
-    """One run. Together with the base and the data it decides the adapter, bit by bit on one machine."""
+    """Settings of one run. With base and data they determine the adapter, bit by bit on the same machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = option(panel=TRAIN, help="Updates in all.", ge=1, le=1_000_000)
+    steps: int = option(panel=TRAIN, help="Number of updates.", ge=1, le=1_000_000)
     batch_size: int = option(8, panel=TRAIN, help="Pictures per update, over all processes and parts.", ge=1, le=4096)
-    accumulate: int = option(1, panel=TRAIN, help="Parts that a process runs its share in: less memory.", ge=1)
+    accumulate: int = option(
+        1, panel=TRAIN, help="Parts into which a process splits its share (gradient accumulation): less memory.", ge=1
+    )
     learning_rate: float = option(1e-4, panel=TRAIN, help="Of AdamW.", gt=0, le=10)
     schedule: LearningRateSchedule = option("cosine", panel=TRAIN, help="Learning rate's.")
     warmup: int = option(0, panel=TRAIN, help="Updates of linear warm-up.", ge=0)
@@ -58,53 +60,66 @@ class TrainSettings(BaseModel):
     max_grad_norm: float = option(1.0, panel=TRAIN, help="Gradient clipping.", gt=0)
     min_snr_gamma: float | None = option(None, panel=TRAIN, help="Min-SNR weighting; 5 is usual.", gt=0)
     ema: float | None = option(
-        None, panel=TRAIN, help="Keep and save a moving average of what is trained; 0.999 is usual.", gt=0, lt=1
+        None,
+        panel=TRAIN,
+        help="Decay of a moving average of the trained weights, which is then saved; 0.999 is usual.",
+        gt=0,
+        lt=1,
     )
-    caption_dropout: float = option(0.1, panel=TRAIN, help="Share trained without caption.", ge=0, le=1)
-    seed: int = option(0, panel=TRAIN, help="Of everything random.", ge=0, lt=2**63)
+    caption_dropout: float = option(0.1, panel=TRAIN, help="Share of rows trained without a caption.", ge=0, le=1)
+    seed: int = option(0, panel=TRAIN, help="Seed of everything random.", ge=0, lt=2**63)
     mixed_precision: Precision = option("no", panel=TRAIN, help="Compute type.")
-    gradient_checkpointing: bool = option(default=False, panel=TRAIN, help="Less memory, more time.")
+    gradient_checkpointing: bool = option(
+        default=False, panel=TRAIN, help="Compute activations again in the backward pass: less memory, more time."
+    )
     checkpoint_every: int = option(250, panel=TRAIN, help="Updates.", ge=1)
     keep_checkpoints: int = option(2, panel=TRAIN, help="Newest kept.", ge=1)
 
     resolution: int | None = option(
         None,
         panel=DATA,
-        help="Pixels of a side; by default what the base was trained at.",
+        help="Side in pixels; default: what the base was trained at.",
         ge=8,
         le=2048,
         multiple_of=8,
     )
-    bucket: bool = option(default=False, panel=DATA, help="Keep pictures' shapes, in sizes of one area; else crop.")
+    bucket: bool = option(
+        default=False,
+        panel=DATA,
+        help="Train at the pictures' aspect ratios, in sizes of one area, instead of cropping.",
+    )
     captions: tuple[str, ...] = option(
         (),
         panel=DATA,
         name="caption",
-        help="In place of the data's own captions, one of them at random; repeat. {text} is a line's own, "
+        help="Caption in place of the data's; repeat, one is chosen at random. {text} is the line's own caption, "
         "{style} its style.",
     )
-    validation: float = option(0.1, panel=DATA, help="Share of the pictures held out, at most 64.", ge=0, lt=1)
+    validation: float = option(
+        0.1, panel=DATA, help="Share of the pictures to hold out, at most 64 pictures.", ge=0, lt=1
+    )
 
     prompts: tuple[str, ...] = option(
-        (), panel=SHOW, name="prompt", help="Of the grid; repeat. Default: held-out captions."
+        (), panel=SHOW, name="prompt", help="Prompt of the sample grid; repeat. Default: held-out captions."
     )
     sample_seed: int = option(0, panel=SHOW, help="Prompt i uses seed + i.", ge=0, lt=2**63)
     sample_steps: int = option(20, panel=SHOW, help="Denoising steps.", ge=1, le=1000)
     sample_guidance: float = option(5.0, panel=SHOW, help="Guidance scale.", ge=0, le=100)
 
-    save_dtype: StoredType = option("fp16", panel=SAVE, help="Of the file.")
+    save_dtype: StoredType = option("fp16", panel=SAVE, help="Floating point type of the file.")
     trigger_words: tuple[str, ...] = option((), panel=SAVE, name="trigger", help="Trigger word; repeat.")
     license: str | None = option(None, panel=SAVE, help="SPDX.")
-    description: str = option("", panel=SAVE, help="One line for people.")
+    description: str = option("", panel=SAVE, help="Description, one line.")
 
     def config(self) -> dict[str, Any]:
-        """Plain JSON, for provenance and checkpoints."""
+        """Return the settings as plain JSON, for provenance and checkpoints."""
         return self.model_dump(mode="json")
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
-        """What keeps this run from continuing one with the settings `earlier`, as "name: then → now".
+        """Return the differences that keep this run from continuing one with the settings `earlier`, as "name: then →
+        now".
 
-        An option that there was not yet then was as its default is now.
+        An option missing from `earlier` counts as having today's default.
         """
         then = {**type(self).model_construct().config(), **earlier}
         return [
@@ -115,14 +130,14 @@ class TrainSettings(BaseModel):
 
 
 def option_name(settings: type[TrainSettings], field: str) -> str:
-    """`--trigger` of the field `trigger_words`."""
+    """Return a field's option, such as `--trigger` for `trigger_words`."""
     extra = settings.model_fields[field].json_schema_extra if field in settings.model_fields else None
     name = extra.get("option") if isinstance(extra, dict) else None
     return "--" + str(name or field).replace("_", "-")
 
 
 def parse_settings(settings: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """The settings, or InvalidRequest that names the option and its range."""
+    """Validate settings. Raises InvalidRequest naming the option and its range."""
     try:
         return settings.model_validate(dict(values))
     except ValidationError as error:
@@ -134,7 +149,7 @@ def parse_settings(settings: type[Settings], values: Mapping[str, Any]) -> Setti
 
 
 def read_config(file: Path, settings: type[TrainSettings]) -> dict[str, Any]:
-    """The options in a TOML file, named as on the command line (`batch-size`) or as fields (`batch_size`)."""
+    """Read options from a TOML file, named as on the command line (`batch-size`) or as fields (`batch_size`)."""
     try:
         content = tomllib.loads(file.read_text("utf-8"))
     except FileNotFoundError:
@@ -145,6 +160,8 @@ def read_config(file: Path, settings: type[TrainSettings]) -> dict[str, Any]:
     known = {name.replace("-", "_"): field for name, field in fields.items()} | {f: f for f in settings.model_fields}
     odd = sorted(key for key in content if key.replace("-", "_") not in known)
     if odd:
-        there = ", ".join(sorted(fields))
-        raise InvalidRequest(f"{file} has {json.dumps(odd[0])}, which is no option; there are {there}", field="config")
+        options = ", ".join(sorted(fields))
+        raise InvalidRequest(
+            f"{file} has {json.dumps(odd[0])}, which is no option; there are {options}", field="config"
+        )
     return {known[key.replace("-", "_")]: value for key, value in content.items()}

@@ -1,8 +1,8 @@
-"""The two TensorRTs behind one set of types: what of their Python modules is used here, and nothing else.
+"""Types for the two TensorRTs: the part of their Python modules that is used here.
 
 `tensorrt` (TensorRT: data centre and workstation, tuned on the GPU that it builds for) and `tensorrt_rtx` (TensorRT for
-RTX: builds for a named compute capability without a GPU, finishes kernels on first use) are near twins. Neither wheel
-has types, and neither needs to be there to check this code.
+RTX: builds for a named compute capability without a GPU, finishes kernels on first use) have almost the same API.
+Neither wheel has types, and neither needs to be installed to type-check this code.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Flavour(StrEnum):
 
     @property
     def install(self) -> str:
-        """What to tell somebody who has not got it."""
+        """How to install it."""
         if self.is_rtx:
             return "pip install tensorrt-rtx-cu13"
         return "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com, or run in NVIDIA's container"
 
 
 class Named(Protocol):
-    """A member of one of their enumerations."""
+    """A member of one of TensorRT's enumerations."""
 
     @property
     def name(self) -> str: ...
@@ -99,11 +99,11 @@ class Builder(Protocol):
     def create_builder_config(self) -> BuilderConfig: ...
     def create_optimization_profile(self) -> OptimizationProfile: ...
     def build_serialized_network(self, network: Network, config: BuilderConfig) -> Any:
-        """Something with `nbytes` that memoryview reads, or None if it failed."""
+        """Build a plan: a buffer for memoryview, or None on failure."""
 
 
 class RuntimeCache(Protocol):
-    """TensorRT for RTX only: kernels that this GPU has finished."""
+    """TensorRT for RTX only: kernels that were compiled for this GPU."""
 
     def serialize(self) -> bytes: ...
     def deserialize(self, content: bytes) -> bool: ...
@@ -144,15 +144,15 @@ class Engine(Protocol):
 class Runtime(Protocol):
     def deserialize_cuda_engine(self, plan: bytes | memoryview) -> Engine | None: ...
     def get_engine_validity(self, plan: bytes | memoryview) -> tuple[Named, int]:
-        """TensorRT for RTX only: what the head of a plan says of this machine."""
+        """Check from a plan's header whether it runs on this machine (TensorRT for RTX only)."""
 
 
 class TensorRT(Protocol):
-    """The module itself."""
+    """The module."""
 
     __version__: str
 
-    # Enumerations and base classes: their members are named where they are used.
+    # Enumerations and base classes, untyped.
     ILogger: Any
     IProgressMonitor: Any
     NetworkDefinitionCreationFlag: Any
@@ -169,7 +169,9 @@ class TensorRT(Protocol):
 
 
 def load(flavour: Flavour) -> TensorRT:
-    """The module of this flavour. Raises Unavailable, saying how to get it."""
+    """Import the module of this flavour. Raises Unavailable if it is not installed, with the command
+    that installs it.
+    """
     try:
         return cast(TensorRT, import_module(flavour.value))
     except (ImportError, OSError) as error:

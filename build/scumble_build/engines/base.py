@@ -1,4 +1,6 @@
-"""A base's graphs → engines, one by one: exported first, so that the networks are gone while TensorRT builds."""
+"""Builds engines from a base's exported graphs, one by one. Exporting comes first, so that the networks are no longer
+in memory while TensorRT builds.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from scumble_build.engines.api import Flavour, load
 from scumble_build.engines.builder import Options, Report, build
 from scumble_build.engines.key import EngineKey
 from scumble_build.engines.profiles import Profile
-from scumble_build.engines.progress import Tell
+from scumble_build.engines.progress import Progress
 from scumble_build.export.manifest import SUFFIX, GraphManifest, Precision
 from scumble_registry.manifest import canonical_json, digest_of
 
@@ -21,7 +23,7 @@ DEFAULT = Options()
 
 @dataclass(frozen=True, slots=True)
 class BuildTarget:
-    """What engines are built for."""
+    """The machine, precision and shapes that engines are built for."""
 
     flavour: Flavour
     sm: tuple[int, ...]
@@ -32,7 +34,7 @@ class BuildTarget:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """`report` is None for an engine that was there already."""
+    """An engine's files. `report` is None for an engine that existed already and was not built."""
 
     key: EngineKey
     manifest: Path
@@ -45,7 +47,9 @@ def read_manifests(folder: Path, graphs: Sequence[str]) -> tuple[GraphManifest, 
 
 
 def key_of(manifest: GraphManifest, target: BuildTarget) -> EngineKey:
-    """Raises Unavailable if the flavour is not installed, InvalidRequest for a profile that the graph never has."""
+    """Return the key of the engine to build. Raises Unavailable if the flavour is not installed, InvalidRequest for a
+    profile outside the graph's axes.
+    """
     factors = manifest.factors.model_dump(mode="json") if manifest.factors is not None else None
     chosen = profiles.of(manifest, target.profiles)
     for profile in chosen:
@@ -71,11 +75,11 @@ def build_graphs(
     out: Path,
     *,
     known: Callable[[EngineKey], bool] = lambda _key: False,
-    tell: Callable[[str], Tell] = lambda _graph: lambda _phase, _done: None,
+    report: Callable[[str], Progress] = lambda _graph: lambda _phase, _done: None,
 ) -> Iterator[Built]:
-    """Engines of exported graphs, each as soon as it is done; `known` are left out. Raises as `build` does.
+    """Build engines of exported graphs and yield each when it is done; those that are `known` are not built.
 
-    All that is wrong with the target is said before the first is built.
+    Raises as `build` does; the target is checked for all graphs before the first is built.
     """
     if not manifests:
         raise InvalidRequest("there is no graph to build", field="part")
@@ -83,9 +87,9 @@ def build_graphs(
     out.mkdir(parents=True, exist_ok=True)
     for manifest, key in zip(manifests, keys, strict=True):
         plan = out / f"{manifest.graph}.plan"
-        report = None
+        built = None
         if not known(key):
-            report = build(
+            built = build(
                 folder / manifest.onnx.name,
                 manifest,
                 plan,
@@ -93,6 +97,6 @@ def build_graphs(
                 sm=target.sm,
                 profiles=profiles.of(manifest, target.profiles),
                 options=target.options,
-                tell=tell(manifest.graph),
+                progress=report(manifest.graph),
             )
-        yield Built(key, folder / f"{manifest.graph}{SUFFIX}", plan, report)
+        yield Built(key, folder / f"{manifest.graph}{SUFFIX}", plan, built)

@@ -1,4 +1,4 @@
-"""A graph and its manifest → an engine's plan. What TensorRT parsed must be what the manifest promises.
+"""Builds an engine's plan from a graph and its manifest. What TensorRT parsed must match the manifest.
 
 TensorRT for RTX builds for a named compute capability on any machine; TensorRT builds for the GPU that it runs on.
 """
@@ -17,7 +17,7 @@ from scumble.files import write_whole
 from scumble_build.engines.api import Builder, BuilderConfig, Flavour, Network, NetworkTensor, TensorRT, load
 from scumble_build.engines.memory import Peak
 from scumble_build.engines.profiles import Profile
-from scumble_build.engines.progress import Said, Tell, logger, monitor
+from scumble_build.engines.progress import BuildLog, Progress, logger, monitor
 from scumble_build.export.manifest import GraphManifest, Port
 
 log = logging.getLogger(__name__)
@@ -28,15 +28,15 @@ DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "i
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a builder works. All but `timing_cache` is part of an engine's key.
+    """Options of a build. All but `timing_cache` are part of an engine's key.
 
-    `workspace` in bytes bounds the scratch memory that a kernel may ask for (None: all that there is).
+    `workspace` limits the scratch memory of a kernel, in bytes (None: no limit).
     """
 
     optimization_level: int = 3
     workspace: int | None = None
     timing_cache: Path | None = None
-    """TensorRT only: measurements of kernels, kept from build to build."""
+    """TensorRT only: kernel timings, kept from build to build."""
 
     def flags(self) -> dict[str, Any]:
         return {"optimization_level": self.optimization_level, "workspace": self.workspace}
@@ -44,7 +44,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Seconds, and bytes: of the plan, of this process at its peak, and of device memory as TensorRT reckons it."""
+    """Seconds, and bytes: of the plan, of this process at its peak, and of device memory as TensorRT reports it."""
 
     parse_seconds: float
     build_seconds: float
@@ -67,19 +67,21 @@ def build(
     sm: Sequence[int],
     profiles: Sequence[Profile],
     options: Options | None = None,
-    tell: Tell = lambda _phase, _done: None,
+    progress: Progress = lambda _phase, _done: None,
 ) -> Report:
-    """Writes `plan`. Raises Refused for a graph, a shape or a GPU that TensorRT does not take, Unavailable if the
-    flavour is not installed, OutOfMemory; then nothing is written.
+    """Build an engine and write it to `plan`.
+
+    Raises Refused for a graph, a shape or a GPU that TensorRT does not support, Unavailable if the flavour is not
+    installed, OutOfMemory. Nothing is written on failure.
     """
     options = options or Options()
-    trt, said = load(flavour), Said()
+    trt, messages = load(flavour), BuildLog()
     shapes = [profile.shapes(manifest) for profile in profiles]
-    keep = logger(trt, said)
+    trt_logger = logger(trt, messages)
     with Peak() as peak:
         start = time.monotonic()
-        builder = trt.Builder(keep)
-        network = parse_network(trt, builder, onnx, manifest, keep, said)
+        builder = trt.Builder(trt_logger)
+        network = parse_network(trt, builder, onnx, manifest, trt_logger, messages)
         parsed = time.monotonic()
         config = _configure(trt, builder, flavour, sm, options)
         for number, inputs in enumerate(shapes):
@@ -87,13 +89,13 @@ def build(
             for name, (least, usual, most) in inputs.items():
                 profile.set_shape(name, least, usual, most)
             if config.add_optimization_profile(profile) < 0:
-                raise Refused(f"{manifest.graph}: TensorRT refuses profile {number}; {_first(said)}")
-        watch = config.progress_monitor = monitor(trt, tell)
+                raise Refused(f"{manifest.graph}: TensorRT refuses profile {number}; {_first_errors(messages)}")
+        watch = config.progress_monitor = monitor(trt, progress)
         made = builder.build_serialized_network(network, config)
         if watch.failed is not None:
             raise watch.failed
         if made is None:
-            raise _failure(manifest, said)
+            raise _failure(manifest, messages)
         write_whole(plan, memoryview(made))
         _keep_timing_cache(config, flavour, options)
         built = time.monotonic()
@@ -103,32 +105,35 @@ def build(
         network.num_layers,
         plan.stat().st_size,
         peak.bytes,
-        said.memory,
-        tuple(dict.fromkeys(said.warnings)),
+        messages.memory,
+        tuple(dict.fromkeys(messages.warnings)),
     )
 
 
 def parse_network(
-    trt: TensorRT, builder: Builder, onnx: Path, manifest: GraphManifest, keep: Any, said: Said
+    trt: TensorRT, builder: Builder, onnx: Path, manifest: GraphManifest, trt_logger: Any, messages: BuildLog
 ) -> Network:
-    """Raises Refused for a graph that TensorRT does not take, or reads other than its manifest says.
+    """Parse a graph. Raises Refused if TensorRT does not support it, or parses other inputs or outputs than its
+    manifest has.
 
-    The network must not outlive `keep`, the logger.
+    The network must not outlive `trt_logger`.
     """
-    # TensorRT 11 and TensorRT for RTX know no other kind of network; older ones must be told.
+    # TensorRT 11 and TensorRT for RTX have only strongly typed networks; older versions need the flag.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
-    parser = trt.OnnxParser(network, keep)
+    parser = trt.OnnxParser(network, trt_logger)
     if not parser.parse_from_file(str(onnx)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         texts = [f"{error.node_name() or f'node {error.node()}'}: {error.desc()}" for error in errors]
-        raise Refused(f"TensorRT does not take the graph {manifest.graph}: {'; '.join(texts) or _first(said)}")
+        raise Refused(
+            f"TensorRT does not support the graph {manifest.graph}: {'; '.join(texts) or _first_errors(messages)}"
+        )
     check_parsed(network, manifest)
     return network
 
 
 def check_parsed(network: Network, manifest: GraphManifest) -> None:
-    """Raises Refused, naming every difference between the parsed network and the manifest."""
+    """Check the parsed network against the manifest. Raises Refused, naming every difference."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     wrong = _differences("input", inputs, manifest.inputs) + _differences("output", outputs, manifest.outputs)
@@ -136,12 +141,12 @@ def check_parsed(network: Network, manifest: GraphManifest) -> None:
         raise Refused(f"{manifest.graph} as TensorRT reads it is not what its manifest says: {'; '.join(wrong)}")
 
 
-def _differences(what: str, found: Sequence[NetworkTensor], promised: Sequence[Port]) -> list[str]:
-    names, expected = [tensor.name for tensor in found], [port.name for port in promised]
+def _differences(what: str, parsed: Sequence[NetworkTensor], promised: Sequence[Port]) -> list[str]:
+    names, expected = [tensor.name for tensor in parsed], [port.name for port in promised]
     if names != expected:
         return [f"{what}s are {names}, not {expected}"]
     wrong = []
-    for tensor, port in zip(found, promised, strict=True):
+    for tensor, port in zip(parsed, promised, strict=True):
         dtype = DTYPES.get(tensor.dtype.name, tensor.dtype.name)
         if dtype != port.dtype:
             wrong.append(f"{what} {port.name} is {dtype}, not {port.dtype}")
@@ -152,7 +157,7 @@ def _differences(what: str, found: Sequence[NetworkTensor], promised: Sequence[P
 
 
 def _same(shape: tuple[int, ...], port: Port, *, exact: bool) -> bool:
-    """An input's dims are as declared; an output's may be known less well than they are."""
+    """Compare dims. An input's must be equal; an output's may also be unknown (-1) on either side."""
     declared = tuple(-1 if isinstance(dim, str) else dim for dim in port.dims)
     if exact:
         return shape == declared
@@ -184,15 +189,15 @@ def _configure(trt: TensorRT, builder: Builder, flavour: Flavour, sm: Sequence[i
 
 
 def _capability(trt: TensorRT, sm: int) -> Any:
-    found = getattr(trt.ComputeCapability, f"SM{sm}", None)
-    if found is None:
+    capability = getattr(trt.ComputeCapability, f"SM{sm}", None)
+    if capability is None:
         known = sorted(name for name in dir(trt.ComputeCapability) if _names_one(name))
         raise Refused(
             f"TensorRT for RTX {trt.__version__} builds for {', '.join(known)}, not for SM{sm}; "
             "there, build with --flavour tensorrt on the GPU itself",
             sm=sm,
         )
-    return found
+    return capability
 
 
 def _names_one(name: str) -> bool:
@@ -200,7 +205,7 @@ def _names_one(name: str) -> bool:
 
 
 def current_sm() -> int | None:
-    """The compute capability of the GPU here, 89 for 8.9; None if torch sees none."""
+    """Return the compute capability of this machine's GPU, 89 for 8.9; None if torch sees no GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -210,21 +215,21 @@ def current_sm() -> int | None:
 
 
 def _keep_timing_cache(config: BuilderConfig, flavour: Flavour, options: Options) -> None:
-    if flavour.is_rtx or options.timing_cache is None:  # TensorRT for RTX measures nothing ahead, and asks for a GPU
+    if flavour.is_rtx or options.timing_cache is None:  # TensorRT for RTX times no kernels when building
         return
     cache = config.get_timing_cache()
     if cache is not None:
         write_whole(options.timing_cache, memoryview(cache.serialize()))
 
 
-def _failure(manifest: GraphManifest, said: Said) -> ScumbleError:
-    if said.ran_out_of_memory:
+def _failure(manifest: GraphManifest, messages: BuildLog) -> ScumbleError:
+    if messages.ran_out_of_memory:
         return OutOfMemory(
-            f"building {manifest.graph} ran out of memory: {_first(said)}; a profile with smaller sizes needs less "
-            "(--profile), and so does --workspace"
+            f"building {manifest.graph} ran out of memory: {_first_errors(messages)}; use a profile with smaller sizes "
+            "(--profile) or a smaller --workspace"
         )
-    return Refused(f"TensorRT could not build {manifest.graph}: {_first(said)}")
+    return Refused(f"TensorRT could not build {manifest.graph}: {_first_errors(messages)}")
 
 
-def _first(said: Said) -> str:
-    return "; ".join(said.errors[:3]) or "it says no more"
+def _first_errors(messages: BuildLog) -> str:
+    return "; ".join(messages.errors[:3]) or "it gives no reason"

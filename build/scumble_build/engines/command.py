@@ -1,4 +1,4 @@
-"""`scumble build engine`, `engines`, `pull`: engines of a published base, into the registry and out of it."""
+"""`scumble build engine`, `engines`, `pull`: build a published base's engines, list them, copy them to a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scumble_build.engines.base import BuildTarget, build_graphs
 from scumble_build.engines.builder import Options, current_sm
 from scumble_build.engines.key import EngineKey, Machine, check_sm
 from scumble_build.engines.profiles import Profile
-from scumble_build.engines.progress import Tell
+from scumble_build.engines.progress import Progress
 from scumble_build.engines.store import Stored
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_registry import Registry, Version, default_home
@@ -32,9 +32,9 @@ Base = Annotated[str, typer.Option(help="The published base or checkpoint: ns/na
 Net = Annotated[str | None, typer.Option(help="A published ControlNet for the base, instead of the base itself.")]
 Sm = Annotated[
     list[int] | None,
-    typer.Option(help="Compute capability, e.g. 89; may be repeated (TensorRT for RTX). [default: of the GPU here]"),
+    typer.Option(help="Compute capability, e.g. 89; may be repeated (TensorRT for RTX). [default: this machine's GPU]"),
 ]
-Home = Annotated[Path | None, typer.Option(help="Where the registry is. [SCUMBLE_HOME]")]
+Home = Annotated[Path | None, typer.Option(help="The registry's folder. [SCUMBLE_HOME]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 GIB = 1 << 30
 _EVERY = 2.0
@@ -50,16 +50,23 @@ def engine(
         list[str] | None, typer.Option(help="Only this graph (unet.small, vae_decoder, …); may be repeated.")
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="TOML with the shapes to build for (docs/gpu.md).")] = None,
-    precision: Annotated[Precision, typer.Option(help="What the graphs compute in.")] = "fp16",
-    level: Annotated[int, typer.Option(min=0, max=5, help="How long TensorRT looks for the quickest kernels.")] = 3,
-    workspace: Annotated[float | None, typer.Option(min=0.0, help="GiB of scratch memory for a kernel.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Build also what is there already.")] = False,
+    precision: Annotated[Precision, typer.Option(help="Floating point format of the graphs.")] = "fp16",
+    level: Annotated[
+        int,
+        typer.Option(
+            min=0, max=5, help="TensorRT's optimization level: higher builds longer and finds faster kernels."
+        ),
+    ] = 3,
+    workspace: Annotated[
+        float | None, typer.Option(min=0.0, help="GiB of scratch memory that a kernel may use.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Build engines that exist already, too.")] = False,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Build engines of a base's, a checkpoint's or a ControlNet's graphs and publish them beside it."""
-    load(flavour)  # before minutes of work
-    found = build_into(
+    load(flavour)  # fail before minutes of work
+    stored = build_into(
         base,
         home or default_home(),
         flavour,
@@ -73,7 +80,7 @@ def engine(
         quiet=as_json,
     )
     if as_json:
-        print(json.dumps({"engines": [_entry(each) for each in found]}, indent=2))
+        print(json.dumps({"engines": [_entry(engine) for engine in stored]}, indent=2))
 
 
 def build_into(
@@ -90,26 +97,26 @@ def build_into(
     again: bool = False,
     quiet: bool = True,
 ) -> list[Stored]:
-    """Export the graphs of a base, of a checkpoint, or of a ControlNet for it, build what the registry has not yet,
-    publish each engine as it is done.
+    """Export the graphs of a base, of a checkpoint, or of a ControlNet for it, build the engines that the registry does
+    not have, and publish each when it is done.
     """
     options = options or Options()
     if not flavour.is_rtx:
         options = replace(options, timing_cache=home / "cache" / "timing.cache")
     target = BuildTarget(flavour, sm, precision, wanted, options)
-    found: list[Stored] = []
+    results: list[Stored] = []
     with Registry.open(home) as registry, tempfile.TemporaryDirectory(prefix="scumble-engines-") as work:
         version = registry.resolve(controlnet or base)
-        about = version.manifest.compatibility
-        if isinstance(about, ControlNetCompatibility) and about.form == "control_lora":
+        compatibility = version.manifest.compatibility
+        if isinstance(compatibility, ControlNetCompatibility) and compatibility.form == "control_lora":
             raise Refused(
-                f"{version.ref} is a control-LoRA: its encoder is that of whatever a request is drawn with, so it runs "
+                f"{version.ref} is a control-LoRA: its encoder depends on the weights of the request, so it runs "
                 "in torch and needs no engine",
                 ref=version.ref,
             )
-        there = {each.key.digest: each for each in store.listed(registry, version)}
+        existing = {engine.key.digest: engine for engine in store.listed(registry, version)}
         graphs, plans = Path(work) / "graphs", Path(work) / "plans"
-        manifests = _export(base, controlnet, home, graphs, part, precision, tell=_say(quiet))
+        manifests = _export(base, controlnet, home, graphs, part, precision, report=_report(quiet))
         if part is None and controlnet is None:
             profiles.check_names(wanted, manifests)
         for built in build_graphs(
@@ -117,18 +124,18 @@ def build_into(
             manifests,
             target,
             plans,
-            known=lambda key: not again and key.digest in there,
-            tell=lambda graph: _progress(graph, quiet=quiet),
+            known=lambda key: not again and key.digest in existing,
+            report=lambda graph: _progress(graph, quiet=quiet),
         ):
             if built.report is None:
-                stored = there[built.key.digest]
+                stored = existing[built.key.digest]
             else:
                 stored = store.publish(registry, version, built.key, built.plan, built.manifest, built.report)
                 built.plan.unlink()
-            found.append(stored)
+            results.append(stored)
             if not quiet:
                 print(_line(stored, fresh=built.report is not None))
-    return found
+    return results
 
 
 def engines(
@@ -138,17 +145,17 @@ def engines(
 ) -> None:
     """List the engines in the registry, newest first."""
     with Registry.open(home or default_home()) as registry:
-        found = store.listed(registry, registry.resolve(base) if base is not None else None)
-        names = {each.artifact.manifest.of: _name(registry, each.artifact.manifest.of) for each in found}
+        stored = store.listed(registry, registry.resolve(base) if base is not None else None)
+        names = {engine.artifact.manifest.of: _name(registry, engine.artifact.manifest.of) for engine in stored}
     if as_json:
-        print(json.dumps([_entry(each) for each in found], indent=2))
+        print(json.dumps([_entry(engine) for engine in stored], indent=2))
         return
     table = Table("graph", "base", "flavour", "version", "SM", "precision", "MB", "built (UTC)", box=None)
-    for each in found:
-        key = each.key
-        sizes = (f"{each.artifact.size / 1e6:,.0f}", f"{each.artifact.created:%Y-%m-%d %H:%M}")
+    for engine in stored:
+        key = engine.key
+        sizes = (f"{engine.artifact.size / 1e6:,.0f}", f"{engine.artifact.created:%Y-%m-%d %H:%M}")
         where = (key.flavour, key.version, " ".join(map(str, key.sm)), key.precision)
-        table.add_row(key.part, names[each.artifact.manifest.of], *where, *sizes)
+        table.add_row(key.part, names[engine.artifact.manifest.of], *where, *sizes)
     Console().print(table)
 
 
@@ -158,14 +165,14 @@ def pull(
     controlnet: Net = None,
     flavour: Annotated[Flavour, typer.Option(help="Which TensorRT.")] = Flavour.TENSORRT,
     sm: Sm = None,
-    precision: Annotated[Precision, typer.Option(help="What the graphs compute in.")] = "fp16",
+    precision: Annotated[Precision, typer.Option(help="Floating point format of the graphs.")] = "fp16",
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Write the plans and manifests that fit one machine into a folder, checked on the way."""
+    """Check the plans and manifests that fit one machine and write them into a folder."""
     capabilities = _capabilities(sm)
     if len(capabilities) != 1:
-        raise InvalidRequest("a machine has one compute capability; name one --sm", field="sm")
+        raise InvalidRequest("a machine has one compute capability; pass --sm once", field="sm")
     if out.exists() and any(out.iterdir()):
         raise Refused(f"{out} is not an empty folder; choose another, nothing was overwritten")
     with Registry.open(home or default_home()) as registry:
@@ -174,18 +181,18 @@ def pull(
         stored = store.listed(registry, version)
         fitting = store.fitting(stored, machine, version.digest, precision)
         if not fitting:
-            kinds = {_kind(each.key) for each in stored}
+            kinds = {_kind(engine.key) for engine in stored}
             raise NotFound(
-                f"{version.ref} has no engine for {flavour} {machine.version} SM{machine.sm} {precision}, but for "
+                f"{version.ref} has no engine for {flavour} {machine.version} SM{machine.sm} {precision}, only for "
                 f"{', '.join(sorted(kinds)) or 'nothing'}; build one with `scumble build engine`"
             )
-        pulled = [store.pull(registry, each) for each in fitting.values()]
+        pulled = [store.pull(registry, engine) for engine in fitting.values()]
         out.mkdir(parents=True, exist_ok=True)
-        for each in pulled:
-            shutil.copyfile(each.plan, out / f"{each.manifest.graph}.plan")
-            each.manifest.write(out / f"{each.manifest.graph}.json")
+        for engine in pulled:
+            shutil.copyfile(engine.plan, out / f"{engine.manifest.graph}.plan")
+            engine.manifest.write(out / f"{engine.manifest.graph}.json")
     if as_json:
-        print(json.dumps([_entry(each.stored) for each in pulled], indent=2))
+        print(json.dumps([_entry(engine.stored) for engine in pulled], indent=2))
     else:
         print(f"{len(pulled)} engines in {out}")
 
@@ -198,58 +205,60 @@ def _export(
     part: list[str] | None,
     precision: Precision,
     *,
-    tell: Any,
+    report: Any,
 ) -> tuple[GraphManifest, ...]:
     from scumble_build.export.command import find_base, open_base, open_net
     from scumble_build.export.write import Exportable, write_graphs
 
-    found = find_base(ref, home)
+    folder_of_base = find_base(ref, home)
     graphs: Exportable
     if controlnet is not None:
-        graphs, digest = open_net(controlnet, found, home, precision)
+        graphs, digest = open_net(controlnet, folder_of_base, home, precision)
     else:
-        graphs, digest = open_base(found, precision), found.digest
-    return write_graphs(graphs, part or graphs.names, folder, base=digest, family=found.family, report=tell)
+        graphs, digest = open_base(folder_of_base, precision), folder_of_base.digest
+    return write_graphs(graphs, part or graphs.names, folder, base=digest, family=folder_of_base.family, report=report)
 
 
 def _kind(key: EngineKey) -> str:
-    return f"{key.flavour} {key.version} {' '.join(f'SM{each}' for each in key.sm)} {key.precision}"
+    return f"{key.flavour} {key.version} {' '.join(f'SM{number}' for number in key.sm)} {key.precision}"
 
 
 def _capabilities(sm: list[int] | None) -> tuple[int, ...]:
     if sm:
-        return tuple(dict.fromkeys(check_sm(each) for each in sm))
+        return tuple(dict.fromkeys(check_sm(number) for number in sm))
     here = current_sm()
     if here is None:
-        raise InvalidRequest("there is no GPU here to build for; say which compute capability: --sm 89", field="sm")
+        raise InvalidRequest(
+            "this machine has no GPU to build for; pass the compute capability, such as --sm 89", field="sm"
+        )
     return (here,)
 
 
-def _say(quiet: bool) -> Any:
-    def say(manifest: GraphManifest) -> None:
+def _report(quiet: bool) -> Any:
+    def report(manifest: GraphManifest) -> None:
         if not quiet:
             print(f"{manifest.graph}: exported", file=sys.stderr)
 
-    return say
+    return report
 
 
-def _progress(graph: str, *, quiet: bool) -> Tell:
+def _progress(graph: str, *, quiet: bool) -> Progress:
     last = 0.0
 
-    def tell(phase: str, done: float) -> None:
+    def print_progress(phase: str, done: float) -> None:
         nonlocal last
         if not quiet and time.monotonic() - last >= _EVERY:
             last = time.monotonic()
             print(f"{graph}: {phase}, {done:.0%}", file=sys.stderr)
 
-    return tell
+    return print_progress
 
 
 def _line(stored: Stored, *, fresh: bool) -> str:
-    about = stored.artifact.manifest.provenance
+    provenance = stored.artifact.manifest.provenance
     if not fresh:
-        return f"{stored.key.part}: there already ({stored.digest[:19]}…)"
-    seconds, peak = about["build_seconds"], about["peak_bytes"]
+        return f"{stored.key.part}: exists already ({stored.digest[:19]}…)"
+    seconds, peak = provenance["build_seconds"], provenance["peak_bytes"]
     assert isinstance(seconds, float | int) and isinstance(peak, int)
     size = stored.artifact.size / 1e6
     return f"{stored.key.part}: {size:,.1f} MB in {seconds:.0f} s, peak {peak / GIB:.1f} GiB ({stored.digest[:19]}…)"

@@ -1,5 +1,6 @@
-"""The key of an engine: everything that decides what it computes and where it runs. Two keys that differ in anything
-are two engines; an engine is loaded only where every part of its key is what the machine and the base ask for.
+"""The key of an engine: everything that decides what it computes and where it runs.
+
+An engine is loaded only if every part of its key matches the machine and the base.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from scumble_build.engines.api import Flavour
 from scumble_registry.manifest import canonical_json, digest_of
 
 SM = (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
-"""Compute capabilities that are known by number: 89 is 8.9."""
+"""The known compute capabilities: 89 is 8.9."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineKey:
     """`sm` are the compute capabilities that the plan is for. `graph` is the digest of the exported graph with its
-    weights, `layout` that of where factors stand in it; `profiles` and `flags` are as they were given to the builder.
-    The driver is not part: engines are bound to TensorRT's version and the GPU's capability, and what a driver lacks
-    shows when one is loaded.
+    weights, `layout` that of its layout of factors; `profiles` and `flags` are the builder's. The driver is not part of
+    the key: engines depend on TensorRT's version and the GPU's capability, and a driver that is too old fails on
+    loading.
     """
 
     part: str
@@ -44,16 +45,18 @@ class EngineKey:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Raises Refused for a key of a newer or older scumble."""
+        """Read a key from JSON. Raises Refused for a key that another version of Scumble wrote."""
         try:
             return cls(**{**data, "flavour": Flavour(data["flavour"]), "sm": tuple(data["sm"])})
         except (KeyError, TypeError, ValueError) as error:
-            raise Refused(f"this engine's key is not one that this scumble writes ({error}); build it again") from error
+            raise Refused(
+                f"this engine's key was written by another version of Scumble ({error}); build it again"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What an engine must have been built for to run here."""
+    """A machine, as an engine's key must match it."""
 
     flavour: Flavour
     version: str
@@ -61,7 +64,7 @@ class Machine:
 
 
 def misfits(key: EngineKey, machine: Machine, base: str, precision: str, graph: str | None = None) -> list[str]:
-    """What keeps an engine from being loaded, in words; empty if nothing does. `graph` None: whichever."""
+    """Return the reasons why an engine cannot be loaded, empty if it can. `graph` None matches every graph."""
     wanted: dict[str, tuple[object, object]] = {
         "base": (key.base, base),
         "flavour": (key.flavour, machine.flavour),
@@ -77,7 +80,7 @@ def misfits(key: EngineKey, machine: Machine, base: str, precision: str, graph: 
 
 
 def check_sm(sm: int) -> int:
-    """Raises Refused for what is no compute capability."""
+    """Return `sm` if it is a compute capability. Raises Refused otherwise."""
     if sm not in SM:
         raise Refused(f"--sm {sm} is no compute capability; there are {', '.join(map(str, SM))} (89 is 8.9)", sm=sm)
     return sm

@@ -1,4 +1,4 @@
-"""How much memory this process took at its peak, as the kernel counts it."""
+"""Peak memory of this process, as the Linux kernel counts it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _STATUS, _REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """`with Peak() as peak: …`, then `peak.bytes`: the largest resident size within the block.
+    """Measures the largest resident size within a block: `with Peak() as peak: …`, then `peak.bytes`.
 
-    Where the kernel does not let it begin anew, of the process so far; 0 where there is no /proc.
+    If the kernel does not allow resetting the peak, it is that of the whole process so far; without /proc it is 0.
     """
 
     bytes: int = 0
@@ -28,5 +28,5 @@ class Peak:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with contextlib.suppress(OSError):
-            found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
-            self.bytes = int(found[1]) * 1024 if found else 0
+            match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+            self.bytes = int(match[1]) * 1024 if match else 0

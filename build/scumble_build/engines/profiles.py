@@ -1,7 +1,7 @@
-"""Which shapes an engine takes: ranges of a graph's axes, each with the size that the engine is tuned for.
+"""The shapes that an engine takes: ranges of a graph's axes, each with the size that the engine is tuned for.
 
-A graph's manifest has a range for each axis, and that is one profile. A file narrows it, or makes several, because
-an engine tuned for what is drawn most is quicker there and takes less memory:
+A graph's manifest has a range for each axis, which makes one profile. A file can narrow it, or define several: an
+engine tuned for the usual sizes is faster there and takes less memory.
 
     [[profile]]
     rows = [1, 8, 16]            # least, usual, most
@@ -9,8 +9,8 @@ an engine tuned for what is drawn most is quicker there and takes less memory:
     width = [64, 64, 96]
 
     [[profile]]
-    graphs = ["unet.bare"]       # or patterns, as in vae_*; left out: every graph
-    rows = 2                     # never anything else
+    graphs = ["unet.bare"]       # or patterns such as vae_*; default: every graph
+    rows = 2                     # exactly 2
     height = 128
     width = 128
 
@@ -30,7 +30,7 @@ from scumble.errors import InvalidRequest, NotFound
 from scumble_build.export.manifest import GraphManifest
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-"""Of each input, its least, usual and largest shape."""
+"""For each input, its least, usual and largest shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """`axes` of those that are narrowed; names of the `graphs` that it is for, or patterns; None for all."""
+    """Ranges of the narrowed `axes`, and names or patterns of the `graphs` that it is for (None: all)."""
 
     axes: Mapping[str, Range]
     graphs: frozenset[str] | None = None
@@ -57,39 +57,41 @@ class Profile:
         return self.graphs is None or any(fnmatchcase(graph, pattern) for pattern in self.graphs)
 
     def ranges(self, manifest: GraphManifest) -> dict[str, Range]:
-        """Of every axis of a graph that follows no other. Raises InvalidRequest for sizes that the graph never has."""
+        """Return the range of every independent axis of a graph. Raises InvalidRequest for sizes outside the graph's
+        range.
+        """
         own = {name: Range(axis.min, axis.opt, axis.max) for name, axis in manifest.axes.items() if axis.of is None}
         own.pop("positions", None)  # follows from height and width
-        return own | {name: each for name, each in self.axes.items() if name in own}
+        return own | {name: axis for name, axis in self.axes.items() if name in own}
 
     def shapes(self, manifest: GraphManifest) -> Shapes:
         ranges = self.ranges(manifest)
         ends = [
-            manifest.shapes({name: getattr(each, end) for name, each in ranges.items()})
+            manifest.shapes({name: getattr(axis, end) for name, axis in ranges.items()})
             for end in ("least", "usual", "most")
         ]
         return {port.name: (ends[0][port.name], ends[1][port.name], ends[2][port.name]) for port in manifest.inputs}
 
 
 WHOLE = Profile({})
-"""All that a graph's manifest promises."""
+"""The full range of a graph's manifest."""
 
 
 def of(manifest: GraphManifest, wanted: Iterable[Profile]) -> tuple[Profile, ...]:
-    """Those that are for this graph; the whole range, if none is."""
-    return tuple(each for each in wanted if each.is_for(manifest.graph)) or (WHOLE,)
+    """Return the profiles that are for this graph, or WHOLE if none is."""
+    return tuple(profile for profile in wanted if profile.is_for(manifest.graph)) or (WHOLE,)
 
 
 def described(manifest: GraphManifest, profiles: Iterable[Profile]) -> list[dict[str, list[int]]]:
-    """As it stands in an engine's key: every range, written out."""
+    """Return profiles as an engine's key has them: every range, written out."""
     return [
-        {name: [each.least, each.usual, each.most] for name, each in sorted(profile.ranges(manifest).items())}
+        {name: [axis.least, axis.usual, axis.most] for name, axis in sorted(profile.ranges(manifest).items())}
         for profile in profiles
     ]
 
 
 def read(file: Path) -> tuple[Profile, ...]:
-    """Raises NotFound, InvalidRequest naming what is wrong."""
+    """Read profiles from a TOML file. Raises NotFound, or InvalidRequest naming what is wrong."""
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -98,24 +100,26 @@ def read(file: Path) -> tuple[Profile, ...]:
         raise InvalidRequest(f"{file} is not TOML: {error}", field="profile") from error
     entries = data.get("profile")
     if set(data) != {"profile"} or not isinstance(entries, list) or not entries:
-        raise InvalidRequest(f"{file} has [[profile]] tables and nothing else; docs/gpu.md shows one", field="profile")
+        raise InvalidRequest(
+            f"{file} must have [[profile]] tables and nothing else; docs/gpu.md has an example", field="profile"
+        )
     return tuple(_profile(entry, file) for entry in entries)
 
 
 OF_NETS = frozenset(("controlnet", "controlnet_kv", "controlnet_hint", "controlnet_condition"))
-"""One file may be for a base and its nets."""
+"""Graphs of ControlNets: one file may be for a base and its nets."""
 
 
 def check_names(wanted: Iterable[Profile], manifests: Iterable[GraphManifest]) -> None:
-    """Raises InvalidRequest for an axis or a graph that there is not: a misspelt one would narrow nothing."""
+    """Check names in profiles. Raises InvalidRequest for an unknown axis or graph, which would have no effect."""
     manifests = tuple(manifests)
     axes = {name for manifest in manifests for name, axis in manifest.axes.items() if axis.of is None}
     graphs = {manifest.graph for manifest in manifests} | OF_NETS
     for profile in wanted:
-        nothing = {
+        unmatched = {
             pattern for pattern in profile.graphs or () if not any(fnmatchcase(name, pattern) for name in graphs)
         }
-        for what, unknown, known in (("axis", set(profile.axes) - axes, axes), ("graph", nothing, graphs)):
+        for what, unknown, known in (("axis", set(profile.axes) - axes, axes), ("graph", unmatched, graphs)):
             if unknown:
                 raise InvalidRequest(
                     f"the profile names the {what} {min(unknown)}, which no graph here has; there are "
@@ -126,14 +130,14 @@ def check_names(wanted: Iterable[Profile], manifests: Iterable[GraphManifest]) -
 
 def _profile(entry: Mapping[str, Any], file: Path) -> Profile:
     graphs = entry.get("graphs")
-    if graphs is not None and not (isinstance(graphs, list) and all(isinstance(each, str) for each in graphs)):
-        raise InvalidRequest(f"{file}: graphs is a list of names", field="profile")
+    if graphs is not None and not (isinstance(graphs, list) and all(isinstance(name, str) for name in graphs)):
+        raise InvalidRequest(f"{file}: graphs must be a list of names", field="profile")
     axes = {name: _range(name, value, file) for name, value in entry.items() if name != "graphs"}
     return Profile(axes, None if graphs is None else frozenset(graphs))
 
 
 def _range(name: str, value: Any, file: Path) -> Range:
     numbers = value if isinstance(value, list) else [value] * 3
-    if len(numbers) != 3 or not all(isinstance(each, int) and not isinstance(each, bool) for each in numbers):
-        raise InvalidRequest(f"{file}: {name} is a number, or [least, usual, most]", field="profile")
+    if len(numbers) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise InvalidRequest(f"{file}: {name} must be a number, or [least, usual, most]", field="profile")
     return Range(*numbers)

@@ -1,4 +1,4 @@
-"""What a builder tells while it works: TensorRT's phases as one line, and its log kept for errors and the report."""
+"""Progress and log of a build: TensorRT's phases as they run, and its messages for errors and the report."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from scumble_build.engines.api import TensorRT
 
 log = logging.getLogger(__name__)
 
-Tell = Callable[[str, float], None]
-"""Called with the phase and how much of it is done, 0…1."""
+Progress = Callable[[str, float], None]
+"""Called with the name of the phase and the part of it that is done, 0…1."""
 
-_SAID = {
+_SIZES = {
     "activation_bytes": re.compile(r"Total Activation Memory: (\d+) bytes"),
     "weights_bytes": re.compile(r"Total Weights Memory: (\d+) bytes"),
     "scratch_bytes": re.compile(r"Max Scratch Memory: (\d+) bytes"),
@@ -23,8 +23,8 @@ _SAID = {
 
 
 @dataclass
-class Said:
-    """What TensorRT's log said: errors, warnings, and the memory that the engine will take on the device."""
+class BuildLog:
+    """Messages of TensorRT's log: errors, warnings, and the bytes of device memory that the engine will take."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -36,31 +36,31 @@ class Said:
         elif severity == "WARNING":
             self.warnings.append(message)
         else:
-            for name, pattern in _SAID.items():
+            for name, pattern in _SIZES.items():
                 if match := pattern.search(message):
                     self.memory[name] = self.memory.get(name, 0) + int(match[1])
         log.debug("%s: %s", severity, message)
 
     @property
     def ran_out_of_memory(self) -> bool:
-        return any("out of memory" in each.lower() or "FAILED_ALLOCATION" in each for each in self.errors)
+        return any("out of memory" in error.lower() or "FAILED_ALLOCATION" in error for error in self.errors)
 
 
-def logger(trt: TensorRT, said: Said) -> Any:
-    """An ILogger of this module. The caller keeps it alive as long as what was made with it."""
+def logger(trt: TensorRT, messages: BuildLog) -> Any:
+    """Make an ILogger that fills `messages`. It must outlive everything that is made with it."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined, misc] # a class of a module that is chosen at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            said.note(severity.name, message)
+            messages.note(severity.name, message)
 
     return Logger()
 
 
-def monitor(trt: TensorRT, tell: Tell) -> Any:
-    """An IProgressMonitor that tells of the outermost phases. It stops the build when `tell` raises."""
+def monitor(trt: TensorRT, progress: Progress) -> Any:
+    """Make an IProgressMonitor that reports the outermost phases. If `progress` raises, the build stops."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
@@ -75,7 +75,7 @@ def monitor(trt: TensorRT, tell: Tell) -> Any:
         def step_complete(self, phase: str, step: int) -> bool:
             try:
                 if phase in self.steps:
-                    tell(phase, (step + 1) / self.steps[phase])
+                    progress(phase, (step + 1) / self.steps[phase])
             except BaseException as error:  # noqa: BLE001 - it may not pass through TensorRT; `build` raises it again
                 self.failed = error
             return self.failed is None

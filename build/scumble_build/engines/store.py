@@ -1,7 +1,7 @@
-"""Engines in the registry: artifacts of the base that their weights are of, found by what a machine needs.
+"""Engines in the registry: artifacts of the base whose weights they have, found by what a machine needs.
 
-An engine is `engine.plan` beside the `manifest.json` of its graph. It is loaded only where everything in its key fits;
-one that was built from graphs which this code no longer makes is stale, and treated as if it were not there.
+An engine is `engine.plan` beside the `manifest.json` of its graph. It is loaded only if everything in its key matches.
+One whose graph was exported by other code is stale and ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 KIND = "engine"
 PLAN, MANIFEST = "engine.plan", "manifest.json"
 RUNTIME_CACHE = "runtime.cache"
-"""Beside the plan in the cache: kernels as this GPU finished them, written when a server closes the engine.
+"""Beside the plan in the cache: kernels compiled for this GPU, written when a server closes the engine.
 
 Never published.
 """
@@ -32,7 +32,7 @@ Never published.
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An engine of the registry, not yet read."""
+    """An engine in the registry; its files are not read yet."""
 
     key: EngineKey
     artifact: Artifact
@@ -62,46 +62,51 @@ def publish(
     plan: Path,
     manifest: Path,
     report: Report,
-    about: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Stored:
-    """What has the same key goes. Raises Unavailable."""
+    """Publish an engine as an artifact of `of`, in place of one with the same key. `more` is added to its provenance.
+
+    Raises Refused if it was built of another version, Unavailable.
+    """
     if key.base != of.digest:
         raise Refused(f"the engine was built of {key.base}, not of {of.ref} ({of.digest}); build it again")
     files = {PLAN: plan, MANIFEST: manifest}
-    provenance = {**report.to_dict(), **(about or {})}
+    provenance = {**report.to_dict(), **(more or {})}
     return Stored(key, registry.publish_artifact(of, KIND, key.to_dict(), files, provenance))
 
 
 def listed(registry: Registry, of: Version | None = None) -> tuple[Stored, ...]:
-    """Newest first. One whose key is of another scumble is left out, and said in the log."""
-    found = []
+    """List engines, newest first. One whose key another version of Scumble wrote is left out and logged."""
+    engines = []
     for artifact in registry.artifacts(KIND, of):
         try:
-            found.append(Stored(EngineKey.from_dict(artifact.manifest.key), artifact))
+            engines.append(Stored(EngineKey.from_dict(artifact.manifest.key), artifact))
         except Refused as error:
             log.warning("engine %s: %s", artifact.digest, error)
-    return tuple(found)
+    return tuple(engines)
 
 
 def fitting(
     stored: Iterable[Stored], machine: Machine, base: str, precision: str, graphs: Mapping[str, str] | None = None
 ) -> dict[str, Stored]:
-    """By graph, the newest engine that fits; `graphs` has digests of the graphs, where they are known.
+    """Return the newest engine that fits, by graph; `graphs` has the digests of graphs that are known.
 
-    What does not fit is said in the log, once for each reason.
+    Engines that do not fit are logged with the reasons.
     """
-    found: dict[str, Stored] = {}
-    for each in stored:
-        reasons = misfits(each.key, machine, base, precision, (graphs or {}).get(each.key.part))
+    newest: dict[str, Stored] = {}
+    for engine in stored:
+        reasons = misfits(engine.key, machine, base, precision, (graphs or {}).get(engine.key.part))
         if reasons:
-            log.info("engine %s of %s is left alone: %s", each.digest[:19], each.key.part, "; ".join(reasons))
+            log.info("engine %s of %s is not used: %s", engine.digest[:19], engine.key.part, "; ".join(reasons))
         else:
-            found.setdefault(each.key.part, each)
-    return found
+            newest.setdefault(engine.key.part, engine)
+    return newest
 
 
 def pull(registry: Registry, stored: Stored) -> Pulled:
-    """Fill the cache. Raises IntegrityError for bytes that are not what was published, Refused for a stale graph."""
+    """Copy an engine's files to the cache. Raises IntegrityError for wrong bytes, Refused for another
+    graph's manifest.
+    """
     folder = registry.artifact_folder(stored.artifact)
     manifest = GraphManifest.read(folder / MANIFEST)
     if manifest.graph != stored.key.part:
@@ -112,10 +117,10 @@ def pull(registry: Registry, stored: Stored) -> Pulled:
 
 
 def check_current(pulled: Pulled, code: str) -> None:
-    """Raises Refused if the graph was exported by other code than `code`, the digest of what is installed here."""
+    """Check that the graph was exported by `code`, the digest of the code installed here. Raises Refused otherwise."""
     if pulled.manifest.code != code:
         raise Refused(
-            f"the engine of {pulled.stored.key.part} is stale: its graph was exported by another scumble; "
+            f"the engine of {pulled.stored.key.part} is stale: its graph was exported by another version of Scumble; "
             "run `scumble build engine` again",
             graph=pulled.stored.key.part,
         )

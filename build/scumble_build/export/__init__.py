@@ -1,1 +1,1 @@
-"""The graphs of a base as ONNX files with adapters as inputs, each with a manifest that says what it takes."""
+"""Exports the graphs of a base to ONNX, with adapters as inputs, each with a manifest of its inputs and outputs."""

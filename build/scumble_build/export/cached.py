@@ -1,10 +1,11 @@
-"""Graphs without weights, kept on disk by all that their structure depends on.
+"""A cache of exported graphs without weights, keyed by everything that their structure depends on.
 
-    CACHE/onnx/3f9c….onnx, 3f9c….json      the model, and which tensor each of its initializers is
+        CACHE/onnx/3f9c….onnx, 3f9c….json      the model, and the tensor that each of its initializers holds
 
-The key is a digest over the graph's name, its component's config, the precision, our code and the versions of what
-traces it: never the weights, so a base, its variants and every base of the same structure share one file. Any process
-may read and write at once: files come by rename, the model's last. What is here may be deleted at any time.
+The key is a digest of the graph's name, its component's config, the precision, this package's code and the versions of
+the exporters. Weights are not in it, so a base, its variants and every base of the same structure share one file.
+Processes may read and write concurrently: files are written by rename, the model's last. Files may be deleted at any
+time.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ class GraphCache:
         self._folder = folder
 
     def traced(self, graph: Callable[[], Graph], name: str, precision: str, config: Mapping[str, Any]) -> Traced:
-        """The graph that `graph` makes; traced now if it is not there, which takes from seconds to minutes."""
+        """Return the trace of the graph that `graph` makes. If it is not cached, tracing takes seconds to minutes."""
         stem = self._folder / key(name, precision, config)
-        found = _read(stem)
-        if found is None:
-            log.warning("exporting %s in %s to ONNX; it is kept in %s", name, precision, self._folder)
+        traced = _read(stem)
+        if traced is None:
+            log.warning("exporting %s in %s to ONNX, cached in %s", name, precision, self._folder)
             start = time.monotonic()
-            found = trace(graph())
-            self._keep(stem, found)
+            traced = trace(graph())
+            self._write(stem, traced)
             log.warning("exported %s in %.0f s", name, time.monotonic() - start)
-        return found
+        return traced
 
-    def _keep(self, stem: Path, traced: Traced) -> None:
+    def _write(self, stem: Path, traced: Traced) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_whole(stem.with_suffix(".json"), json.dumps(dict(traced.parameters)).encode())
         write_whole(stem.with_suffix(".onnx"), traced.model.SerializeToString())
 
 
 def key(name: str, precision: str, config: Mapping[str, Any]) -> str:
-    """Names the structure of a graph."""
+    """Return the digest of a graph's structure, the name of its files."""
     made_of = {
         "graph": name,
         "precision": precision,
@@ -65,14 +66,14 @@ def key(name: str, precision: str, config: Mapping[str, Any]) -> str:
 
 
 def _read(stem: Path) -> Traced | None:
-    """None if it is not there, or not sound: then it is made anew."""
+    """Read a trace; None if it is missing or damaged, to be exported again."""
     try:
         model = onnx.load_model(stem.with_suffix(".onnx"), load_external_data=False)
         parameters = json.loads(stem.with_suffix(".json").read_bytes())
     except FileNotFoundError:
         return None
-    except Exception as error:  # noqa: BLE001 - protobuf's own has no name to catch
+    except Exception as error:  # noqa: BLE001 - protobuf's error has no public name
         log.warning("%s is damaged and will be exported again: %s", stem.with_suffix(".onnx"), error)
         return None
-    named = isinstance(parameters, dict) and {each.name for each in model.graph.initializer} == set(parameters)
+    named = isinstance(parameters, dict) and {tensor.name for tensor in model.graph.initializer} == set(parameters)
     return Traced(model, parameters) if named else None

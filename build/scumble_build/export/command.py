@@ -1,4 +1,4 @@
-"""`scumble build export`: a base's graphs as ONNX files with manifests, for engines and other runtimes."""
+"""`scumble build export`: write a base's graphs as ONNX files with manifests, for engines and other runtimes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from scumble_registry.formats.source import Source
 
 @dataclass(frozen=True, slots=True)
 class BaseFolder:
-    """A base, or a checkpoint, on disk in the diffusers layout; `digest` is its version's, or its files' if it is of no
-    registry.
+    """A base or a checkpoint on disk in the diffusers layout. `digest` is its version's, or that of its files if it is
+    not in a registry.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class BaseFolder:
 
 def export(
     base: Annotated[str, typer.Option(help="The base or checkpoint: a reference, or a diffusers folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; made if it is not there.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; created if missing.")],
     part: Annotated[
         list[str] | None,
         typer.Option(help="Only this graph (unet.small, vae_decoder, …); may be repeated. [default: all]"),
@@ -48,15 +48,15 @@ def export(
     controlnet: Annotated[
         str | None, typer.Option(help="Export this ControlNet's graphs instead: a reference to a net for the base.")
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="What the graphs compute in.")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="Floating point format of the graphs.")] = "fp32",
     int8: Annotated[
         Path | None,
         typer.Option(
-            help="Compute the denoiser's products in int8, adapters as ever: JSON with the largest magnitude of what "
+            help="Compute the denoiser's products in int8, adapters unchanged. JSON with the largest magnitude of what "
             "each layer reads (docs/quantisation.md)."
         ),
     ] = None,
-    home: Annotated[Path | None, typer.Option(help="Where the registry is. [SCUMBLE_HOME]")] = None,
+    home: Annotated[Path | None, typer.Option(help="The registry's folder. [SCUMBLE_HOME]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Write a base's graphs, with adapters as inputs, as ONNX files with weights and manifests."""
@@ -67,44 +67,44 @@ def export(
 
     if int8 is not None and precision != "fp32":
         raise InvalidRequest("--int8 needs --precision fp32: ONNX's scales are float32", field="int8")
-    maxima = read_maxima(int8) if int8 is not None else None  # before minutes of work
-    place = home or default_home()
-    found = find_base(base, place)
-    graphs: Exportable = open_base(found, precision)
-    digest = found.digest
+    maxima = read_maxima(int8) if int8 is not None else None  # fail before minutes of work
+    registry_home = home or default_home()
+    folder = find_base(base, registry_home)
+    graphs: Exportable = open_base(folder, precision)
+    digest = folder.digest
     if controlnet is not None:
-        graphs, digest = open_net(controlnet, found, place, precision)
+        graphs, digest = open_net(controlnet, folder, registry_home, precision)
     manifests = write_graphs(
-        graphs, part or graphs.names, out, base=digest, family=found.family, report=report, maxima=maxima
+        graphs, part or graphs.names, out, base=digest, family=folder.family, report=report, maxima=maxima
     )
     if as_json:
         print(json.dumps({"folder": str(out), "graphs": [manifest.graph for manifest in manifests]}))
 
 
 def find_base(ref: str, home: Path) -> BaseFolder:
-    """Raises NotFound, Refused or IntegrityError."""
+    """Find a base by folder or reference. Raises NotFound, Refused or IntegrityError."""
     folder = Path(ref).expanduser()
     if folder.is_dir():
         source = Source.scan(folder)
-        compatibility, _ = base_format.examine(source)
+        examined, _ = base_format.examine(source)
         digest = hashlib.sha256()
         for name, file in source.files.items():
             digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-        return BaseFolder(folder, f"sha256:{digest.hexdigest()}", compatibility.family)
+        return BaseFolder(folder, f"sha256:{digest.hexdigest()}", examined.family)
     if "/" not in ref or ref.startswith((".", "/", "~")):
-        raise NotFound(f"no folder {ref}, and it is no reference such as scumble/demo@1", ref=ref)
+        raise NotFound(f"{ref} is neither a folder nor a reference such as scumble/demo@1", ref=ref)
     with Registry.open(home) as registry:
         version = registry.resolve(ref)
-        about = version.manifest.compatibility
-        if not isinstance(about, BaseCompatibility | DreamboothCompatibility):
+        compatibility = version.manifest.compatibility
+        if not isinstance(compatibility, BaseCompatibility | DreamboothCompatibility):
             raise Refused(
                 f"{version.ref} is a {version.manifest.kind}, not a base or a checkpoint; name one of these", ref=ref
             )
-        return BaseFolder(registry.materialise(version), version.digest, about.family)
+        return BaseFolder(registry.materialise(version), version.digest, compatibility.family)
 
 
 def open_base(base: BaseFolder, precision: Precision) -> BaseGraphs:
-    """Its networks, in memory."""
+    """Load a base's networks."""
     family, dtype = FAMILIES[base.family], PRECISIONS[precision]
     encoder = base.folder / "image_encoder"
     vision = None
@@ -114,12 +114,14 @@ def open_base(base: BaseFolder, precision: Precision) -> BaseGraphs:
 
 
 def open_net(ref: str, base: BaseFolder, home: Path, precision: Precision) -> tuple[NetGraphs, str]:
-    """A published ControlNet and its digest. Raises NotFound, Refused for what is none, IntegrityError."""
+    """Load a published ControlNet; returns its graphs and digest. Raises NotFound, IntegrityError, or Refused for
+    another kind of adapter.
+    """
     with Registry.open(home) as registry:
         version = registry.resolve(ref)
-        about = version.manifest.compatibility
-        if not isinstance(about, ControlNetCompatibility) or about.form in {"t2i", "lllite"}:
-            raise Refused(f"{version.ref} is no ControlNet; name one, or leave --controlnet out", ref=ref)
+        compatibility = version.manifest.compatibility
+        if not isinstance(compatibility, ControlNetCompatibility) or compatibility.form in {"t2i", "lllite"}:
+            raise Refused(f"{version.ref} is not a ControlNet; name one, or leave --controlnet out", ref=ref)
         folder = registry.materialise(version)
-    model = load_union(folder) if about.form == "union" else load_net(folder, lambda: base.folder / "unet")
+    model = load_union(folder) if compatibility.form == "union" else load_net(folder, lambda: base.folder / "unet")
     return NetGraphs.of(model, precision), version.digest

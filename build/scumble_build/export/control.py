@@ -1,14 +1,14 @@
-"""A ControlNet's graphs: what runs at every step, and what runs once per request.
+"""A ControlNet's graphs: one runs at every step, the others once per request.
 
 | graph                | |
 |----------------------|-|
 | controlnet           | sample, time, the net's own keys and values, embedded picture → residuals |
 | controlnet_kv        | text states → the net's own keys and values |
-| controlnet_hint      | control pictures → what the net adds behind its first layer |
-| controlnet_condition | SDXL's nets: pooled text and sizes → what they add to the embedded time |
+| controlnet_hint      | control pictures → hint, added after the net's first layer |
+| controlnet_condition | SDXL's nets: pooled text and sizes → a vector added to the embedded time |
 
-A union net's step also takes which kinds of control are there, and its hint which kind each picture is of and how
-strongly it counts: its pictures become one.
+A union net's step also takes the kinds of control that are present. Its hint also takes each picture's kind and weight,
+and fuses all pictures into one hint.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PICTURES = Axis(min=1, opt=1, max=8, about="Control pictures of a call.")
 
 @dataclass(frozen=True, slots=True)
 class NetGraphs:
-    """A net in `precision`. `states` are its tensors as its file names them, under `controlnet`."""
+    """A net's graphs in `precision`. `states["controlnet"]` has its tensors by the names in its file."""
 
     net: ControlNet | ControlNetUnion
     states: Mapping[str, Mapping[str, Tensor]]
@@ -41,7 +41,7 @@ class NetGraphs:
 
     @classmethod
     def of(cls, model: Any, precision: Precision) -> NetGraphs:
-        """`model` is diffusers' ControlNetModel or ControlNetUnionModel, and adapted from here on."""
+        """Make a net's graphs from diffusers' ControlNetModel or ControlNetUnionModel, which is changed in place."""
         model.to(PRECISIONS[precision]).eval().requires_grad_(requires_grad=False)
         states = {"controlnet": dict(model.state_dict())}
         union = hasattr(model, "task_embedding")
@@ -54,15 +54,15 @@ class NetGraphs:
         return ("controlnet", "controlnet_kv", "controlnet_hint", *more)
 
     def graph_state(self, _name: str) -> Mapping[str, Tensor]:
-        """Of the component that a graph is of, as of a base's."""
+        """Return the tensors of a graph's component, the net."""
         return self.states["controlnet"]
 
     def config(self, _name: str) -> dict[str, Any]:
-        """With the code, all that a graph's structure depends on."""
+        """Return the config that, with the code, decides a graph's structure."""
         return {key: value for key, value in self._config.items() if not key.startswith("_")}
 
     def graph(self, name: str) -> Graph:
-        """One of `names`."""
+        """Return one of `names`."""
         makers = {
             "controlnet": self._step,
             "controlnet_kv": self._keys_and_values,
@@ -87,13 +87,13 @@ class NetGraphs:
             TIMESTEP,
             kv_port(self.net.projection.slices, dtype),
             MASK,
-            _sample("hint", widths[0], dtype, "What controlnet_hint makes of the control picture."),
+            _sample("hint", widths[0], dtype, "Output of controlnet_hint for the control picture."),
         ]
         if config.addition_embed_type == "text_time":
-            about = "What controlnet_condition makes of pooled text and sizes."
+            about = "Output of controlnet_condition for pooled text and sizes."
             inputs.append(Port(name="added", dtype=dtype, dims=("rows", self._time_width), about=about))
         if self._union:
-            about = "1 for each kind of control that is there, else 0."
+            about = "1 for each kind of control that is present, else 0."
             kinds = int(config.num_control_type)
             inputs.append(Port(name="kinds", dtype="float32", dims=(kinds,), about=about))
         places = [(widths[0], 0)]
@@ -106,19 +106,19 @@ class NetGraphs:
                 name=f"residual_{i}",
                 dtype=dtype,
                 dims=("rows", channels, *level_dims(level)),
-                about="Unscaled, for a skip connection; the last is for the middle block.",
+                about="Unscaled residual of a skip connection; the last is the middle block's.",
             )
             for i, (channels, level) in enumerate(places)
         )
         named = {dim for port in outputs for dim in port.dims if isinstance(dim, str)}
         axes = {"rows": ROWS, "tokens": TOKENS, "height": HEIGHT, "width": WIDTH, **level_axes(len(widths), named)}
-        kept = kept_in_fp32(self._config) if self.precision != "fp32" else ()
-        return self._made("controlnet", _Step(self.net), tuple(inputs), outputs, axes, len(widths), kept)
+        in_fp32 = kept_in_fp32(self._config) if self.precision != "fp32" else ()
+        return self._made("controlnet", _Step(self.net), tuple(inputs), outputs, axes, len(widths), in_fp32)
 
     def _keys_and_values(self) -> Graph:
         slices, dtype = self.net.projection.slices, FLOAT[self.precision]
         (width,) = {target.fan_in for target in self.net.projection.layout.targets.values()}
-        about = "Of the base's text encoders, without LoRAs on the UNet."
+        about = "Text states of the base's encoders, without UNet LoRAs."
         states = Port(name="states", dtype=dtype, dims=("rows", "tokens", width), about=about)
         axes = {"rows": ROWS, "tokens": TOKENS}
         return self._made("controlnet_kv", _KeysAndValues(self.net), (states,), (kv_port(slices, dtype),), axes)
@@ -129,10 +129,10 @@ class NetGraphs:
         inputs = [Port(name="control", dtype="float32", dims=dims, about="Control pictures in 0…1, RGB.")]
         if self._union:
             inputs += [
-                Port(name="kinds", dtype="int64", dims=("rows",), about="Which kind of control each picture is of."),
-                Port(name="strength", dtype=dtype, dims=("rows",), about="How strongly each picture counts."),
+                Port(name="kinds", dtype="int64", dims=("rows",), about="Each picture's kind of control."),
+                Port(name="strength", dtype=dtype, dims=("rows",), about="Weight of each picture."),
             ]
-        hint = _sample("hint", int(self._config.block_out_channels[0]), dtype, "For `controlnet`.")
+        hint = _sample("hint", int(self._config.block_out_channels[0]), dtype, "Input of `controlnet`.")
         out = hint.model_copy(update={"dims": (1, *hint.dims[1:])}) if self._union else hint
         axes = {"rows": _PICTURES, **pixel_axes(8), "height": HEIGHT, "width": WIDTH}
         module: nn.Module = _Fused(self.net) if isinstance(self.net, ControlNetUnion) else _Hint(self.net)
@@ -143,7 +143,7 @@ class NetGraphs:
         added: Any = self.net.model.add_embedding
         width = int(added.linear_1.in_features) - 6 * int(self._config.addition_time_embed_dim)
         pooled = Port(name="pooled", dtype=dtype, dims=("rows", width), about="The pooled text.")
-        out = Port(name="added", dtype=dtype, dims=("rows", self._time_width), about="For `controlnet`.")
+        out = Port(name="added", dtype=dtype, dims=("rows", self._time_width), about="Input of `controlnet`.")
         return self._made("controlnet_condition", _Condition(self.net), (pooled, SIZES), (out,), {"rows": ROWS})
 
     def _made(
@@ -154,11 +154,11 @@ class NetGraphs:
         outputs: tuple[Port, ...],
         axes: Mapping[str, Axis],
         levels: int = 0,
-        kept: tuple[str, ...] = (),
+        in_fp32: tuple[str, ...] = (),
     ) -> Graph:
         parameters = {f"controlnet.{name}": tensor for name, tensor in self.states["controlnet"].items()}
         return Graph(
-            part, part, module, inputs, outputs, axes, self.precision, parameters, levels=levels, kept_in_fp32=kept
+            part, part, module, inputs, outputs, axes, self.precision, parameters, levels=levels, kept_in_fp32=in_fp32
         )
 
     @property
@@ -203,8 +203,8 @@ class _Hint(nn.Module):
         self.net = net
 
     def forward(self, control: Tensor) -> Tensor:
-        kept: Any = self.net.model.conv_in
-        return self.net.embed(control.to(kept.weight.dtype))
+        conv_in: Any = self.net.model.conv_in
+        return self.net.embed(control.to(conv_in.weight.dtype))
 
 
 class _Fused(nn.Module):

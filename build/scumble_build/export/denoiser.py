@@ -1,15 +1,15 @@
-"""The denoiser's graphs, of which each takes all that the one before it takes.
+"""The denoiser's graphs; each takes all inputs of the one before it.
 
-| graph  | what it takes beside text |
+| graph  | inputs besides text |
 |--------|---------------------------|
 | bare   | nothing |
 | small  | factors over the small layout |
-| guided | and images' keys and values, ControlNet's residuals, T2I-Adapters' features |
+| guided | and pictures' keys and values, ControlNet's residuals, T2I-Adapters' features |
 | full   | and factors over the full layout, DoRA's stretch of output channels |
-| every  | and DoRA's stretch of input channels, which computes each product with W twice |
+| every  | and DoRA's stretch of input channels, for which each product with W is computed twice |
 
-A batch runs the first of them that takes all it needs. What of a graph's inputs a batch does not need is fed as zeros:
-one group of one image token with a scale of 0, residuals and features of 0.
+A batch runs in the first of them that has all inputs it needs. The others are fed as zeros: one group of one image
+token with a scale of 0, residuals and features of 0.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ GRAPHS: Mapping[str, tuple[Include, ...]] = {
 IMAGE_AXES = {
     "groups": Axis(min=1, opt=1, max=8, about="Groups of pictures, each with a softmax of its own."),
     "image_tokens": Axis(min=1, opt=16, max=1028, about="Tokens of the longest group."),
-    "positions": Axis(min=1, opt=0, max=1 << 20, about="Of the hidden states, flat over the UNet's levels."),
+    "positions": Axis(min=1, opt=0, max=1 << 20, about="Positions of the hidden states, flat over the UNet's levels."),
 }
 
 
 def graph_for(needs: AbstractSet[Include]) -> str:
-    """The cheapest graph that takes all of `needs`."""
+    """Return the cheapest graph that has all inputs of `needs`."""
     return next(name for name, includes in GRAPHS.items() if needs <= set(includes))
 
 
@@ -73,7 +73,7 @@ def denoiser_graph(
     precision: Precision,
     kept_in_fp32: tuple[str, ...],
 ) -> Graph:
-    """One of GRAPHS, around a denoiser whose weights are in `precision`."""
+    """Make one of GRAPHS around a denoiser whose weights are in `precision`."""
     includes, dtype = GRAPHS[which], FLOAT[precision]
     layout = FactorLayout.of(denoiser.layout, full="full" in includes) if "factors" in includes else None
     module = _Denoiser(denoiser, includes, layout)
@@ -85,7 +85,7 @@ def denoiser_graph(
         name="prediction",
         dtype="float32",
         dims=("rows", int(_unet(denoiser).config.out_channels), "height", "width"),
-        about="As the base predicts: noise, or velocity.",
+        about="The base's prediction: noise or velocity.",
     )
     graph = Graph(
         f"unet.{which}",
@@ -106,7 +106,7 @@ def denoiser_graph(
 
 
 class _Denoiser(nn.Module):
-    """Flat inputs in, as `_inputs` lists them; float32 in and out for what the loop keeps in float32."""
+    """The denoiser with flat inputs, as `_inputs` lists them. What the loop keeps in float32 is float32 here too."""
 
     def __init__(self, denoiser: Denoiser, includes: tuple[Include, ...], layout: FactorLayout | None) -> None:
         super().__init__()
@@ -124,14 +124,14 @@ class _Denoiser(nn.Module):
         images = None
         if "images" in self.includes:
             image_kv, tokens, areas = next(rest), next(rest), next(rest)
-            rows = torch.arange(1)  # not read where every row has images
+            rows = torch.arange(1)  # not read if every row has pictures
             images = ImageInputs(rows, image_kv, tokens, torch.ones_like(areas[:, :, 0]), areas)
         residuals = tuple(next(rest) for _ in range(self.residuals)) or None
         features = tuple(next(rest) for _ in range(self.features)) or None
         inputs = StepInputs(
             kv,
             kv_mask,
-            cast("Factors | None", factors),  # layers take either form
+            cast("Factors | None", factors),  # layers accept both types
             images,
             residuals,
             features,
@@ -156,7 +156,7 @@ def _inputs(
             name="sample",
             dtype="float32",
             dims=("rows", channels, "height", "width"),
-            about="Latents, scaled for their timestep; of an inpainting base with mask and masked picture behind.",
+            about="Latents, scaled for their timestep; for an inpainting base followed by mask and masked picture.",
         ),
         TIMESTEP,
         kv_port(slices, dtype),
@@ -172,7 +172,7 @@ def _inputs(
         groups: tuple[int | str, ...] = ("rows", "groups", "image_tokens")
         ports += [
             Port(name="image_kv", dtype=dtype, dims=(*groups, kv_width(slices)), about="Pictures' keys and values."),
-            Port(name="image_mask", dtype="bool", dims=groups, about="True where a token is: one in a group at least."),
+            Port(name="image_mask", dtype="bool", dims=groups, about="True where a token is; one or more per group."),
             Port(
                 name="image_scale",
                 dtype=dtype,
@@ -182,11 +182,11 @@ def _inputs(
         ]
     if "residuals" in includes:
         ports += _maps(
-            "residual", residual_places(denoiser), dtype, "ControlNet's, for a skip connection; last: middle"
+            "residual", residual_places(denoiser), dtype, "ControlNet's, per skip connection; the last: middle block"
         )
     if "features" in includes:
         ports += _maps(
-            "feature", feature_places(denoiser), dtype, "T2I-Adapters', for a down block; SDXL: last: middle"
+            "feature", feature_places(denoiser), dtype, "T2I-Adapters', per down block; SDXL: the last: middle block"
         )
     return tuple(ports)
 
@@ -203,7 +203,7 @@ def level_dims(level: int) -> tuple[str, str]:
 
 
 def level_axes(levels: int, named: AbstractSet[str]) -> dict[str, Axis]:
-    """What the sizes are at each level of the UNet."""
+    """Return the axes of heights and widths at each level of the UNet that `named` has."""
     return {
         name: _halved(side, axis, level)
         for level in range(1, levels)
@@ -213,7 +213,7 @@ def level_axes(levels: int, named: AbstractSet[str]) -> dict[str, Axis]:
 
 
 def _halved(of: str, axis: Axis, level: int) -> Axis:
-    least, usual, most = (-(-each // 2**level) for each in (axis.min, axis.opt, axis.max))
+    least, usual, most = (-(-size // 2**level) for size in (axis.min, axis.opt, axis.max))
     return Axis(min=least, opt=usual, max=most, of=of, halvings=level, about=f"{of} at level {level} of the UNet.")
 
 
@@ -235,29 +235,29 @@ def _reads_sizes(denoiser: Denoiser) -> bool:
 
 
 def residual_places(denoiser: Denoiser) -> list[tuple[int, int]]:
-    """Channels and level of every skip connection, and at last of the middle block."""
+    """Return channels and level of every skip connection, then of the middle block."""
     widths = _widths(denoiser)
     layers = [len(block.resnets) for block in _unet(denoiser).down_blocks]
-    found = [(widths[0], 0)]
+    places = [(widths[0], 0)]
     for level, (width, count) in enumerate(zip(widths, layers, strict=True)):
-        found += [(width, level)] * count
+        places += [(width, level)] * count
         if level + 1 < len(widths):
-            found.append((width, level + 1))
-    return [*found, (widths[-1], len(widths) - 1)]
+            places.append((width, level + 1))
+    return [*places, (widths[-1], len(widths) - 1)]
 
 
 def feature_places(denoiser: Denoiser) -> list[tuple[int, int]]:
-    """Channels and level of what each down block takes: inside it where it has attention, else behind it.
+    """Return channels and level of each down block's feature: added inside a block with attention, else after it.
 
-    diffusers takes one more in the middle where there is one left, as SDXL's adapters give it.
+    diffusers adds a remaining feature in the middle block, as SDXL's adapters have one.
     """
     widths = _widths(denoiser)
     last = len(widths) - 1
-    found = [
+    places = [
         (width, level if hasattr(block, "attentions") else min(level + 1, last))
         for level, (width, block) in enumerate(zip(widths, _unet(denoiser).down_blocks, strict=True))
     ]
-    return [*found, (widths[-1], last)] if _reads_sizes(denoiser) else found
+    return [*places, (widths[-1], last)] if _reads_sizes(denoiser) else places
 
 
 def _widths(denoiser: Denoiser) -> list[int]:

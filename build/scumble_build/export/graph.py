@@ -1,4 +1,4 @@
-"""A graph ready to be exported: a module whose forward takes plain tensors, and what these are."""
+"""A graph ready to be exported: a module whose forward takes plain tensors, with their names, dims and dtypes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ PRECISIONS: Mapping[Precision, torch.dtype] = {name: DTYPES[dtype] for name, dty
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """`parameters` are those that the module reads, by the names that their component's files give them
-    (`unet.conv_in.weight`).
-    """
+    """`parameters` are the tensors that the module reads, by component and name in its file (`unet.conv_in.weight`)."""
 
     name: str
     part: GraphPart
@@ -43,7 +41,7 @@ class Graph:
     kept_in_fp32: tuple[str, ...] = ()
 
     def examples(self) -> tuple[Tensor, ...]:
-        """Inputs to trace with: every axis has a size of its own, none is 0 or 1, and none is even at every level."""
+        """Return inputs to trace with: all axes differ in size, none is 0 or 1, and none is even at every level."""
         known = dict(zip(self.axes, _EXAMPLES, strict=False)) | {"rows": 2, "height": 9, "width": 11, "rank_pages": 2}
         for name, axis in self.axes.items():
             if axis.of is not None:
@@ -70,5 +68,5 @@ def _example(port: Port, shape: list[int], generator: torch.Generator) -> Tensor
 
 
 def named(component: str, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a component as its files name them; to be asked before adapters' inputs are taken out of it."""
+    """Return the tensors of a component by their names in its file. Call it before the component is adapted."""
     return {f"{component}.{name}": tensor for name, tensor in model.state_dict(keep_vars=True).items()}

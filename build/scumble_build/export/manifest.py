@@ -1,27 +1,27 @@
-"""What an exported graph promises: the JSON file beside each ONNX file, and the contract of whatever runs it.
+"""The manifest of an exported graph: the JSON file beside each ONNX file, the contract for whatever runs the graph.
 
     unet.small.onnx           the graph, without weights
     unet.small.json           this manifest
-    unet.safetensors          the weights, which every graph of the component reads as external data
+        unet.safetensors          the weights, which all graphs of the component read as external data
 
-It promises:
+Its guarantees:
 
 * The graph has exactly these inputs and outputs, in this order, with these names, dtypes and dims. Every input must be
-  fed. A dim is a number, or the name of an axis; the same name is the same size wherever it stands.
-* An axis may have any size from `min` to `max` that is a multiple of `multiple`; `opt` is the usual one, for which an
-  engine is tuned. An axis with `of` follows another one: ⌈of / 2^halvings⌉, as a UNet's levels do; `positions` is
-  Σ ⌈height / 2^l⌉ ⌈width / 2^l⌉ over the levels l. What is fed must say so; `shapes` computes it. So an optimization
-  profile is the shapes at `min`, `opt` and `max`.
-* The graph is strongly typed: an operator computes in the dtype of its inputs, casts stand in the graph, and
-  `kept_in_fp32` says what is computed in float32 whatever `precision` is, `in_int8` which products are in int8.
+  fed. A dim is a number or the name of an axis; an axis has the same size everywhere.
+* An axis may have any size from `min` to `max` that is a multiple of `multiple`; an engine is tuned for `opt`. An axis
+  with `of` follows another one: ⌈of / 2^halvings⌉, as a UNet's levels do; `positions` is Σ ⌈height / 2^l⌉ ⌈width / 2^l⌉
+  over the levels l. Inputs must have these sizes; `shapes` computes them. An optimization profile is the shapes at
+  `min`, `opt` and `max`.
+* The graph is strongly typed: an operator computes in the dtype of its inputs and casts are explicit. `kept_in_fp32`
+  lists what is computed in float32 in every precision, `in_int8` the products in int8.
 * `factors` is the layout of the graph's rank pages. A page of A has a block (page, fan_in) for target t at
   `page · in_offset`, one of B a block (page, fan_out) at `page · out_offset`. A graph over the full layout has a second
-  pair, A_rest and B_rest, for targets whose offsets are not below `total_in` and `total_out`; they stand at what is
-  left of the offsets. `pages` names the pages that each row reads, in the order of its columns. A page of zeros, or a
+  pair, A_rest and B_rest, for targets whose offsets are not below `total_in` and `total_out`, which are subtracted from
+  their offsets. `pages` has the pages that each row reads, in the order of its rank columns. A page of zeros, or a
   scale of zeros, adds nothing.
-* `includes` says what a denoiser's graph takes beside text; a graph serves all batches that need no more than that.
+* `includes` lists the inputs of a denoiser's graph besides text; the graph serves all batches that need no others.
 * `onnx.sha256` and `weights.sha256` are those of the files. `parameters` maps each initializer to the tensor of the
-  component in the diffusers layout that it holds.
+  component, in the diffusers layout, that it holds.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class FactorTarget(_Model):
 
 
 class FactorLayout(_Model):
-    """Where each layer's factors stand. A page of A has page · total_in numbers, one of B page · total_out; those of
+    """Offsets of each layer's factors. A page of A has page · total_in numbers, one of B page · total_out; those of
     A_rest and B_rest page · rest_in and page · rest_out, 0 for a graph without.
     """
 
@@ -107,19 +107,19 @@ class FactorLayout(_Model):
 
     @classmethod
     def of(cls, layout: Layout, *, full: bool) -> Self:
-        """The small layout is the full one's beginning."""
+        """Describe the full layout, or the small one, which is its beginning."""
         extent = layout.full if full else layout.small
-        targets = [each for each in layout.targets.values() if each.in_end <= extent.total_in]
+        targets = [target for target in layout.targets.values() if target.in_end <= extent.total_in]
         return cls(
             targets=tuple(
                 FactorTarget(
-                    name=each.name,
-                    fan_in=each.fan_in,
-                    fan_out=each.fan_out,
-                    in_offset=each.in_offset,
-                    out_offset=each.out_offset,
+                    name=target.name,
+                    fan_in=target.fan_in,
+                    fan_out=target.fan_out,
+                    in_offset=target.in_offset,
+                    out_offset=target.out_offset,
                 )
-                for each in targets
+                for target in targets
             ),
             page=PAGE,
             total_in=layout.small.total_in,
@@ -130,7 +130,7 @@ class FactorLayout(_Model):
 
 
 class KVPlace(_Model):
-    """A cross-attention's keys at `offset … offset + width` of K, its values right behind."""
+    """A cross-attention's keys at `offset … offset + width` of K; its values come right after."""
 
     name: str
     offset: int
@@ -138,7 +138,7 @@ class KVPlace(_Model):
 
 
 class File(_Model):
-    """Beside the manifest."""
+    """A file beside the manifest."""
 
     name: str
     sha256: str
@@ -155,22 +155,22 @@ class GraphManifest(_Model):
     includes: tuple[Include, ...] = ()
     family: Literal["sd1", "sd2", "sdxl"]
     base: str
-    """Digest of the version that the weights are of (`sha256:…`), or of the files where it is of no registry."""
+    """Digest of the version whose weights these are (`sha256:…`), or of the files if it is not in a registry."""
     precision: Precision
     kept_in_fp32: tuple[str, ...]
     in_int8: tuple[str, ...] = ()
-    """Weights of the products that are computed in int8 (`export.quantise`), by their names in `parameters`."""
+    """Weights of the products in int8 (`export.quantise`), by their names in `parameters`."""
     opset: int
     exporter: Literal["torch.export", "torchscript"]
     made_with: dict[str, str]
-    """Versions of what exported it."""
+    """Versions of the libraries that exported it."""
     code: str
-    """sha256 of the modules that the graph was traced from."""
+    """sha256 of the code that the graph was traced from."""
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     axes: dict[str, Axis]
     levels: int = 0
-    """Of the UNet, for `positions`."""
+    """Levels of the UNet, for `positions`."""
     factors: FactorLayout | None = None
     kv: tuple[KVPlace, ...] = ()
     parameters: dict[str, str]
@@ -180,19 +180,19 @@ class GraphManifest(_Model):
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """Raises Refused for what is no manifest of this version."""
+        """Read a manifest. Raises Refused for a file that is not one of this version."""
         try:
             return cls.model_validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
             raise Refused(
-                f"{file.name} is no manifest of an exported graph: {error}; export it again with `scumble build export`"
+                f"{file.name} is not a valid graph manifest: {error}; export it again with `scumble build export`"
             ) from error
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
 
     def shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """Of each input at these sizes of the axes; those that follow others are computed, the rest default to `opt`.
+        """Return each input's shape at these sizes of axes. Dependent axes are computed, missing ones default to `opt`.
 
         Raises InvalidRequest for a size outside its axis, naming both.
         """
@@ -202,7 +202,7 @@ class GraphManifest(_Model):
         }
 
     def sizes(self, given: Mapping[str, int]) -> dict[str, int]:
-        """Of every axis. Raises InvalidRequest."""
+        """Return the size of every axis. Raises InvalidRequest for a size outside its axis."""
         known = {name: given.get(name, axis.opt) for name, axis in self.axes.items() if axis.of is None}
         for name, axis in self.axes.items():
             if axis.of is not None:
@@ -220,7 +220,9 @@ class GraphManifest(_Model):
         return known
 
     def profile(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """Of each input, its least, usual and largest shape."""
+        """Return the least, usual and largest shape of each input."""
         ends = ({name: getattr(axis, end) for name, axis in self.axes.items()} for end in ("min", "opt", "max"))
-        least, usual, most = (self.shapes({n: s for n, s in each.items() if self.axes[n].of is None}) for each in ends)
+        least, usual, most = (
+            self.shapes({n: s for n, s in sizes.items() if self.axes[n].of is None}) for sizes in ends
+        )
         return {port.name: (least[port.name], usual[port.name], most[port.name]) for port in self.inputs}

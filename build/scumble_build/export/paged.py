@@ -1,8 +1,8 @@
-"""Factors as an exported graph takes them: pages that stay where they are, and for each row which of them it reads.
+"""Factors as an exported graph takes them: pages at fixed addresses, and for each row the pages that it reads.
 
-Every row of a batch carries factors here; for one that has none the scale is zero. That keeps the graph free of sizes
-that only its callers know (`Factors` counts the rows that have any), and what it reads lies at addresses that stay: to
-load an adapter is to copy it into pages. Nothing is done in place, for a traced graph knows values, not memory.
+Every row of a batch has factors here; a row without adapters has a scale of zero. So the graph does not depend on the
+number of rows with factors (`Factors` does), and loading an adapter only copies it into pages. Nothing is done in
+place, since a traced graph has values, not memory.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from scumble_build.graphs.adapted import Layer, Pages, by_channel
 from scumble_build.graphs.layout import ALIGN, PAGE, Extent, Target
 
 UNIT = PAGE * ALIGN
-"""Numbers that are gathered at once: every layer's part of a page begins with one."""
+"""Numbers in a unit of the gather; every layer's part of a page begins at a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """Pages of A or B as units (P·units of a page, UNIT), and with which unit each page that a row reads begins: starts
+    """Pages of A or B as units (P · units per page, UNIT), and the first unit of each page that a row reads: starts
     (rows, n, 1).
     """
 
@@ -31,26 +31,26 @@ class Units:
 
     @classmethod
     def of(cls, pages: Tensor, table: Tensor) -> Units:
-        """pages (P, PAGE·Σ), table (rows, n)."""
+        """Split pages (P, PAGE·Σ) into units; table (rows, n) has the pages that each row reads."""
         return cls(pages.view(-1, UNIT), (table * (pages.shape[1] // UNIT))[:, :, None])
 
     def columns(self, offset: int, size: int) -> Tensor:
-        """One layer's, `(rows, PAGE·n, size)`.
+        """Gather one layer's columns, `(rows, PAGE·n, size)`.
 
-        Gathered out of all pages at once. A slice before the gather would be a copy of the layer's part of every page
-        that is resident, in runtimes whose slices are copies.
+        They are gathered from all pages at once: a slice before the gather would copy the layer's part of every
+        resident page, in runtimes whose slices are copies.
         """
         count = -(-PAGE * size // UNIT)
-        found = embedding(self.starts + (torch.arange(count) + PAGE * offset // UNIT), self.units)
+        columns = embedding(self.starts + (torch.arange(count) + PAGE * offset // UNIT), self.units)
         rows = self.starts.shape[0]
         if count * UNIT != PAGE * size:
-            found = found.reshape(rows, -1, count * UNIT)[:, :, : PAGE * size]
-        return found.reshape(rows, -1, size)
+            columns = columns.reshape(rows, -1, count * UNIT)[:, :, : PAGE * size]
+        return columns.reshape(rows, -1, size)
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutPages:
-    """The small layout, or what stands behind it; `before` is what stands before it."""
+    """Pages of the small layout or of the rest; `before` is the extent of the layout before it."""
 
     A: Units
     B: Units
@@ -61,7 +61,7 @@ class LayoutPages:
         return cls(Units.of(pages.A, pages.table), Units.of(pages.B, pages.table), before)
 
     def columns(self, target: Target) -> tuple[Tensor, Tensor]:
-        """A (rows, R, in) and B (rows, R, out) of one layer."""
+        """Gather A (rows, R, in) and B (rows, R, out) of one layer."""
         return (
             self.A.columns(target.in_offset - self.before.total_in, target.fan_in),
             self.B.columns(target.out_offset - self.before.total_out, target.fan_out),
@@ -70,9 +70,9 @@ class LayoutPages:
 
 @dataclass(frozen=True, slots=True)
 class PagedFactors:
-    """Pages for every row; scale (rows, PAGE·n); `small_extent` is where the rest begins.
+    """Pages of every row; scale (rows, PAGE·n); the rest begins at `small_extent`.
 
-    stretch_out (rows, Σout) and stretch_in (rows, Σin) as in `Factors`; None is a graph without.
+    stretch_out (rows, Σout) and stretch_in (rows, Σin) as in `Factors`; None in a graph without.
     """
 
     small: LayoutPages
@@ -102,21 +102,21 @@ class PagedFactors:
 
     def _stretched(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
         bias = 0 if base.bias is None else by_channel(base.bias[None], y, base)
-        found = y
+        stretched = y
         if self.stretch_out is not None:
             values = by_channel(self.stretch_out[:, target.out_offset : target.out_end], y, base)
-            found = found + values * (y - bias)
+            stretched = stretched + values * (y - bias)
         if self.stretch_in is not None:
             values = self.stretch_in[:, target.in_offset : target.in_offset + base.weight.shape[1]]
-            found = found + base(x * by_channel(values, x, base)) - bias
-        return found
+            stretched = stretched + base(x * by_channel(values, x, base)) - bias
+        return stretched
 
 
 def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d) -> Tensor:
-    """x `(rows, in, H, W)`, A `(rows, R, k·k·in)` → `(rows, R, H', W')`: a convolution with kernels of each row's own.
+    """Convolve each row with its own kernels: x `(rows, in, H, W)`, A `(rows, R, k·k·in)` → `(rows, R, H', W')`.
 
-    One product to R·k·k channels; then a fixed kernel of ones and zeros moves the k·k taps of each of R channels to
-    where they belong and sums them. Exact at any stride, and few operators, which every runtime knows.
+    One product to R·k·k channels; then a fixed kernel of ones and zeros shifts the k·k taps of each of the R channels
+    and sums them. Exact at any stride, with few operators, which every runtime has.
     """
     (kernel, _), rows = base.kernel_size, A.shape[0]
     product = torch.matmul(A.reshape(rows, -1, base.in_channels), x.flatten(2))

@@ -1,4 +1,4 @@
-"""Graphs that read or make pictures: a VAE's two halves, and CLIP's vision tower."""
+"""Graphs that read or produce pictures: a VAE's encoder and decoder, and CLIP's vision tower."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IMAGES = Axis(min=1, opt=1, max=16, about="Pictures of a call.")
 
 
 def decoder_graph(vae: Any, parameters: Mapping[str, Tensor], precision: Precision, kept: tuple[str, ...]) -> Graph:
-    """Latents in the VAE's own scale → pixels in about -1…1."""
+    """Make the graph that decodes latents, in the VAE's own scale, to pixels in about -1…1."""
     scale = vae_scale(vae.config)
     latents = ("rows", int(vae.config.latent_channels), "height", "width")
     inputs = (Port(name="latents", dtype="float32", dims=latents, about="In the VAE's own scale."),)
@@ -31,7 +31,7 @@ def decoder_graph(vae: Any, parameters: Mapping[str, Tensor], precision: Precisi
 
 
 def encoder_graph(vae: Any, parameters: Mapping[str, Tensor], precision: Precision, kept: tuple[str, ...]) -> Graph:
-    """Pixels in -1…1 → mean and logarithm of the variance of the latents, in the VAE's own scale."""
+    """Make the graph that encodes pixels in -1…1 to the latents' mean and log variance, in the VAE's own scale."""
     inputs = (
         Port(name="pixels", dtype="float32", dims=("rows", 3, "pixel_height", "pixel_width"), about="In -1…1, RGB."),
     )
@@ -43,7 +43,7 @@ def encoder_graph(vae: Any, parameters: Mapping[str, Tensor], precision: Precisi
 
 
 def vision_graph(model: Any, parameters: Mapping[str, Tensor], precision: Precision, kept: tuple[str, ...]) -> Graph:
-    """Prepared pictures → the projected embedding, and the states of the last layer but one."""
+    """Make the graph that encodes prepared pictures to the projected embedding and the last layer but one's states."""
     dtype, config = FLOAT[precision], model.config
     side, width = int(config.image_size), int(config.hidden_size)
     positions = (side // int(config.patch_size)) ** 2 + 1
@@ -51,8 +51,8 @@ def vision_graph(model: Any, parameters: Mapping[str, Tensor], precision: Precis
         Port(name="pixels", dtype="float32", dims=("rows", 3, side, side), about="As the processor prepares them."),
     )
     outputs = (
-        Port(name="embedding", dtype=dtype, dims=("rows", int(config.projection_dim)), about="Projected."),
-        Port(name="states", dtype=dtype, dims=("rows", positions, width), about="Of the last layer but one."),
+        Port(name="embedding", dtype=dtype, dims=("rows", int(config.projection_dim)), about="The projected output."),
+        Port(name="states", dtype=dtype, dims=("rows", positions, width), about="States of the last layer but one."),
     )
     return Graph(
         "image_encoder",
@@ -69,7 +69,7 @@ def vision_graph(model: Any, parameters: Mapping[str, Tensor], precision: Precis
 
 def pixel_axes(scale: int) -> dict[str, Axis]:
     def pixels(side: str, axis: Axis) -> Axis:
-        least, usual, most = (scale * each for each in (axis.min, axis.opt, axis.max))
+        least, usual, most = (scale * size for size in (axis.min, axis.opt, axis.max))
         return Axis(min=least, opt=usual, max=most, multiple=scale, about=f"{scale} pixels for each of {side}.")
 
     return {"pixel_height": pixels("height", HEIGHT), "pixel_width": pixels("width", WIDTH)}
@@ -103,7 +103,7 @@ class _Encoder(nn.Module):
 
 
 class _Vision(nn.Module):
-    """As transformers' CLIPVisionModelWithProjection runs its layers."""
+    """The layers of transformers' CLIPVisionModelWithProjection, in its order."""
 
     def __init__(self, model: Any, precision: Precision) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""Which graphs a base has, and what of each is kept in float32 in half precision.
+"""The graphs of a base, and the parts of each that stay in float32 in half precision.
 
-* Norms of every part: sums over a whole map overflow or lose what is small.
-* The embedding of time steps and sizes: half precision has no 999.5 and no 1537.
-* Attention of bases whose config says `upcast_attention` (SD 2.1): its scores overflow.
-* All of a VAE whose config says `force_upcast` (SDXL's), in fp16: its maps overflow. bfloat16 has float32's range.
+* Norms of every part: sums over a whole map overflow or lose small terms.
+* The embedding of time steps and sizes: half precision cannot represent 999.5 and 1537.
+* Attention of bases whose config has `upcast_attention` (SD 2.1): its scores overflow.
+* All of a VAE whose config has `force_upcast` (SDXL's), in fp16: its maps overflow. bfloat16 has float32's range.
 
-Softmax stays in the graph's precision: its results are in 0…1, and runtimes sum in float32 inside of it.
+Softmax stays in the graph's precision: its results are in 0…1, and runtimes sum in float32 inside it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from scumble_build.graphs.text import TextEncoder
 
 
 def component_of(name: str) -> str:
-    """Whose weights a graph reads."""
+    """Return the component whose weights a graph reads."""
     if name.startswith("controlnet"):
         return "controlnet"
     return {"kv_projection": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}.get(name, name.partition(".")[0])
@@ -41,15 +41,15 @@ _EVERYTHING = "everything"
 
 
 def kept_in_fp32(config: Any) -> tuple[str, ...]:
-    """Of a UNet, or a net of its kind, in half precision."""
+    """Return what a UNet or ControlNet in half precision computes in float32."""
     return (_NORMS, _EMBEDDINGS, *((_ATTENTION,) if config.upcast_attention else ()))
 
 
 @dataclass(frozen=True, slots=True)
 class BaseGraphs:
-    """A base's networks as they stand behind what adapts them, in `precision`; `texts` by their folders' names.
+    """A base's networks with adapters as inputs, in `precision`; `texts` by folder name.
 
-    `states` are all tensors by component and by the name in its file.
+    `states` are all tensors, by component and by name in its file.
     """
 
     projection: KVProjection
@@ -63,7 +63,7 @@ class BaseGraphs:
 
     @classmethod
     def of(cls, models: Models, family: Family, precision: Precision, vision: Any = None) -> Self:
-        """`models` are in `precision`, and adapted from here on."""
+        """Adapt `models`, which are in `precision`, in place."""
         components: dict[str, Any] = {"unet": models.unet, **models.texts, "vae": models.vae}
         components |= {"image_encoder": vision} if vision is not None else {}
         for model in components.values():
@@ -76,13 +76,13 @@ class BaseGraphs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all graphs."""
+        """Names of all graphs."""
         denoisers = (f"unet.{which}" for which in GRAPHS)
         vision = ("image_encoder",) if self.vision is not None else ()
         return (*self.texts, "kv_projection", *denoisers, "vae_decoder", "vae_encoder", *vision)
 
     def graph(self, name: str) -> Graph:
-        """One of `names`."""
+        """Make one of `names`."""
         half = self.precision != "fp32"
         norms = (_NORMS,) if half else ()
         if name in self.texts:
@@ -91,9 +91,11 @@ class BaseGraphs:
             return projection_graph(self.projection, self._of("unet"), self.precision)
         if name.startswith("unet."):
             unet: Any = self.denoiser.unet
-            kept = kept_in_fp32(unet.config) if half else ()
+            in_fp32 = kept_in_fp32(unet.config) if half else ()
             which = name.removeprefix("unet.")
-            return denoiser_graph(which, self.denoiser, self.projection.slices, self._of("unet"), self.precision, kept)
+            return denoiser_graph(
+                which, self.denoiser, self.projection.slices, self._of("unet"), self.precision, in_fp32
+            )
         if name == "image_encoder":
             return vision_graph(self.vision, self._of("image_encoder"), self.precision, norms)
         make = {"vae_decoder": decoder_graph, "vae_encoder": encoder_graph}[name]
@@ -102,15 +104,15 @@ class BaseGraphs:
         return make(self.vae, self._of("vae"), self.precision, norms)
 
     def with_vae(self, vae: Any) -> BaseGraphs:
-        """The same with another one, which is in its precision and on its device."""
+        """Return the same graphs with another VAE, which is on the right device already."""
         return replace(self, vae=vae, states={**self.states, "vae": dict(vae.state_dict())})
 
     def graph_state(self, name: str) -> Mapping[str, Tensor]:
-        """Of the component that a graph is of."""
+        """Return the tensors of a graph's component."""
         return self.states[component_of(name)]
 
     def config(self, name: str) -> dict[str, Any]:
-        """Of the component that a graph is of: with the code, all that its structure depends on."""
+        """Return the config of a graph's component, which with the code decides the graph's structure."""
         if name in self.texts:
             return dict(self.texts[name].model.config.to_dict())
         if name == "image_encoder":

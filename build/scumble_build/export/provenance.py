@@ -1,4 +1,4 @@
-"""What an exported graph was made by: our own code, and the versions of others'."""
+"""The code that exported a graph: a digest of this package, and the versions of its libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LIBRARIES = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transforme
 
 @cache
 def code_digest() -> str:
-    """sha256 over every module of this package."""
+    """Return the sha256 of all modules of this package."""
     root = Path(scumble_build.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):

@@ -1,8 +1,8 @@
-"""Quantised products of a base in an exported graph; adapters stay as they are (docs/quantisation.md).
+"""Quantises a base's products in an exported graph to int8; adapters are unchanged (docs/quantisation.md).
 
-Around each product of hidden states with a weight of the base, ModelOpt's form: `QuantizeLinear → DequantizeLinear` on
-the states, with one calibrated scale, and on the weight, with one scale for each output channel. TensorRT fuses it into
-one int8 product. Products of two computed operands (factors, attention's scores) have no weight and are left alone.
+For each product of hidden states with a weight of the base, as in ModelOpt: `QuantizeLinear → DequantizeLinear` on the
+states, with one calibrated scale, and on the weight, with one scale per output channel. TensorRT fuses them into one
+int8 product. Products of two computed operands (factors, attention scores) have no weight and stay as they are.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from scumble.errors import InvalidRequest, NotFound
 from scumble_build.export.tracing.traced import Traced
 
 LARGEST = 127.0
-_KEPT = ("conv_in", "conv_out", "time_emb", "time_embedding", "add_embedding")
-"""Little arithmetic, much error."""
+_NOT_QUANTISED = ("conv_in", "conv_out", "time_emb", "time_embedding", "add_embedding")
+"""Layers with little arithmetic and a large error in int8."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """`products` are the weights' initializers of all that were quantised."""
+    """A quantised model. `products` are the initializers of the quantised weights."""
 
     model: ModelProto
     products: tuple[str, ...]
@@ -40,11 +40,11 @@ def quantise(
     maxima: Mapping[str, float],
     names: Mapping[str, str] | None = None,
 ) -> Quantised:
-    """int8 for every product whose weight is in `weights` (by initializer, `(out, in[, k, k])`), in place.
+    """Quantise every product whose weight is in `weights` (by initializer, `(out, in[, k, k])`) to int8, in place.
 
     `maxima` has the largest magnitude of each product's input states, by the weight's initializer. Raises
-    InvalidRequest if one is missing or not above 0: a scale that was guessed would clip pictures in silence. It calls
-    the weight by its name in `names`, if there is one.
+    InvalidRequest if one is missing or not above 0, since a guessed scale would clip silently. The error has the
+    weight's name from `names`, if given.
     """
     graph = model.graph
     transposed = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
@@ -53,7 +53,7 @@ def quantise(
     done: list[str] = []
     for node in graph.node:
         weight = _weight_of(node, weights, transposed)
-        if weight is None or any(part in weight for part in _KEPT):
+        if weight is None or any(part in weight for part in _NOT_QUANTISED):
             nodes.append(node)
             continue
         if not maxima.get(weight, 0.0) > 0:
@@ -77,7 +77,7 @@ def quantise(
 
 
 def quantise_traced(traced: Traced, parameters: Mapping[str, Tensor], maxima: Mapping[str, float]) -> tuple[str, ...]:
-    """As `quantise`, with maxima by the weights' names in `parameters`. Returns the names of those in int8."""
+    """Quantise as `quantise` does, with maxima by the weights' names in `parameters`. Returns the names in int8."""
     names = {own: theirs for own, theirs in traced.parameters.items() if parameters[theirs].ndim > 1}
     weights = {own: parameters[theirs].detach().cpu().numpy() for own, theirs in names.items()}
     of_initializers = {own: maxima[theirs] for own, theirs in names.items() if theirs in maxima}
@@ -85,7 +85,7 @@ def quantise_traced(traced: Traced, parameters: Mapping[str, Tensor], maxima: Ma
 
 
 def read_maxima(file: Path) -> dict[str, float]:
-    """A JSON object: `unet.….weight` → the largest magnitude of the states that this layer reads.
+    """Read maxima from a JSON object: `unet.….weight` → the largest magnitude of the states that this layer reads.
 
     Raises NotFound, InvalidRequest.
     """
@@ -96,7 +96,7 @@ def read_maxima(file: Path) -> dict[str, float]:
     except ValueError as error:
         raise InvalidRequest(f"{file} is not JSON: {error}", field="int8") from error
     if not isinstance(content, dict) or not all(isinstance(maximum, int | float) for maximum in content.values()):
-        raise InvalidRequest(f"{file} is no JSON object of weights' names and numbers", field="int8")
+        raise InvalidRequest(f"{file} must be a JSON object that maps names of weights to numbers", field="int8")
     return {name: float(maximum) for name, maximum in content.items()}
 
 
@@ -116,7 +116,7 @@ def _between(
     nodes: list[NodeProto],
     added: list[TensorProto],
 ) -> str:
-    """Q and DQ in front of one input; the name of what comes out of them."""
+    """Insert Q and DQ before one input; returns the name of their output."""
     name = f"{node.output[0]}_q{place}"
     added.append(numpy_helper.from_array(np.asarray(scale).astype(dtype), f"{name}_scale"))
     added.append(numpy_helper.from_array(np.zeros(np.shape(scale), np.int8), f"{name}_zero"))

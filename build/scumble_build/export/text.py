@@ -1,7 +1,7 @@
-"""A text encoder's graph, and that of the keys and values which cross-attention reads of its states.
+"""The graphs of a text encoder, and of the projection of its states to cross-attention's keys and values.
 
-Overrides are dense here: for each place the vector that may stand there, and whether it does. So the graph has no input
-whose size may be zero.
+Overrides are dense here: a vector for every position, and a mask that says which are used. So no input of the graph can
+have size zero.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _STRETCHED: tuple[Include, ...] = ("factors", "stretch_out", "stretch_in")
 
 @dataclass(frozen=True, slots=True)
 class DenseOverrides:
-    """vectors `(rows, T, C)`, of which those stand in the text where `there` `(rows, T)` is True."""
+    """Overrides as vectors `(rows, T, C)`, used where `overridden` `(rows, T)` is True."""
 
     vectors: Tensor
-    there: Tensor
+    overridden: Tensor
 
     def within(self, embeddings: Tensor) -> Tensor:
-        return torch.where(self.there[..., None], self.vectors, embeddings)
+        return torch.where(self.overridden[..., None], self.vectors, embeddings)
 
 
 def text_graph(
@@ -43,19 +43,36 @@ def text_graph(
     length, width = int(config.max_position_embeddings), int(config.hidden_size)
     projects = hasattr(encoder.model, "text_projection")
     inputs = (
-        Port(name="tokens", dtype="int64", dims=("rows", length), about="Ids of the tokenizer."),
-        Port(name="mask", dtype="bool", dims=("rows", length), about="False where a token is not seen."),
-        Port(name="vectors", dtype=dtype, dims=("rows", length, width), about="Of embeddings, at their places."),
-        Port(name="overridden", dtype="bool", dims=("rows", length), about="Where `vectors` stand for the tokens."),
-        Port(name="skip", dtype="int64", dims=(1,), about="How many more of the last layers are left out."),
-        Port(name="pool", dtype="int64", dims=("rows",), about="The place whose state the pooled text is."),
+        Port(name="tokens", dtype="int64", dims=("rows", length), about="Token ids."),
+        Port(name="mask", dtype="bool", dims=("rows", length), about="False where a token is not visible."),
+        Port(
+            name="vectors",
+            dtype=dtype,
+            dims=("rows", length, width),
+            about="Overriding embeddings, at their positions.",
+        ),
+        Port(
+            name="overridden",
+            dtype="bool",
+            dims=("rows", length),
+            about="True where `vectors` replace the token's embedding.",
+        ),
+        Port(name="skip", dtype="int64", dims=(1,), about="How many of the last layers are skipped."),
+        Port(name="pool", dtype="int64", dims=("rows",), about="Position of the state that becomes the pooled text."),
         *factor_ports(layout, dtype, _STRETCHED),
     )
     inputs = inputs if projects else tuple(port for port in inputs if port.name != "pool")
-    outputs = [Port(name="states", dtype=dtype, dims=("rows", length, width), about="As the UNet reads them.")]
+    outputs = [
+        Port(name="states", dtype=dtype, dims=("rows", length, width), about="The text states that the UNet reads.")
+    ]
     if projects:
         outputs.append(
-            Port(name="pooled", dtype=dtype, dims=("rows", int(config.projection_dim)), about="Of the whole text.")
+            Port(
+                name="pooled",
+                dtype=dtype,
+                dims=("rows", int(config.projection_dim)),
+                about="One vector for the whole text.",
+            )
         )
     axes = {"rows": ROWS, **factor_axes(layout)}
     module = _Text(encoder, layout, projects=projects)
@@ -87,16 +104,16 @@ class _Text(nn.Module):
         for layer in tower.get_submodule("encoder.layers").children():
             states = layer(states, added)
             every.append(states)
-        # Of the layers that may be left out, the last first.
+        # The layers to choose from, the last first.
         last = len(every) - 1 - self.encoder.penultimate
         chosen = torch.stack(every[last::-1]).index_select(0, skip)[0]
-        found = chosen if self.encoder.penultimate else self.encoder.norm(chosen)
+        output = chosen if self.encoder.penultimate else self.encoder.norm(chosen)
         if pool is None:
-            return (found,)
+            return (output,)
         whole = self.encoder.norm(every[-1])
         index = pool[:, None, None].expand(-1, 1, whole.shape[-1])
         pooled = self.encoder.model.get_submodule("text_projection")(whole.gather(1, index)[:, 0])
-        return found, pooled
+        return output, pooled
 
 
 def projection_graph(projection: KVProjection, parameters: Mapping[str, Tensor], precision: Precision) -> Graph:
@@ -105,9 +122,17 @@ def projection_graph(projection: KVProjection, parameters: Mapping[str, Tensor],
     (width,) = {target.fan_in for target in layout.targets}
     text: tuple[int | str, ...] = ("rows", "tokens", width)
     inputs = (
-        Port(name="states", dtype=dtype, dims=text, about="Of the text encoders, side by side: keys are read from it."),
         Port(
-            name="of_values", dtype=dtype, dims=text, about="What values are read from; without hypernetworks, states."
+            name="states",
+            dtype=dtype,
+            dims=text,
+            about="States of the text encoders, concatenated; keys are projected from them.",
+        ),
+        Port(
+            name="of_values",
+            dtype=dtype,
+            dims=text,
+            about="States that values are projected from; equal to `states` without hypernetworks.",
         ),
         *factor_ports(layout, dtype, _STRETCHED),
     )

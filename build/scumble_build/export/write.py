@@ -1,10 +1,10 @@
-"""Graphs of a base → a folder with ONNX files, their weights and manifests.
+"""Writes a base's graphs to a folder: ONNX files, their weights and manifests.
 
     DIR/unet.safetensors, text_encoder.safetensors, vae.safetensors     weights, in the graphs' precision
     DIR/unet.small.onnx, unet.small.json, …                             a graph and its manifest
 
-A graph reads its weights from its component's file: safetensors is a header with plain tensors behind it, which ONNX
-can point into. A manifest is written last, so what has one is complete.
+A graph reads its weights from its component's file: safetensors is a header followed by plain tensors, which ONNX can
+reference. A graph's manifest is written last, so a graph with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ def write_graphs(
     report: Callable[[GraphManifest], None] = lambda _: None,
     maxima: Mapping[str, float] | None = None,
 ) -> tuple[GraphManifest, ...]:
-    """Those of `names`. `report` hears of each as it is done.
+    """Write the graphs `names`. `report` is called with each manifest when it is written.
 
     With `maxima` (of each product's input states, by its weight's name), the denoiser's products are in int8.
-    Raises InvalidRequest for a name that is none, and for a product without a maximum.
+    Raises InvalidRequest for an unknown name, and for a product without a maximum.
     """
     if unknown := [name for name in names if name not in graphs.names]:
         raise InvalidRequest(f"there is no graph {unknown[0]!r}; there are {', '.join(graphs.names)}", field="part")
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, File] = {}
-    found = []
+    manifests = []
     for name in names:
         component = component_of(name)
         if component not in files:
             files[component] = _write_weights(graphs.states[component], folder / f"{component}.safetensors")
         manifest = _write_graph(graphs.graph(name), folder, files[component], base=base, family=family, maxima=maxima)
         report(manifest)
-        found.append(manifest)
-    return tuple(found)
+        manifests.append(manifest)
+    return tuple(manifests)
 
 
 def _write_weights(state: Mapping[str, Tensor], file: Path) -> File:
@@ -114,7 +114,7 @@ def describe(
         axes=dict(graph.axes),
         levels=graph.levels,
         factors=graph.factors,
-        kv=tuple(KVPlace(name=each.name, offset=each.offset, width=each.width) for each in graph.kv),
+        kv=tuple(KVPlace(name=kv.name, offset=kv.offset, width=kv.width) for kv in graph.kv),
         parameters=dict(parameters),
         onnx=onnx,
         weights=weights,
@@ -122,7 +122,7 @@ def describe(
 
 
 def places_in(file: Path) -> dict[str, ByteRange]:
-    """Where each tensor's bytes stand in a safetensors file."""
+    """Return the byte range of each tensor in a safetensors file."""
     header = read_header(file)
     return {
         name: ByteRange(file.name, header.data_start + info.begin, info.end - info.begin)

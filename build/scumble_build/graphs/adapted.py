@@ -1,15 +1,15 @@
-"""Layers that take low-rank factors as an input. The base's weights stay where they are and are only read.
+"""Layers that take low-rank factors as an input. The base's weights are only read, never changed.
 
 For row i with the columns A and B of its pages:   y[i] = W x[i] + bias + Bᵀ (scale[i] ⊙ (A x[i]))
 
 (Hu et al., LoRA, 2106.09685, with α/r folded into B and the request's weights in `scale`.) For a k×k convolution
 A x is a convolution to R channels with the base's stride and padding, and Bᵀ a 1×1 convolution (LoCon).
 
-A DoRA (Liu et al., 2402.09353) also stretches W itself, by row or by column. With what is added to 1, o and i:
+A DoRA (Liu et al., 2402.09353) also multiplies W's rows by 1 + o, or its columns by 1 + i:
 
     y[i] += o ⊙ (W x[i]) + W (i ⊙ x[i])
 
-and its factors come stretched already. Several add up, each against the base, so their order does not matter.
+Its factors already include that gain. Several adapters add up, each relative to the base, so order does not matter.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Layer = nn.Linear | nn.Conv2d
 
 
 class Carried(Protocol):
-    """Factors in one of the forms that a graph may be given them in."""
+    """Factors of a call: `Factors` in torch, `PagedFactors` in an exported graph."""
 
     def reach(self, target: Target) -> bool:
-        """Are there any for this layer?"""
+        """Return whether there are factors for this layer."""
 
     def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
-        """y = base(x) with what the factors make of x; y may be overwritten."""
+        """Return y = base(x) plus the factors' part. y may be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """Rank pages of one part of a layout, and which of them each row reads: n of them, in the order of its columns.
+    """Rank pages of one part of a layout, and the n pages that each row reads, in the order of its rank columns.
 
     A (P, PAGE·Σin), B (P, PAGE·Σout) as in `layout.py`; table (m, n) int64.
     """
@@ -51,13 +51,13 @@ class Pages:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """What the first `m` rows of a batch carry; rows from `m` on carry nothing and cost nothing.
+    """Factors of the first `m` rows of a batch. Rows from `m` on have none and cost nothing.
 
-    `small` holds the small layout's pages, `rest` those of what stands behind it, or None if no row has any; scale
-    (m, PAGE·n), 0 for a column that acts not. `rows_per_set` is g if rows of one set stand side by side, g of each,
-    else 0: then pages are gathered row by row. stretch_out (m, Σout) and stretch_in (m, Σin) over the full or the small
-    layout are DoRA's o and i, 0 where there is none; None costs nothing. An input channel of a convolution stands k·k
-    times in Σin; the first of them counts.
+    `small` holds the small layout's pages, `rest` those of all other layers, or None if no row has any. scale
+    (m, PAGE·n) is the weight of each rank column, 0 for an inactive one. `rows_per_set` is g if the rows come in groups
+    of g neighbours that share a set of pages, else 0: then pages are gathered row by row. stretch_out (m, Σout) and
+    stretch_in (m, Σin), over the full or the small layout, are DoRA's o and i, 0 for rows without; None costs nothing.
+    An input channel of a convolution has k·k entries in Σin, of which the first is read.
     """
 
     small: Pages
@@ -68,14 +68,14 @@ class Factors:
     stretch_in: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
-        """The same, computed in `dtype`; nothing is copied that is there already."""
+        """Return the same factors on `device` in `dtype`. Tensors that are already there are not copied."""
         return moved(self, device, dtype)
 
     def reach(self, target: Target) -> bool:
         return self.rest is not None or PAGE * target.in_end <= self.small.A.shape[1]
 
     def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
-        """In place."""
+        """Add the factors' part to y in place and return y."""
         if self.stretch_out is not None or self.stretch_in is not None:
             _stretch(x, y, base, target, self)
         if isinstance(base, nn.Conv2d):
@@ -88,13 +88,13 @@ class Factors:
 
     @property
     def rows(self) -> int:
-        """m"""
+        """The number m of rows with factors."""
         return self.scale.shape[0]
 
 
 class Change(Protocol):
     def change(self, target: str, x: Tensor) -> Tensor:
-        """What the layer of this name reads in the stead of x, of x's shape."""
+        """Return what the layer `target` reads instead of x; same shape as x."""
 
 
 @dataclass(slots=True)
@@ -103,7 +103,7 @@ class FactorInput:
 
     factors: Carried | None = None
     changes: tuple[Change, ...] = ()
-    """On what a layer reads, before anything else."""
+    """Applied to each layer's input, first of all."""
 
 
 class Adapted(nn.Module):
@@ -116,9 +116,9 @@ class Adapted(nn.Module):
         self.source = source
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `(rows, in)` or `(rows, N, in)` for a linear layer, `(rows, in, H, W)` for a convolution."""
-        for each in self.source.changes:
-            x = each.change(self.target.name, x)
+        """Run the layer on x: `(rows, in)` or `(rows, N, in)` if linear, `(rows, in, H, W)` for a convolution."""
+        for change in self.source.changes:
+            x = change.change(self.target.name, x)
         y: Tensor = self.base(x)
         factors = self.source.factors
         if factors is None or not factors.reach(self.target):
@@ -127,7 +127,9 @@ class Adapted(nn.Module):
 
 
 def _stretch(x: Tensor, y: Tensor, base: Layer, target: Target, factors: Factors) -> None:
-    """What DoRA adds to y = Wx + bias, in place. Channels come second in a convolution, last in a linear layer."""
+    """Add DoRA's part to y = Wx + bias in place. Channels are dim 1 in a convolution, the last dim in a
+    linear layer.
+    """
     rows = factors.rows
     bias = 0 if base.bias is None else by_channel(base.bias[None], y, base)
     if factors.stretch_out is not None:
@@ -139,16 +141,16 @@ def _stretch(x: Tensor, y: Tensor, base: Layer, target: Target, factors: Factors
 
 
 def by_channel(values: Tensor, like: Tensor, base: Layer) -> Tensor:
-    """values `(rows, channels)`, with a dim of 1 for each other dim of `like`, which `base` reads or makes."""
+    """Reshape values `(rows, channels)` to broadcast over `like`, an input or output of `base`."""
     rest = [None] * (like.ndim - 2)
     return values[:, :, *rest] if isinstance(base, nn.Conv2d) else values[:, *rest, :]
 
 
 def _add_linear(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
-    """Add the factors' part to the rows of y `(rows, N, out)` that carry any."""
+    """Add the factors' part to the first m rows of y `(rows, N, out)`, in place."""
     rows = factors.rows
     A, B = _gather(target, factors)
-    # Rows of one set lie side by side: together they are one product.
+    # Neighbouring rows that share a set are one product.
     batch = A.shape[0]
     hidden = torch.bmm(x[:rows].reshape(batch, -1, x.shape[-1]), A.transpose(1, 2))
     hidden.view(rows, -1, hidden.shape[-1]).mul_(factors.scale[:, None])
@@ -156,7 +158,7 @@ def _add_linear(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
 
 
 def _add_convolution(x: Tensor, y: Tensor, base: nn.Conv2d, target: Target, factors: Factors) -> None:
-    """The same for x `(rows, in, H, W)` and y `(rows, out, H', W')`."""
+    """Do the same for x `(rows, in, H, W)` and y `(rows, out, H', W')`."""
     rows = factors.rows
     A, B = _gather(target, factors)
     group = rows // A.shape[0]
@@ -169,10 +171,10 @@ def _add_convolution(x: Tensor, y: Tensor, base: nn.Conv2d, target: Target, fact
 
 
 def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d, size: torch.Size) -> Tensor:
-    """x `(m, in, H, W)`, A `(m, R, k·k·in)` → `(m, R, H', W')`: a convolution with kernels of each row's own.
+    """Convolve each row with its own kernels: x `(m, in, H, W)`, A `(m, R, k·k·in)` → `(m, R, H', W')`.
 
-    One product to k·k·R channels, then k·k shifted, strided slices are summed: exact at any stride, and nothing
-    but products and slices, which every executor knows.
+    One product to k·k·R channels, then the sum of k·k shifted, strided slices: exact at any stride, and only
+    operators that every executor supports.
     """
     (kernel, _), (stride, _), padding = base.kernel_size, base.stride, base.padding[0]
     assert not isinstance(padding, str)
@@ -188,15 +190,16 @@ def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d, size: torch.Size) -> Tensor
         for j in range(kernel)
     ]
     total = shifted[0].clone()
-    for each in shifted[1:]:
-        total += each
+    for part in shifted[1:]:
+        total += part
     return total
 
 
 def _gather(target: Target, factors: Factors) -> tuple[Tensor, Tensor]:
-    """A `(b, R, in)` and B `(b, R, out)` of one layer: for each set where rows lie set by set, else for each row.
+    """Gather one layer's A `(b, R, in)` and B `(b, R, out)`; b counts sets if `rows_per_set`, else rows.
 
-    Sliced before the gather, which copies nothing: gathering first would copy every layer's for every row.
+    The slice comes before the gather because a slice copies nothing; gathering first would copy every layer's factors
+    for every row.
     """
     pages, in_offset, out_offset = factors.small, target.in_offset, target.out_offset
     in_small, out_small = (tensor.shape[1] // PAGE for tensor in (pages.A, pages.B))
@@ -211,12 +214,12 @@ def _gather(target: Target, factors: Factors) -> tuple[Tensor, Tensor]:
 
 
 def find_layers(module: nn.Module, prefix: str) -> dict[str, Layer]:
-    """Every linear layer and convolution below `module`, as `prefix + dotted name` → layer."""
+    """Return every linear layer and convolution below `module` by `prefix + dotted name`."""
     return {prefix + name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
 
 
 def adapt(root: nn.Module, layers: dict[str, Layer], prefix: str) -> tuple[Layout, FactorInput]:
-    """Put an Adapted in front of each layer below `root`; the layers themselves are shared, not copied."""
+    """Replace each of `layers` below `root` with an Adapted around it. The layers are shared, not copied."""
     layout, source = layout_of(layers), FactorInput()
     for name, layer in layers.items():
         parent, _, child = name.removeprefix(prefix).rpartition(".")
@@ -225,7 +228,7 @@ def adapt(root: nn.Module, layers: dict[str, Layer], prefix: str) -> tuple[Layou
 
 
 def layout_of(layers: dict[str, Layer]) -> Layout:
-    """The small layout is what stands inside attention blocks and text encoders."""
+    """Build the layout of these layers. The small layout holds those inside attention blocks and text encoders."""
     return Layout.of(
         TargetShape(name, layer.weight[0].numel(), layer.weight.shape[0], _is_small(name))
         for name, layer in layers.items()

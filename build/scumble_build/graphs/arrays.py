@@ -1,4 +1,4 @@
-"""Arrays of a file, as the registry reads them → tensors."""
+"""Convert arrays, as the registry reads them from files, to tensors."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from scumble_registry.formats.safetensors_header import Array
 
 
 def as_tensor(values: Array) -> Tensor:
-    """A float32 copy: torch knows no bfloat16 of numpy's, and may not write to what is mapped from a file."""
+    """Return a float32 copy: torch has no numpy bfloat16 and must not write to a memory-mapped file."""
     return torch.from_numpy(np.array(values, dtype=np.float32, order="C"))

@@ -21,7 +21,7 @@ class UNetBlocks:
     layers: int
 
     def label(self, target: str) -> str:
-        """The block that a target (canonical name) belongs to."""
+        """Return the block of a target, given by its canonical name."""
         if not target.startswith("unet."):
             return "BASE"
         if place := _PLACE.match(target):
@@ -37,7 +37,7 @@ class UNetBlocks:
 
     @property
     def count(self) -> int:
-        """How many IN labels there are, and as many OUT labels."""
+        """The number of IN labels, which is also the number of OUT labels."""
         return self.levels * (self.layers + 1)
 
     @property
@@ -47,7 +47,7 @@ class UNetBlocks:
 
 
 def blocks_of(targets: Iterable[str]) -> UNetBlocks:
-    """Read from the canonical names of a base's targets."""
+    """Read the number of levels and layers from the canonical names of a base's targets."""
     places = [place for target in targets if (place := _PLACE.match(target)) and place[1] == "down"]
     levels = {int(place[2]) for place in places}
     layers = {int(place[4]) for place in places if place[2] == "0" and place[3] == "resnets"}

@@ -1,8 +1,8 @@
 """Files of the ControlNet family → diffusers' models, in the precision of the file, on the CPU.
 
-A file in the original layout, or a control-LoRA, says nothing of its structure: it is the encoder of its base, so the
-base's config says it. A control-LoRA's weights are the base's plus up @ down (Stability AI's control-lora; there is no
-alpha); they become weights of the net's own, and the base is only read.
+A file in the original format, or a control-LoRA, has no config: its structure is the encoder of its base, so the base's
+config is read. A control-LoRA's weights are the base's plus up @ down (Stability AI's control-lora; there is no alpha).
+The sums are tensors of the net; the base is only read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EMBEDDING = "controlnet_cond_embedding."
 
 
 def load_net(folder: Path, unet: Callable[[], Path]) -> ControlNetModel:
-    """From a published folder; `unet` gives the base's, where the files need it.
+    """Load a ControlNet from a published folder; `unet` returns the base's UNet folder and is called only if needed.
 
     Raises Refused if weights and structure differ.
     """
@@ -47,23 +47,23 @@ def load_net(folder: Path, unet: Callable[[], Path]) -> ControlNetModel:
 
 
 def load_union(folder: Path) -> ControlNetUnionModel:
-    """Raises Refused."""
+    """Load a union net from a published folder. Raises Refused if weights and structure differ."""
     return _load(ControlNetUnionModel, folder)
 
 
 def load_t2i(folder: Path) -> T2IAdapter:
-    """Raises Refused."""
+    """Load a T2I-Adapter from a published folder. Raises Refused if weights and structure differ."""
     return _load(T2IAdapter, folder)
 
 
 def _load(kind: Any, folder: Path) -> Any:
-    """Every weight must be in the file: `from_pretrained` would draw what is missing at random."""
+    """Load a diffusers model strictly: `from_pretrained` would fill missing tensors at random."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         try:
             model = kind.from_config(config)
         except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError) as error:
-            raise Refused(f"config.json describes no {kind.__name__} that can be made: {error}") from error
+            raise Refused(f"config.json does not describe a valid {kind.__name__}: {error}") from error
     return _fill(model, load_file(folder / FILE_NAME))
 
 
@@ -76,7 +76,7 @@ def _fill(model: Any, state: dict[str, Tensor]) -> Any:
 
 
 def _structure(weights: Weights, unet: Path) -> ControlNetModel:
-    """A net around the base's encoder, with the base's weights if they are needed."""
+    """Build a net with the structure of the base's encoder, and its weights if the file needs them."""
     full = weights.full
     widths = [full[f"{_EMBEDDING}conv_in.weight"].shape[0]]
     while (name := f"{_EMBEDDING}blocks.{2 * len(widths) - 1}.weight") in full:

@@ -23,7 +23,7 @@ PREFIX = "unet."
 
 @dataclass(frozen=True, slots=True)
 class KVSlice:
-    """Where one cross-attention layer's keys and values stand in the flat K/V of a row."""
+    """One cross-attention layer's part of a row's flat K/V: keys at `offset`, values right after them."""
 
     name: str
     offset: int
@@ -32,9 +32,9 @@ class KVSlice:
 
 @dataclass(slots=True)
 class StepInput:
-    """What the attentions of the running call read. Owned by one thread at a time.
+    """The inputs of the running call, which the attentions read. Owned by one thread at a time.
 
-    `places[level]` are the positions of that level in the flat areas of pictures.
+    `places[level]` is that level's slice of the flat areas of pictures.
     """
 
     inputs: StepInputs | None = None
@@ -44,8 +44,8 @@ class StepInput:
 class CrossAttention:
     """A diffusers attention processor that reads K and V from the input instead of projecting them."""
 
-    def __init__(self, place: KVSlice, level: int, source: StepInput) -> None:
-        self.place = place
+    def __init__(self, kv_slice: KVSlice, level: int, source: StepInput) -> None:
+        self.kv_slice = kv_slice
         self.level = level
         self.source = source
 
@@ -55,7 +55,7 @@ class CrossAttention:
         hidden_states: Tensor,
         **_unused: Tensor | None,
     ) -> Tensor:
-        """hidden_states `(rows, N, C)` → `(rows, N, C)`."""
+        """Run attention on hidden_states `(rows, N, C)`; returns the same shape."""
         inputs = self.source.inputs
         assert inputs is not None
         heads = attn.heads
@@ -71,36 +71,36 @@ class CrossAttention:
         return attn.to_out[0](mixed) / attn.rescale_output_factor  # type: ignore[no-any-return]
 
     def _keys_and_values(self, kv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """Out of `(b, T, K)`, those of one layer, twice `(b, heads, T, width/heads)`."""
-        start, width = self.place.offset, self.place.width
+        """Take this layer's keys and values out of `(b, T, K)`: twice `(b, heads, T, width/heads)`."""
+        start, width = self.kv_slice.offset, self.kv_slice.width
         parts = kv[..., start : start + width], kv[..., start + width : start + 2 * width]
         key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
         return key, value
 
     def _of_images(self, attn: Attention, query: Tensor, images: ImageInputs) -> Tensor:
-        """query `(rows, heads, N, d)` → what the pictures add for their m rows, `(m, heads, N, d)`."""
+        """Attend query `(rows, heads, N, d)` to the pictures of m rows; returns what they add, `(m, heads, N, d)`."""
         m, groups = images.kv.shape[:2]
-        # Copies only where they are needed: often every row has a picture, and one group of them.
-        asking = query if m == query.shape[0] else query.index_select(0, images.rows)
-        asking = asking[:, None].expand(-1, groups, -1, -1, -1).flatten(0, 1)
+        # Copy only where needed: often every row has pictures, in one group.
+        queries = query if m == query.shape[0] else query.index_select(0, images.rows)
+        queries = queries[:, None].expand(-1, groups, -1, -1, -1).flatten(0, 1)
         key, value = self._keys_and_values(images.kv.flatten(0, 1), query.shape[1])
         mask = images.tokens.flatten(0, 1)[:, None, None] if images.tokens is not None else None
-        mixed = _attend(attn, asking, key, value, mask)
-        strength = images.scale[..., None]
+        mixed = _attend(attn, queries, key, value, mask)
+        weight = images.scale[..., None]
         if images.areas is not None:
-            strength = strength * images.areas[..., self.source.places[self.level]]
-        weighted: Tensor = mixed.unflatten(0, (m, groups)) * strength[:, :, None, :, None]
+            weight = weight * images.areas[..., self.source.places[self.level]]
+        weighted: Tensor = mixed.unflatten(0, (m, groups)) * weight[:, :, None, :, None]
         return weighted[:, 0] if groups == 1 else weighted.sum(1)
 
 
 class SelfAttention:
-    """A diffusers attention processor whose keys and values read what hypernetworks make of the hidden states."""
+    """A diffusers attention processor whose keys and values read the hidden states as hypernetworks changed them."""
 
     def __init__(self, source: StepInput) -> None:
         self.source = source
 
     def __call__(self, attn: Attention, hidden_states: Tensor, **_unused: Tensor | None) -> Tensor:
-        """hidden_states `(rows, N, C)` → `(rows, N, C)`."""
+        """Run attention on hidden_states `(rows, N, C)`; returns the same shape."""
         of_keys, of_values = self._contexts(hidden_states)
         query, key, value = (
             layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -110,7 +110,7 @@ class SelfAttention:
         return attn.to_out[0](mixed) / attn.rescale_output_factor  # type: ignore[no-any-return]
 
     def _contexts(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """What keys and what values are read from; rows without hypernetworks stay as they are."""
+        """Return what keys and what values are projected from; rows without hypernetworks stay as they are."""
         inputs = self.source.inputs
         assert inputs is not None
         keys = values = hidden_states
@@ -118,14 +118,14 @@ class SelfAttention:
             if not any(hidden_states.shape[-1] in net.widths for net in chain.nets):
                 continue
             of_keys = of_values = hidden_states.index_select(0, chain.rows)
-            for net, strength in zip(chain.nets, chain.strength.unbind(1), strict=True):
-                of_keys, of_values = net(of_keys, of_values, strength[:, None, None])
+            for net, weight in zip(chain.nets, chain.weight.unbind(1), strict=True):
+                of_keys, of_values = net(of_keys, of_values, weight[:, None, None])
             keys, values = keys.index_copy(0, chain.rows, of_keys), values.index_copy(0, chain.rows, of_values)
         return keys, values
 
 
 def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention in float32 where the model asks for it: SD 2.1's scores overflow half precision."""
+    """Run attention, in float32 where the model's config says so: SD 2.1's scores overflow half precision."""
     if mask is not None and torch.onnx.is_in_onnx_export():
         mask = added_mask(mask, torch.float32 if attn.upcast_attention else query.dtype)
     if not attn.upcast_attention:
@@ -135,7 +135,9 @@ def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Te
 
 
 def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask (True: seen) as what is added to scores. The exporter would make it float32, and all behind it too."""
+    """Turn a mask (True: visible) into what is added to scores. The exporter would make it, and all
+    after it, float32.
+    """
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
@@ -150,7 +152,7 @@ def _attentions(unet: nn.Module, which: str) -> Iterator[tuple[str, Attention]]:
 
 
 class KVProjection(nn.Module):
-    """Text states → flat K/V, with this request's factors on every `to_k` and `to_v` of cross-attention."""
+    """Projects text states to flat K/V, with a request's factors on every `to_k` and `to_v` of cross-attention."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -168,12 +170,12 @@ class KVProjection(nn.Module):
         self.layout, self.source = adapt(shared, find_layers(shared, PREFIX), PREFIX)
 
     def forward(self, states: Tensor, factors: Carried | None = None, of_values: Tensor | None = None) -> Tensor:
-        """states `(rows, T, C)` → `(rows, T, Σ 2·width)`. Values are read from `of_values`, if it is given."""
+        """Project states `(rows, T, C)` to `(rows, T, Σ 2·width)`. Values are projected from `of_values`, if given."""
         self.source.factors = factors
         reads = {"to_k": states, "to_v": states if of_values is None else of_values}
         parts = [
-            self.shared.get_submodule(f"{place.name}.{which}")(reads[which])
-            for place in self.slices
+            self.shared.get_submodule(f"{kv_slice.name}.{which}")(reads[which])
+            for kv_slice in self.slices
             for which in ("to_k", "to_v")
         ]
         return torch.cat(parts, dim=-1)
@@ -190,15 +192,15 @@ class Denoiser(nn.Module):
         self.unet = unet
         self.input = StepInput()
         self.levels = sum(1 for _ in unet.get_submodule("down_blocks").children())
-        places = {place.name: place for place in slices}
+        by_name = {kv_slice.name: kv_slice for kv_slice in slices}
         for name, attention in cross_attentions(unet):
-            attention.set_processor(CrossAttention(places[name], _level(name, self.levels), self.input))
+            attention.set_processor(CrossAttention(by_name[name], _level(name, self.levels), self.input))
         for _, attention in _attentions(unet, "attn1"):
             attention.set_processor(SelfAttention(self.input))
         self.layout, self.source = adapt(unet, _step_layers(unet), PREFIX)
 
     def forward(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
-        """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → `(rows, 4, H/8, W/8)`."""
+        """Predict noise (or velocity) for sample `(rows, 4, H/8, W/8)` at timestep `(rows,)`; same shape as sample."""
         self.input.inputs = inputs
         self.source.factors = inputs.factors
         self.source.changes = inputs.lites
@@ -211,7 +213,9 @@ class Denoiser(nn.Module):
             added_cond_kwargs={"text_embeds": inputs.pooled, "time_ids": inputs.sizes},
             down_block_additional_residuals=tuple(down) or None,
             mid_block_additional_residual=middle,
-            down_intrablock_additional_residuals=list(inputs.features) if inputs.features else None,  # it takes from it
+            down_intrablock_additional_residuals=list(inputs.features)
+            if inputs.features
+            else None,  # a copy: diffusers pops from it
             return_dict=False,
         )[0]
         return prediction
@@ -223,7 +227,7 @@ def _places(sizes: list[tuple[int, int]]) -> list[slice]:
 
 
 def _level(attention: str, levels: int) -> int:
-    """How often the hidden states were halved where this attention stands."""
+    """Return how many times the hidden states were halved before this attention."""
     side, _, rest = attention.partition("_block")
     if side == "mid":
         return levels - 1
@@ -232,7 +236,7 @@ def _level(attention: str, levels: int) -> int:
 
 
 def _step_layers(unet: nn.Module) -> dict[str, Layer]:
-    """Every layer that a step runs through: all but the keys and values of the text."""
+    """Return every layer that a step runs: all but the text's keys and values."""
     return {
         name: layer
         for name, layer in find_layers(unet, PREFIX).items()

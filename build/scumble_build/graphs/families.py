@@ -1,4 +1,4 @@
-"""What differs between the families of Stable Diffusion, as data."""
+"""The differences between the families of Stable Diffusion, as data."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class TextPart:
     encoder: str
     tokenizer: str
     projects: bool = False
-    """It also gives one vector for the whole prompt (`text_embeds`)."""
+    """Whether it also returns one vector for the whole prompt (`text_embeds`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`texts` stand in the order in which their states lie side by side in the UNet's text."""
+    """A family of bases. `texts` are in the order in which their states are concatenated for the UNet."""
 
     texts: tuple[TextPart, ...]
     penultimate: bool = False
-    """The UNet reads the last layer but one, without the final norm. (SD 2.x reads it too, but its files leave the
-    last layer out and keep the norm.)
+    """Whether the UNet reads the last layer but one, without the final norm. (SD 2.x reads it too, but its files leave
+    the last layer out and keep the norm.)
     """
     sizes: bool = False
-    """The UNet also reads the pooled text, and the sizes that the picture is said to have (SDXL's time ids)."""
+    """Whether the UNet also reads the pooled text and the image's sizes (SDXL's time ids)."""
 
 
 _FIRST = TextPart("text_encoder", "tokenizer")

@@ -1,11 +1,11 @@
-"""Hypernetworks of the webui's kind: small networks on what attention reads its keys and values from.
+"""Hypernetworks of the webui's kind: small networks on the context that attention projects keys and values from.
 
 For a context c of a width that a hypernetwork has networks n_k and n_v for:
 
-    keys are read from    c + strength · n_k(c)        n(c): for each layer  norm(activation(weight c + bias))
-    values are read from  c + strength · n_v(c)
+    keys are read from    c + weight · n_k(c)        n(c): for each layer  norm(activation(weight c + bias))
+    values are read from  c + weight · n_v(c)
 
-Several stand in a chain, each reading what the one before made. Dropout, which training has, is left out.
+Several form a chain, each reading the output of the one before. Dropout is for training only and left out.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softsign": functional.softsign,
     "tanhshrink": functional.tanhshrink,
 }
-"""The webui's words; each as torch has it by default, and as it is outside training."""
+"""The webui's names, with torch's defaults, as outside training."""
 
 
 class _Layers(nn.Module):
-    """One side of one width."""
+    """The network for the keys, or for the values, of one context width."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
@@ -77,20 +77,20 @@ class Hypernetwork(nn.Module):
         self.k = nn.ModuleDict({str(width): _Layers(sides.k) for width, sides in record.items()})
         self.v = nn.ModuleDict({str(width): _Layers(sides.v) for width, sides in record.items()})
 
-    def forward(self, keys: Tensor, values: Tensor, strength: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Contexts `(rows, N, C)` for keys and for values; a width without networks stays as it is.
+    def forward(self, keys: Tensor, values: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Change contexts `(rows, N, C)` for keys and for values; a width without networks stays as it is.
 
-        strength: one for all, or `(rows, 1, 1)`.
+        weight: one for all, or `(rows, 1, 1)`.
         """
         width = keys.shape[-1]
         if width not in self.widths:
             return keys, values
         of_keys, of_values = self.k[str(width)], self.v[str(width)]
-        return keys + strength * of_keys(keys), values + strength * of_values(values)
+        return keys + weight * of_keys(keys), values + weight * of_values(values)
 
 
 def parameters_of(record: ContextRecord) -> int:
-    """How many numbers the networks hold."""
+    """Return the number of parameters of all networks."""
     return sum(array.size for sides in record.values() for layer in (*sides.k, *sides.v) for array in layer.arrays)
 
 

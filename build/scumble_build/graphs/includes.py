@@ -1,4 +1,4 @@
-"""What a denoiser's graph may take beside text: each kind of input that a batch may bring, or may be without."""
+"""The optional inputs of a denoiser's graph, besides text: a batch may have each of them or not."""
 
 from __future__ import annotations
 

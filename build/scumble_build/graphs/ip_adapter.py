@@ -1,7 +1,7 @@
 """IP-Adapter: pictures → tokens → keys and values of every cross-attention (Ye et al., 2308.06721).
 
-They depend on the pictures alone, not on the time step: once per request is enough, and the step takes them as an
-input beside the text's (`denoiser.py`). The projections into tokens are diffusers' own modules.
+They depend on the pictures alone, not on the time step: they are computed once per request, and the step takes them as
+an input beside the text's (`denoiser.py`). The projections into tokens are diffusers' own modules.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _NAMES: dict[IpAdapterKind, dict[str, str]] = {
     "faceid_plus": {"proj.0": "proj.net.0.proj", "proj.2": "proj.net.2"},
     "face_resampler": {},
 }
-"""Published name of a layer → diffusers'; what is not listed has the same."""
+"""Published name of a layer → diffusers' name; layers that are not listed have the same name in both."""
 
 
 class IpAdapter(nn.Module):
-    """One adapter's weights, laid out for a graph's flat keys and values. Keeps nothing between two calls."""
+    """One adapter's weights, ordered for a graph's flat keys and values. Stateless: any thread may call it."""
 
     def __init__(
         self, record: IpAdapterRecord, compatibility: IpAdapterCompatibility, slices: Sequence[KVSlice]
@@ -62,43 +62,44 @@ class IpAdapter(nn.Module):
         self.kind = compatibility.projection
         self.shortcut = compatibility.shortcut
         self.projection = _projection(record.projection, compatibility)
-        # Every layer's keys, then its values, as `KVProjection` has them: one product for all.
-        rows = [part[PREFIX + place.name] for place in slices for part in (record.keys, record.values)]
-        self.weight = nn.Parameter(torch.cat([as_tensor(each) for each in rows]), requires_grad=False)
+        # Keys, then values of every layer, in the order of `KVProjection`: one product for all.
+        rows = [part[PREFIX + kv.name] for kv in slices for part in (record.keys, record.values)]
+        self.weight = nn.Parameter(torch.cat([as_tensor(values) for values in rows]), requires_grad=False)
 
     def tokens(self, embedding: Tensor | None, states: Tensor | None) -> Tensor:
-        """n pictures → (n, T, X). embedding (n, E): the encoder's (`base`) or a face's (`faceid`, `faceid_plus`,
-        `face_resampler`, to which it is one state); states (n, N, C): the encoder's (`full`, `plus`, `faceid_plus`).
+        """Project n pictures to tokens (n, T, X).
+
+        embedding (n, E) is the encoder's (`base`) or a face's (`faceid`, `faceid_plus`, `face_resampler`, which reads
+        it as one state); states (n, N, C) are the encoder's (`full`, `plus`, `faceid_plus`).
         """
         projection: Any = self.projection
         if self.kind == "faceid_plus":
             return _face_tokens(projection, embedding, states, shortcut=self.shortcut)
         if self.kind == "face_resampler" and embedding is not None:
             states = embedding[:, None]
-        read: Tensor = projection(embedding if self.kind in {"base", "faceid"} else states)
-        return read
+        tokens: Tensor = projection(embedding if self.kind in {"base", "faceid"} else states)
+        return tokens
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (n, T, X) → keys and values (n, T, Σ 2·width)."""
+        """Project tokens (n, T, X) to keys and values (n, T, Σ 2·width)."""
         return tokens @ self.weight.T
 
 
 def layer_scales(slices: Sequence[KVSlice], scales: Mapping[str, float]) -> Tensor:
-    """(Σ 2·width,): what flat keys and values are multiplied with so that layer `name` counts `scales[name]` times.
+    """Return (Σ 2·width,), a factor for flat keys and values that gives layer `name` the scale `scales[name]`.
 
-    Only values are scaled, since an attention is linear in them; layers that are not named have 1.
+    Only values are scaled, since attention is linear in them; layers that are not in `scales` have 1.
     """
-    parts = [
-        torch.full((place.width,), value) for place in slices for value in (1.0, scales.get(PREFIX + place.name, 1.0))
-    ]
+    parts = [torch.full((kv.width,), value) for kv in slices for value in (1.0, scales.get(PREFIX + kv.name, 1.0))]
     return torch.cat(parts)
 
 
 def _face_tokens(
     projection: IPAdapterFaceIDPlusImageProjection, embedding: Tensor | None, states: Tensor | None, *, shortcut: bool
 ) -> Tensor:
-    """diffusers' own forward takes the states and the shortcut from attributes of the module: two requests at once
-    would read each other's.
+    """Run the projection as diffusers does, but with states and shortcut as arguments.
+
+    diffusers' own forward reads them from attributes of the module, so two concurrent requests would mix them up.
     """
     face: Tensor = projection.norm(projection.proj(embedding).unflatten(-1, (projection.num_tokens, -1)))
     latents, states = face, projection.proj_in(states)
@@ -110,7 +111,7 @@ def _face_tokens(
 
 def _projection(published: Mapping[str, Array], compatibility: IpAdapterCompatibility) -> nn.Module:
     tensors = _rename({name: as_tensor(values) for name, values in published.items()}, compatibility.projection)
-    with torch.device("meta"):  # nothing is drawn at random only to be overwritten
+    with torch.device("meta"):  # no random initialisation that would be overwritten
         module = _empty(tensors, compatibility)
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval().requires_grad_(requires_grad=False)
@@ -149,7 +150,7 @@ def _empty(tensors: Mapping[str, Tensor], compatibility: IpAdapterCompatibility)
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A resampler's size, as diffusers' modules are told it."""
+    """Return a resampler's size as keyword arguments of diffusers' modules."""
     depth = sum(name.endswith(".attn.to_q.weight") for name in tensors)
     heads = tensors["layers.0.attn.to_q.weight"].shape[0] // _HEAD
     ratio = _ratio(tensors["layers.0.ff.1.net.0.proj.weight"])
@@ -157,7 +158,7 @@ def _layers(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _ratio(weight: Tensor) -> Fraction:
-    """Exact, because diffusers takes the whole part of ratio times width."""
+    """Return out / in exactly, because diffusers truncates ratio · width to an integer."""
     return Fraction(weight.shape[0], weight.shape[1])
 
 
@@ -174,7 +175,7 @@ def _rename(published: Mapping[str, Tensor], kind: IpAdapterKind) -> dict[str, T
 
 
 def _split_pairs(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One `to_kv` is keys above values."""
+    """Split each `to_kv` into `to_k` and `to_v`; keys are its first half."""
     split: dict[str, Tensor] = {}
     for name, values in published.items():
         if name.endswith(".to_kv.weight"):

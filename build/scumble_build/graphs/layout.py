@@ -1,18 +1,18 @@
-"""The flat layout of factors: where each target's stand in a page, and which layers are targets.
+"""The flat layout of factors: which layers are targets, and where each one's factors are in a page.
 
-Factors are kept in *rank pages*: of an ordered set of LoRAs, a page has PAGE columns for every target. A page is flat,
+Factors are stored in *rank pages*. A page holds PAGE rank columns of an ordered set of LoRAs, for every target. It is
+flat,
 
     A  (pages, PAGE · Σ in)       at PAGE · in_offset  a block (PAGE, fan_in)
     B  (pages, PAGE · Σ out)      at PAGE · out_offset a block (PAGE, fan_out)
 
-so a graph's LoRA inputs are a few tensors, however many layers it has, binding an adapter is copies of whole pages, and
-a set takes as many pages as its rank needs, whatever the rank of its neighbours. A k×k convolution has k·k·in numbers
-in a column of A, tap by tap. Targets begin at multiples of ALIGN, so that a graph can gather units of PAGE · ALIGN
-numbers.
+so a graph has a few LoRA inputs however many layers it has, binding an adapter copies whole pages, and a set takes as
+many pages as its own rank needs. A k×k convolution has k·k·in numbers in a column of A, tap by tap. Targets begin at
+multiples of ALIGN, so that a graph can gather units of PAGE · ALIGN numbers.
 
-The *small* layout (layers inside attention blocks, which most LoRAs keep to) comes before the *rest* (every other layer
-with weights), which has pages of its own: a set that touches none of the rest has none of them. Both together are the
-*full* one.
+The *small* layout (layers inside attention blocks, the only ones in most LoRAs) comes before the *rest* (every other
+layer with weights), which has its own pages: a set without targets there has none of them. Both together are the *full*
+layout.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from scumble.errors import Refused
 
 RANK_BUCKETS = (8, 16, 32, 64, 128, 256)
 PAGE = 8
-"""Columns of a page."""
+"""Rank columns of a page."""
 ALIGN = 32
 
 
 @dataclass(frozen=True, slots=True)
 class TargetShape:
-    """A layer that can take factors: its canonical name (`unet.…`, `text_encoder.…`), and how many numbers a column of
-    A and of B has for it.
+    """A layer that can take factors: its canonical name (`unet.…`, `text_encoder.…`), and the length of a column of A
+    (fan_in) and of B (fan_out).
     """
 
     name: str
@@ -43,7 +43,7 @@ class TargetShape:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A layer of the layout and where it stands, counted over the full one."""
+    """A layer of the layout, with its offsets in the full one."""
 
     name: str
     fan_in: int
@@ -62,7 +62,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How many numbers a column of A and of B has, over all targets."""
+    """The length of a column of A and of B, over all targets."""
 
     total_in: int
     total_out: int
@@ -73,17 +73,17 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All targets of one graph, in their order."""
+    """All targets of one graph, in order."""
 
     targets: dict[str, Target]
     small: Extent
     full: Extent
     digest: str
-    """Of the targets and where they stand: what is laid out for one layout fits every other with the same digest."""
+    """Digest of targets and offsets: pages of one layout fit every layout with the same digest."""
 
     @property
     def rest(self) -> Extent:
-        """Of what stands behind the small layout."""
+        """The extent of the layers after the small layout."""
         return self.full - self.small
 
     @classmethod
@@ -98,7 +98,9 @@ class Layout:
         return cls(targets, small, full, sha256(repr(targets).encode()).hexdigest())
 
     def extent(self, names: Iterable[str]) -> Extent:
-        """The smaller of the two layouts that holds all of `names` that are targets here."""
+        """Return the extent of the small layout if it holds all of `names` that are targets here, else
+        of the full one.
+        """
         targets = [self.targets[name] for name in names if name in self.targets]
         return self.small if all(target.in_end <= self.small.total_in for target in targets) else self.full
 
@@ -108,12 +110,12 @@ def _aligned(size: int) -> int:
 
 
 def pages_for(rank: int) -> int:
-    """How many hold so many columns."""
+    """Return the number of pages for `rank` columns."""
     return -(-rank // PAGE)
 
 
 def rank_bucket(rank: int) -> int:
-    """The smallest bucket that holds `rank` columns. Raises Refused beyond the largest."""
+    """Return the smallest bucket that holds `rank` columns. Raises Refused beyond the largest."""
     for bucket in RANK_BUCKETS:
         if rank <= bucket:
             return bucket

@@ -1,9 +1,9 @@
-"""ControlNet-LLLite: what a matrix of the UNet's attention reads, changed by an embedded picture.
+"""ControlNet-LLLite: changes the input of matrices in the UNet's attention by an embedded picture.
 
-    W reads    x + strength · up(relu(mid([embedding, relu(down(x))])))
+    W reads    x + weight · up(relu(mid([embedding, relu(down(x))])))
 
-The embedding of a place depends on the picture alone, so it is made once per request. (The file's layout and where it
-comes from: `scumble_registry.formats.controlnet.lllite`.)
+The embedding of a position depends on the picture alone, so it is computed once per request. (File format and source:
+`scumble_registry.formats.controlnet.lllite`.)
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from scumble_registry.formats.controlnet import FILE_NAME
 from scumble_registry.formats.controlnet.lllite import parts
 
 Embeddings = Mapping[str, Tensor]
-"""Target → `(1, N, e)`, one for each of the N places of its hidden states."""
+"""Target → `(1, N, e)`, one vector for each of the N positions of its hidden states."""
 _CONVOLUTIONS = ("conditioning1.0", "conditioning1.2", "conditioning1.4")
 
 
 class LLLite(nn.Module):
-    """The networks of one LLLite by the canonical names of the matrices that they change. Only ever read."""
+    """The networks of one LLLite by the canonical names of the matrices that they change. Read-only."""
 
     def __init__(self, networks: Mapping[str, Mapping[str, Tensor]]) -> None:
         super().__init__()
@@ -38,22 +38,22 @@ class LLLite(nn.Module):
         return frozenset(self._networks)
 
     def to_like(self, like: Tensor) -> LLLite:
-        """The same on `like`'s device, in its precision."""
+        """Return the same net on `like`'s device, in its dtype."""
         return LLLite({name: {part: v.to(like) for part, v in own.items()} for name, own in self._networks.items()})
 
     def embed(self, control: Tensor) -> dict[str, Tensor]:
-        """control `(1, 3, H, W)` in 0…1."""
-        found = {}
-        for name, own in self._networks.items():
+        """Embed a control picture `(1, 3, H, W)` in 0…1 for every target."""
+        embeddings = {}
+        for target, own in self._networks.items():
             x = 2 * control - 1
-            for part in (each for each in _CONVOLUTIONS if f"{each}.weight" in own):
+            for part in (name for name in _CONVOLUTIONS if f"{name}.weight" in own):
                 weight = own[f"{part}.weight"]
                 x = conv2d(x if part == _CONVOLUTIONS[0] else relu(x), weight, own[f"{part}.bias"], weight.shape[-1])
-            found[name] = x.flatten(2).transpose(1, 2)
-        return found
+            embeddings[target] = x.flatten(2).transpose(1, 2)
+        return embeddings
 
     def embedded_values(self, height: int, width: int) -> int:
-        """How many numbers `embed` makes of a picture of this size."""
+        """Return how many numbers `embed` returns for a picture of this size, in pixels."""
         total = 0
         for own in self._networks.values():
             weights = [own[f"{part}.weight"] for part in _CONVOLUTIONS if f"{part}.weight" in own]
@@ -64,7 +64,7 @@ class LLLite(nn.Module):
         return total
 
     def change(self, target: str, x: Tensor, embedding: Tensor) -> Tensor:
-        """x `(m, N, in)`, embedding `(m, N, e)` → what is added to x at strength 1."""
+        """Return what is added to x `(m, N, in)` at weight 1; embedding `(m, N, e)`."""
         own = self._networks[target]
         down = relu(linear(x, own["down.0.weight"], own["down.0.bias"]))
         mid = relu(linear(torch.cat([embedding, down], dim=-1), own["mid.0.weight"], own["mid.0.bias"]))
@@ -72,7 +72,9 @@ class LLLite(nn.Module):
 
 
 def load_lllite(folder: Path, targets: Iterable[str]) -> LLLite:
-    """From a published folder; `targets` are the base's. Raises Refused for a module that the base has not."""
+    """Load a net from a published folder; `targets` are the base's. Raises Refused for a module that it
+    does not have.
+    """
     tensors = load_file(folder / FILE_NAME)
     names = lllite_names(targets)
     networks: dict[str, dict[str, Tensor]] = {}

@@ -18,7 +18,7 @@ TextModel: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Before adapters' inputs are taken out of them; `texts` by their folders' names."""
+    """The networks as diffusers and transformers load them, not yet adapted; `texts` by folder name."""
 
     unet: UNet2DConditionModel
     texts: Mapping[str, TextModel]
@@ -42,11 +42,11 @@ def text_class(part: TextPart) -> type[TextModel]:
 
 
 def load_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
-    """A folder in the diffusers layout."""
+    """Load the VAE from a folder in the diffusers layout."""
     config = AutoencoderKL.load_config(folder, local_files_only=True)
     return AutoencoderKL.from_pretrained(folder, torch_dtype=vae_dtype(config, dtype), local_files_only=True)
 
 
 def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """SDXL's VAE overflows half precision, and says so."""
+    """Return float32 for a VAE that overflows float16 and says so in its config (SDXL's), else `dtype`."""
     return torch.float32 if config.get("force_upcast") and dtype == torch.float16 else dtype

@@ -1,8 +1,8 @@
 """A network that reads a picture or a text and predicts a LoRA (after HyperDreamBooth, Ruiz et al., 2307.06949).
 
-A transformer decoder with one learned query for each target looks at the condition's states. Its head gives each
-target's coefficients, which it is fed back as often as the configuration says. `formats/hypernetwork/predictor.py`
-says what the coefficients mean. Trainers train this module, the server runs it.
+A transformer decoder with one learned query for each target attends to the condition's states. Its head predicts each
+target's coefficients, which are fed back `passes` times. What the coefficients mean is in
+`scumble_registry/formats/hypernetwork/predictor.py`. Trainers train this module, the server runs it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PredictedFactors = dict[str, tuple[Tensor, Tensor, float]]
 
 
 class Predictor(nn.Module):
-    """The network, and the frozen auxiliaries that its coefficients are spread over.
+    """The network, and the frozen auxiliary matrices that its coefficients multiply.
 
     `up[target]` (out, a) and `down[target]` (b, in).
     """
@@ -50,7 +50,7 @@ class Predictor(nn.Module):
             self.register_buffer(f"down_{index}", down[target], persistent=False)
 
     def forward(self, condition: Tensor) -> Tensor:
-        """States of the condition `(n, N, C)` → coefficients `(n, T, r (a + b))`."""
+        """Predict coefficients `(n, T, r (a + b))` from the condition's states `(n, N, C)`."""
         memory = self.condition(condition)
         queries = self.queries.expand(len(condition), -1, -1)
         coefficients = queries.new_zeros(*queries.shape[:2], self.config.coefficients)
@@ -59,7 +59,7 @@ class Predictor(nn.Module):
         return coefficients
 
     def expand(self, coefficients: Tensor) -> PredictedFactors:
-        """Those of one condition, `(T, r (a + b))`, as factors. Differentiable."""
+        """Turn one condition's coefficients `(T, r (a + b))` into factors. Differentiable."""
         rank, a, b = self.config.rank, self.config.a, self.config.b
         factors: PredictedFactors = {}
         for index, (target, own) in enumerate(zip(self.config.targets, coefficients, strict=True)):
@@ -70,24 +70,26 @@ class Predictor(nn.Module):
 
     @torch.no_grad()
     def predict(self, condition: Tensor) -> PredictedFactors:
-        """The LoRA for one condition, states `(1, N, C)`."""
+        """Predict the LoRA for one condition, states `(1, N, C)`."""
         return self.expand(self(condition)[0])
 
     @classmethod
     def of(cls, record: PredictorRecord) -> Predictor:
-        """In float32, ready to predict; draws nothing at random."""
+        """Build the network of a record, in float32 and frozen; nothing is drawn at random."""
         with torch.device("meta"):
             made = cls(record.config, record.condition_width, _tensors(record.up), _tensors(record.down))
         made.load_state_dict(_tensors(record.network), assign=True)
         return made.eval().requires_grad_(False)
 
     def record(self) -> PredictorRecord:
-        """What `write_record` makes a file of. `Predictor.of(p.record())` predicts what p predicts."""
+        """Return the record that `write_record` writes. `Predictor.of(p.record())` predicts what p predicts."""
         tensors = dict(self.state_dict())
         for index, target in enumerate(self.config.targets):
             for side in ("up", "down"):
                 tensors[f"aux.{target}.{side}"] = self.get_buffer(f"{side}_{index}")
-        return make_record({name: each.detach().float().cpu().numpy() for name, each in tensors.items()}, self.config)
+        return make_record(
+            {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}, self.config
+        )
 
 
 def _tensors(arrays: Mapping[str, Array]) -> dict[str, Tensor]:

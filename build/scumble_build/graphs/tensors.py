@@ -13,7 +13,7 @@ RecordT = TypeVar("RecordT")
 
 
 def parts_of(record: object) -> Iterator[tuple[str, Any]]:
-    """A dataclass's fields, a tuple's items or a mapping's values, each with its name, index or key."""
+    """Yield a dataclass's fields, a tuple's items or a mapping's values, each with its name, index or key."""
     if isinstance(record, tuple):
         yield from ((str(index), value) for index, value in enumerate(record))
     elif isinstance(record, Mapping):
@@ -27,7 +27,7 @@ def has_parts(value: object) -> bool:
 
 
 def tensors_of(record: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a record, each with its path."""
+    """Yield all tensors of a record, each with its path."""
     for name, value in parts_of(record):
         path = f"{prefix}{name}"
         if isinstance(value, Tensor):
@@ -37,14 +37,14 @@ def tensors_of(record: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]
 
 
 def with_tensors(record: RecordT, tensors: Mapping[str, Tensor]) -> RecordT:
-    """The same record with other tensors at the same paths."""
+    """Return the same record with other tensors at the same paths."""
     return _changed(record, lambda path, _tensor: tensors[path], "")
 
 
 def moved(record: RecordT, device: torch.device, dtype: torch.dtype) -> RecordT:
-    """The same record on `device`, with every floating point tensor in `dtype`.
+    """Return the same record on `device`, with every floating point tensor in `dtype`.
 
-    Nothing is copied that is there already.
+    Tensors that are already there are not copied.
     """
 
     def move(_path: str, tensor: Tensor) -> Tensor:

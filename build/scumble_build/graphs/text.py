@@ -16,17 +16,17 @@ from scumble_build.graphs.tensors import moved
 
 
 class Replaces(Protocol):
-    """Overrides in one of the forms that a graph may be given them in."""
+    """Overrides of a call: `Overrides` in torch, `DenseOverrides` in an exported graph."""
 
     def within(self, embeddings: Tensor) -> Tensor:
-        """`(rows, T, C)` with what overrides them."""
+        """Return embeddings `(rows, T, C)` with the overridden ones replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """Vectors that stand at k places of a call's tokens instead of what the embedding table says.
+    """Vectors for k tokens of a call, which replace those of the embedding table.
 
-    vectors (k, C), row (k,) and position (k,) int64; a place is named once at most.
+    vectors (k, C), row (k,) and position (k,) int64; no (row, position) occurs twice.
     """
 
     vectors: Tensor
@@ -39,10 +39,10 @@ class Overrides:
 
 @dataclass(frozen=True, slots=True)
 class TextInputs:
-    """What rows carry into a text encoder.
+    """The inputs of a text encoder.
 
-    tokens (rows, 77) int64; overrides stand for some of them; `skip` leaves out that many more of the last layers
-    (clip skip); mask (rows, 77) is 0 where a token is not seen, or None where all are.
+    tokens (rows, 77) int64; overrides replace some of their embeddings; `skip` leaves out that many more of the last
+    layers (clip skip); mask (rows, 77) is 0 where a token is not visible, or None if all are.
     """
 
     tokens: Tensor
@@ -57,7 +57,9 @@ class TextInputs:
 
 @dataclass(frozen=True, slots=True)
 class EncodedText:
-    """states (rows, 77, C); pooled (rows, E), one vector for the whole text, from an encoder that projects."""
+    """An encoder's output: states (rows, 77, C); pooled (rows, E), one vector per text, from an encoder
+    that projects.
+    """
 
     states: Tensor
     pooled: Tensor | None = None
@@ -65,15 +67,15 @@ class EncodedText:
 
 @dataclass(slots=True)
 class OverrideInput:
-    """Where the token embedding reads this call's overrides. Owned by one thread at a time."""
+    """The place from which the token embedding reads this call's overrides. Owned by one thread at a time."""
 
     overrides: Replaces | None = None
 
 
 class OverriddenEmbedding(nn.Module):
-    """The token embedding with overrides as an input. Its table is only ever read.
+    """The token embedding with overrides as an input. Its table is never changed.
 
-    Vectors replace what was looked up before positions are added, as rows of the table itself would.
+    Vectors replace the looked-up ones before positions are added, as rows of the table would.
     """
 
     def __init__(self, base: nn.Embedding, source: OverrideInput) -> None:
@@ -82,16 +84,16 @@ class OverriddenEmbedding(nn.Module):
         self.source = source
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens `(rows, T)` int64 → `(rows, T, C)`."""
+        """Embed tokens `(rows, T)` int64 as `(rows, T, C)`."""
         embeddings: Tensor = self.base(tokens)
         overrides = self.source.overrides
         return embeddings if overrides is None else overrides.within(embeddings)
 
 
 class TextEncoder(nn.Module):
-    """Token ids → states as a UNet reads them: of the last layer, or (`penultimate`) of the last but one, unnormed.
+    """Encodes token ids as a UNet reads them: the last layer's states, or (`penultimate`) the last but one, unnormed.
 
-    `component` is the encoder's place in a base: `text_encoder` or `text_encoder_2`.
+    `component` is the encoder's name in a base: `text_encoder` or `text_encoder_2`.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class TextEncoder(nn.Module):
         penultimate: bool = False,
     ) -> None:
         super().__init__()
-        # transformers ≥ 5.6 flattened CLIPTextModel; files and our names always say `text_model.`.
+        # transformers ≥ 5.6 flattened CLIPTextModel; files and our names always contain `text_model.`.
         tower = model.get_submodule("text_model") if hasattr(model, "text_model") else model
         encoder, embeddings = tower.get_submodule("encoder"), tower.get_submodule("embeddings")
         prefix = f"{component}.text_model.encoder."

@@ -1,4 +1,4 @@
-"""Pictures → what an IP-Adapter reads: CLIP's vision tower (Radford et al., 2103.00020; transformers' own layers)."""
+"""CLIP's vision tower, whose output IP-Adapters read (Radford et al., 2103.00020; transformers' own layers)."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ PREPARATION = "preprocessor_config.json"
 
 @dataclass(frozen=True, slots=True)
 class EncodedPictures:
-    """n pictures. embedding (n, E) is the tower's projected output, states (n, N, C) come of its last layer but one."""
+    """n encoded pictures: embedding (n, E) is the tower's projected output, states (n, N, C) its last layer but one."""
 
     embedding: Tensor
     states: Tensor
 
 
 class ImageEncoder:
-    """Owns one vision tower, which it only ever reads. Any thread may call it."""
+    """Owns one vision tower, which is never changed. Any thread may call it."""
 
     def __init__(self, folder: Path, preparation: Path | None, device: str, dtype: torch.dtype) -> None:
-        """`folder` as CLIPVisionModelWithProjection saves it. `preparation` is a folder with preprocessor_config.json;
-        without one pictures are prepared as CLIP's own are, at the size that the tower reads.
+        """Load the tower from `folder`, as CLIPVisionModelWithProjection saves it.
+
+        `preparation` is a folder with preprocessor_config.json; None prepares pictures as CLIP does, at the tower's
+        size.
         """
         model: Any = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
         size: int = model.config.image_size
-        # Not CLIPImageProcessor: that is another one where torchvision is installed, and resizes a little differently.
+        # Not CLIPImageProcessor: with torchvision installed that is another class, which resizes slightly differently.
         self._preparation: Any = (
             CLIPImageProcessorPil.from_pretrained(preparation, local_files_only=True)
             if preparation is not None
@@ -45,7 +47,9 @@ class ImageEncoder:
         self._size = size
 
     def prepare(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """Pixels (H, W, 3 or 4), each of its own size → (n, 3, S, S) float32. Alpha is left out, as in diffusers."""
+        """Resize and normalise pictures (H, W, 3 or 4) of any sizes: (n, 3, S, S) float32. Alpha is dropped, as in
+        diffusers.
+        """
         images = [Image.fromarray(pixels).convert("RGB") for pixels in pictures]
         prepared: Tensor = self._preparation(images, return_tensors="pt").pixel_values
         return prepared
@@ -54,7 +58,7 @@ class ImageEncoder:
         return self._run(self.prepare(pictures))
 
     def encode_nothing(self) -> EncodedPictures:
-        """The states of zeros after preparation: what `plus` IP-Adapters take for no picture."""
+        """Encode zeros in place of a prepared picture: what `plus` IP-Adapters take for no picture."""
         return self._run(torch.zeros(1, 3, self._size, self._size))
 
     @torch.inference_mode()

@@ -1,1 +1,1 @@
-"""Pictures to learn from: emoji of several drawing styles, rendered from the npm packages that ship them."""
+"""Training data: emoji in several drawing styles, rendered from npm packages."""

@@ -1,4 +1,4 @@
-"""How a picture is put into words: the concept's names, its kind and the style, in several natural ways."""
+"""Makes captions from a concept's names, its kind and the style, in several wordings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _TEMPLATES = (
     "{a}, {k}, {s}",
     "{s} {n}",
 )
-# Kept out of training, for the validation loss and for the evaluation's prompts beside the ones above.
+# Held out of training, for the validation loss and the evaluation's prompts.
 _VALIDATION_TEMPLATE = "a small picture of {a}, {s}"
 _PLURAL_OR_MASS = ("french fries", "socks", "glasses", "scissors", "corn", "bread", "broccoli", "grapes")
 _NO_ARTICLE = (*_PLURAL_OR_MASS, "ice", "wine", "coffee", "beer", "cheese", "candy", "fire", "lightning")
 
 
 def with_article(noun: str) -> str:
-    """Turns "apple" into "an apple"; what is plural or uncountable stays bare."""
+    """Return "an apple" for "apple"; plural and uncountable nouns get no article."""
     if noun in _NO_ARTICLE or noun in ("cherries", "planet earth"):
         return noun
     if noun in ("sun", "moon"):
@@ -31,7 +31,7 @@ def with_article(noun: str) -> str:
 
 
 def captions(concept: Concept, style: Style) -> tuple[str, ...]:
-    """All captions of one picture; the first is the canonical one."""
+    """Return all captions of a picture; the first is the canonical one."""
     return tuple(dict.fromkeys(_fill(template, concept, style) for template in _TEMPLATES))
 
 
@@ -40,12 +40,12 @@ def canonical_caption(concept: Concept, style: Style) -> str:
 
 
 def validation_caption(concept: Concept, style: Style) -> str:
-    """A wording that no training step saw."""
+    """Return a caption in a wording that is not used in training."""
     return _fill(_VALIDATION_TEMPLATE, concept, style)
 
 
 def plain_caption(name: str, style: Style) -> str:
-    """For an emoji of which only the name is known."""
+    """Return captions for an emoji of which only the name is known."""
     return f"{name.lower()}, {style.phrase}"
 
 

@@ -1,4 +1,4 @@
-"""`scumble train emoji`: writes pictures of the bundled data as a folder that trainers read."""
+"""`scumble train emoji`: writes a folder of the bundled data that trainers read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def prepare_style(
     whole: Annotated[
         bool, typer.Option("--gallery", help="About 1,400 emoji in the base's three styles, instead of one style.")
     ] = False,
-    concept: Annotated[str | None, typer.Option("--concept", help="A handful of pictures of this one thing.")] = None,
-    token: Annotated[str, typer.Option("--token", help="What --concept is called in its captions.")] = "<thing>",  # noqa: S107
-    split: Annotated[str, typer.Option("--split", help="train, held-out or all: which concepts.")] = "train",
-    size: Annotated[int, typer.Option("--size", help="Pixels of a side.")] = SIZE,
-    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where npm packages are kept.")] = None,
+    concept: Annotated[str | None, typer.Option("--concept", help="A few pictures of this one thing.")] = None,
+    token: Annotated[str, typer.Option("--token", help="Word for --concept in its captions.")] = "<thing>",  # noqa: S107
+    split: Annotated[str, typer.Option("--split", help="Concepts to write: train, held-out or all.")] = "train",
+    size: Annotated[int, typer.Option("--size", help="Side in pixels.")] = SIZE,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Cache folder for npm packages.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write emoji with captions, as data for a trainer: a drawing style, many things (--gallery) or one (--concept)."""

@@ -1,4 +1,4 @@
-"""What is drawn (concepts) and how it is drawn (styles): the choice that base, scorer and adapters share."""
+"""The concepts and styles that base, scorer and adapters are trained on."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Concept:
     name: str
     also: str
     kind: str
-    held_out: bool  # never shown to the base's VAE or UNet: left for adapters to learn
+    held_out: bool  # held out of the base's VAE and UNet, for adapters
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """One hand that drew all concepts; `phrase` is how a caption says it."""
+    """A drawing style in which all concepts exist; `phrase` names it in a caption."""
 
     name: str
     package: str
@@ -43,7 +43,7 @@ STYLES = (
     Style("openmoji", "@iconify-json/openmoji", "1.2.29", "CC-BY-SA-4.0", held_out=True),
     Style("ink", "@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT", held_out=True),
 )
-# Further hands, of which only the scorer sees the concepts' pictures: they teach it to look past the style.
+# More styles, for the scorer only, so that it learns to recognise concepts in any style.
 EXTRA_STYLES = (
     Style("emojione", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", held_out=True),
     Style("monotone", "@iconify-json/emojione-monotone", "1.2.1", "CC-BY-4.0", held_out=True),
@@ -54,7 +54,7 @@ HELD_OUT_STYLES = tuple(style for style in STYLES if style.held_out)
 
 
 def style(name: str) -> Style:
-    """The style of that name; NotFound lists the ones there are."""
+    """Return the style of this name. Raises NotFound, listing all styles."""
     for candidate in STYLES:
         if candidate.name == name:
             return candidate
@@ -63,11 +63,11 @@ def style(name: str) -> Style:
 
 @cache
 def concepts() -> tuple[Concept, ...]:
-    """All concepts in their fixed order, which is also their class number in the scorer."""
+    """Return all concepts in fixed order; the index is the class number in the scorer."""
     text = files(__package__).joinpath("concepts.json").read_text(encoding="utf-8")
     return tuple(Concept(**row) for row in json.loads(text))
 
 
 def base_concepts() -> tuple[Concept, ...]:
-    """The concepts that the base learns."""
+    """Return the concepts that the base is trained on."""
     return tuple(concept for concept in concepts() if not concept.held_out)

@@ -1,4 +1,4 @@
-"""The concepts as other hands drew them: pictures that only the scorer learns from."""
+"""The concepts in more styles: pictures that only the scorer is trained on."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from scumble_demo.emoji.render import render
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """`pictures (n, H, W, 3)` and the number of the concept that each shows, `rows (n,)`."""
+    """`pictures (n, H, W, 3)` and the index of each one's concept, `rows (n,)`."""
 
     pictures: NDArray[np.uint8]
     rows: NDArray[np.int64]
 
 
 def render_extras(modules: Path) -> Extras:
-    """These packages have no table of code points; their icons are found by the names the other sets use."""
+    """Render the extra pictures. These packages have no code points; icons are found by the names of the other sets."""
     drawn = [extra_pictures(modules, concept) for concept in concepts()]
     rows = [row for row, pictures in enumerate(drawn) for _ in pictures]
     return Extras(np.stack([picture for pictures in drawn for picture in pictures]), np.array(rows))
 
 
 def extra_pictures(modules: Path, concept: Concept, styles: Sequence[Style] = EXTRA_STYLES) -> list[NDArray[np.uint8]]:
-    """One concept as those of the hands drew it that have it."""
+    """Return one concept in every extra style that has it."""
     named = [_icons(modules / style.package) for style in STYLES]
     svgs = [
         _first_svg(_icons(modules / style.package), [icons.codes.get(concept.code) for icons in named])
@@ -58,9 +58,9 @@ def save_extras(extras: Extras, folder: Path) -> None:
 
 
 def load_extras(folder: Path) -> Extras | None:
-    """What `save_extras` wrote; None where it is not there."""
+    """Read what `save_extras` wrote; None if it does not exist."""
     path = folder / "extras.npz"
     if not path.is_file():
         return None
-    with np.load(path) as kept:
-        return Extras(kept["pictures"], kept["rows"])
+    with np.load(path) as stored:
+        return Extras(stored["pictures"], stored["rows"])

@@ -1,4 +1,4 @@
-"""Folders of captioned pictures, the form that trainers read: `metadata.jsonl` beside the PNGs."""
+"""Writes folders of captioned pictures for the trainers: `metadata.jsonl` beside PNGs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Split = Literal["train", "held-out", "all"]
 
 _CALLED = ("{token}, {style}", "a drawing of {token}, {style}", "a picture of {token} in {style}", "{style} {token}")
 _VARIATIONS = ((False, 1.0, 0.0, 0.0), (True, 1.0, 0.0, 0.0), (False, 0.85, 0.05, 0.04), (True, 0.85, -0.05, -0.03))
-"""Mirrored, size, shift to the right and down."""
+"""Mirroring, size, shift to the right and down."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmojiPicture:
-    """One picture; `concept` is the same for all pictures of one thing."""
+    """A picture with its metadata; `concept` is the same for all pictures of one thing."""
 
     file_name: str
     pixels: NDArray[np.uint8]  # (H, W, 3)
@@ -38,7 +38,7 @@ class EmojiPicture:
 
 
 def write_folder(entries: Iterator[EmojiPicture], out: Path) -> int:
-    """Writes the pictures and, last, their lines; returns how many there are."""
+    """Write the pictures and, last, their lines; returns their number."""
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for entry in entries:
@@ -50,7 +50,7 @@ def write_folder(entries: Iterator[EmojiPicture], out: Path) -> int:
 
 
 def one_style(modules: Path, style: Style, split: Split, size: int = SIZE) -> Iterator[EmojiPicture]:
-    """The known concepts as one hand drew them. By concept: "train" are those that the base knows."""
+    """Yield pictures of one style, split by concept: "train" are those that the base knows."""
     icons = read_icon_set(modules / style.package)
     for concept in concepts():
         if _wanted(concept.held_out, split):
@@ -62,9 +62,9 @@ def one_style(modules: Path, style: Style, split: Split, size: int = SIZE) -> It
 def gallery(
     modules: Path, split: Split, styles: Sequence[Style] = BASE_STYLES, size: int = SIZE
 ) -> Iterator[EmojiPicture]:
-    """All emoji that every set has, about 1,400, as the given hands drew them.
+    """Yield all emoji that every set has, about 1,400, in the given styles.
 
-    "held-out" are the concepts that the base never saw and that nothing else may learn from either.
+    "held-out" are the concepts that neither the base nor anything else is trained on.
     """
     names, known = english_names(modules), {concept.code: concept for concept in concepts()}
     icon_sets = {style.name: read_icon_set(modules / style.package) for style in styles}
@@ -93,8 +93,8 @@ def _slug(name: str) -> str:
 
 
 def one_concept(modules: Path, concept: Concept, token: str, split: Split, size: int = SIZE) -> Iterator[EmojiPicture]:
-    """A handful of pictures of one thing, called `token`: "train" as the base's hands drew it, each a few times a
-    little differently; "held-out" as the other hands did.
+    """Yield a few pictures of one thing, named `token`: "train" in the base's styles, each with small variations;
+    "held-out" in the other styles.
     """
     styles = {"train": BASE_STYLES, "held-out": HELD_OUT_STYLES, "all": STYLES}[split]
     for style in styles:
@@ -107,19 +107,19 @@ def one_concept(modules: Path, concept: Concept, token: str, split: Split, size:
 
 
 def find_concept(name: str) -> Concept:
-    """By its name; NotFound lists those that the base never saw."""
-    found = [concept for concept in concepts() if concept.name == name]
-    if not found:
+    """Return the concept of this name. Raises NotFound, listing the held-out concepts."""
+    matches = [concept for concept in concepts() if concept.name == name]
+    if not matches:
         unseen = ", ".join(concept.name for concept in concepts() if concept.held_out)
-        raise NotFound(f"no concept {name!r}; those that the base never saw are {unseen}", name=name)
-    return found[0]
+        raise NotFound(f"no concept {name!r}; those that the base was not trained on are {unseen}", name=name)
+    return matches[0]
 
 
 def _placed(drawn: Image.Image, mirrored: bool, share: float, right: float, down: float) -> Image.Image:
-    """On white, `share` as large, moved by parts of its side."""
+    """Return the picture on white, scaled by `share` and shifted by fractions of its side."""
     side = drawn.width
     small = (ImageOps.mirror(drawn) if mirrored else drawn).resize([round(side * share)] * 2, Image.Resampling.LANCZOS)
-    place = Image.new("RGB", drawn.size, "white")
+    canvas = Image.new("RGB", drawn.size, "white")
     left, top = ((side - small.width) / 2 + side * shift for shift in (right, down))
-    place.paste(small, (round(left), round(top)))
-    return place
+    canvas.paste(small, (round(left), round(top)))
+    return canvas

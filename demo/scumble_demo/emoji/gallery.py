@@ -1,4 +1,4 @@
-"""The gallery: every icon that all styles share, rendered once and kept as one array on disk."""
+"""The gallery: every icon that all styles have, rendered once and stored as one array on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LETTERS = {f"{code:x}" for code in range(0x1F1E6, 0x1F200)}  # the letters that
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """`pictures (codes, styles, H, W, 3)`, uint8; `codes` begins with the concepts' in their order."""
+    """`pictures (codes, styles, H, W, 3)`, uint8; `codes` starts with the concepts' in their order."""
 
     pictures: NDArray[np.uint8]
     codes: tuple[str, ...]
@@ -29,7 +29,7 @@ class Gallery:
 
 
 def english_names(modules: Path) -> dict[str, str]:
-    """Code point in hex → English name, of all emoji."""
+    """Return the English names of all emoji by code point in hex."""
     text = (modules / NAMES_PACKAGE / "data-by-emoji.json").read_text(encoding="utf-8")
     return {
         "-".join(f"{ord(c):x}" for c in emoji if c != "\ufe0f"): str(row["name"])
@@ -38,7 +38,7 @@ def english_names(modules: Path) -> dict[str, str]:
 
 
 def shared_codes(modules: Path) -> tuple[str, ...]:
-    """The concepts' codes, then those of all other emoji that every style draws."""
+    """Return the concepts' codes, then those of all other emoji that every style has."""
     first = [concept.code for concept in concepts()]
     drawn = [set(read_icon_set(modules / style.package).codes) for style in STYLES]
     others = set(english_names(modules)).intersection(*drawn) - set(first)
@@ -50,7 +50,7 @@ def _is_letter_or_tone(code: str) -> bool:
 
 
 def render_gallery(modules: Path, progress: Callable[[int, int], None] | None = None) -> Gallery:
-    """Renders everything at 128 px: about 7,000 pictures, half a minute."""
+    """Render everything at 128 px: about 7,000 pictures in half a minute."""
     codes, names = shared_codes(modules), english_names(modules)
     pictures = np.empty((len(codes), len(STYLES), SIZE, SIZE, 3), np.uint8)
     for column, style in enumerate(STYLES):
@@ -63,7 +63,7 @@ def render_gallery(modules: Path, progress: Callable[[int, int], None] | None = 
 
 
 def save_gallery(gallery: Gallery, folder: Path) -> None:
-    """Writes `pictures.npy` and `codes.json`; the second is written last and marks the first as whole."""
+    """Write `pictures.npy`, then `codes.json`, which marks the first as complete."""
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "pictures.npy", gallery.pictures)
     rows = list(zip(gallery.codes, gallery.names, strict=True))
@@ -71,7 +71,7 @@ def save_gallery(gallery: Gallery, folder: Path) -> None:
 
 
 def load_gallery(folder: Path) -> Gallery | None:
-    """What `save_gallery` wrote, mapped from disk; None where it is not there."""
+    """Map what `save_gallery` wrote from disk; None if it does not exist."""
     if not (folder / "codes.json").is_file():
         return None
     rows = json.loads((folder / "codes.json").read_text(encoding="utf-8"))

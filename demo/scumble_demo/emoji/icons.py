@@ -21,7 +21,7 @@ class IconSet:
     height: int
 
     def svg(self, name: str) -> str:
-        """The icon as an SVG document."""
+        """Return an icon as an SVG document."""
         icon = self._resolve(name)
         left, top = icon.get("left", 0), icon.get("top", 0)
         box = f"{left} {top} {icon.get('width', self.width)} {icon.get('height', self.height)}"
@@ -31,7 +31,7 @@ class IconSet:
         )
 
     def svg_of_code(self, code: str) -> str:
-        """The icon of a Unicode code point; NotFound where the set lacks it."""
+        """Return the icon of a Unicode code point. Raises NotFound if the set does not have it."""
         name = self.codes.get(code) or self.codes.get(f"{code}-fe0f")
         if name is None:
             raise NotFound(f"the icon set has no picture of code point {code}", code=code)
@@ -47,7 +47,7 @@ class IconSet:
 
 
 def read_icon_set(folder: Path) -> IconSet:
-    """Reads `icons.json` and `chars.json` of an unpacked package."""
+    """Read `icons.json` and `chars.json` of an unpacked package."""
     data = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
     codes = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
     width = int(data.get("width", 16))

@@ -1,4 +1,4 @@
-"""Fetches the npm packages that hold the icons, at pinned versions and without running their scripts."""
+"""Fetches the npm packages with the icons, at pinned versions, without running their scripts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from scumble.errors import Unavailable
 from scumble_demo.emoji.concepts import EXTRA_STYLES, STYLES
 
-# English names of all emoji: text for the tokenizer, not pictures.
+# English names of all emoji, for the tokenizer.
 NAMES_PACKAGE, NAMES_VERSION = "unicode-emoji-json", "0.9.0"
 
 
@@ -27,9 +27,9 @@ def installed_version(folder: Path, package: str) -> str | None:
 
 
 def fetch_packages(folder: Path) -> Path:
-    """Makes `folder/node_modules` hold all packages; does nothing where they are there already.
+    """Install all packages into `folder/node_modules`, unless they are there already.
 
-    Raises Unavailable when npm is missing or fails (no network, say).
+    Raises Unavailable if npm is missing or fails, for example without network.
     """
     wanted = required_packages()
     missing = [f"{name}@{v}" for name, v in wanted.items() if installed_version(folder, name) != v]
@@ -41,7 +41,9 @@ def fetch_packages(folder: Path) -> Path:
 def _install(folder: Path, packages: list[str]) -> None:
     npm = shutil.which("npm")
     if npm is None:
-        raise Unavailable("npm is not installed; it fetches the emoji pictures (Node.js brings it)", needs="npm")
+        raise Unavailable(
+            "npm is not installed; it fetches the emoji pictures. Install Node.js, which includes it", needs="npm"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     command = [npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts"]
     done = subprocess.run([*command, *packages], capture_output=True, text=True, check=False)

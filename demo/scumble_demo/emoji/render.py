@@ -1,4 +1,4 @@
-"""SVG documents become pixels, on white, by resvg (the same renderer on every platform)."""
+"""Renders SVG documents on white by resvg, the same renderer on every platform."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZE = 128
 
 
 def render(svg: str, size: int = SIZE) -> NDArray[np.uint8]:
-    """Renders to `(size, size, 3)`; a picture that is not square is centred."""
+    """Render to `(size, size, 3)`; a picture that is not square is centred."""
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
     drawn = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     page = Image.new("RGBA", (size, size), "white")
@@ -23,7 +23,7 @@ def render(svg: str, size: int = SIZE) -> NDArray[np.uint8]:
 
 
 def contact_sheet(pictures: NDArray[np.uint8], columns: int, gap: int = 2) -> Image.Image:
-    """Lays `(n, H, W, 3)` out in rows, for looking at."""
+    """Arrange `(n, H, W, 3)` in rows of a sheet."""
     n, height, width, _ = pictures.shape
     rows = -(-n // columns)
     page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "#888")

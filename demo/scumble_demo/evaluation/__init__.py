@@ -1,5 +1,5 @@
-"""What a trained adapter does, measured on pictures by the server as its users get them: `--evaluate`.
+"""`--evaluate`: measures a trained adapter's effect on images drawn by the server.
 
-The judge is the base's scorer, which learnt from real pictures only and shares nothing with any adapter; so these
-measures are for bases that have one (the demo's). Every set of prompts and seeds is fixed.
+Images are classified by the base's scorer, which was trained on real pictures only and is independent of all adapters.
+So the base must have a scorer, as the demo's has. All prompts and seeds are fixed.
 """

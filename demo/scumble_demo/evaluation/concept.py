@@ -1,4 +1,4 @@
-"""Does a word draw the thing that it was taught, as hands that training never saw drew it?"""
+"""Measures whether a trained word draws its concept, compared with pictures in held-out styles."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from scumble_demo.emoji.packages import fetch_packages
 from scumble_demo.evaluation.measures import concept_rate, similarity
 from scumble_demo.evaluation.trial import ADAPTER, COUNT, Metrics, Trial, rounded, show
 from scumble_demo.scorer import Scorer
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.data.dataset import METADATA
-from scumble_trainers.parent import Parent
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import Served
 
@@ -28,17 +28,17 @@ _SAID = ("{thing}, {style}", "a drawing of {thing}, {style}", "a picture of {thi
 
 @dataclass(frozen=True, slots=True)
 class Taught:
-    """A concept, the word for it, and pictures of it by other hands."""
+    """A concept, its word, and pictures of it in other styles."""
 
     concept: Concept
     token: str
     references: list[Image.Image]
 
 
-def measure_concept(parent: Parent, taught: Taught, out: Path, scorer: Scorer, server: Served) -> Metrics:
-    """With the word, and with the name of its kind ("a bird") by the base alone."""
-    named = Trial(parent, _prompts(taught.token))
-    kind = Trial(parent, _prompts(with_article(taught.concept.kind)))
+def measure_concept(base: TrainingBase, taught: Taught, out: Path, scorer: Scorer, server: Served) -> Metrics:
+    """Measure images of the word, and of the concept's kind ("a bird") by the base."""
+    named = Trial(base, _prompts(taught.token))
+    kind = Trial(base, _prompts(with_article(taught.concept.kind)))
     without, adapted = kind.plain(server), named.adapted(server)
     show(out, {f"{taught.concept.kind}, base": without, taught.token: adapted}, named.prompts)
     before, after = (similarity(scorer, drawn, taught.references) for drawn in (without, adapted))
@@ -55,12 +55,12 @@ def measure_concept(parent: Parent, taught: Taught, out: Path, scorer: Scorer, s
 
 
 def read_taught(data: Path, result: Result) -> Taught:
-    """From the folder that `scumble train emoji --concept` wrote; other hands' pictures are rendered now."""
+    """Read the folder that `scumble train emoji --concept` wrote, and render pictures in other styles."""
     lines = (data / METADATA if data.is_dir() else data).read_text("utf-8").splitlines()
     names = {json.loads(line).get("concept") for line in lines if line.strip()}
     if len(names) != 1 or None in names or not result.trigger_words:
         raise InvalidRequest(
-            "the measure is for one concept of the bundled data (`scumble train emoji --concept NAME`), "
+            "--evaluate needs one concept of the bundled data (`scumble train emoji --concept NAME`), "
             "with its word as --trigger",
             field="data",
         )
@@ -69,14 +69,14 @@ def read_taught(data: Path, result: Result) -> Taught:
 
 
 def other_hands(concept: Concept, token: str = "") -> list[Image.Image]:
-    """A concept as every set outside the base's styles draws it."""
+    """Return a concept in every style that is not the base's."""
     modules = fetch_packages(data_home() / "npm")
     held_out = [Image.fromarray(entry.pixels) for entry in one_concept(modules, concept, token, "held-out")]
     return held_out + [Image.fromarray(pixels) for pixels in extra_pictures(modules, concept)]
 
 
 def _prompts(thing: str) -> tuple[str, ...]:
-    """All pairs of wording and style, by turns."""
+    """Return prompts for all pairs of wording and style, in turn."""
     pairs = [(said, style) for style in BASE_STYLES for said in _SAID]
     return tuple(
         said.format(thing=thing, style=style.phrase)

@@ -1,4 +1,4 @@
-"""Does the drawing follow the edges that it is shown, with a prompt and without?"""
+"""Measures whether images follow the given edges, with a prompt and without."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from scumble_demo.evaluation.measures import edge_f1
 from scumble_demo.evaluation.trial import ADAPTER, COUNT, Metrics, Trial, known_prompts, rounded, show, some_concepts
 from scumble_demo.evaluation.unseen import unseen_pictures
 from scumble_demo.scorer import Scorer
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import Served, served
 
 
-def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
-    """Edges are those of pictures that neither base nor adapter saw; prompts name something else, or nothing."""
+def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
+    """Measure with edges of held-out pictures, and prompts that name something else, or nothing."""
     maps = [Canny().apply(np.array(picture)) for picture in unseen_pictures(COUNT)]
-    prompted = Trial(parent, known_prompts(some_concepts()))
-    silent = Trial(parent, ("",) * COUNT)
-    with served(parent, {ADAPTER: out}) as server:
+    prompted = Trial(base, known_prompts(some_concepts()))
+    silent = Trial(base, ("",) * COUNT)
+    with served(base, {ADAPTER: out}) as server:
         without, adapted = prompted.plain(server), _draw(prompted, server, maps)
         silently, silently_without = _draw(silent, server, maps), silent.plain(server)
-    shown = [Image.fromarray(edges) for edges in maps]
-    show(out, {"edges": shown, "without": without, "with": adapted, "no prompt": silently}, prompted.prompts)
+    pictures = [Image.fromarray(edges) for edges in maps]
+    show(out, {"edges": pictures, "without": without, "with": adapted, "no prompt": silently}, prompted.prompts)
     return rounded(
         {
             "pictures": COUNT,

@@ -1,4 +1,4 @@
-"""Does the checkpoint draw its thing, and what it knew before?"""
+"""Measures whether a checkpoint draws its concept, and still draws others."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from scumble_demo.evaluation.concept import measure_concept, read_taught
 from scumble_demo.evaluation.measures import concept_rate
 from scumble_demo.evaluation.trial import ADAPTER, Metrics, Trial, known_prompts, rounded, some_concepts
 from scumble_demo.scorer import Scorer
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import served
 
 
-def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
-    """On held-out pictures of the concept, and on other concepts that the base knows."""
+def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
+    """Measure on held-out pictures of the concept, and on other concepts that the base knows."""
     taught = read_taught(data, result)
     others = [concept for concept in some_concepts() if concept != taught.concept]
-    prior = Trial(parent, known_prompts(others))
-    with served(parent, {ADAPTER: out}) as server:
-        metrics = measure_concept(parent, taught, out, scorer, server)
+    prior = Trial(base, known_prompts(others))
+    with served(base, {ADAPTER: out}) as server:
+        metrics = measure_concept(base, taught, out, scorer, server)
         before, after = (concept_rate(scorer, drawn, others) for drawn in (prior.plain(server), prior.adapted(server)))
     return metrics | rounded({"prior_concept_first_without": before, "prior_concept_first": after})

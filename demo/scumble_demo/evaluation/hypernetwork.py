@@ -1,4 +1,4 @@
-"""Does one forward pass do what a LoRA does that is trained for each concept?"""
+"""Compares a predicted LoRA with one that is trained for the same picture."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from scumble_demo.evaluation.trial import ADAPTER, Metrics, Trial, rounded, show
 from scumble_demo.scorer import Scorer
 from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
+from scumble_trainers.base import TrainingBase, native_resolution
 from scumble_trainers.data.dataset import METADATA, read_examples
 from scumble_trainers.data.vision import PictureStates
 from scumble_trainers.methods.hypernetwork.model import HypernetworkTraining
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import Parent, native_resolution
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import served
 from scumble_trainers.run import train
@@ -41,13 +41,13 @@ from scumble_trainers.run import train
 CONCEPTS = 8
 PER_CONCEPT = 4
 LORA = LoraSettings(steps=200, batch_size=8, learning_rate=2e-3, rank=4, validation=0, min_snr_gamma=5)
-"""Of the LoRAs that it is compared with, each of the one picture that the network sees."""
-RUNS = 5  # of a prediction, of which the median counts
+"""Settings of the LoRAs for comparison, each trained on the picture that the network gets."""
+RUNS = 5  # predictions that are timed; the median is used
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A concept: the picture that is shown, in which style, and others of it to compare with."""
+    """A concept: the reference picture, its style, and other pictures to compare with."""
 
     concept: Concept
     picture: Image.Image
@@ -55,42 +55,47 @@ class Subject:
     others: list[Image.Image]
 
 
-def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
-    """A refinement is measured as what is taught one concept."""
+def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
+    """Measure a network, or a refined LoRA as a method that is trained on one concept."""
     if result.adapter != HypernetworkTraining.adapter:
         taught = read_taught(data, result)
-        with served(parent, {ADAPTER: out}) as server:
-            return measure_concept(parent, taught, out, scorer, server)
+        with served(base, {ADAPTER: out}) as server:
+            return measure_concept(base, taught, out, scorer, server)
     unseen = [_by_the_base(concept) for concept in concepts() if concept.held_out][:CONCEPTS]
-    trained = _trained_on(parent, data, result)
+    trained = _trained_on(base, data, result)
     known = [_by_others(concept) for concept in some_concepts() if concept.name in trained][:CONCEPTS]
     subjects = unseen + known
-    with tempfile.TemporaryDirectory(prefix="scumble-loras-") as place:
-        folders = {f"lora/n{number}": Path(place) / str(number) for number in range(len(subjects))}
-        times = [_train(parent, subject, folder) for subject, folder in zip(subjects, folders.values(), strict=True)]
+    with tempfile.TemporaryDirectory(prefix="scumble-loras-") as temporary:
+        folders = {f"lora/n{number}": Path(temporary) / str(number) for number in range(len(subjects))}
+        times = [_train(base, subject, folder) for subject, folder in zip(subjects, folders.values(), strict=True)]
         runs = {name: folder / "run" for name, folder in folders.items()}
-        gains = _gains(parent, out, subjects, runs, scorer)
-    predicting = _prediction_time(parent, out / result.adapter, subjects[0].picture)
-    told: Metrics = {"pictures": 2 * CONCEPTS * PER_CONCEPT}
+        gains = _gains(base, out, subjects, runs, scorer)
+    predicting = _prediction_time(base, out / result.adapter, subjects[0].picture)
+    metrics: Metrics = {"pictures": 2 * CONCEPTS * PER_CONCEPT}
     for name, part in (("unseen_concepts", gains[: len(unseen)]), ("trained_concepts", gains[len(unseen) :])):
         predicted, lora = (fmean(column) for column in zip(*part, strict=True))
-        told |= {f"gain_{name}": predicted, f"gain_of_lora_{name}": lora, f"share_{name}": predicted / lora}
-    told |= {"seconds": predicting, "seconds_of_lora": fmean(times)}
-    return rounded(told) | {"share_of_time": round(predicting / fmean(times), 6)}
+        metrics |= {f"gain_{name}": predicted, f"gain_of_lora_{name}": lora, f"share_{name}": predicted / lora}
+    metrics |= {"seconds": predicting, "seconds_of_lora": fmean(times)}
+    return rounded(metrics) | {"share_of_time": round(predicting / fmean(times), 6)}
 
 
 def _gains(
-    parent: Parent, out: Path, subjects: Sequence[Subject], loras: dict[str, Path], scorer: Scorer
+    base: TrainingBase, out: Path, subjects: Sequence[Subject], loras: dict[str, Path], scorer: Scorer
 ) -> list[tuple[float, float]]:
-    """For each subject, how much liker it the prediction makes what is drawn, and its own LoRA."""
-    each = [subject for subject in subjects for _ in range(PER_CONCEPT)]
-    trial = Trial(parent, tuple(_prompt(BASE_STYLES[n % len(BASE_STYLES)].name) for n in range(len(each))))
-    images = {str(n): png(subject.picture) for n, subject in enumerate(each)}
-    with served(parent, {ADAPTER: out, **loras}) as server:
+    """Return the gain in similarity to each subject by the predicted LoRA and by the trained one."""
+    repeated = [subject for subject in subjects for _ in range(PER_CONCEPT)]
+    trial = Trial(base, tuple(_prompt(BASE_STYLES[n % len(BASE_STYLES)].name) for n in range(len(repeated))))
+    images = {str(n): png(subject.picture) for n, subject in enumerate(repeated)}
+    with served(base, {ADAPTER: out, **loras}) as server:
         plain = trial.plain(server)
         predicted = trial.draw(server, [Adapter(ref=ADAPTER, images=(name,)) for name in images], images=images)
         own = trial.draw(server, [Adapter(ref=name) for name in loras for _ in range(PER_CONCEPT)])
-    columns = {"reference": [subject.picture for subject in each], "base": plain, "predicted": predicted, "LoRA": own}
+    columns = {
+        "reference": [subject.picture for subject in repeated],
+        "base": plain,
+        "predicted": predicted,
+        "LoRA": own,
+    }
     some = slice(None, None, PER_CONCEPT)
     show(out, {title: pictures[some] for title, pictures in columns.items()}, [s.concept.name for s in subjects])
     gains = []
@@ -102,38 +107,38 @@ def _gains(
 
 
 def _by_the_base(concept: Concept) -> Subject:
-    """Shown as one of the base's hands drew it."""
+    """Return subjects whose reference is in one of the base's styles."""
     entry = next(one_concept(fetch_packages(data_home() / "npm"), concept, "", "train"))
     return Subject(concept, Image.fromarray(entry.pixels), entry.style, other_hands(concept))
 
 
 def _by_others(concept: Concept) -> Subject:
-    """Shown as a hand drew it that training never saw."""
+    """Return subjects whose reference is in a held-out style."""
     picture, *others = other_hands(concept)
     return Subject(concept, picture, BASE_STYLES[0].name, others)
 
 
-def _trained_on(parent: Parent, data: Path, result: Result) -> set[str]:
-    """Names of the concepts that the run did not hold out."""
+def _trained_on(base: TrainingBase, data: Path, result: Result) -> set[str]:
+    """Return the names of the concepts that the run was trained on."""
     settings = HypernetworkSettings.model_validate(result.provenance["config"])
-    examples = read_examples(data, resolution=settings.resolution or native_resolution(parent))
+    examples = read_examples(data, resolution=settings.resolution or native_resolution(base))
     return {str(examples[number].concept) for number in HypernetworkTraining.hold_out(settings, examples)[0]}
 
 
-def _train(parent: Parent, subject: Subject, folder: Path) -> float:
-    """A LoRA of its one picture in `folder/run`; returns the seconds."""
+def _train(base: TrainingBase, subject: Subject, folder: Path) -> float:
+    """Train a LoRA on the subject's picture into `folder/run`; returns the seconds."""
     folder.mkdir()
     subject.picture.save(folder / "picture.png")
     (folder / METADATA).write_text(json.dumps({"file_name": "picture.png", "text": _prompt(subject.style)}), "utf-8")
-    result = train(LoraTraining, parent, folder / METADATA, folder / "run", LORA)
+    result = train(LoraTraining, base, folder / METADATA, folder / "run", LORA)
     return float(result.provenance["time"])
 
 
-def _prediction_time(parent: Parent, file: Path, picture: Image.Image) -> float:
-    """Seconds from the picture to the factors, the network being there."""
+def _prediction_time(base: TrainingBase, file: Path, picture: Image.Image) -> float:
+    """Return the seconds from picture to factors, with the network loaded."""
     record = read_record(file)
     assert isinstance(record, PredictorRecord)
-    predictor, seen = Predictor.of(record), PictureStates(parent, None, "states", torch.device("cpu"))
+    predictor, seen = Predictor.of(record), PictureStates(base, None, "states", torch.device("cpu"))
     times = []
     for _ in range(RUNS + 1):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Does a picture show in what is drawn, more at a higher scale, and does the text still decide?"""
+"""Measures whether images resemble the reference, more at a higher scale, and still follow the prompt."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from scumble_demo.evaluation.measures import concept_rate, first_rate
 from scumble_demo.evaluation.trial import ADAPTER, COUNT, Metrics, Trial, known_prompts, rounded, show, some_concepts
 from scumble_demo.evaluation.unseen import unseen_drawings, unseen_pictures
 from scumble_demo.scorer import Scorer
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import Served, served
 
 SCALES = (0.0, 0.5, 1.0)
 
 
-def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
-    """References are known things as no hand of the training's drew them, and things that neither base nor adapter saw.
+def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
+    """Measure with references of known things in a held-out style, and of things that neither base nor adapter saw.
 
-    Prompts say nothing but a style, or (at half the scale) something else, which the text must still decide.
+    Prompts name only a style, or (at half the scale) another thing, which must still be drawn.
     """
-    drawings, strangers = unseen_drawings(COUNT), unseen_pictures(COUNT)
-    says_nothing = Trial(parent, tuple(f"an emoji, {BASE_STYLES[i % 3].phrase}" for i in range(COUNT)))
+    drawings, things = unseen_drawings(COUNT), unseen_pictures(COUNT)
+    says_nothing = Trial(base, tuple(f"an emoji, {BASE_STYLES[i % 3].phrase}" for i in range(COUNT)))
     others = some_concepts()
-    says_else = Trial(parent, known_prompts(others))
-    with served(parent, {ADAPTER: out}) as server:
+    says_else = Trial(base, known_prompts(others))
+    with served(base, {ADAPTER: out}) as server:
         drawn = {scale: _draw(says_nothing, server, drawings, scale) for scale in SCALES}
-        strange = {scale: _draw(says_nothing, server, strangers, scale) for scale in SCALES}
+        unseen = {scale: _draw(says_nothing, server, things, scale) for scale in SCALES}
         decided = _draw(says_else, server, drawings, 0.5)
         alone = says_else.plain(server)
     columns = {"reference": drawings} | {f"scale {scale:g}": drawn[scale] for scale in SCALES}
     show(out, columns | {"0.5 and text": decided}, says_else.prompts)
     first = {f"reference_first_at_{scale:g}": first_rate(scorer, drawn[scale], drawings) for scale in SCALES}
-    unseen = {f"unseen_thing_first_at_{scale:g}": first_rate(scorer, strange[scale], strangers) for scale in SCALES}
+    rates = {f"unseen_thing_first_at_{scale:g}": first_rate(scorer, unseen[scale], things) for scale in SCALES}
     return rounded(
         {
             "pictures": COUNT,
             **first,
-            **unseen,
+            **rates,
             "concept_of_text_at_0.5": concept_rate(scorer, decided, others),
             "concept_of_text_without": concept_rate(scorer, alone, others),
         }

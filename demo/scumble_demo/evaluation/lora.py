@@ -1,4 +1,4 @@
-"""Does a style LoRA draw in its style, and still what it is asked for?"""
+"""Measures whether a style LoRA draws in its style, and still draws the prompt's concept."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from scumble_demo.emoji.concepts import Style, style
 from scumble_demo.evaluation.measures import concept_rate, style_rate
 from scumble_demo.evaluation.trial import ADAPTER, Metrics, Trial, known_prompts, rounded, show, some_concepts
 from scumble_demo.scorer import Scorer
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import served
 
 _END = " style"
 
 
-def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
-    """Prompts name known concepts in the trained style, whose held-out hand the base never saw.
+def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:  # noqa: ARG001
+    """Measure with prompts of known concepts in the trained style, which the base was not trained on.
 
-    How well the base draws what it is asked for is measured in the styles that it knows.
+    The base's recognised concepts are measured in its own styles.
     """
     wanted = some_concepts()
     trained = _style(result)
-    trial = Trial(parent, tuple(canonical_caption(concept, trained) for concept in wanted))
-    with served(parent, {ADAPTER: out}) as server:
+    trial = Trial(base, tuple(canonical_caption(concept, trained) for concept in wanted))
+    with served(base, {ADAPTER: out}) as server:
         without, adapted = trial.plain(server), trial.adapted(server)
-        known = Trial(parent, known_prompts(wanted)).plain(server)
+        known = Trial(base, known_prompts(wanted)).plain(server)
     show(out, {"without": without, "with": adapted}, trial.prompts)
     return rounded(
         {
@@ -45,6 +45,6 @@ def _style(result: Result) -> Style:
         if word.endswith(_END):
             return style(word.removesuffix(_END))
     raise InvalidRequest(
-        'the measure is for styles of the bundled data: train with --trigger "NAME style", e.g. "ink style"',
+        '--evaluate needs a style of the bundled data: train with --trigger "NAME style", e.g. "ink style"',
         field="trigger",
     )

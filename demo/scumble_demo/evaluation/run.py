@@ -1,4 +1,4 @@
-"""Measures a finished run and keeps what was found with it."""
+"""Measures a finished run and stores the figures with its result."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from scumble.errors import InvalidRequest
 from scumble_demo.evaluation import controlnet, dreambooth, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_demo.evaluation.trial import Metrics
 from scumble_demo.scorer import SCORER_FILE, Scorer
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.card import write_card
 from scumble_trainers.results.result import Result, write_result
 
 
 class Evaluate(Protocol):
-    """Draws with what a run left in `out` and measures what it does."""
+    """Draws with the adapter in `out` and measures its effect."""
 
-    def __call__(self, parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics: ...
+    def __call__(self, base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics: ...
 
 
 EVALUATIONS: Mapping[str, Evaluate] = {
@@ -30,23 +30,23 @@ EVALUATIONS: Mapping[str, Evaluate] = {
     "controlnet": controlnet.evaluate,
     "dreambooth": dreambooth.evaluate,
 }
-"""By the method's name."""
+"""Evaluations by name of the method."""
 
 
-def check_measurable(parent: Parent) -> None:
-    """Raises InvalidRequest where nothing can judge the pictures."""
-    if not (parent.folder / SCORER_FILE).is_file():
+def check_measurable(base: TrainingBase) -> None:
+    """Check that the base has a scorer. Raises InvalidRequest otherwise."""
+    if not (base.folder / SCORER_FILE).is_file():
         raise InvalidRequest(
-            f"--evaluate needs a judge, and {parent.folder} has no {SCORER_FILE}: it is for the demo's base and data; "
-            "look at the sample grid and the validation loss instead",
+            f"--evaluate needs a scorer, and {base.folder} has no {SCORER_FILE}: it is for the demo's base and data; "
+            "use the sample grid and the validation loss instead",
             field="evaluate",
         )
 
 
-def measure(method: str, parent: Parent, data: Path, out: Path, result: Result) -> Result:
-    """The result with the method's effect among its metrics, written to `out` as well."""
-    effect = EVALUATIONS[method](parent, data, out, result, Scorer.load(parent.folder))
+def measure(method: str, base: TrainingBase, data: Path, out: Path, result: Result) -> Result:
+    """Measure the effect, write it to `out`, and return the result with it among the metrics."""
+    effect = EVALUATIONS[method](base, data, out, result, Scorer.load(base.folder))
     measured = replace(result, metrics={**result.metrics, "effect": effect})
-    write_card(out, measured, base=parent.ref)
+    write_card(out, measured, base=base.ref)
     write_result(out, measured)
     return measured

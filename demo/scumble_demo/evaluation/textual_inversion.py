@@ -1,4 +1,4 @@
-"""Does the new word draw its thing?"""
+"""Measures whether a new word draws its concept."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from scumble_demo.evaluation.concept import measure_concept, read_taught
 from scumble_demo.evaluation.trial import ADAPTER, Metrics
 from scumble_demo.scorer import Scorer
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import served
 
 
-def evaluate(parent: Parent, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
-    """On held-out pictures of the concept."""
+def evaluate(base: TrainingBase, data: Path, out: Path, result: Result, scorer: Scorer) -> Metrics:
+    """Measure on held-out pictures of the concept."""
     taught = read_taught(data, result)
-    with served(parent, {ADAPTER: out}) as server:
-        return measure_concept(parent, taught, out, scorer, server)
+    with served(base, {ADAPTER: out}) as server:
+        return measure_concept(base, taught, out, scorer, server)

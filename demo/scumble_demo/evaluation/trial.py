@@ -1,4 +1,4 @@
-"""A fixed set of prompts and seeds, drawn in several ways and shown side by side."""
+"""Fixed prompts and seeds, drawn with different adapters and arranged in a grid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from scumble.request import Adapter, Request
 from scumble_demo.emoji.captions import canonical_caption
 from scumble_demo.emoji.concepts import BASE_STYLES, Concept, base_concepts
-from scumble_trainers.parent import Parent, native_resolution
+from scumble_trainers.base import TrainingBase, native_resolution
 from scumble_trainers.results.sampling import grid, save_sheet
 from scumble_trainers.results.serving import Served
 
@@ -22,21 +22,21 @@ COUNT = 32
 SHOWN = 6
 STEPS = 25
 GUIDANCE = 3.0
-"""As the base itself is measured (`scumble train base --evaluate`)."""
+"""The same as for the base (`scumble train base --evaluate`)."""
 
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Prompt i is drawn from seed i, whatever else differs."""
+    """Prompts for a base; prompt i always has seed i."""
 
-    parent: Parent
+    base: TrainingBase
     prompts: tuple[str, ...]
 
     def draw(self, served: Served, adapters: Sequence[Adapter | None], **more: Any) -> list[Image.Image]:
-        """One picture per prompt, the i-th with `adapters[i]`, or with none."""
-        side = native_resolution(self.parent)
+        """Draw one image per prompt, the i-th with `adapters[i]`, or with none."""
+        side = native_resolution(self.base)
         requests = [
             Request(
                 prompt=prompt,
@@ -53,11 +53,11 @@ class Trial:
         return served.draw(requests)
 
     def plain(self, served: Served) -> list[Image.Image]:
-        """By the base alone."""
+        """Draw all prompts with the base alone."""
         return self.draw(served, [None] * len(self.prompts))
 
     def adapted(self, served: Served, **options: Any) -> list[Image.Image]:
-        """All with the trained adapter."""
+        """Draw all prompts with the trained adapter."""
         return self.draw(served, [Adapter(ref=ADAPTER, **options)] * len(self.prompts))
 
 
@@ -66,19 +66,19 @@ def _wanted(adapter: Adapter | None, images: Mapping[str, bytes]) -> dict[str, b
 
 
 def show(out: Path, columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str]) -> None:
-    """Writes OUT/effect_grid.png: the first few of each column."""
+    """Write OUT/effect_grid.png with the first images of each column."""
     some = [(title, list(pictures)[:SHOWN]) for title, pictures in columns.items()]
     save_sheet(grid(some, list(rows)[:SHOWN]), out / GRID)
 
 
 def some_concepts(count: int = COUNT) -> list[Concept]:
-    """Evenly spread over those that the base knows."""
+    """Return concepts evenly spread over those that the base knows."""
     known = base_concepts()
     return [known[index * len(known) // count] for index in range(count)]
 
 
 def known_prompts(wanted: Iterable[Concept]) -> tuple[str, ...]:
-    """As the base was taught, in its styles by turns."""
+    """Return prompts in the base's training captions, in its styles in turn."""
     return tuple(
         canonical_caption(concept, BASE_STYLES[index % len(BASE_STYLES)]) for index, concept in enumerate(wanted)
     )

@@ -1,4 +1,4 @@
-"""`scumble demo`: from published files to a labelled grid, with everything real in between."""
+"""`scumble demo`: publishes the bundled files, serves them and draws a labelled grid."""
 
 from scumble_demo.grid.command import demo
 

@@ -1,4 +1,4 @@
-"""The demo's story: publish, serve, ask for everything at once, show what came and what shared a batch."""
+"""Runs the demo: publish, serve, send all requests at once, write the grid and the report."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """All pictures, `images[row][column]`, the loop's counters afterwards, and how long it took from the first
-    request to the last picture.
+    """All images, `images[row][column]`, the loop's counters, and the seconds from the first request to
+    the last image.
     """
 
     images: list[list[Images]]
@@ -45,10 +45,10 @@ class Drawn:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the grid, the pictures and their receipts.")] = Path("demo/out"),
     demo_dir: Annotated[Path, typer.Option(help="Folder with demo.toml, base and adapters.")] = REPOSITORY / "demo",
-    home: Annotated[Path | None, typer.Option(help="SCUMBLE_HOME to use; a fresh one is made and removed.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what happened as JSON.")] = False,
+    home: Annotated[Path | None, typer.Option(help="SCUMBLE_HOME to use. [default: a temporary one]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Make pictures with different adapters in one batch, from nothing: registry, Triton, requests, grid."""
+    """Draw images with different adapters in one batch, with a new registry and server, and write a grid."""
 
     def tell(what: str) -> None:
         print(what, file=sys.stderr, flush=True)
@@ -76,14 +76,14 @@ def _home(home: Path | None) -> Iterator[Path]:
 
 
 def publish(plan: GridPlan, home: Path) -> list[Version]:
-    """The base and then what is made for it."""
+    """Publish the base, then the adapters for it."""
     with Registry.open(home, create=True) as registry:
         base = registry.publish(plan.base.path, plan.base.name, license=plan.base.license)
-        return [base, *(_publish(registry, each, plan.base.name) for each in plan.publish)]
+        return [base, *(_publish(registry, entry, plan.base.name) for entry in plan.publish)]
 
 
 def _publish(registry: Registry, part: Publish, base: str) -> Version:
-    """With its provenance and metrics, where the folder is one that a trainer left."""
+    """Publish an entry, with provenance and metrics if its folder is a trainer's result."""
     if (part.path / CARD).is_file():
         return publish_result(registry, part.path, part.name, base=base)
     return registry.publish(
@@ -97,7 +97,7 @@ def _publish(registry: Registry, part: Publish, base: str) -> Version:
 
 
 def draw(plan: GridPlan, url: str) -> Drawn:
-    """Every row in every column, each a request of its own, all sent before the first is answered."""
+    """Draw every row in every column, one request each, all sent at once."""
     requests = [[column.request(row) for column in plan.columns] for row in plan.rows]
     with Client(url) as client, ThreadPoolExecutor(len(plan.rows) * len(plan.columns)) as threads:
         start = time.perf_counter()
@@ -107,7 +107,7 @@ def draw(plan: GridPlan, url: str) -> Drawn:
 
 
 def write(plan: GridPlan, versions: list[Version], drawn: Drawn, out: Path) -> dict[str, Any]:
-    """`grid.png`, and for each picture a PNG and its receipt; returns the report that is also `report.json`."""
+    """Write `grid.png`, a PNG and a receipt for each image, and `report.json`; returns the report."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = [[images.pil()[0] for images in row] for row in drawn.images]
     insets = [[column.inset(row) for column in plan.columns] for row in plan.rows]
@@ -169,6 +169,6 @@ def _describe(report: dict[str, Any]) -> str:
             f"Steps by images in the batch: {sizes}.",
             f"Different adapters shared a step in {loop['mixed_steps']} of {loop['steps']} steps.",
             f"{report['pictures']} pictures in {report['seconds']:.1f} s, {report['pictures_per_second']:.2f}/s.",
-            f"Look at {report['grid']}",
+            f"Grid: {report['grid']}",
         ]
     )

@@ -1,4 +1,4 @@
-"""A labelled grid of pictures, drawn so that it can be read in a README."""
+"""Draws a labelled grid of images that is readable in a README."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def draw_grid(
     rows: Sequence[tuple[str, str]],
     insets: Sequence[Sequence[Path | None]] | None = None,
 ) -> Image.Image:
-    """`pictures[row][column]`, all of one size; a row's label is a text and a fainter note.
+    """Draw `pictures[row][column]`, all of one size; a row's label is a text and a fainter note.
 
-    Pictures under MIN_CELL pixels are enlarged by a whole factor. `insets[row][column]`, what a picture was made to
-    look at, is shown small in its corner.
+    Pictures under MIN_CELL pixels are enlarged by an integer factor. `insets[row][column]`, the reference of a picture,
+    is drawn small in its corner.
     """
     width, height = (_enlarge(pictures[0][0])).size
     page = Image.new(
@@ -41,22 +41,22 @@ def draw_grid(
     )
     draw = ImageDraw.Draw(page)
     left, top = MARGIN + LABEL_WIDTH + GAP, MARGIN + HEADER_HEIGHT
-    for place, label in enumerate(columns):
-        _column_label(draw, label, left + place * (width + GAP) + width // 2, width)
+    for column, label in enumerate(columns):
+        _column_label(draw, label, left + column * (width + GAP) + width // 2, width)
     for line, (label, note) in enumerate(rows):
         y = top + line * (height + GAP)
         _row_label(draw, label, note, y + height // 2)
-        for place, picture in enumerate(pictures[line]):
-            x = left + place * (width + GAP)
+        for column, picture in enumerate(pictures[line]):
+            x = left + column * (width + GAP)
             page.paste(_enlarge(picture), (x, y))
-            if insets is not None and (shown := insets[line][place]) is not None:
-                _inset(page, draw, shown, (x, y), width // 3)
+            if insets is not None and (inset := insets[line][column]) is not None:
+                _inset(page, draw, inset, (x, y), width // 3)
             draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
     return page
 
 
-def _inset(page: Image.Image, draw: ImageDraw.ImageDraw, shown: Path, corner: tuple[int, int], side: int) -> None:
-    with Image.open(shown) as opened:
+def _inset(page: Image.Image, draw: ImageDraw.ImageDraw, inset: Path, corner: tuple[int, int], side: int) -> None:
+    with Image.open(inset) as opened:
         small = opened.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
     x, y = corner
     page.paste(small, corner)

@@ -1,10 +1,10 @@
-"""What the demo shows, read from `demo.toml` beside its base and adapters.
+"""The demo's plan, read from `demo.toml` beside its base and adapters.
 
 [base]       name, path, license
-[[publish]]  name, path, license, trigger_words, image_encoder: what else goes into the registry, in this order
+[[publish]]  name, path, license, trigger_words, image_encoder: the adapters to publish, in this order
 [[row]]      text, style, seed, steps, scheduler, guidance_scale (the base's), weight = 1.0 (times every adapter's),
-             images: pictures by name
-[[column]]   label, prompt = "{text}, {style}", adapters as in a request, shows: the row's picture to show in a corner
+                          images: reference pictures by name
+[[column]]   label, prompt = "{text}, {style}", adapters as in a request, shows: the row's picture to draw in a corner
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Part(BaseModel):
 
 
 class Publish(_Part):
-    """One version of the registry. What a trainer left says the rest itself (training.json)."""
+    """An entry to publish. A trainer's result has more data in its training.json."""
 
     name: str
     path: Path
@@ -36,7 +36,7 @@ class Publish(_Part):
 
 
 class GridRow(_Part):
-    """What every column draws."""
+    """The request that every column draws with its own adapters."""
 
     text: str
     style: str = ""
@@ -49,7 +49,7 @@ class GridRow(_Part):
 
 
 class GridColumn(_Part):
-    """One way to draw every row."""
+    """The adapters that every row is drawn with."""
 
     label: str
     prompt: str = "{text}, {style}"
@@ -57,7 +57,7 @@ class GridColumn(_Part):
     shows: str | None = None
 
     def request(self, row: GridRow) -> Request:
-        """With those of the row's pictures that the adapters look at."""
+        """Return the request of a row and a column, with the row's pictures that the adapters need."""
         adapters = [adapter.model_copy(update={"weight": adapter.weight * row.weight}) for adapter in self.adapters]
         wanted = {name for adapter in self.adapters for name in adapter.images}
         return Request(
@@ -82,29 +82,31 @@ class GridPlan(_Part):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Paths become absolute. Raises NotFound for a file that is missing, InvalidRequest for a bad plan."""
+        """Read a plan; paths become absolute. Raises NotFound for a missing file, InvalidRequest for an
+        invalid plan.
+        """
         file = folder / PLAN
         if not file.is_file():
             raise NotFound(
-                f"the demo's files are not at {folder}; run it in a clone of the repository, or give --demo-dir",
+                f"the demo's files are not at {folder}; run it in a clone of the repository, or pass --demo-dir",
                 path=str(file),
             )
         try:
             plan = cls.model_validate(tomllib.loads(file.read_text("utf-8")))
         except (ValidationError, tomllib.TOMLDecodeError) as error:
-            raise InvalidRequest(f"{file} is no plan of a demo: {error}", field=str(file)) from error
+            raise InvalidRequest(f"{file} is not a valid plan of the demo: {error}", field=str(file)) from error
         _check_pictures(plan, file)
         return plan.model_copy(
             update={
                 "base": _located(plan.base, folder),
-                "publish": tuple(_located(each, folder) for each in plan.publish),
+                "publish": tuple(_located(entry, folder) for entry in plan.publish),
                 "rows": tuple(_with_pictures(row, folder) for row in plan.rows),
             }
         )
 
 
 def _check_pictures(plan: GridPlan, file: Path) -> None:
-    """Every picture that a column looks at or shows is given by every row."""
+    """Check that every row has the pictures that the columns need. Raises InvalidRequest."""
     wanted = {name for column in plan.columns for adapter in column.adapters for name in adapter.images}
     wanted |= {column.shows for column in plan.columns if column.shows}
     for row in plan.rows:

@@ -2,5 +2,5 @@
 
     data  →  vae  →  clip  →  unet  →  export  →  evaluate
 
-Each stage writes checkpoints under the work folder and goes on from there when it is started again.
+Each stage writes checkpoints to the work folder and continues from them when it is started again.
 """

@@ -1,4 +1,4 @@
-"""What every worker of a training run executes: `python -m scumble_demo.pretraining …`."""
+"""Entry point of every worker of a training run: `python -m scumble_demo.pretraining …`."""
 
 from __future__ import annotations
 

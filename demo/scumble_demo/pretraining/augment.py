@@ -1,4 +1,4 @@
-"""Random changes to pictures before the vision tower sees them, so that it can score generated ones."""
+"""Augmentation of the vision tower's training pictures, so that it also works on generated images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ def augment(
     colour: float | None = None,
     shrink: float = 0.0,
 ) -> Tensor:
-    """`pixels (n, 3, H, W)` in -1…1: turned, scaled, shifted, mirrored, recoloured, blurred, noisy.
+    """Rotate, scale, shift, mirror, recolour, blur and add noise to `pixels (n, 3, H, W)` in -1…1.
 
-    The paper around a picture is white, so what is moved in from outside is white as well. `colour` is the
-    strength of recolouring where it differs (a style is known by its colours); `shrink` lets pictures become
-    smaller by up to that much more, in logarithms.
+    The background is white, and so is what is shifted in. `colour` is the strength of recolouring if it differs (styles
+    differ by colour); `shrink` allows smaller sizes, by up to that much in logarithm.
     """
     moved = _move(pixels, generator, strength, shrink)
     coloured = _recolour(moved, generator, strength if colour is None else colour)
@@ -42,13 +41,13 @@ def _move(pixels: Tensor, generator: torch.Generator, strength: float, shrink: f
     top = torch.stack([mirror * zoom * stretch * cos, -zoom * sin, shift[:, 0]], dim=1)
     bottom = torch.stack([mirror * zoom * sin, zoom / stretch * cos, shift[:, 1]], dim=1)
     grid = functional.affine_grid(torch.stack([top, bottom], dim=1), list(pixels.shape), align_corners=False)
-    # White is 1; the sampler pads with 0, so what is sampled is the distance from white.
+    # White is 1 and the sampler pads with 0, so the distance from white is sampled.
     moved: Tensor = functional.grid_sample(pixels - 1, grid.to(pixels.device), align_corners=False) + 1
     return moved
 
 
 def _recolour(pixels: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """Contrast, saturation and a gain per channel, all about white, so that the paper stays white."""
+    """Change contrast, saturation and the gain of each channel, relative to white, which stays white."""
     n = len(pixels)
     distance = pixels - 1
     gain = torch.exp(_uniform((n, 3, 1, 1), -0.12, 0.12, generator) * strength).to(pixels.device)
@@ -60,7 +59,7 @@ def _recolour(pixels: Tensor, generator: torch.Generator, strength: float) -> Te
 
 
 def _soften(pixels: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """Blurs two pictures in five and puts grain on the next two; changes `pixels` in place."""
+    """Blur two pictures in five and add grain to the next two; changes `pixels` in place."""
     share = len(pixels) * 2 // 5
     sigma = float(_uniform((1,), 0.4, 0.4 + 0.9 * strength, generator))
     pixels[:share] = _blur(pixels[:share], sigma)
@@ -71,7 +70,7 @@ def _soften(pixels: Tensor, generator: torch.Generator, strength: float) -> Tens
 
 
 def _blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Gaussian of seven pixels, as sums of shifted pictures: much quicker than a convolution on a CPU."""
+    """Apply a Gaussian of seven pixels as sums of shifted pictures, much faster than a convolution on a CPU."""
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(4)]
     total = weights[0] + 2 * sum(weights[1:])
     for axis in (2, 3):
@@ -86,18 +85,18 @@ def _blur(pixels: Tensor, sigma: float) -> Tensor:
 
 
 def outlined(pixels: Tensor) -> Tensor:
-    """Black lines where brightness changes: what a coloured picture might look like with drawn outlines."""
+    """Draw black lines where brightness changes: simulates drawn outlines."""
     return torch.where(_edges(pixels), torch.full_like(pixels, -1), pixels)
 
 
 def inked(pixels: Tensor) -> Tensor:
-    """The lines and the dark areas only, black on white: what it might look like in ink."""
+    """Return only lines and dark areas, black on white: simulates an ink drawing."""
     dark = pixels.mean(dim=1, keepdim=True) < -0.1
     return torch.where(_edges(pixels) | dark, -1.0, 1.0).expand_as(pixels)
 
 
 def _edges(pixels: Tensor, contrast: float = 0.3) -> Tensor:
-    """Where a channel's brightest and darkest value within 3×3 pixels differ much, `(n, 1, H, W)`, thickened."""
+    """Return where a channel's values within 3×3 pixels differ much, `(n, 1, H, W)`, thickened."""
     spread = functional.max_pool2d(pixels, 3, 1, 1) + functional.max_pool2d(-pixels, 3, 1, 1)
     lines = (spread.amax(dim=1, keepdim=True) > contrast).to(pixels.dtype)
     return functional.max_pool2d(lines, 3, 1, 1) > 0

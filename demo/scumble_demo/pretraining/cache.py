@@ -1,4 +1,4 @@
-"""Computes once what the UNet learns from: latents of all pictures, hidden states of all captions."""
+"""Computes the UNet's training data once: latents of all pictures, hidden states of all captions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scumble_demo.pretraining.vae import to_model
 def encode_texts(
     text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str], device: torch.device
 ) -> Tensor:
-    """Hidden states `(n, T, D)` at full length, as the pipeline makes them."""
+    """Return hidden states `(n, T, D)` at full length, as in the pipeline."""
     ids = tokenize(tokenizer, list(texts), tokenizer.model_max_length)
     parts = [text_encoder(input_ids=part.to(device)).last_hidden_state.float().cpu() for part in ids.split(64)]
     return torch.cat(parts)
@@ -36,7 +36,7 @@ def build_cache(
     gallery: Gallery,
     device: torch.device,
 ) -> UnetCache:
-    """For all base concepts in all base styles; captions are kept in half precision."""
+    """Compute the cache for all base concepts in all base styles; captions are stored in half precision."""
     order = concepts()
     rows = [order.index(concept) for concept in base_concepts()]
     columns = [STYLES.index(style) for style in BASE_STYLES]

@@ -1,4 +1,4 @@
-"""A stage's checkpoint: weights, their mean, the optimiser's state and the step, in one file."""
+"""A stage's checkpoint: weights, EMA weights, optimiser state and step, in one file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scumble.files import whole_file
 def save_checkpoint(
     path: Path, step: int, module: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Replaces `path` at once: whoever is killed here leaves the old or the new checkpoint, whole."""
+    """Replace `path` atomically: if the process is killed, the old or the new checkpoint is complete."""
     state = {"step": step, "module": module.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
     with whole_file(path, durable=True) as partial:
         torch.save(state, partial)
@@ -22,7 +22,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, module: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer | None
 ) -> int:
-    """Fills module, mean and optimiser in place; returns the step to go on from, 0 where there is no file."""
+    """Load module, EMA and optimiser in place; returns the step to continue from, 0 without a file."""
     if not path.is_file():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -36,7 +36,7 @@ def load_checkpoint(
 
 
 def read_mean(path: Path) -> dict[str, Tensor] | None:
-    """The EMA weights of a checkpoint; None where there is no file."""
+    """Read the EMA weights of a checkpoint; None without a file."""
     if not path.is_file():
         return None
     mean: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["ema"]

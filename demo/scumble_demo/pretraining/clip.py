@@ -1,7 +1,7 @@
-"""Stage 2: text and vision tower learn together which caption belongs to which picture.
+"""Stage 2: trains text and vision tower contrastively on captioned pictures.
 
-Half of a batch are the concepts, half all the other emoji, whose names widen the vocabulary. Beside CLIP's
-loss two heads on the vision tower learn to name emoji and style; they are the scorer.
+Half of a batch are concepts, half other emoji, whose names extend the vocabulary. Beside CLIP's loss, two auxiliary
+heads on the vision tower classify emoji and style.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from scumble_demo.pretraining.towers import Clip, contrastive_loss
 from scumble_demo.pretraining.unseen import UnseenPair
 from scumble_demo.pretraining.vae import to_bytes, to_model
 
-TEXT_LENGTH = 24  # no caption is longer; positions beyond it do not change the pooled embedding
+TEXT_LENGTH = 24  # longest caption; positions beyond it do not change the pooled embedding
 
 
 def all_captions(gallery: Gallery) -> list[list[tuple[str, ...]]]:
-    """Captions by gallery row and style."""
+    """Return all captions by gallery row and style."""
     known = concepts()
     return [
         [captions(known[row], s) if row < len(known) else (plain_caption(name, s),) for s in STYLES]
@@ -38,7 +38,7 @@ def all_captions(gallery: Gallery) -> list[list[tuple[str, ...]]]:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> Tensor:
-    """Token ids `(n, length)`, padded with eos."""
+    """Tokenize texts to `(n, length)`, padded with eos."""
     ids: Tensor = tokenizer(
         texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     ).input_ids
@@ -46,7 +46,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> Tensor:
 
 
 class ClipStage:
-    """Learns from the gallery and its `softened` twin (what the autoencoder makes of each picture)."""
+    """Trains on the gallery and on its `softened` version (reconstructions by the autoencoder)."""
 
     name = "clip"
 
@@ -69,8 +69,8 @@ class ClipStage:
         hidden = {(pair.row, pair.style) for pair in unseen}
         places = [(r, s) for r in range(len(gallery.codes)) for s in range(self.styles) if (r, s) not in hidden]
         known = len(concepts())
-        self.of_concepts = torch.tensor([place for place in places if place[0] < known])
-        self.of_others = torch.tensor([place for place in places if place[0] >= known] or places)
+        self.of_concepts = torch.tensor([pair for pair in places if pair[0] < known])
+        self.of_others = torch.tensor([pair for pair in places if pair[0] >= known] or places)
         texts = [texts[0] for row in self.captions[:known] for texts in row]
         self.canonical = tokenize(tokenizer, texts, TEXT_LENGTH).to(device)
 
@@ -92,7 +92,7 @@ class ClipStage:
         return matched + concept + style
 
     def validate(self) -> dict[str, float]:
-        """Accuracy on the unseen renderings: with the heads, and by the captions' embeddings."""
+        """Measure accuracy on held-out renderings, by the heads and by the captions' embeddings."""
         rows = torch.tensor([pair.row for pair in self.unseen])
         styles = torch.tensor([pair.style for pair in self.unseen])
         pixels = to_model(self.gallery.pictures[rows.numpy(), styles.numpy()], self.device)
@@ -111,7 +111,7 @@ class ClipStage:
         }
 
     def sample(self, path: Path) -> None:
-        """What the tower sees: a sheet of augmented pictures."""
+        """Write a sheet of augmented pictures, the tower's input."""
         generator = step_generator(self.seed, 0)
         pixels = augment(self._pictures(self._draw(generator), generator), generator)
         contact_sheet(to_bytes(pixels), columns=12).save(path)
@@ -132,7 +132,7 @@ class ClipStage:
         return tokenize(self.tokenizer, texts, TEXT_LENGTH)
 
     def _pictures(self, places: Tensor, generator: torch.Generator) -> Tensor:
-        """Originals and, two times in five, what the autoencoder made of them."""
+        """Return originals, replaced by the autoencoder's reconstruction in two cases of five."""
         soft = (torch.rand(len(places), generator=generator) < 0.4).tolist()
         chosen = [
             (self.softened if use else self.gallery.pictures)[row, style]
@@ -142,5 +142,5 @@ class ClipStage:
 
 
 def _top(scores: Tensor, wanted: Tensor, k: int) -> float:
-    """The share of rows whose wanted column is among the k best."""
+    """Return the share of rows whose wanted column is among the k best."""
     return float((scores.topk(k, dim=1).indices == wanted[:, None]).any(dim=1).float().mean())

@@ -1,4 +1,4 @@
-"""`scumble train base`: trains the bundled base, writes its folder, measures it."""
+"""`scumble train base`: trains the bundled base, writes its folder and measures it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def train_base(
         "demo/base"
     ),
     stage: Annotated[str, typer.Option("--stage", help="data, vae, clip, unet, scorer or all.")] = "all",
-    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where npm packages are kept.")] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Cache folder for npm packages.")] = None,
     work_dir: Annotated[Path | None, typer.Option("--work-dir", help="Pictures, checkpoints, logs, grids.")] = None,
     vae_steps: Annotated[int | None, typer.Option("--vae-steps", min=1)] = None,
     clip_steps: Annotated[int | None, typer.Option("--clip-steps", min=1)] = None,
     unet_steps: Annotated[int | None, typer.Option("--unet-steps", min=1)] = None,
     scorer_steps: Annotated[int | None, typer.Option("--scorer-steps", min=1)] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Decides every random number of the run.")] = 1,
-    number: Annotated[int, typer.Option("--workers", min=1, help="Processes that share the work, on a CPU.")] = 2,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of all random numbers.")] = 1,
+    number: Annotated[int, typer.Option("--workers", min=1, help="Number of processes, on a CPU.")] = 2,
     resume_from: Annotated[
-        Path | None, typer.Option("--resume-from", help="A base's folder whose weights to go on from.")
+        Path | None, typer.Option("--resume-from", help="Folder of a base whose weights to start from.")
     ] = None,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Only measure the base in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Train the bundled base: pictures, autoencoder, CLIP, UNet. Goes on where an earlier run stopped."""
+    """Train the bundled base: pictures, autoencoder, CLIP, UNet. Continues an earlier run."""
     if stage not in (*STAGES, "all"):
         raise InvalidRequest(f"--stage is {stage!r}; it is one of {', '.join(STAGES)}, all", field="stage")
     from scumble_demo.pretraining import workers
@@ -50,7 +50,7 @@ def train_base(
     from scumble_demo.pretraining.stages import Workshop, prepare_data
 
     if resume_from and not (resume_from / "model_index.json").is_file():
-        raise NotFound(f"{resume_from} holds no base to go on from", path=str(resume_from))
+        raise NotFound(f"{resume_from} has no base to start from", path=str(resume_from))
     device, begun = best_device(), time.monotonic()
     recipe = Recipe(seed=seed).with_steps(vae=vae_steps, clip=clip_steps, unet=unet_steps, scorer=scorer_steps)
     folder = work_dir or data_home() / ("base" if resume_from is None else "base-resumed")
@@ -110,6 +110,6 @@ def _report(report: dict[str, object], *, as_json: bool) -> None:
     if isinstance(evaluation, dict):
         for name, value in evaluation.items():
             print(f"{name:20} {value:.1%}" if isinstance(value, float) else f"{name:20} {value}")
-        print("good enough" if report["passed"] else "not good enough yet")
+        print("good enough" if report["passed"] else "below the thresholds")
     else:
         print(json.dumps(report, indent=2))

@@ -1,4 +1,4 @@
-"""Sample grids: known concepts, fixed seeds, drawn with diffusers' own pipeline."""
+"""Draws sample grids of known concepts with fixed seeds by diffusers' pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS, GUIDANCE = 25, 3.0
 
 
 def grid_prompts(count: int = 36) -> list[str]:
-    """Concepts spread evenly over the list, the styles in turn."""
+    """Return prompts of concepts spread evenly over the list, in the styles in turn."""
     known = base_concepts()
     return [
         canonical_caption(known[number * len(known) // count], BASE_STYLES[number % len(BASE_STYLES)])
@@ -25,7 +25,7 @@ def grid_prompts(count: int = 36) -> list[str]:
 
 
 class Drawing:
-    """Draws the grid with whatever weights the pipeline's parts hold at the moment."""
+    """Draw the grid with the pipeline's current weights."""
 
     def __init__(self, pipe: Any, count: int = 36) -> None:
         pipe.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""Is the base good enough? 200 captions it knows, fixed seeds, judged by the scorer, and the scorer judged too."""
+"""Measures the base on 200 training captions with fixed seeds by the scorer, and the scorer on real renderings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEEDED = {"concept_top5": 0.60, "style_top1": 0.85, "real_concept_top5": 0.95, "
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A caption with what it asks for and the seed of its picture."""
+    """A caption with its concept, its style and the seed of its image."""
 
     text: str
     concept: Concept
@@ -35,8 +35,8 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Shares between 0 and 1. Generated pictures are ranked among the trained concepts and all styles; `real_…`
-    is the scorer on renderings that it never saw, among all concepts and styles.
+    """Shares between 0 and 1. Generated images are ranked among the trained concepts and all styles; `real_…` is the
+    scorer on held-out renderings, among all concepts and styles.
     """
 
     concept_top1: float
@@ -55,7 +55,7 @@ class Evaluation:
 
 
 def evaluation_prompts(count: int = COUNT, seed: int = SEED) -> tuple[Prompt, ...]:
-    """Held-in captions: the (concept, style) pairs in a shuffled order, a random wording each, seeds 0, 1, 2, …"""
+    """Return training captions: shuffled (concept, style) pairs, a random wording each, seeds 0, 1, 2, …"""
     order = np.random.default_rng(seed)
     pairs = [(concept, style) for concept in base_concepts() for style in BASE_STYLES]
     chosen = order.permutation(len(pairs))[:count]
@@ -68,14 +68,14 @@ def evaluation_prompts(count: int = COUNT, seed: int = SEED) -> tuple[Prompt, ..
 
 
 def load_pipeline(base: Path) -> Any:
-    """The base as diffusers loads it, in float32."""
+    """Load the base with diffusers, in float32."""
     pipe = StableDiffusionPipeline.from_pretrained(base, local_files_only=True, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def generate(pipe: Any, prompts: tuple[Prompt, ...], batch: int = 20) -> NDArray[np.uint8]:
-    """Pictures `(n, H, W, 3)`; each depends on its own prompt and seed only."""
+    """Draw images `(n, H, W, 3)`; each depends on its own prompt and seed only."""
     parts = []
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
@@ -91,7 +91,7 @@ def generate(pipe: Any, prompts: tuple[Prompt, ...], batch: int = 20) -> NDArray
 
 
 def evaluate_base(base: Path, gallery: Gallery, device: torch.device, grid: Path | None = None) -> Evaluation:
-    """The measure of the issue; writes the first 36 pictures to `grid` for a person to look at."""
+    """Measure the base; writes the first 36 images to `grid`."""
     pipe = load_pipeline(base).to(device)
     prompts = evaluation_prompts()
     pictures = generate(pipe, prompts)
@@ -101,7 +101,7 @@ def evaluate_base(base: Path, gallery: Gallery, device: torch.device, grid: Path
 
 
 def judge(scorer: Scorer, pictures: NDArray[np.uint8], prompts: tuple[Prompt, ...], gallery: Gallery) -> Evaluation:
-    """Compares what the scorer sees with what was asked for, and the scorer with the truth."""
+    """Compare the scorer's results with the prompts, and on real renderings with the truth."""
     scores = scorer.score(pictures)
     known = base_concepts()
     columns = [concepts().index(concept) for concept in known]

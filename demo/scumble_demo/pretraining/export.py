@@ -1,4 +1,4 @@
-"""Writes the base as a folder that `StableDiffusionPipeline.from_pretrained` loads, in half precision."""
+"""Writes the base in half precision as a folder that `StableDiffusionPipeline.from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROJECTION_FILE = "scorer/text_projection.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class BaseModels:
-    """All models of a base, with the scorer that judges it."""
+    """All models of a base, with its scorer."""
 
     vae: AutoencoderKL
     clip: Clip
@@ -36,7 +36,7 @@ class BaseModels:
 def pipeline_of(
     vae: AutoencoderKL, clip: Clip, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    """The parts put together as SD 1.5 is, with the vision tower as image encoder."""
+    """Return the parts as an SD 1.5 pipeline, with the vision tower as image encoder."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=clip.text,
@@ -51,10 +51,9 @@ def pipeline_of(
 
 
 def export_base(out: Path, parts: BaseModels) -> None:
-    """Replaces the weights in `out` by these, as fp16 safetensors; other files there stay.
+    """Replace the weights in `out` by these, as fp16 safetensors; other files there stay.
 
-    The folder is written beside it first; a reader meets no half-written file, though for a moment
-    parts of two bases.
+    The folder is written beside it first, so no file is ever incomplete, but for a moment it has parts of two bases.
     """
     with work_folder(out.parent, f".{out.name}-") as draft:
         _write_folder(draft, parts)
@@ -79,9 +78,9 @@ def _write_folder(draft: Path, parts: BaseModels) -> None:
 
 
 def load_parts(folder: Path) -> BaseModels:
-    """Reads such a folder back, in float32: to train on, or to measure."""
+    """Read such a folder in float32, to train or to measure."""
     if not (folder / "model_index.json").is_file():
-        raise NotFound(f"{folder} holds no base: there is no model_index.json", path=str(folder))
+        raise NotFound(f"{folder} has no base: there is no model_index.json", path=str(folder))
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
     clip = Clip(pipe.text_encoder, pipe.image_encoder, classes=len(concepts()), styles=len(STYLES))
     projection = {name: value.float() for name, value in load_file(folder / PROJECTION_FILE).items()}
@@ -94,7 +93,7 @@ def _is_projection(name: str) -> bool:
 
 
 def _halve(path: Path) -> None:
-    """Stores float32 weights as float16; what is too large for it would be caught here."""
+    """Convert a file's float32 weights to float16. Raises an error for values that do not fit."""
     tensors = load_file(path)
     halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
     if not all(bool(torch.isfinite(value).all()) for value in halved.values()):

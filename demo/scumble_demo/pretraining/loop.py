@@ -1,7 +1,6 @@
-"""One training loop for all stages: learning rate, EMA, checkpoints, validation; restartable at any moment.
+"""The training loop of all stages: learning rate, EMA, checkpoints, validation. It can be resumed at any time.
 
-A step's randomness comes from (seed, step) alone, so a run that was killed and started again repeats
-exactly what the uninterrupted one would have done, up to the last checkpoint's position.
+A step's randomness depends only on (seed, step), so a resumed run does the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ from scumble_demo.pretraining.checkpoint import load_checkpoint, save_checkpoint
 
 
 class TrainingStage(Protocol):
-    """What a stage gives the loop."""
+    """The interface of a stage to the loop."""
 
     name: str
 
     @property
     def module(self) -> nn.Module:
-        """Holds every trained weight."""
+        """The module with all trained weights."""
 
     def loss(self, step: int) -> Tensor:
-        """The loss of one batch, a scalar; must depend on nothing but weights, seed and step."""
+        """Return the loss of one batch, a scalar that depends only on weights, seed and step."""
 
     def validate(self) -> dict[str, float]:
-        """Measures on fixed data and noise; the loop has put the EMA weights in place."""
+        """Measure on fixed data and noise; called with the EMA weights."""
 
     def sample(self, path: Path) -> None:
-        """Writes a picture to look at; the EMA weights are in place."""
+        """Write a sample picture; called with the EMA weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
-    """How long and how fast. `validate_every` and `save_every` are in steps."""
+    """Length and learning rate of a stage. `validate_every` and `save_every` are in steps."""
 
     steps: int
     learning_rate: float
@@ -59,7 +58,7 @@ class LoopConfig:
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to `final_ratio` of the peak."""
+    """Return the learning rate: linear warm-up, then a cosine down to `final_ratio` of the peak."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
@@ -68,7 +67,7 @@ def learning_rate(config: LoopConfig, step: int) -> float:
 
 
 class Ema:
-    """A running mean of the weights; early on its memory is short, so that it forgets the random start."""
+    """An exponential moving average of the weights, with a shorter window at the start to forget the random weights."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -82,7 +81,7 @@ class Ema:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Lends the mean weights to `module`; afterwards it holds its own again."""
+        """Put the mean weights into `module` within the block, and restore its own afterwards."""
         own = {name: value.detach().clone() for name, value in module.named_parameters()}
         copy_into(module, self.values)
         try:
@@ -98,9 +97,9 @@ def copy_into(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def run_stage(stage: TrainingStage, config: LoopConfig, folder: Path) -> dict[str, float]:
-    """Trains `stage` to `config.steps`, going on from `folder/checkpoint.pt` where there is one.
+    """Train `stage` to `config.steps`, from `folder/checkpoint.pt` if it exists.
 
-    On return the module holds the EMA weights. Returns the last validation.
+    Afterwards the module has the EMA weights. Returns the last validation.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(
@@ -145,7 +144,7 @@ def _validate(stage: TrainingStage, folder: Path, step: int, log: _Log) -> dict[
 
 
 class _Log:
-    """Progress for people (stderr) and programs (JSON lines)."""
+    """Writes progress as text to stderr and as JSON lines to a file."""
 
     def __init__(self, name: str, path: Path, start: int, steps: int) -> None:
         self.name, self.path, self.start, self.steps = name, path, start, steps

@@ -1,4 +1,4 @@
-"""The recipe: every number that decides what the base becomes."""
+"""The recipe: all hyperparameters of the base's training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCORER_LOOP = LoopConfig(
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Steps and rates of the stages, batch sizes, seeds and the widths of the models."""
+    """Steps and learning rates of the stages, batch sizes, seeds and widths of the models."""
 
     vae: LoopConfig = VAE_LOOP
     clip: LoopConfig = CLIP_LOOP
@@ -40,10 +40,10 @@ class Recipe:
     vae_channels: tuple[int, ...] = (32, 64, 64, 64)
     unet_channels: tuple[int, ...] = (64, 128, 128)
     unet_heads: tuple[int, ...] = (2, 4, 4)
-    concept_share: int = 8  # how often a concept's picture is in the VAE's data, against once for other emoji
+    concept_share: int = 8  # frequency of a concept's picture in the VAE's data, relative to other emoji
 
     def with_steps(self, **steps: int | None) -> Recipe:
-        """The recipe with other lengths for the stages named; None leaves a stage as it is."""
+        """Return the recipe with other numbers of steps for the named stages; None leaves a stage as it is."""
         changes = {
             stage: replace(getattr(self, stage), steps=count) for stage, count in steps.items() if count is not None
         }

@@ -1,4 +1,4 @@
-"""The noise schedule of SD 1.5, to the letter."""
+"""The noise schedule of SD 1.5."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 
 def new_scheduler() -> DDIMScheduler:
-    """1,000 steps, betas rising evenly in their square root from 0.00085 to 0.012; predicts the noise."""
+    """Return the scheduler: 1,000 steps, square roots of betas linear from 0.00085 to 0.012; predicts the noise."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,

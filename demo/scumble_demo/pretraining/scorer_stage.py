@@ -1,4 +1,4 @@
-"""Stage 4: the scorer learns to name emoji and style, from real renderings only."""
+"""Stage 4: trains the scorer to classify concept and style, on real renderings only."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from scumble_demo.pretraining.unseen import UnseenPair
 from scumble_demo.pretraining.vae import to_bytes, to_model
 from scumble_demo.scorer import ScorerNet, hit_rate
 
-# The share of pictures that are redrawn, so that a thing is known in hands that never drew it.
+# Share of pictures with simulated outlines or ink, so that concepts are recognised in unseen styles.
 INKED, OUTLINED = 0.15, 0.2
 
 
 class ScorerStage:
-    """Two thirds of a batch show concepts, in the five styles or by other hands; the rest are other emoji.
+    """Trains on batches of two thirds concepts, in the five styles or in extra ones, and one third other emoji.
 
-    Other emoji teach what a style is beyond the concepts; other hands teach what a concept is beyond the styles.
+    Other emoji make the style classifier independent of concepts; extra styles make the concept classifier independent
+    of styles.
     """
 
     name = "scorer"
@@ -50,7 +51,7 @@ class ScorerStage:
         hidden = {(pair.row, pair.style) for pair in unseen}
         rows = len(gallery.codes)
         places = [(r, s) for r in range(rows) for s in range(len(STYLES)) if (r, s) not in hidden]
-        # The third column is the number of a picture in `extras`, or -1.
+        # The third column is the index of a picture in `extras`, or -1.
         learnt = [(row, style, -1) for row, style in places if row < self.known]
         learnt += [(int(row), -1, number) for number, row in enumerate(extras.rows)]
         self.of_concepts = torch.tensor(learnt)
@@ -69,7 +70,7 @@ class ScorerStage:
         return named + functional.cross_entropy(styles, places[:, 1].to(self.device), ignore_index=-1)
 
     def validate(self) -> dict[str, float]:
-        """Accuracy on the renderings that it never sees, among all concepts and styles."""
+        """Measure accuracy on held-out renderings, among all concepts and styles."""
         rows, styles = [pair.row for pair in self.unseen], [pair.style for pair in self.unseen]
         pixels = to_model(self.gallery.pictures[rows, styles], self.device)
         concept, style = self.module.concept(pixels).cpu(), self.module.style(pixels).cpu()
@@ -80,7 +81,7 @@ class ScorerStage:
         }
 
     def sample(self, path: Path) -> None:
-        """What it sees: a sheet of augmented pictures."""
+        """Write a sheet of augmented pictures, the scorer's input."""
         generator = step_generator(self.seed, 0)
         pixels = self._redraw(self._plain(self._draw(generator), generator), generator)
         contact_sheet(to_bytes(pixels), columns=12).save(path)
@@ -93,21 +94,21 @@ class ScorerStage:
         return places[torch.randperm(len(places), generator=generator)]
 
     def _plain(self, places: Tensor, generator: torch.Generator) -> Tensor:
-        """Originals and, as often, what the autoencoder made of them, `(n, 3, H, W)`."""
+        """Return originals or, in half of the cases, the autoencoder's reconstructions, `(n, 3, H, W)`."""
         soft = (torch.rand(len(places), generator=generator) < 0.5).tolist()
-        chosen = [self._picture(place, softened=use) for use, place in zip(soft, places.tolist(), strict=True)]
+        chosen = [self._picture(entry, softened=use) for use, entry in zip(soft, places.tolist(), strict=True)]
         return to_model(np.stack(chosen), self.device)
 
     def _redraw(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """Some in ink, some outlined, all augmented; changes `pixels`."""
+        """Simulate ink or outlines for some pictures, and augment all; changes `pixels`."""
         redrawn = torch.rand(len(pixels), generator=generator)
         ink, line = redrawn < INKED, (redrawn >= INKED) & (redrawn < INKED + OUTLINED)
         pixels[ink], pixels[line] = inked(pixels[ink]), outlined(pixels[line])
         strength = 0.1 + 0.9 * float(torch.rand((), generator=generator))
         return augment(pixels, generator, strength, shrink=0.45)
 
-    def _picture(self, place: list[int], *, softened: bool) -> NDArray[np.uint8]:
-        row, style, extra = place
+    def _picture(self, entry: list[int], *, softened: bool) -> NDArray[np.uint8]:
+        row, style, extra = entry
         if extra >= 0:
             place_of: tuple[int, ...] = (extra,)
             source = self.extras.pictures

@@ -1,7 +1,7 @@
-"""What the autoencoder makes of the concepts' pictures, slightly disturbed: the look of generated pictures.
+"""Reconstructs the concepts' pictures with the autoencoder and some noise, which gives them the look of generated
+images.
 
-The vision tower learns from these beside the originals. They are real renderings seen through the VAE;
-no generated picture is ever learnt.
+The vision tower is trained on these beside the originals, and never on generated images.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from scumble_demo.emoji.gallery import Gallery
 from scumble_demo.pretraining.device import mixed_precision, step_generator
 from scumble_demo.pretraining.vae import to_bytes, to_model
 
-NOISE = 0.25  # at most this share of the latents' deviation
+NOISE = 0.25  # largest noise, as a share of the latents' deviation
 
 
 @torch.no_grad()
 def soften(
     path: Path, vae: Callable[[], AutoencoderKL], gallery: Gallery, device: torch.device, seed: int
 ) -> NDArray[np.uint8]:
-    """Pictures like the gallery's `(codes, styles, H, W, 3)`; only the concepts' differ. Kept in `path`."""
+    """Return pictures like the gallery's `(codes, styles, H, W, 3)`, with the concepts' reconstructed. Cached in
+    `path`.
+    """
     if path.is_file():
-        kept: NDArray[np.uint8] = np.load(path, mmap_mode="r")
-        return kept
+        cached: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+        return cached
     model = vae()
     softened = np.array(gallery.pictures)
     for row in range(len(concepts())):

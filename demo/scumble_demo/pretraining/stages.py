@@ -1,4 +1,4 @@
-"""Puts the stages together: what each one reads from the work folder, trains and leaves there."""
+"""Connects the stages: each reads its inputs from the work folder, trains, and writes its result there."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """Where a run keeps its things and how it works.
+    """Folders and settings of a run.
 
-    `start` is a base's folder whose weights the stages begin from, in place of random ones.
+    `start` is a base's folder whose weights the stages start from, instead of random ones.
     """
 
     folder: Path
@@ -59,12 +59,12 @@ class Workshop:
     def extras(self) -> Extras:
         extras = load_extras(self.folder / "gallery")
         if extras is None:
-            raise NotFound(f"no further pictures in {self.folder}; run the stage `data` first", stage="data")
+            raise NotFound(f"no extra pictures in {self.folder}; run the stage `data` first", stage="data")
         return extras
 
 
 def prepare_data(shop: Workshop, packages: Path) -> Gallery:
-    """Fetches the npm packages and renders them; nothing is done twice."""
+    """Fetch the npm packages and render them, unless that is done already."""
     gallery = load_gallery(shop.folder / "gallery")
     if gallery is None:
         modules = fetch_packages(packages)
@@ -75,7 +75,7 @@ def prepare_data(shop: Workshop, packages: Path) -> Gallery:
 
 
 def tokenizer_of(shop: Workshop) -> CLIPTokenizer:
-    """The run's tokenizer: the starting base's, or one trained on all captions."""
+    """Return the run's tokenizer: the starting base's, or one trained on all captions."""
     folder = shop.folder / "tokenizer"
     if not folder.is_dir():
         tokenizer = (
@@ -89,7 +89,7 @@ def tokenizer_of(shop: Workshop) -> CLIPTokenizer:
 
 
 def vae_pictures(gallery: Gallery, concept_share: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """What the VAE learns (base styles, held-out concepts left out) and what it is shown to be measured."""
+    """Return the VAE's training pictures (base styles without held-out concepts) and its validation pictures."""
     order = concepts()
     base = [STYLES.index(style) for style in BASE_STYLES]
     known = [order.index(concept) for concept in base_concepts()]
@@ -100,23 +100,29 @@ def vae_pictures(gallery: Gallery, concept_share: int) -> tuple[NDArray[np.uint8
     of_concepts = pictures[known][:, base].reshape(shape)
     of_others = pictures[len(order) :][:, base].reshape(shape)
     learnt = np.concatenate([of_concepts] * concept_share + [of_others])
-    shown = [pictures[new][:, base].reshape(shape), pictures[known[::24]][:, foreign].reshape(shape)]
-    return learnt, np.concatenate(shown)
+    held_out = [pictures[new][:, base].reshape(shape), pictures[known[::24]][:, foreign].reshape(shape)]
+    return learnt, np.concatenate(held_out)
 
 
 def train_vae(shop: Workshop) -> dict[str, float]:
     recipe = shop.recipe
-    learnt, shown = vae_pictures(shop.gallery(), recipe.concept_share)
+    learnt, held_out = vae_pictures(shop.gallery(), recipe.concept_share)
     torch.manual_seed(recipe.seed)
     vae = load_parts(shop.start).vae if shop.start else new_vae(recipe.vae_channels, learnt.shape[1])
     stage = VaeStage(
-        vae, learnt, shown, seed=recipe.seed, steps=recipe.vae.steps, device=shop.device, batch=_share(recipe.vae_batch)
+        vae,
+        learnt,
+        held_out,
+        seed=recipe.seed,
+        steps=recipe.vae.steps,
+        device=shop.device,
+        batch=_share(recipe.vae_batch),
     )
     return run_stage(stage, recipe.vae, shop.folder / "vae")
 
 
 def trained_vae(shop: Workshop) -> AutoencoderKL:
-    """The stage's result with its scaling factor measured on the base's pictures."""
+    """Return the trained VAE with its scaling factor, measured on the base's pictures."""
     gallery = shop.gallery()
     vae = new_vae(shop.recipe.vae_channels, gallery.pictures.shape[2])
     _load(vae, shop, "vae")
@@ -158,7 +164,7 @@ def train_clip(shop: Workshop) -> dict[str, float]:
 
 
 def softened_pictures(shop: Workshop) -> NDArray[np.uint8]:
-    """Computed by the first worker, read by all."""
+    """Return the softened pictures, computed by the first worker and read by all."""
     path, seed = shop.folder / "softened.npy", shop.recipe.seed
     if workers.rank() == 0:
         soften(path, lambda: frozen_vae(shop), shop.gallery(), shop.device, seed)
@@ -198,7 +204,7 @@ def new_or_started_unet(shop: Workshop) -> UNet2DConditionModel:
 
 
 def train_unet(shop: Workshop) -> dict[str, float]:
-    """Learns to draw with the VAE and the text encoder as they are."""
+    """Train the UNet with frozen VAE and text encoder."""
     recipe, gallery = shop.recipe, shop.gallery()
     vae, clip, tokenizer = frozen_vae(shop), frozen_clip(shop), tokenizer_of(shop)
     unet = new_or_started_unet(shop)
@@ -214,21 +220,21 @@ def train_unet(shop: Workshop) -> dict[str, float]:
 
 
 def frozen_vae(shop: Workshop) -> AutoencoderKL:
-    """The VAE that later stages build on: this run's, or the starting base's where this run trained none."""
+    """Return the VAE for later stages: this run's, or the starting base's if this run trained none."""
     if shop.start and not _has_run(shop, "vae"):
         return load_parts(shop.start).vae.to(shop.device).eval()
     return trained_vae(shop)
 
 
 def frozen_clip(shop: Workshop) -> Clip:
-    """The CLIP that later stages build on, likewise."""
+    """Return the CLIP for later stages: this run's, or the starting base's."""
     if shop.start and not _has_run(shop, "clip"):
         return load_parts(shop.start).clip.to(shop.device).eval()
     return trained_clip(shop)
 
 
 def trained_scorer(shop: Workshop) -> ScorerNet:
-    """The stage's result, with the renderings that it may remember."""
+    """Return the trained scorer, with the renderings that it stores."""
     net = _load(ScorerNet(len(concepts()), len(STYLES)), shop, "scorer")
     gallery = shop.gallery()
     hidden = {(pair.row, pair.style) for pair in unseen_pairs()}
@@ -239,7 +245,7 @@ def trained_scorer(shop: Workshop) -> ScorerNet:
 
 
 def trained_parts(shop: Workshop) -> BaseModels:
-    """Everything that goes into the folder: of each stage what this run trained, else the starting base's."""
+    """Return all parts of the base: of each stage this run's result, else the starting base's."""
     start = load_parts(shop.start) if shop.start else None
     unet = start.unet if start else new_or_started_unet(shop)
     return BaseModels(
@@ -252,7 +258,7 @@ def trained_parts(shop: Workshop) -> BaseModels:
 
 
 def _share(batch: int) -> int:
-    """What one worker computes of a batch."""
+    """Return one worker's share of a batch."""
     return max(1, batch // workers.count())
 
 
@@ -261,14 +267,14 @@ def _has_run(shop: Workshop, stage: str) -> bool:
 
 
 def _known(module: nn.Module) -> dict[str, Tensor]:
-    """What the folder keeps of CLIP; the heads that helped in training are not in it."""
+    """Return CLIP's parts for the base, without the auxiliary heads."""
     return {name: value for name, value in module.state_dict().items() if "_head." not in name}
 
 
 def _load(module: Module, shop: Workshop, stage: str) -> Module:
-    """Fills in the stage's EMA weights and freezes them; NotFound where the stage has not run."""
+    """Load the stage's EMA weights and freeze them. Raises NotFound if the stage has not run."""
     mean = read_mean(shop.folder / stage / "checkpoint.pt")
     if mean is None:
-        raise NotFound(f"stage {stage!r} has left nothing in {shop.folder}; run it first", stage=stage)
+        raise NotFound(f"stage {stage!r} has no checkpoint in {shop.folder}; run it first", stage=stage)
     copy_into(module, mean)
     return module.eval().requires_grad_(False)

@@ -16,7 +16,7 @@ _SUFFIX = "</w>"
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 2600) -> CLIPTokenizer:
-    """Learns merges and lays the vocabulary out as CLIP does: bytes, bytes at a word's end, merges, bos, eos.
+    """Train merges, with the vocabulary in CLIP's order: bytes, bytes at a word's end, merges, bos, eos.
 
     Every byte has a token, so no prompt is ever unknown. The pad token is eos, as in SD 1.5.
     """
@@ -36,7 +36,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 2600) -> CLIPTokeniz
     merges = _merges(state)
     order = [*letters, *(letter + _SUFFIX for letter in letters), *("".join(pair) for pair in merges), BOS, EOS]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(order))}
-    # Pairs are what the tokenizer's BPE takes, whatever the annotation says.
+    # The tokenizer's BPE takes pairs, although the annotation differs.
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)  # type: ignore[arg-type]
 
 

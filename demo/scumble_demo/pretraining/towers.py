@@ -1,4 +1,4 @@
-"""The two towers of the small CLIP: a text encoder for prompts, a vision transformer that scores pictures."""
+"""The two towers of the small CLIP: a text encoder and a vision transformer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ IMAGE_SIZE, PATCH = 128, 16
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH, layers: int = 3) -> CLIPTextModel:
-    """The special tokens' true ids are given: with CLIP's legacy eos id, 2, it would pool at the largest id."""
+    """Make the text encoder with the true special token ids: with CLIP's legacy eos id, 2, it would pool at the largest
+    id.
+    """
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -57,7 +59,7 @@ def new_image_encoder(
 
 
 def new_image_processor(image_size: int = IMAGE_SIZE) -> CLIPImageProcessor:
-    """Pixels to -1…1: mean and deviation 0.5, as the autoencoder has it."""
+    """Return the image processor, which scales pixels to -1…1 (mean and deviation 0.5) as for the autoencoder."""
     return CLIPImageProcessor(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
@@ -67,7 +69,7 @@ def new_image_processor(image_size: int = IMAGE_SIZE) -> CLIPImageProcessor:
 
 
 class Clip(nn.Module):
-    """Both towers, the text projection and the heads that name concept and style; trained together."""
+    """Both towers, the text projection and the heads for concept and style, which are trained together."""
 
     def __init__(self, text: CLIPTextModel, vision: CLIPVisionModelWithProjection, classes: int, styles: int) -> None:
         super().__init__()
@@ -79,20 +81,20 @@ class Clip(nn.Module):
         self.style_head = nn.Linear(WIDTH, styles)
 
     def embed_text(self, ids: Tensor) -> Tensor:
-        """`ids (n, T)` → unit vectors `(n, WIDTH)`."""
+        """Embed `ids (n, T)` as unit vectors `(n, WIDTH)`."""
         pooled = self.text(input_ids=ids).pooler_output
         return functional.normalize(self.text_projection(pooled).float(), dim=-1)
 
     def embed_pictures(self, pixels: Tensor) -> Tensor:
-        """`pixels (n, 3, H, W)` in -1…1 → embeddings `(n, WIDTH)`, not normalised."""
+        """Embed `pixels (n, 3, H, W)` in -1…1 as `(n, WIDTH)`, not normalised."""
         return cast("Tensor", self.vision(pixel_values=pixels).image_embeds).float()
 
 
 def contrastive_loss(pictures: Tensor, texts: Tensor, same: Tensor, log_scale: Tensor) -> Tensor:
-    """CLIP's loss where several texts may fit one picture: `same (n, n)` marks the pairs that belong together.
+    """Return CLIP's loss for batches where several texts match one picture; `same (n, n)` marks matching pairs.
 
-    The cross-entropy is taken against the even distribution over all fitting partners (supervised
-    contrastive learning, arXiv:2004.11362), both ways.
+    The target is the uniform distribution over all matches (supervised contrastive learning, arXiv:2004.11362), in both
+    directions.
     """
     logits = log_scale.exp().clamp(max=100) * functional.normalize(pictures, dim=-1) @ texts.T
     wanted = same.float() / same.float().sum(dim=1, keepdim=True)

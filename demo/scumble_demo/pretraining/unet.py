@@ -1,4 +1,4 @@
-"""Stage 3: the UNet learns to remove noise from the cached latents, told by the frozen text encoder what they show."""
+"""Stage 3: trains the UNet on cached latents, with captions from the frozen text encoder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def new_unet(
     sample_size: int = 16,
     cross_attention_dim: int = 128,
 ) -> UNet2DConditionModel:
-    """SD 1.5's UNet, small: cross-attention everywhere but on the lowest of three levels."""
+    """Make a small version of SD 1.5's UNet: three levels, cross-attention on all but the lowest."""
     levels = len(channels)
     return UNet2DConditionModel(
         sample_size=sample_size,
@@ -37,17 +37,17 @@ def new_unet(
         block_out_channels=channels,
         layers_per_block=1,
         cross_attention_dim=cross_attention_dim,
-        attention_head_dim=heads,  # diffusers' old name: it is the number of heads
+        attention_head_dim=heads,  # the number of heads, by diffusers' old name
         norm_num_groups=16,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class UnetCache:
-    """Everything the UNet learns from, computed once.
+    """The UNet's training data, computed once.
 
-    `latents (n, 4, h, w)`, scaled; `texts (n, variants, T, D)` the hidden states of each picture's captions;
-    `wordings (n, T, D)` of a caption that is only validated; `empty (T, D)` of the empty prompt.
+    `latents (n, 4, h, w)`, scaled; `texts (n, variants, T, D)`, hidden states of each picture's captions;
+    `wordings (n, T, D)`, of a held-out caption for validation; `empty (T, D)`, of the empty prompt.
     """
 
     latents: Tensor
@@ -56,12 +56,12 @@ class UnetCache:
     empty: Tensor
 
     def as_latents(self) -> Latents:
-        """Without spread: pictures are encoded by their means."""
+        """Encode pictures to the means of their posteriors."""
         return Latents(self.latents.unbind(0), torch.zeros_like(self.latents).unbind(0))
 
 
 class UnetStage:
-    """Learns all pictures of the cache; a tenth of the captions are empty, for guidance."""
+    """Trains on all pictures of the cache; a tenth of the captions are empty, for classifier-free guidance."""
 
     name = "unet"
 
@@ -99,7 +99,7 @@ class UnetStage:
         return losses.mean()
 
     def validate(self) -> dict[str, float]:
-        """The loss on fixed noise with a wording of the captions that training never used."""
+        """Measure the loss with fixed noise and held-out captions."""
         pictures = torch.arange(0, len(self.cache.latents), max(1, len(self.cache.latents) // 96))
         loss = validation_loss(
             self.schedule, self._plain, self.cache.as_latents(), pictures, device=self.device, seed=self.seed

@@ -1,4 +1,4 @@
-"""The renderings that the scorer never sees, on which it is measured."""
+"""The held-out renderings on which the scorer is measured."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SEED, COUNT = 7, 80
 
 @dataclass(frozen=True, slots=True)
 class UnseenPair:
-    """One picture by its place in the gallery."""
+    """A picture's position in the gallery."""
 
     row: int
     style: int
 
 
 def unseen_pairs(seed: int = SEED, count: int = COUNT) -> tuple[UnseenPair, ...]:
-    """One style each of `count` concepts; the other styles of the same concepts are learnt."""
+    """Return one style each of `count` concepts; the other styles of these concepts are in the training data."""
     order = np.random.default_rng(seed)
     rows = order.choice(len(concepts()), size=min(count, len(concepts())), replace=False)
     return tuple(UnseenPair(int(row), int(order.integers(len(STYLES)))) for row in sorted(rows))

@@ -1,7 +1,7 @@
-"""Stage 1: the autoencoder, 128×128 pixels ↔ 16×16×4 latents, learnt mostly from 64-pixel crops.
+"""Stage 1: the autoencoder, 128×128 pixels ↔ 16×16×4 latents, trained mostly on 64-pixel crops.
 
-Crops cost a quarter; whole pictures join every fourth step, and in the last quarter of the run there is
-nothing else, so that the normalisations meet the statistics of whole pictures.
+Crops take a quarter of the time. Every fourth step, and all steps of the last quarter of the run, use whole pictures,
+so that the normalisation layers see their statistics.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch.nn import functional
 from scumble_demo.emoji.render import contact_sheet
 from scumble_demo.pretraining.device import mixed_precision, step_generator
 
-KL_WEIGHT = 3e-4  # per latent element; gives latents a spread of a few percent, which the decoder learns to bear
+KL_WEIGHT = (
+    3e-4  # KL weight per latent element; gives latents a spread of a few percent, which the decoder learns to handle
+)
 CHANNELS = (32, 64, 64, 64)
 
 
 def new_vae(channels: tuple[int, ...] = CHANNELS, sample_size: int = 128) -> AutoencoderKL:
-    """SD 1.5's autoencoder, small; four levels, so a latent is an eighth of the picture's side."""
+    """Make a small version of SD 1.5's autoencoder: four levels, so the latents' side is an eighth of the picture's."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -37,21 +39,21 @@ def new_vae(channels: tuple[int, ...] = CHANNELS, sample_size: int = 128) -> Aut
 
 
 def to_model(pictures: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
-    """Bytes `(n, H, W, 3)` → floats `(n, 3, H, W)` in -1…1."""
+    """Convert bytes `(n, H, W, 3)` to floats `(n, 3, H, W)` in -1…1."""
     values = torch.as_tensor(np.ascontiguousarray(pictures) if isinstance(pictures, np.ndarray) else pictures)
     scaled = values.to(device).float().div_(127.5).sub_(1)
     return scaled.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def to_bytes(values: Tensor) -> NDArray[np.uint8]:
-    """The inverse of `to_model`; what is out of range is clipped."""
+    """Convert floats back to bytes, the inverse of `to_model`, with clipping."""
     scaled = values.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
     result: NDArray[np.uint8] = scaled.permute(0, 2, 3, 1).cpu().numpy()
     return result
 
 
 def reconstruction_loss(made: Tensor, wanted: Tensor) -> Tensor:
-    """L1 on pixels, on edges, on colour (differences between channels) and on means of many pixels."""
+    """Return the L1 loss on pixels, edges, colour (differences between channels) and local means."""
     edges = sum((made.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean() for axis in (2, 3))
     colours = sum(
         (functional.avg_pool2d(made, size) - functional.avg_pool2d(wanted, size)).abs().mean() for size in (8, 32)
@@ -61,7 +63,7 @@ def reconstruction_loss(made: Tensor, wanted: Tensor) -> Tensor:
 
 
 class VaeStage:
-    """Learns from `pictures (n, H, W, 3)`; `shown` are for validation, measured and drawn but never learnt."""
+    """Trains on `pictures (n, H, W, 3)`; `held_out` are for validation."""
 
     name = "vae"
 
@@ -69,7 +71,7 @@ class VaeStage:
         self,
         vae: AutoencoderKL,
         pictures: NDArray[np.uint8],
-        shown: NDArray[np.uint8],
+        held_out: NDArray[np.uint8],
         *,
         seed: int,
         steps: int,
@@ -77,7 +79,7 @@ class VaeStage:
         batch: int = 16,
     ) -> None:
         self.module = vae.to(device, memory_format=torch.channels_last)
-        self.pictures, self.shown = pictures, shown
+        self.pictures, self.held_out = pictures, held_out
         self.seed, self.steps, self.device, self.batch = seed, steps, device, batch
 
     def loss(self, step: int) -> Tensor:
@@ -94,14 +96,14 @@ class VaeStage:
         return total
 
     def validate(self) -> dict[str, float]:
-        wanted = to_model(self.shown, self.device)
+        wanted = to_model(self.held_out, self.device)
         made = self._reconstruct(wanted)
         error = (made - wanted).abs().mean(dim=(1, 2, 3)) * 127.5
         return {"val_levels": float(error.mean()), "val_levels_worst": float(error.max())}
 
     def sample(self, path: Path) -> None:
-        made = to_bytes(self._reconstruct(to_model(self.shown, self.device)))
-        both = np.stack([self.shown, made], axis=1).reshape(-1, *made.shape[1:])
+        made = to_bytes(self._reconstruct(to_model(self.held_out, self.device)))
+        both = np.stack([self.held_out, made], axis=1).reshape(-1, *made.shape[1:])
         contact_sheet(both, columns=10).save(path)
 
     def _reconstruct(self, wanted: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ class VaeStage:
         return torch.cat(parts)
 
     def _batch(self, step: int, generator: torch.Generator) -> Tensor:
-        """Crops or whole pictures, some mirrored, some with their colours exchanged or greyed."""
+        """Return crops or whole pictures, some mirrored, some with permuted or grey colours."""
         whole = step % 4 == 0 or step >= self.steps * 3 // 4
         count = max(1, self.batch // 4) if whole else self.batch
         side = self.pictures.shape[1]
@@ -130,7 +132,7 @@ class VaeStage:
 
 
 def latent_statistics(vae: AutoencoderKL, pictures: NDArray[np.uint8], device: torch.device) -> float:
-    """The factor that brings the latents of these pictures to unit variance (SD's `scaling_factor`)."""
+    """Return the factor that scales the latents of these pictures to unit variance (SD's `scaling_factor`)."""
     with torch.no_grad():
         means = [
             vae.encode(to_model(part, device)).latent_dist.mean

@@ -1,7 +1,7 @@
-"""Several processes train one model: each computes its share of the batch, gradients are averaged.
+"""Data-parallel training: each process computes its share of the batch, gradients are averaged.
 
-On a processor shared with other programs two processes of one thread each do nearly twice the work of one
-process with two threads, because they wait for each other once a step and not at every layer.
+On a shared CPU, two processes of one thread are nearly twice as fast as one process with two threads, because they wait
+for each other once per step and not at every layer.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from collections.abc import Sequence
 import torch
 from torch import distributed, nn
 
-# glibc gives big tensors back to the kernel and faults them in again at each step: half of the time was spent so.
+# By default glibc returns large tensors to the kernel and faults them in again at each step, half of its time.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG in prctl(2)
 
 
 def is_worker() -> bool:
-    """Whether `launch_workers` (or torchrun) started this process."""
+    """Return whether `launch_workers` (or torchrun) started this process."""
     return "WORLD_SIZE" in os.environ
 
 
 def launch_workers(number: int, module: str, arguments: Sequence[str]) -> None:
-    """Becomes torchrun with `number` processes of `python -m module arguments`; does not return.
+    """Replace this process by torchrun with `number` processes of `python -m module arguments`; does not return.
 
-    Memory is set up for long runs on a CPU, which has to happen before a process starts.
+    It sets malloc's options for long runs on a CPU, which must be done before a process starts.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
     environment = {"OMP_NUM_THREADS": "1", **_KEEP_MEMORY, **os.environ}
@@ -37,7 +37,7 @@ def launch_workers(number: int, module: str, arguments: Sequence[str]) -> None:
 
 
 def join_workers() -> None:
-    """Meets the other processes; alone, does nothing. A worker ends when whoever started it is killed."""
+    """Join the other processes, if any. A worker ends when its starter is killed."""
     if not is_worker():
         return
     if sys.platform == "linux":
@@ -47,7 +47,7 @@ def join_workers() -> None:
 
 
 def rank() -> int:
-    """The number of this process; 0 writes files and speaks."""
+    """Return the rank of this process; rank 0 writes files and prints."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
@@ -56,13 +56,13 @@ def count() -> int:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here: what process 0 wrote before is there for all."""
+    """Wait for all processes; afterwards all can read what rank 0 wrote."""
     if count() > 1:
         distributed.barrier()
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Replaces every gradient by its mean over the processes, in one message."""
+    """Replace every gradient by its mean over the processes, in one message."""
     if count() == 1:
         return
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

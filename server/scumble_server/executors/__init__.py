@@ -1,1 +1,1 @@
-"""What runs the graphs: one protocol, and an executor each for PyTorch, ONNX Runtime and TensorRT."""
+"""Executors run the graphs: one protocol, implemented for PyTorch, ONNX Runtime and TensorRT."""

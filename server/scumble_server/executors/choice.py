@@ -1,4 +1,4 @@
-"""The executor that a server's configuration asks for, or torch where its engines cannot be loaded."""
+"""Chooses the executor that the configuration names, or torch if TensorRT's engines cannot be loaded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def load_executor(registry: Registry, version: Version, family: Family, config: ServerConfig) -> Executor:
-    """The executor of one base. Raises Unavailable, saying what is missing.
+    """Load the executor of one base. Raises Unavailable, naming what is missing.
 
-    Where TensorRT is asked for and there is no engine that may be loaded, torch serves, and the log says why.
+    If the configuration names TensorRT and no engine can be loaded, torch serves the base and a warning has the reason.
     """
     folder = registry.materialise(version)
     if config.executor == "onnxruntime":
@@ -36,6 +36,6 @@ def load_executor(registry: Registry, version: Version, family: Family, config: 
 
 
 def executor_bytes(folder: Path, family: Family, config: ServerConfig) -> int:
-    """Bytes in memory of its weights once it is loaded."""
+    """Return how many bytes the weights of a base's executor take in memory."""
     copies = OnnxRuntimeExecutor.copies if config.executor == "onnxruntime" else TorchExecutor.copies
     return copies * weights_bytes(folder, family, config.precision)

@@ -1,11 +1,10 @@
-"""What a step needs of a device so that it allocates nothing: buffers that stay where they are, graphs captured once,
-uploads beside it.
+"""Device resources that let a step run without allocations: fixed buffers, captured CUDA graphs, concurrent uploads.
 
 A CUDA graph replays kernels with the addresses that they were captured with. So inputs are copied into buffers whose
-addresses never change, and a graph is known by what it runs, its profile, the shapes and the addresses: (context,
-profile, shapes, addresses). What has not changed since the last step is not copied again.
+addresses do not change, and a graph's key is (context, profile, shapes, addresses). A tensor that has not changed since
+the last step is not copied again.
 
-On a CPU there is nothing to capture and nothing to overlap: the same code runs, and tests see its bookkeeping.
+On a CPU nothing is captured and nothing overlaps, but the same code runs, so tests can check it.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from scumble_build.graphs.tensors import has_parts, parts_of, tensors_of, with_t
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], None]], Replay]
 ALIGNMENT = 256
-"""Bytes: what TensorRT and CUDA ask of an address."""
+"""Alignment in bytes that TensorRT and CUDA require."""
 
 
 class Buffers:
-    """Device memory by name. `take` gives a view of a buffer's beginning, always at the same address; only where more
-    is asked of it than ever before is it made anew. Owned by one thread.
+    """Device memory by name. `take` returns a view of a buffer's beginning, always at the same address. A buffer is
+    reallocated only if a larger size is requested than ever before. Owned by one thread.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,17 +43,20 @@ class Buffers:
         self._held: dict[str, Tensor] = {}
         self._filled: dict[str, weakref.ref[Tensor]] = {}
         self.allocations = 0
-        """How often memory was asked for: a step like the one before asks for none."""
+        """Number of allocations so far; a step with the shapes of the last one makes none."""
 
     @property
     def nbytes(self) -> int:
         return sum(held.nbytes for held in self._held.values())
 
     def reserve(self, name: str, nbytes: int) -> bool:
-        """At least so many bytes. True if its address is new. Raises OutOfMemory; then the old one is gone."""
+        """Make the buffer at least `nbytes` large; return whether its address changed.
+
+        Raises OutOfMemory; the old buffer is then gone.
+        """
         if name in self._held and self._held[name].nbytes >= nbytes:
             return False
-        self._held.pop(name, None)  # first, so that both need not fit
+        self._held.pop(name, None)  # first, so that old and new need not both fit
         self._filled.pop(name, None)
         with faults(f"{nbytes} bytes for {name}"):
             self.allocations += 1
@@ -62,15 +64,16 @@ class Buffers:
         return True
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A view of that shape; whatever stands there."""
+        """Return a view of this shape, uninitialised."""
         nbytes = prod(shape) * dtype.itemsize
         self.reserve(name, nbytes)
         return self._held[name][:nbytes].view(dtype).view(shape)
 
     def fill(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A view that holds `values`, which nobody writes to: the same tensor again is not copied again.
+        """Copy `values` into the buffer and return a view of it. The same tensor is not copied twice, so it must not
+        change.
 
-        A `torch.nn.Buffer`, as a pool's pages are, stays where it is and is read there.
+        A `torch.nn.Buffer`, such as a pool's pages, is not copied but returned.
         """
         if isinstance(values, torch.nn.Buffer) and values.dtype == (dtype or values.dtype):
             return values
@@ -82,30 +85,34 @@ class Buffers:
         return view
 
     def forget(self) -> None:
-        """Give everything back."""
+        """Free all buffers."""
         self._held.clear()
         self._filled.clear()
 
 
 def aligned(nbytes: int, device: torch.device) -> Tensor:
-    """So many bytes that begin where TensorRT and CUDA want it; whatever stands there."""
+    """Allocate `nbytes` at an address aligned for TensorRT and CUDA, uninitialised."""
     memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % ALIGNMENT
     return memory[start : start + nbytes]
 
 
 class Graphs:
-    """Captured work, by key; the least recently used goes when there are too many. One thread runs it; any may drop."""
+    """Captured work by key, at most `most` entries, least recently used dropped first. One thread calls `run`; any may
+    call `drop`.
+    """
 
     def __init__(self, capture: Capture, most: int = 64) -> None:
         self._capture, self._most = capture, most
         self._known: OrderedDict[Hashable, Replay] = OrderedDict()
-        self._lock = threading.RLock()  # finalizers drop, and may begin while this thread holds it
+        self._lock = threading.RLock()  # reentrant: finalizers call `drop`, perhaps in this thread
         self.captured = 0
-        """How many captures there were: a step that is captured over and over is no better than none."""
+        """Number of captures so far. It should not grow from step to step."""
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do `work`, as it was captured under this key. It must read and write what the key says, and nothing else."""
+        """Run `work`, captured on the first call with this key. It must read and write only the
+        addresses of the key.
+        """
         with self._lock:
             replay = self._known.pop(key, None)
         if replay is None:
@@ -122,7 +129,7 @@ class Graphs:
             self._known.clear()
 
     def drop(self, owner: object) -> None:
-        """Forget the graphs whose key begins with `owner`: what they read is gone. For any thread."""
+        """Drop the graphs whose key begins with `owner`, as its memory is gone. Any thread may call it."""
         with self._lock:
             for key in list(self._known):
                 if isinstance(key, tuple) and key and key[0] is owner:
@@ -134,12 +141,12 @@ class Graphs:
 
 
 def uncaptured(work: Callable[[], None]) -> Replay:
-    """A capture where there are no graphs: the work itself."""
+    """Return the work itself, on devices without graphs."""
     return work
 
 
 class CudaCapture:
-    """Captures with torch. All graphs of one share a pool, because they never run at once."""
+    """Captures CUDA graphs with torch. They share one memory pool, because they never run concurrently."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -148,10 +155,10 @@ class CudaCapture:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            work()  # once before: libraries choose kernels and make their workspaces
+            work()  # warm-up: libraries choose kernels and allocate workspaces
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on using the device meanwhile.
+        # Other threads use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
@@ -162,9 +169,9 @@ def capture_on(device: torch.device) -> Capture:
 
 
 class Uploads:
-    """Tensors on their way from the host, out of pinned memory, on a stream beside the one that steps run on.
+    """Uploads tensors from pinned host memory, on a stream of its own beside the one that steps run on.
 
-    For one thread; whoever reads what was sent is another, which is why `send` returns when it has arrived.
+    Owned by one thread. Another thread reads what was sent, so `send` returns after it has arrived.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -172,7 +179,7 @@ class Uploads:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, *tensors: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """The same on the device; what is there already is not copied. Raises OutOfMemory."""
+        """Return the tensors on the device; those that are there already are not copied. Raises OutOfMemory."""
         with faults(f"{sum(tensor.nbytes for tensor in tensors)} bytes to upload"):
             if self._stream is None:
                 return tuple(tensor.to(self._device, dtype or tensor.dtype) for tensor in tensors)
@@ -180,25 +187,25 @@ class Uploads:
                 return tuple(self._start(tensor, dtype or tensor.dtype) for tensor in tensors)
 
     def write(self, into: Sequence[Tensor], values: Sequence[Tensor], rows: Sequence[int]) -> None:
-        """values[i] (n, …) to those n rows of into[i] (N, …), which nobody reads yet. Raises OutOfMemory."""
-        sent = [self.send(each, dtype=target.dtype)[0] for each, target in zip(values, into, strict=True)]
+        """Write values[i] (n, …) to n rows of into[i] (N, …), which no step reads yet. Raises OutOfMemory."""
+        sent = [self.send(source, dtype=target.dtype)[0] for source, target in zip(values, into, strict=True)]
         index = torch.tensor(rows, device=self._device)
         with self._beside_steps():
-            for target, each in zip(into, sent, strict=True):
-                target.index_copy_(0, index, each)
+            for target, source in zip(into, sent, strict=True):
+                target.index_copy_(0, index, source)
 
     @contextmanager
     def _beside_steps(self) -> Iterator[None]:
-        """On the stream beside; it has arrived behind the block."""
+        """Run the block on the upload stream, and wait for the stream at its end."""
         if self._stream is None:
             yield
             return
         with torch.cuda.stream(self._stream):
             yield
-        self._stream.synchronize()  # the sender waits, not the step
+        self._stream.synchronize()  # this thread waits, the step does not
 
     def after_steps(self) -> None:
-        """What is sent from now on comes behind the steps so far, whose memory it may be given."""
+        """Wait for the steps so far, so that later uploads may reuse their memory."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).synchronize()
 
@@ -210,13 +217,13 @@ class Uploads:
 
 @cache
 def uploads(device: str) -> Uploads:
-    """Those of the one thread that sends: the one that conditions."""
+    """Return the uploads of the conditioning thread, the only one that sends."""
     return Uploads(torch.device(device))
 
 
 @contextmanager
 def faults(what: str) -> Iterator[None]:
-    """torch's errors as ours: OutOfMemory, after what torch holds without need is given back."""
+    """Turn torch's out-of-memory errors into OutOfMemory, after freeing torch's unused memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -227,15 +234,17 @@ def faults(what: str) -> Iterator[None]:
         message = f"memory ran out ({what}): {str(error).splitlines()[0]}"
     else:
         return
-    # Out here, where the failed call's frames, and the tensors in them, are gone.
+    # After the except block, because it keeps the failed call's frames, and the tensors in them, alive.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise OutOfMemory(f"{message}; a smaller picture, fewer images or fewer adapters need less")
+    raise OutOfMemory(f"{message}; use a smaller picture, fewer images or fewer adapters")
 
 
 def structure(record: object) -> Hashable:
-    """Everything of a record but its tensors' values. Records of equal structure can share a captured graph."""
+    """Return everything of a record except its tensors' values. Records of equal structure can share a
+    captured graph.
+    """
     if isinstance(record, Tensor):
         return tuple(record.shape), record.dtype
     if has_parts(record):
@@ -245,7 +254,9 @@ def structure(record: object) -> Hashable:
 
 @dataclass(frozen=True, slots=True)
 class Stepping:
-    """What all executors of a device share, because one thread steps them one after the other: the loop's."""
+    """Buffers and graphs that all executors of a device share, because one thread, the loop's, runs their steps in
+    turn.
+    """
 
     buffers: Buffers
     graphs: Graphs
@@ -256,16 +267,16 @@ class Stepping:
 
 
 class Captured:
-    """A function of a record of tensors, replayed as a graph for every structure that it has met. For one thread."""
+    """A function of a record of tensors, captured once per structure and then replayed. Owned by one thread."""
 
     def __init__(self, stepping: Stepping, compute: Callable[[Any], Tensor]) -> None:
         self._buffers, self._graphs, self._compute = stepping.buffers, stepping.graphs, compute
-        self._results: dict[Hashable, Tensor] = {}  # where each graph writes
+        self._results: dict[Hashable, Tensor] = {}  # the output of each graph
         self._owner = object()
         weakref.finalize(self, self._graphs.drop, self._owner)
 
     def __call__(self, record: object) -> Tensor:
-        """The result stays as it is until the next call."""
+        """Run the function. The result is overwritten by the next call."""
         fixed = {path: self._buffers.fill(path, tensor) for path, tensor in tensors_of(record)}
         key = self._owner, structure(record), tuple(tensor.data_ptr() for tensor in fixed.values())
         held, compute, results = with_tensors(record, fixed), self._compute, self._results

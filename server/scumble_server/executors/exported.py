@@ -1,8 +1,8 @@
-"""What ONNX Runtime and TensorRT share: an executor over the sessions of a base's exported graphs.
+"""An executor over the sessions of a base's exported graphs, the common part of ONNX Runtime and TensorRT.
 
-Weights stay torch's, as `TorchExecutor` loaded them: what reads weights (DoRA, merged LoRAs, digests, variants) reads
-these tensors. The session that a step runs is the smallest graph that takes what the batch brings
-(`export.denoiser`). T2I-Adapters, image encoders and hypernetworks on text run in torch beside it.
+A `TorchExecutor` owns the weights, for everything that reads them (DoRA, merged LoRAs, digests, variants). A step runs
+in the smallest graph that has all inputs of the batch (`export.denoiser`). T2I-Adapters, image encoders and
+hypernetworks on text run in torch.
 """
 
 from __future__ import annotations
@@ -29,30 +29,32 @@ from scumble_server.executors.sessions import BaseSessions
 from scumble_server.executors.torch.executor import TorchExecutor
 
 ALWAYS = ("kv_projection", "unet.bare", "vae_decoder")
-"""The graphs that every request runs, beside the text encoders."""
+"""The graphs that every request runs, besides the text encoders."""
 
 
 @dataclass(slots=True)
 class _LastStep:
-    """The feeds of the last step that stay as they are until the batch's composition changes."""
+    """The last step's feeds that do not change until the batch's composition changes."""
 
     inputs: StepInputs
     graph: str
     feeds: dict[str, Tensor]
 
     def is_for(self, inputs: StepInputs, graph: str) -> bool:
-        """Residuals are new at every step; everything else of an unchanged batch is the same objects."""
+        """Return whether the feeds can be used again. All inputs of an unchanged batch except residuals are the same
+        objects.
+        """
         same = (getattr(self.inputs, name) is getattr(inputs, name) for name in ("kv", "factors", "images", "features"))
         return graph == self.graph and all(same)
 
 
 class ExportedExecutor(ABC):
-    """Owns the sessions over one set of weights. ONNX Runtime and TensorRT say how sessions are opened."""
+    """Owns the sessions over one set of weights. Subclasses for ONNX Runtime and TensorRT open them."""
 
     changes_graphs = False
 
     def __init__(self, weights: TorchExecutor, sessions: BaseSessions) -> None:
-        """Opens the sessions that every request runs, so that what is wrong with them is known now."""
+        """Open the sessions that every request runs, so that errors show on loading."""
         self._weights, self._sessions = weights, sessions
         self.step_layout, self.kv_layout = weights.step_layout, weights.kv_layout
         self.text_layouts, self.kv_slices = weights.text_layouts, weights.kv_slices
@@ -107,9 +109,11 @@ class ExportedExecutor(ABC):
 
     @torch.inference_mode()
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
-        """Raises Refused for what changes the graph (self-attention hypernetworks, LLLite); admission asks before."""
+        """Predict as `Executor.denoise`. Raises Refused for adapters that change the graph (self-attention
+        hypernetworks, LLLite); admission checks this earlier.
+        """
         if inputs.contexts or inputs.lites:
-            raise Refused("what changes the graph needs the torch executor: serve with --executor torch")
+            raise Refused("adapters that change the graph need the torch executor: serve with --executor torch")
         name = f"unet.{graph_for(inputs.includes)}"
         session = self._sessions[name]
         if self._last is None or not self._last.is_for(inputs, name):

@@ -1,4 +1,4 @@
-"""What an exported graph is fed for a batch: every input for all rows, zeros for what the batch does not bring."""
+"""Feeds of an exported graph for a batch: every input for all rows, zeros for those that the batch does not have."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from scumble_server.executors.sessions import GraphDescription
 
 
 def text_feeds(inputs: TextInputs, config: Any, dtype: torch.dtype, layout: FactorLayout | None) -> dict[str, Tensor]:
-    """For a text encoder with this config. Overrides become dense: a vector for each place, and where it stands."""
+    """Return the feeds of a text encoder with this config. Overrides become dense: a vector and a flag per position."""
     rows, length = inputs.tokens.shape
     vectors = torch.zeros(rows, length, config.hidden_size, dtype=dtype)
     overridden = torch.zeros(rows, length, dtype=torch.bool)
     if inputs.overrides is not None:
-        places = inputs.overrides.row.cpu(), inputs.overrides.position.cpu()
-        vectors[places] = inputs.overrides.vectors.to("cpu", dtype)
-        overridden[places] = True
+        index = inputs.overrides.row.cpu(), inputs.overrides.position.cpu()
+        vectors[index] = inputs.overrides.vectors.to("cpu", dtype)
+        overridden[index] = True
     return {
         "tokens": inputs.tokens,
         "mask": torch.ones_like(overridden) if inputs.mask is None else inputs.mask.bool(),
@@ -39,9 +39,9 @@ def text_feeds(inputs: TextInputs, config: Any, dtype: torch.dtype, layout: Fact
 
 
 def end_of_text(tokens: Tensor, end: int) -> Tensor:
-    """Tokens `(rows, T)` → position of the end token `(rows,)`, whose state is the pooled text.
+    """Return the position of the end token `(rows,)` of tokens `(rows, T)`; its state is the pooled text.
 
-    As transformers does it: configs that say 2 are older than their vocabulary, and mean the largest id.
+    As in transformers: 2 is a wrong id in old configs and means the largest id.
     """
     return tokens.argmax(-1) if end == 2 else (tokens == end).int().argmax(-1)
 
@@ -49,8 +49,8 @@ def end_of_text(tokens: Tensor, end: int) -> Tensor:
 def constant_feeds(
     inputs: StepInputs, graph: GraphDescription, sample: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """All that a denoiser's graph is fed and that stays as it is from step to step: everything but sample, timestep and
-    residuals.
+    """Return the feeds of a denoiser's graph that do not change from step to step: all but sample,
+    timestep, residuals.
     """
     rows = len(sample)
     mask = torch.ones(inputs.kv.shape[:2], dtype=torch.bool) if inputs.kv_mask is None else inputs.kv_mask
@@ -67,8 +67,8 @@ def constant_feeds(
 
 
 def factor_feeds(factors: Factors | None, rows: int, layout: FactorLayout | None) -> dict[str, Tensor]:
-    """Pages are read where they are. Rows behind those that have factors, and the part of the layout that their pages
-    do not reach, get zeros.
+    """Return the feeds for factors. Pages are not copied. Rows without factors, and the rest of the layout if no row
+    has factors there, get zeros.
     """
     if layout is None:
         return {}
@@ -93,7 +93,9 @@ def factor_feeds(factors: Factors | None, rows: int, layout: FactorLayout | None
 
 
 def _page_feeds(pages: Pages | None, scale: Tensor, width_in: int, width_out: int) -> dict[str, Tensor]:
-    """scale `(rows, n, PAGE)` gives the number of rows and pages."""
+    """Return the feeds for the pages of one part of the layout; scale `(rows, n, PAGE)` has the number of rows and
+    pages.
+    """
     rows, count, page = scale.shape
     if pages is None:
         A, B = torch.zeros(1, page * width_in), torch.zeros(1, page * width_out)
@@ -102,7 +104,7 @@ def _page_feeds(pages: Pages | None, scale: Tensor, width_in: int, width_out: in
 
 
 def image_feeds(images: ImageInputs | None, rows: int, width: int, positions: int) -> dict[str, Tensor]:
-    """A row without images gets one token of zeros in each group, and a scale of 0."""
+    """Return the feeds for pictures. A row without pictures gets one token of zeros per group and a scale of 0."""
     groups, length = images.kv.shape[1:3] if images is not None else (1, 1)
     kv = torch.zeros(rows, groups, length, width)
     mask = torch.zeros(rows, groups, length, dtype=torch.bool)
@@ -110,11 +112,11 @@ def image_feeds(images: ImageInputs | None, rows: int, width: int, positions: in
     scale = torch.zeros(rows, groups, positions)
     if images is not None:
         kv = kv.to(images.kv).index_copy(0, images.rows, images.kv)
-        there = torch.ones(images.kv.shape[:3], dtype=torch.bool) if images.tokens is None else images.tokens
-        mask = mask.to(kv.device).index_copy(0, images.rows, there.to(kv.device))
-        acts = images.scale[..., None].expand(-1, -1, positions)
-        acts = acts if images.areas is None else acts * images.areas
-        scale = scale.to(acts).index_copy(0, images.rows, acts)
+        tokens = torch.ones(images.kv.shape[:3], dtype=torch.bool) if images.tokens is None else images.tokens
+        mask = mask.to(kv.device).index_copy(0, images.rows, tokens.to(kv.device))
+        own = images.scale[..., None].expand(-1, -1, positions)
+        own = own if images.areas is None else own * images.areas
+        scale = scale.to(own).index_copy(0, images.rows, own)
     return {"image_kv": kv, "image_mask": mask, "image_scale": scale}
 
 
@@ -125,7 +127,7 @@ def residual_feeds(inputs: Sequence[Port], residuals: Sequence[Tensor] | None, s
 def _map_feeds(
     prefix: str, inputs: Sequence[Port], given: Sequence[Tensor] | None, sample: Tensor
 ) -> dict[str, Tensor]:
-    """For the inputs of this prefix, in their order: the maps that are given, and zeros behind them."""
+    """Return feeds for the inputs of this prefix, in order: the given maps, then zeros."""
     ports = [port for port in inputs if port.name.startswith(prefix)]
     present = list(given or ())
     maps = present + [_zero_map(port, sample) for port in ports[len(present) :]]
@@ -133,7 +135,7 @@ def _map_feeds(
 
 
 def _zero_map(port: Port, sample: Tensor) -> Tensor:
-    """`(rows, C, h, w)` at the level that the port's dims name (`height_2` is a quarter of the sample's)."""
+    """Return zeros `(rows, C, h, w)` for a port, at the level in its dims (`height_2`: a quarter of the sample's)."""
     _, channels, height, _ = port.dims
     step = 2 ** (int(str(height).partition("_")[2] or 0))
     sides = [-(-side // step) for side in sample.shape[2:]]
@@ -141,6 +143,8 @@ def _zero_map(port: Port, sample: Tensor) -> Tensor:
 
 
 def positions(graph: GraphDescription, sample: Tensor) -> int:
-    """Positions of the hidden states over all levels of the UNet: `positions` of `export.manifest`."""
+    """Count the positions of the hidden states over all levels of the UNet: the axis `positions` of
+    `export.manifest`.
+    """
     height, width = sample.shape[2:]
     return sum(-(-height // 2**level) * -(-width // 2**level) for level in range(graph.levels))

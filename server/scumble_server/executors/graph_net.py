@@ -1,4 +1,4 @@
-"""A ControlNet on its exported graphs (`scumble_build.export.control`), in ONNX Runtime or TensorRT."""
+"""A ControlNet that runs in its exported graphs (`scumble_build.export.control`), in ONNX Runtime or TensorRT."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from scumble_server.executors.sessions import NamedSessions
 
 
 class GraphNets:
-    """A net; of a union net one for each choice of kinds of control. Owns the sessions of its graphs."""
+    """A ControlNet in memory: one `GraphNet`, or for a union net one per combination of kinds. Owns the sessions."""
 
     def __init__(self, sessions: NamedSessions) -> None:
-        """Only SDXL's nets have a session of `controlnet_condition`."""
+        """Take the sessions of a net's graphs; only SDXL's nets have `controlnet_condition`."""
         self._sessions = sessions
         self._nets: dict[tuple[int, ...], GraphNet] = {}
 
@@ -29,7 +29,7 @@ class GraphNets:
 
 
 class GraphNet:
-    """Owns nothing: several nets may share the same sessions."""
+    """A net for certain kinds of control. Owns nothing: several nets may share sessions."""
 
     def __init__(self, sessions: NamedSessions, kinds: tuple[int, ...]) -> None:
         self._sessions, self._kinds = sessions, kinds
@@ -53,10 +53,10 @@ class GraphNet:
         return self._sessions["controlnet_kv"]({"states": states})[0]
 
     @torch.inference_mode()
-    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
+    def embed(self, controls: Tensor, weights: Sequence[float]) -> Tensor:
         feeds = {"control": controls}
         if self._present:
-            feeds |= {"kinds": torch.tensor(self._kinds), "strength": torch.tensor(list(strengths))}
+            feeds |= {"kinds": torch.tensor(self._kinds), "strength": torch.tensor(list(weights))}
         return self._sessions["controlnet_hint"](feeds)[0]
 
     @torch.inference_mode()

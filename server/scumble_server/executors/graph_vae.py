@@ -1,4 +1,4 @@
-"""A VAE on its exported graphs: diffusers' own, with encoder and decoder run by sessions."""
+"""A VAE that runs in its exported graphs: diffusers' AutoencoderKL with sessions as encoder and decoder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from scumble_server.executors.torch.vae import TorchVae
 
 
 class _Half(nn.Module):
-    """The encoder or the decoder, as diffusers calls it."""
+    """The encoder or the decoder, with the interface that diffusers calls."""
 
     def __init__(self, sessions: BaseSessions, name: str, port: str) -> None:
-        """`port` is the graph's one input."""
+        """Take the graph `name`, whose only input is `port`."""
         super().__init__()
         # diffusers reads a model's device and dtype from its parameters.
         self.placeholder = nn.Parameter(torch.empty(0, device=sessions.graphs.vae.device), requires_grad=False)
@@ -27,7 +27,7 @@ class _Half(nn.Module):
 
 
 def graph_vae(sessions: BaseSessions) -> TorchVae:
-    """Scaling and tiles stay diffusers'. It takes and gives float32."""
+    """Make a VAE from sessions. Scaling and tiling are diffusers'; inputs and outputs are float32."""
     with torch.device("meta"):
         kind: Any = AutoencoderKL
         shell = kind.from_config(sessions.graphs.vae.config)

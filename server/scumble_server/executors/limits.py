@@ -1,4 +1,4 @@
-"""The sizes that a server's graphs take, where engines were built for some only: checked before any work is done."""
+"""The sizes that a server's graphs accept, which engines restrict. They are checked before any work is done."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ _AXIS_WORDS = {
     "height": "height of the latents (pixels / 8)",
     "width": "width of the latents (pixels / 8)",
     "tokens": "tokens of the prompt",
-    "rank_pages": "rank of the LoRAs together, in pages of 8,",
+    "rank_pages": "total rank of the LoRAs, in pages of 8,",
     "groups": "groups of pictures",
     "image_tokens": "tokens of the pictures",
 }
-"""A graph's axes in the words of a request."""
+"""A graph's axes, as messages name them."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphLimits:
-    """For each profile of one graph, the sizes that its axes may have, by their names (`export.manifest.Axis`)."""
+    """For each profile of one graph, the sizes of its axes, by name (`export.manifest.Axis`)."""
 
     graph: str
     profiles: tuple[Mapping[str, range], ...]
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Raises Refused if no profile takes these sizes together; axes that `sizes` leaves out are not checked."""
+        """Check sizes of axes; those not in `sizes` are not checked. Raises Refused if no profile
+        accepts all of them.
+        """
         outside = [_outside(profile, sizes) for profile in self.profiles]
         if all(outside):
             nearest = min(outside, key=len)
             raise Refused(
                 f"the request is outside what the engine of {self.graph} was built for: "
-                f"{'; '.join(nearest)}; ask for less, or build with a wider --profile",
+                f"{'; '.join(nearest)}; reduce it, or build with a wider --profile",
                 graph=self.graph,
             )
 
 
 def _outside(profile: Mapping[str, range], sizes: Mapping[str, int]) -> list[str]:
-    """One sentence for each size that a profile does not take."""
+    """Return a message for each size that a profile does not accept."""
     return [
         f"{_AXIS_WORDS.get(name, name)} {size} is not within {profile[name].start} to {profile[name].stop - 1}"
         for name, size in sizes.items()
@@ -47,7 +49,9 @@ def _outside(profile: Mapping[str, range], sizes: Mapping[str, int]) -> list[str
 
 
 def check_any(limits: Sequence[GraphLimits], sizes: Mapping[str, int]) -> None:
-    """Raises Refused if none of these graphs takes the sizes; which of them a request needs is known later."""
+    """Check that one of these graphs accepts the sizes. Raises Refused if none does. Which graph a request needs is
+    only known later.
+    """
     refused: Refused | None = None
     for graph in limits:
         try:

@@ -1,7 +1,7 @@
-"""Previews: latents to small pictures by a linear map, without the VAE.
+"""Previews: small pictures from latents by a linear map, without the VAE.
 
-The map is fitted to the base's own VAE when the base is loaded: smooth random latents are decoded once, and least
-squares finds the colour that each latent stands for.
+The map is fitted to the base's VAE when the base is loaded: smooth random latents are decoded once, and least squares
+gives the colour of each latent.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ _SAMPLES, _SIDE, _PATCH = 16, 8, 4
 
 @dataclass(frozen=True, slots=True)
 class LatentColours:
-    """weights `(C + 1, 3)`: red, green and blue, 0 to 255, of each latent channel, and at last what is added."""
+    """A linear map from latents to colours. weights `(C + 1, 3)`: red, green and blue, 0 to 255, of each latent
+    channel, then the bias.
+    """
 
     weights: Tensor
 
     def preview(self, step: int, steps: int, latents: Tensor) -> Preview:
-        """latents `(n, C, h, w)` → one pixel for each latent."""
+        """Return a preview of latents `(n, C, h, w)`, one pixel per latent."""
         columns = latents.float().cpu().movedim(1, -1)
         colours = columns @ self.weights[:-1] + self.weights[-1]
         return Preview(step, steps, colours.round().clamp(0, 255).to(torch.uint8).numpy())
 
 
 def fit(decode: Callable[[Tensor], Tensor], channels: int) -> LatentColours:
-    """`decode`: latents `(n, C, h, w)` → pixels `(n, H, W, 3)` uint8, as an executor does."""
+    """Fit the map to a VAE. `decode` turns latents `(n, C, h, w)` into pixels `(n, H, W, 3)` uint8."""
     generator = torch.Generator("cpu").manual_seed(0)
-    # Patches of one colour, because a VAE does not decode noise like pictures.
+    # Patches of one value, because a VAE decodes noise differently from pictures.
     patches = torch.randn(_SAMPLES, channels, _SIDE // _PATCH, _SIDE // _PATCH, generator=generator)
     latents = interpolate(patches, scale_factor=float(_PATCH))
     pixels = adaptive_avg_pool2d(decode(latents).float().movedim(-1, 1), _SIDE)

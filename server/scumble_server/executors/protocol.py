@@ -1,4 +1,4 @@
-"""What the server asks of an executor: the protocol that torch, ONNX Runtime and TensorRT implement."""
+"""The protocol of executors, which torch, ONNX Runtime and TensorRT implement."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ Changed: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentDistribution:
-    """A picture's latents as the VAE gives them: mean and deviation `(4, H/8, W/8)` float32, in the UNet's scale."""
+    """The VAE's distribution of a picture's latents: mean and deviation `(4, H/8, W/8)` float32, in the
+    UNet's scale.
+    """
 
     mean: Tensor
     deviation: Tensor
 
 
 class Vae(Protocol):
-    """Pixels and latents. The decoding thread calls `decode`, the conditioning thread `encode`."""
+    """Encodes pixels and decodes latents. The decoding thread calls `decode`, the conditioning thread `encode`."""
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
-        """latents `(n, 4, H/8, W/8)` → pixels `(n, H, W, 3)` uint8 on the CPU; `tiled` decodes piece by piece."""
+        """Decode latents `(n, 4, H/8, W/8)` to pixels `(n, H, W, 3)` uint8 on the CPU; `tiled` decodes tile by tile."""
 
     def encode(self, pixels: Tensor) -> LatentDistribution:
-        """pixels `(1, 3, H, W)` in -1…1."""
+        """Encode pixels `(1, 3, H, W)` in -1…1."""
 
 
 class Net(Protocol):
@@ -48,29 +50,31 @@ class Net(Protocol):
 
     @property
     def kv_width(self) -> int:
-        """K of the keys and values that `project` gives."""
+        """K of the keys and values that `project` returns."""
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Raises Refused for sizes (by the names of axes) that its graph does not take."""
+        """Check sizes of axes, by name. Raises Refused for those that its graph does not accept."""
 
     def project(self, states: Tensor) -> Tensor:
-        """Text states `(rows, T, C)` → the net's own keys and values `(rows, T, K)`."""
+        """Project text states `(rows, T, C)` to the net's own keys and values `(rows, T, K)`."""
 
-    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
-        """Control pictures `(n, 3, H, W)` in 0…1 → what the net adds to its first layer, `(1, C, H/8, W/8)`.
+    def embed(self, controls: Tensor, weights: Sequence[float]) -> Tensor:
+        """Embed control pictures `(n, 3, H, W)` in 0…1 as the hint `(1, C, H/8, W/8)`, added after the net's first
+        layer.
 
-        `strengths` weighs the n pictures of a union net; other nets take one picture and ignore it.
+        `weights` are those of the n pictures of a union net; other nets take one picture and ignore them.
         """
 
     def condition(self, pooled: Tensor, sizes: Tensor) -> Tensor | None:
-        """Pooled text `(rows, P)` and sizes `(rows, 6)` → what is added to the embedded time `(rows, E)`.
+        """Embed pooled text `(rows, P)` and sizes `(rows, 6)` as `(rows, E)`, added to the embedded time.
 
-        None for a net that reads neither.
+        Returns None for a net that reads neither.
         """
 
     def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
-        """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → a residual `(rows, C, h, w)` for each skip connection, and
-        at last the middle block's.
+        """Return a residual `(rows, C, h, w)` for each skip connection, then the middle block's.
+
+        sample `(rows, 4, H/8, W/8)`, timestep `(rows,)`.
         """
 
 
@@ -78,20 +82,20 @@ class Nets(Protocol):
     """A ControlNet in memory. Called by the conditioning thread."""
 
     def of(self, kinds: tuple[int, ...]) -> Net:
-        """The net for these kinds of control, () unless it is a union net.
+        """Return the net for these kinds of control; () unless it is a union net.
 
-        The same kinds give the same object, so that rows share its run.
+        The same kinds return the same object, so that rows share its run.
         """
 
     def close(self) -> None:
-        """As `Executor.close`."""
+        """Close the net, as `Executor.close` does."""
 
 
 class Executor(Protocol):
-    """The graphs of one base: its text encoders, the projection of text, the denoiser, and its VAE.
+    """Runs the graphs of one base: text encoders, projection of text, denoiser and VAE.
 
-    Each graph is called from one thread at a time; different graphs may run at once. Tensors come and go on
-    `device`; samples and latents are float32 whatever precision the graphs compute in.
+    Each graph is called from one thread at a time; different graphs may run concurrently. Tensors are on `device`;
+    samples and latents are float32 in every precision.
     """
 
     step_layout: Layout
@@ -99,7 +103,7 @@ class Executor(Protocol):
     text_layouts: tuple[Layout, ...]
     """One for each text encoder."""
     kv_slices: list[KVSlice]
-    """Where each cross-attention reads its part of keys and values."""
+    """Each cross-attention's part of keys and values."""
 
     @property
     def vae(self) -> Vae: ...
@@ -109,7 +113,7 @@ class Executor(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the graphs compute in."""
+        """Floating point type of the graphs."""
 
     @property
     def changes_graphs(self) -> bool:
@@ -117,69 +121,72 @@ class Executor(Protocol):
 
     @property
     def max_rows(self) -> int:
-        """How many rows `denoise` takes at once."""
+        """Largest number of rows of one call of `denoise`."""
 
     @property
     def most_pages(self) -> tuple[int | None, int | None]:
-        """How many rank pages of the small layout, and of the rest, `denoise` takes at most; None: any number."""
+        """Largest number of rank pages of the small layout, and of the rest, in `denoise`; None: no limit."""
 
     @property
     def limits(self) -> tuple[GraphLimits, ...]:
-        """The sizes that the denoiser's graphs take; empty if they take any."""
+        """The sizes that the denoiser's graphs accept; empty if they accept any."""
 
     @property
     def copies(self) -> int:
-        """How often the weights that it loads are held in memory."""
+        """How many copies of the weights it holds in memory."""
 
     def encode(self, encoder: int, inputs: TextInputs) -> EncodedText:
-        """Run the text encoder of this index."""
+        """Run the text encoder with this index."""
 
     def project(self, states: Tensor, factors: Factors | None, of_values: Tensor | None = None) -> Tensor:
-        """Text states `(rows, T, C)` → keys and values of all cross-attentions, `(rows, T, K)`.
+        """Project text states `(rows, T, C)` to keys and values of all cross-attentions, `(rows, T, K)`.
 
-        Values are computed from `of_values` `(rows, T, C)`, if it is given.
+        Values are projected from `of_values` `(rows, T, C)`, if given.
         """
 
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
-        """sample `(rows, 4, H/8, W/8)`, timestep `(rows,)` → prediction like sample."""
+        """Return the prediction for sample `(rows, 4, H/8, W/8)` at timestep `(rows,)`; same shape as sample."""
 
     def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
-        """Open the graph that takes `includes`, so that no step waits for it. Called by the conditioning thread.
+        """Open the graph with the inputs `includes`, so that no step waits for it. Called by the conditioning thread.
 
-        Raises Refused for sizes (by the names of axes) that the graph does not take.
+        Raises Refused for sizes (by name of axis) that the graph does not accept.
         """
 
     def weight(self, target: str) -> Tensor:
-        """The weight of a layer `(out, in[, k, k])` or norm `(channels,)` by its canonical name. Only to be read."""
+        """Return the weight of a layer `(out, in[, k, k])` or norm `(channels,)` by canonical name. It must not be
+        changed.
+        """
 
     def parameter(self, name: str) -> Tensor:
-        """Any tensor of the UNet and the text encoders: a target's name and `.weight` or `.bias`. Only to be read.
+        """Return a tensor of the UNet or a text encoder: a target's name and `.weight` or `.bias`. It must not be
+        changed.
 
-        Raises Refused if there is none of this name.
+        Raises Refused if there is no such tensor.
         """
 
     def variant(self, changed: Changed, configs: Path | None = None, of: Version | None = None) -> Executor:
-        """An executor with the weights in `changed`; every other tensor is shared with this one, not copied.
+        """Make an executor with the weights in `changed`; all other tensors are shared with this one, not copied.
 
-        `of` is the checkpoint that the weights come from, or None for merged LoRAs. `configs` is a folder with configs
-        of the components, in the diffusers layout; None: this executor's own.
-        Raises Refused for a tensor that the base does not have.
+        `of` is the checkpoint whose weights these are, or None for merged LoRAs. `configs` is a folder with configs of
+        the components, in the diffusers layout; None: this executor's own. Raises Refused for a tensor that the base
+        does not have.
         """
 
     def load_vae(self, folder: Path) -> Vae:
-        """Another VAE, in the diffusers layout, on the same device and in the same precision."""
+        """Load another VAE, in the diffusers layout, to the same device in the same precision."""
 
     def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:
-        """The ControlNet of this version. `load` reads its weights, if they are needed, and hands them over."""
+        """Load the ControlNet of this version. `load` reads its weights and is called only if they are needed."""
 
     def weights_digest(self) -> str:
-        """sha256 over every weight as it is now: proof that nothing was patched."""
+        """Return the sha256 of all weights as they are now, to show that they are unchanged."""
 
     def describe(self) -> dict[str, str]:
-        """Executor, device and precision, for the receipt."""
+        """Return executor, device and precision, for the receipt."""
 
     def close(self) -> None:
-        """Write down what the next start can use (TensorRT's runtime cache).
+        """Save what the next start can use (TensorRT's runtime cache).
 
-        Called once by the owner, when no thread steps with it any more: at eviction, and when the server stops.
+        Called once by the owner, at eviction or when the server stops, after the last step.
         """

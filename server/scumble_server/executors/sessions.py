@@ -1,4 +1,4 @@
-"""Exported graphs as an executor runs them, in ONNX Runtime or TensorRT: named tensors in, a list of tensors out."""
+"""Protocols of the sessions that run exported graphs in ONNX Runtime or TensorRT: named tensors in, a list out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scumble_server.executors.limits import GraphLimits
 
 
 class GraphDescription(Protocol):
-    """What an executor must know of a graph to feed it: an exported graph's manifest says the same."""
+    """The description of a graph that feeds are made for; a subset of an exported graph's manifest."""
 
     @property
     def inputs(self) -> tuple[Port, ...]: ...
@@ -34,16 +34,16 @@ class Session(Protocol):
     @property
     def limits(self) -> GraphLimits: ...
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-        """All inputs by name → outputs in the graph's order."""
+        """Run the graph on all inputs, by name. Returns the outputs in the graph's order."""
 
 
 class NamedSessions(Protocol):
-    """The sessions of a ControlNet, or of a base, by the names of their graphs. For any thread."""
+    """The sessions of a ControlNet or a base, by name of graph. Any thread may call it."""
 
     def __getitem__(self, name: str) -> Session: ...
 
     def close(self) -> None:
-        """Write down what the next start can use. Called once, when no thread runs a session any more."""
+        """Save what the next start can use. Called once, after the last run of a session."""
 
 
 class BaseSessions(NamedSessions, Protocol):

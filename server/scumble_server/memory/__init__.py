@@ -1,1 +1,1 @@
-"""What stays in memory, under a budget of bytes, and what makes room for it."""
+"""Residency of adapters and checkpoints in memory under a byte budget."""

@@ -1,7 +1,7 @@
-"""Rank pages in memory (`scumble_build/layout.py`): who is bound where.
+"""Pools of rank pages in memory (`scumble_build.graphs.layout`), and the pages of each set of LoRAs.
 
-A pool holds the pages of every set of LoRAs that is resident, so that a batch of strangers is a table of page numbers:
-nothing is copied when rows join or leave, and a set takes its own rank's worth of memory, whatever its neighbours take.
+A pool holds the pages of every resident set of LoRAs, so a batch with different sets is a table of page numbers:
+nothing is copied when rows join or leave, and a set takes the memory of its own rank, whatever the rank of others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scumble_build.graphs.layout import PAGE, Extent
 from scumble_server.executors.device import Uploads, aligned, faults
 
 _FIRST = 8
-"""Pages that a pool begins with."""
+"""Initial number of pages of a pool."""
 
 
 class Paged(Protocol):
@@ -30,14 +30,14 @@ class Paged(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageSet:
-    """A set's pages, in the order of its columns, and where they are."""
+    """The pages of a set of LoRAs, in the order of its rank columns, and the tensors that hold them."""
 
     holder: Paged
     pages: tuple[int, ...]
 
     @classmethod
     def own(cls, A: Tensor, B: Tensor) -> PageSet:
-        """Of tensors that hold nothing else: all their pages."""
+        """Make a set of all pages of tensors that hold nothing else."""
         return cls(_Own((A, B)), tuple(range(len(A))))
 
 
@@ -47,15 +47,15 @@ class _Own:
 
 
 class Pool:
-    """Pages of one width, on one device, in one dtype. Page 0 is zeros and belongs to nobody: rows whose set is
-    narrower than the batch's widest read it.
+    """Pages of one width, on one device, in one dtype. Page 0 is zeros and belongs to no set: rows whose set has fewer
+    pages than the batch's largest read it.
 
-    What it holds only ever grows, by half at least: then the pages move, and whoever stacked the old ones keeps them.
-    `put` is called by the thread that conditions, the rest by any.
+    A pool only grows, by half or more. Its pages are then copied to new tensors; batches that were stacked before keep
+    the old ones. The conditioning thread calls `put`, any thread the rest.
     """
 
     def __init__(self, extent: Extent, device: torch.device, dtype: torch.dtype, most: int | None = None) -> None:
-        """`most` pages, if the graphs that read them take no more."""
+        """Make an empty pool of `most` pages at most, the number that the graphs accept (None: no limit)."""
         self._widths = PAGE * extent.total_in, PAGE * extent.total_out
         self._device, self._dtype, self._most = device, dtype, most
         self._uploads = Uploads(device)
@@ -65,7 +65,7 @@ class Pool:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """As they are now. Graphs read them where they are (`Buffers.fill`)."""
+        """The current tensors. Graphs read them in place (`Buffers.fill`)."""
         return self._tensors
 
     @property
@@ -73,24 +73,24 @@ class Pool:
         return len(self._free)
 
     def put(self, A: Tensor, B: Tensor) -> PageSet:
-        """A (n, PAGE·Σin) and B (n, PAGE·Σout), from wherever they are. Raises OutOfMemory, Refused."""
+        """Copy A (n, PAGE·Σin) and B (n, PAGE·Σout), from any device, to free pages. Raises OutOfMemory, Refused."""
         with self._lock:
             if len(self._free) < len(A):
                 self._grow(len(A) - len(self._free))
             pages = tuple(self._free.pop() for _ in range(len(A)))
             tensors = self._tensors
-        held = PageSet(self, pages)
+        page_set = PageSet(self, pages)
         try:
             self._uploads.write(tensors, (A, B), pages)
         except BaseException:
-            self.drop(held)
+            self.drop(page_set)
             raise
-        return held
+        return page_set
 
-    def drop(self, held: PageSet) -> None:
-        """Nobody steps with them any more."""
+    def drop(self, page_set: PageSet) -> None:
+        """Free a set's pages, which no step reads any more."""
         with self._lock:
-            self._free.extend(held.pages)
+            self._free.extend(page_set.pages)
 
     def _grow(self, needed: int) -> None:
         old, count = self._tensors, len(self._tensors[0])
@@ -103,8 +103,8 @@ class Pool:
                 )
             size = self._most
         new = self._make(size)
-        for mine, theirs in zip(new, old, strict=True):
-            mine[:count] = theirs
+        for target, source in zip(new, old, strict=True):
+            target[:count] = source
         self._uploads.after_steps()
         self._tensors = new
         self._free.extend(range(len(new[0]) - 1, count - 1, -1))
@@ -120,8 +120,8 @@ class Pool:
 
 
 class Pools:
-    """One for each width, device and dtype that is asked for: bases of one kind, and their checkpoints, share one. Used
-    by the thread that conditions.
+    """A pool for each width, device and dtype: bases with the same structure, and their checkpoints, share one. Used by
+    the conditioning thread.
     """
 
     def __init__(self) -> None:
@@ -135,6 +135,6 @@ class Pools:
 
 
 def table(sets: Sequence[PageSet | None], width: int) -> Tensor:
-    """Of each set its pages, then zeros: `(sets, width)` int64."""
-    rows = [each.pages if each is not None else () for each in sets]
+    """Return the pages of each set, then zeros: `(sets, width)` int64."""
+    rows = [page_set.pages if page_set is not None else () for page_set in sets]
     return torch.tensor([[*pages, *(0,) * (width - len(pages))] for pages in rows], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Work that is done ahead, while its request still waits: reading what it will need."""
+"""Reads what a request will need while it still waits in the queue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CAPACITY = 64
 
 
 class Prefetcher:
-    """Owns one thread. Nothing depends on it: what fails here fails again, and is told, where it is needed."""
+    """Owns one thread. Nothing depends on it: an error here is only logged, and shows again when the request is run."""
 
     def __init__(self) -> None:
         self._work: queue.Queue[Callable[[], None] | None] = queue.Queue(CAPACITY)
@@ -21,14 +21,14 @@ class Prefetcher:
         self._thread.start()
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Do it soon, or not at all if there is too much. For any thread; never waits."""
+        """Queue work, or drop it if the queue is full. Any thread may call it; never blocks."""
         try:
             self._work.put_nowait(work)
         except queue.Full:
-            log.debug("too much to prefetch")
+            log.debug("the prefetch queue is full")
 
     def close(self) -> None:
-        """Let the running work end, forget the rest."""
+        """Finish the running work and drop the rest."""
         self._closing = True
         self._work.put(None)
         self._thread.join()
@@ -39,5 +39,5 @@ class Prefetcher:
                 continue
             try:
                 work()
-            except Exception as error:  # noqa: BLE001 - the request itself will meet it again
+            except Exception as error:  # noqa: BLE001 - the request itself will raise it again
                 log.debug("prefetching failed: %s", error)

@@ -1,10 +1,10 @@
-"""What is loaded, under a byte budget: entries that nobody holds go first, the least recently used before the others.
+"""A cache under a byte budget: it evicts entries that no lease holds, the least recently used first.
 
-Keys are digests (and what else a value was made of), so an entry is never stale.
+Keys are digests (and everything else that a value depends on), so an entry is never stale.
 
-A *lease* is everything that one request holds. What a lease holds is never evicted. A value that does not fit waits
-until other leases are released; the time it takes is bounded by theirs, because a lease that runs waits for nothing.
-Where all who hold something wait for each other, the last to come is told to try again, so nobody waits for ever.
+A *lease* is everything that one request holds, which is never evicted. A value that does not fit waits until other
+leases are released; that takes no longer than they run, because a running request waits for nothing. If all leases that
+hold something wait for each other, the last one gets QueueFull, so there is no deadlock.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from scumble_server.request.ending import stopping
 
 Value = TypeVar("Value")
 _POLL = 0.05
-"""Seconds between two looks at whether the one who waits is still wanted."""
+"""Seconds between two calls of a waiting lease's `check`."""
 
 
 @dataclass(slots=True)
 class _Entry:
-    """`ready` once it is made; until then its bytes are reserved, and others who ask for it wait.
+    """An entry. Until it is `ready`, its bytes are reserved, and other leases that need it wait.
 
-    `of` is the key of the entry that it shares memory with, which does not go before it. `drop` is called with the
-    value when it goes.
+    `of` is the key of the entry that it shares memory with; it is evicted no later than that one. `drop` is called with
+    the value when it is evicted.
     """
 
     nbytes: int
@@ -42,7 +42,7 @@ class _Entry:
 
 
 class Residency:
-    """For any thread. `name` is the kind of memory, as messages call it."""
+    """The cache. Any thread may call it. `name` is the kind of memory, for messages."""
 
     def __init__(self, budget_bytes: int, name: str) -> None:
         self._budget = budget_bytes
@@ -55,17 +55,17 @@ class Residency:
         self._closed = False
 
     def open(self, check: Callable[[], None] = lambda: None) -> Lease:
-        """A lease that holds nothing yet. `check` is asked while it waits, and ends the wait by raising."""
+        """Open a lease that holds nothing yet. `check` is called while it waits, and ends the wait by raising."""
         return Lease(self, check)
 
     def close(self) -> None:
-        """Whoever waits, or asks for something new, gets Unavailable from now on."""
+        """Make all waiting and later calls of `get` raise Unavailable."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def clear(self) -> None:
-        """Drop every value, whoever holds it: for the owner, once no thread uses any of them."""
+        """Drop all values, held or not. Called by the owner when no thread uses them any more."""
         with self._changed:
             for key in [key for key, entry in self._entries.items() if entry.ready]:
                 self._evict(key)
@@ -109,7 +109,7 @@ class Residency:
         return made
 
     def _find_or_reserve(self, lease: Lease, key: Hashable, new: _Entry) -> _Entry:
-        """The entry, held by `lease`: made, or `new`, reserved for the caller to make."""
+        """Return the entry, held by `lease`: a ready one, or `new`, which the caller must make."""
         waited = False
         try:
             while True:
@@ -121,24 +121,26 @@ class Residency:
                     self._entries.move_to_end(key)
                     entry.holders.add(lease)
                     return entry
-                if entry is None and self._has_room(lease, new.nbytes):
+                if entry is None and self._make_space(lease, new.nbytes):
                     self._counts["misses"] += 1
                     self._entries[key] = new
                     self._used += new.nbytes
                     return new
                 self._counts["waits"] += not waited
                 waited = True
-                self._wait(lease, for_room=entry is None)
+                self._wait(lease, for_space=entry is None)
         finally:
             self._waiting.discard(lease)
 
-    def _has_room(self, lease: Lease, nbytes: int) -> bool:
-        """Evicts what it must. Raises Refused if there can never be room for all that `lease` needs."""
+    def _make_space(self, lease: Lease, nbytes: int) -> bool:
+        """Evict as much as needed; return whether `nbytes` fit now. Raises Refused if `lease` needs more than the
+        budget.
+        """
         held = sum(entry.nbytes for entry in self._entries.values() if lease in entry.holders)
         if held + nbytes > self._budget:
             raise Refused(
                 f"the request needs {held + nbytes} bytes of {self._name} memory, the budget is {self._budget}; "
-                "ask for fewer adapters or lower ranks, or start the server with a larger budget",
+                "use fewer adapters or lower ranks, or start the server with a larger budget",
                 needed=held + nbytes,
                 budget=self._budget,
             )
@@ -153,7 +155,9 @@ class Residency:
         return True
 
     def _evict(self, key: Hashable) -> None:
-        """With all that shares memory with it: whoever holds such a thing holds this too, so nobody does."""
+        """Evict an entry and all that share memory with it. A lease that holds one of those also holds this, so none
+        does.
+        """
         if key not in self._entries:
             return
         for other in [other for other, entry in self._entries.items() if entry.of == key]:
@@ -164,13 +168,13 @@ class Residency:
         if entry.drop is not None:
             entry.drop(entry.value)
 
-    def _wait(self, lease: Lease, *, for_room: bool) -> None:
-        """Who waits for room waits on all that others hold; who waits for a value, on the one who makes it (and may
-        be waiting for room itself, when one value is made of others).
+    def _wait(self, lease: Lease, *, for_space: bool) -> None:
+        """Wait for a change. A lease that waits for space depends on all leases that hold something; one that waits for
+        a value depends on the lease that makes it, which may wait for space too.
         """
         self._waiting.add(lease)
         holders = set[Lease]().union(*(entry.holders for entry in self._entries.values()))
-        if for_room and holders <= self._waiting:
+        if for_space and holders <= self._waiting:
             raise QueueFull(
                 f"{self._name} memory is held by requests that wait for each other; try again", retry_after=1.0
             )
@@ -185,7 +189,7 @@ class Residency:
 
 
 class Lease:
-    """Everything that one request holds. Used by one thread at a time, but for `release`, which is for any."""
+    """Everything that one request holds. Used by one thread at a time; any thread may call `release`."""
 
     def __init__(self, residency: Residency, check: Callable[[], None]) -> None:
         self._residency = residency
@@ -199,18 +203,19 @@ class Lease:
         of: Hashable = None,
         drop: Callable[[Value], None] | None = None,
     ) -> Value:
-        """The value of `key`, held until the release; made by `make` if it is not there, once however many ask.
+        """Return the value of `key` and hold it until the release. `make` is called if it is missing, by one lease
+        only.
 
         `of` is the key of another value, held by this lease, that it shares memory with: the two are evicted together.
         `drop` is called with the value when it is evicted, under the residency's lock.
 
-        `nbytes` is reserved before `make` runs. What `make` raises is raised, nothing is kept, and others who waited
-        for it make it themselves. Raises Refused (it can never fit), QueueFull, Unavailable, or what `check` raises.
+        `nbytes` is reserved before `make` runs. If `make` raises, nothing is kept, and other leases that waited for the
+        value make it themselves. Raises Refused (it can never fit), QueueFull, Unavailable, or what `check` raises.
         """
         return self._residency._get(self, key, nbytes, make, of, drop)  # noqa: SLF001 - two classes, one lock
 
     def release(self) -> None:
-        """Let everything go; again does nothing."""
+        """Release everything. May be called again."""
         self._residency._release(self)  # noqa: SLF001
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Triton's Python-backend API, typed. The only module that imports it; it is there inside a stub alone."""
+"""Triton's Python-backend API, typed. The API exists only inside a stub process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tensors: TypeAlias = Mapping[str, NDArray[Any]]
 Parameters: TypeAlias = dict[str, str | int | bool]
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
-"""What a stub logs goes through its stderr into the server's log."""
+"""Format of a stub's log, which goes to the server's log by stderr."""
 
 
 class Sender(Protocol):
@@ -32,10 +32,10 @@ class TritonRequest(Protocol):
 
 
 class Responder:
-    """The way back to one caller, for any thread.
+    """Sends responses to one caller. Any thread may call it.
 
-    Triton 2.51 crashes as a whole when it is asked about a caller that has its final response, so a lock
-    keeps the question and that response apart.
+    Triton 2.51 crashes if `is_cancelled` is called for a request that has its final response, so a lock keeps the two
+    apart.
     """
 
     def __init__(self, request: TritonRequest) -> None:
@@ -48,12 +48,12 @@ class Responder:
         self._send(pb_utils.InferenceResponse(outputs), final=final)
 
     def refuse(self, message: str) -> None:
-        """End with an error of Triton's own, for what is no request of ours at all."""
+        """Send a Triton error as the final response, for input that is not a request of ours."""
         error = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
         self._send(pb_utils.InferenceResponse([], error), final=True)
 
     def is_cancelled(self) -> bool:
-        """Ask Triton whether the caller has gone; some 40 µs. False once it has its final response."""
+        """Return whether the caller cancelled or disconnected, in about 40 µs; False after the final response."""
         with self._lock:
             return not self._ended and bool(self._sender.is_cancelled())
 
@@ -68,7 +68,7 @@ def _flags(final: bool) -> int:
 
 
 def read_inputs(request: TritonRequest) -> dict[str, NDArray[Any]]:
-    """Copies: Triton takes the memory back when `execute` returns. Raises ValueError on bytes that are none."""
+    """Copy the inputs, whose memory Triton frees when `execute` returns. Raises ValueError for malformed BYTES."""
     try:
         return {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
     except Exception as error:
@@ -81,7 +81,7 @@ def read_parameters(request: TritonRequest) -> Parameters:
 
 
 def call(model: str, inputs: Tensors, outputs: list[str], parameters: Parameters) -> Iterator[dict[str, NDArray[Any]]]:
-    """Call a decoupled model of this server; yield its responses. Raises Unavailable if it cannot answer."""
+    """Call a decoupled model of this server and yield its responses. Raises Unavailable if it does not respond."""
     request = pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=outputs,

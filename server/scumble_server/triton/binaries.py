@@ -1,4 +1,4 @@
-"""Where tritonserver is: NVIDIA's container in production, the nvidia-pytriton wheel on a laptop and in CI."""
+"""Finds tritonserver: in NVIDIA's container in production, in the nvidia-pytriton wheel on a laptop and in CI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 @dataclass(frozen=True, slots=True)
 class TritonInstall:
-    """The files of one Triton that starts Python models with the running interpreter's version."""
+    """The files of a Triton installation whose Python stub has the running interpreter's version."""
 
     server: Path
     backend: Path
@@ -34,8 +34,8 @@ class TritonInstall:
 def find_triton(explicit: Path | None = None) -> TritonInstall:
     """Take `explicit`, else SCUMBLE_TRITON, else the container's, else the wheel's.
 
-    A path is either the binary or the folder that has `bin/tritonserver`. One that was named and is not
-    there is an error; nothing else is then tried. Raises Unavailable, saying what to install.
+    A path is the binary, or the folder with `bin/tritonserver`. If the named one does not exist, nothing else is tried.
+    Raises Unavailable, with what to install.
     """
     named = explicit or (Path(os.environ[TRITON_KEY]) if os.environ.get(TRITON_KEY) else None)
     if named is not None:
@@ -44,8 +44,8 @@ def find_triton(explicit: Path | None = None) -> TritonInstall:
         if _server(root).is_file():
             return _install_at(root)
     raise Unavailable(
-        f"there is no tritonserver here: run `{sys.executable} -m pip install --no-deps {WHEEL}` "
-        f"(Linux x86-64, glibc 2.35 or newer), work inside NVIDIA's Triton container, "
+        f"no tritonserver was found: run `{sys.executable} -m pip install --no-deps {WHEEL}` "
+        f"(Linux x86-64, glibc 2.35 or newer), run in NVIDIA's Triton container, "
         f"or point {TRITON_KEY} at a tritonserver"
     )
 
@@ -69,7 +69,7 @@ def _install_at(root: Path) -> TritonInstall:
     server = _server(root)
     if not server.is_file():
         raise Unavailable(
-            f"no tritonserver at {server}; {TRITON_KEY} names the binary or the folder above its bin/",
+            f"no tritonserver at {server}; set {TRITON_KEY} to the binary or to the folder that has bin/tritonserver",
             path=str(server),
         )
     backend = root / "backends" / "python"
@@ -92,10 +92,10 @@ def _present(path: Path) -> Path:
 
 
 def _matching_stub(root: Path, backend: Path) -> Path:
-    """The wheel has a stub for each Python; the container one, for its own Python."""
+    """Return the stub for this Python. The wheel has one for each version, the container only for its own Python."""
     name = "triton_python_backend_stub"
-    several = root / "python_backend_stubs"
-    stub = _present(several / PYTHON / name if several.is_dir() else backend / name)
+    stubs = root / "python_backend_stubs"
+    stub = _present(stubs / PYTHON / name if stubs.is_dir() else backend / name)
     if f"libpython{PYTHON}".encode() not in stub.read_bytes():
         raise Unavailable(
             f"{stub} is built for another Python than {PYTHON}, which runs this; use that Python, or install {WHEEL}",

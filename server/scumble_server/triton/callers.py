@@ -1,8 +1,8 @@
-"""Who asked, and how the events of the loop reach them.
+"""The callers of model `scumble_stream`, and how the loop's events reach them.
 
-A request comes over the wire, or from model `scumble` inside this server. That one wants the last event
-alone, and Triton 2.51 cannot cancel a call between models; so it names its call with a token, in the
-parameters, and cancels with a second call that carries the same token.
+A request comes from a client, or from model `scumble` in this server, which needs only the last event. As Triton 2.51
+cannot cancel a call between models, that model puts a token into the parameters of its call, and cancels it by a second
+call with the same token.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ CANCEL = "scumble_cancel"
 
 class Caller(Protocol):
     def on_event(self, event: Event) -> None:
-        """Pass `event` on; quick, from the loop's thread."""
+        """Pass `event` on. Called from the loop's thread, so it must not block."""
 
     def is_cancelled(self) -> bool: ...
 
 
 class WireCaller:
-    """Gets every event; Triton knows whether it is still there."""
+    """A client, which gets every event. Triton knows whether it is still connected."""
 
     def __init__(self, responder: Responder, outbox: Outbox) -> None:
         self._responder = responder
@@ -41,7 +41,7 @@ class WireCaller:
 
 
 class InnerCaller:
-    """Model `scumble`: gets the last event."""
+    """Model `scumble`, which gets the last event."""
 
     def __init__(self, responder: Responder, outbox: Outbox, calls: InnerCalls, token: str) -> None:
         self._wire = WireCaller(responder, outbox)
@@ -59,7 +59,7 @@ class InnerCaller:
 
 
 class InnerCalls:
-    """The running calls of model `scumble`, by token. For any thread."""
+    """The running calls of model `scumble`, by token. Any thread may call it."""
 
     def __init__(self) -> None:
         self._running: dict[str, threading.Event] = {}
@@ -68,7 +68,7 @@ class InnerCalls:
         return self._running.setdefault(token, threading.Event())
 
     def cancel(self, token: str) -> None:
-        """Nothing happens if the call has ended."""
+        """Cancel a call; does nothing if it has ended."""
         if call := self._running.get(token):
             call.set()
 

@@ -1,4 +1,4 @@
-"""How tritonserver is started: its command line, its environment, and the backend folder that it needs."""
+"""Builds tritonserver's command line, environment and backend folder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from scumble_server.triton.binaries import TritonInstall
 from scumble_server.triton.run_folder import RunFolder
 
 EXIT_TIMEOUT = 10
-"""Seconds until tritonserver ends by itself although clients hold connections; the supervisor is quicker."""
+"""Seconds until tritonserver exits although clients hold connections; the supervisor kills it sooner."""
 STUB_TIMEOUT = 600
-"""Seconds in which a model must load; a base on a slow disk takes minutes."""
+"""Seconds that a model may take to load; a base on a slow disk takes minutes."""
 SHM_BYTES = 4 * 1024 * 1024
 CLOSED_APIS = "model-repository,shared-memory,trace,logging"
-"""Loading a model runs its code, a trace writes files: nobody is given the key to these."""
+"""APIs that are closed by a random key that nobody has: loading a model runs its code, a trace writes files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """TCP ports; 0 takes a free one."""
+    """TCP ports; 0 means any free one."""
 
     http: int = 0
     grpc: int = 0
@@ -35,33 +35,33 @@ class Ports:
 
 
 def claim_ports(host: str, ports: Ports) -> Ports:
-    """Fill in the zeros. Raises Unavailable naming the first port that somebody else has."""
+    """Replace zeros by free ports. Raises Unavailable naming the first port that is taken."""
     sockets = [_bind(host, field.name, getattr(ports, field.name)) for field in fields(ports)]
     try:
-        return Ports(*(held.getsockname()[1] for held in sockets))
+        return Ports(*(bound.getsockname()[1] for bound in sockets))
     finally:
-        for held in sockets:
-            held.close()
+        for bound in sockets:
+            bound.close()
 
 
 def _bind(host: str, purpose: str, port: int) -> socket.socket:
-    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        held.bind((host, port))
+        bound.bind((host, port))
     except OSError as error:
-        held.close()
+        bound.close()
         why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
         raise Unavailable(
             f"{purpose} port {port} of {host} {why}; choose another with --{purpose}-port (0: any free one)",
             port=port,
             host=host,
         ) from error
-    return held
+    return bound
 
 
 def default_model_repository() -> Path:
-    """Beside the code in a wheel, at the top of the repository in an editable install."""
+    """Return the model repository: beside the code in a wheel, at the repository's root in an editable install."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "model_repository", package.parents[1] / "model_repository"):
         if folder.is_dir():
@@ -70,7 +70,7 @@ def default_model_repository() -> Path:
 
 
 def assemble_backend(install: TritonInstall, run: RunFolder) -> Path:
-    """Link the backend's files and the one stub that fits into the run's folder; return its parent."""
+    """Link the backend's files and the stub for this Python into the run folder; return the folder of backends."""
     folder = run.path / "backends" / "python"
     folder.mkdir(parents=True, exist_ok=True)
     for source in (*install.backend.glob("*.so"), *install.backend.glob("*.py"), install.stub):
@@ -103,7 +103,7 @@ def command(
         f"--http-port={ports.http}",
         f"--grpc-port={ports.grpc}",
         f"--metrics-port={ports.metrics}",
-        # Our own code moves tensors to the GPU; Triton's copies stay in ordinary memory.
+        # Our own code moves tensors to the GPU; Triton's copies need no pinned memory.
         "--pinned-memory-pool-byte-size=0",
         *(["--allow-gpu-metrics=false"] if config.device == "cpu" else []),
         "--disable-auto-complete-config",
@@ -111,7 +111,9 @@ def command(
 
 
 def environment(install: TritonInstall, run: RunFolder, config: ServerConfig) -> dict[str, str]:
-    """The stub ignores PYTHONPATH: it finds this virtual environment by PATH, and libpython by LIBDIR."""
+    """Return tritonserver's environment. The stub ignores PYTHONPATH: it finds the virtual environment by PATH, and
+    libpython by LD_LIBRARY_PATH.
+    """
     libraries = [sysconfig.get_config_var("LIBDIR"), *install.libraries, os.environ.get("LD_LIBRARY_PATH")]
     return {
         **os.environ,

@@ -1,4 +1,4 @@
-"""The loop's counters on Triton's metrics port. Each call into Triton is a message between processes."""
+"""Exports the loop's counters on Triton's metrics port. Each call into Triton is a message between processes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ INTERVAL = 1.0
 COUNTERS = {
     "requests": "Requests accepted",
     "images": "Images finished",
-    "failed": "Requests that ended without a picture",
-    "steps": "Steps of the loop, each for all rows that share it",
-    "rows": "Rows computed, one or two for an image's step",
+    "failed": "Requests that ended without an image",
+    "steps": "Steps of the loop, each for a batch of rows",
+    "rows": "Rows computed, one or two per image and step",
     "mixed_steps": "Steps in which rows with different adapters shared the batch",
-    "failed_steps": "Steps that raised and were tried again image by image",
+    "failed_steps": "Steps that failed and were repeated image by image",
 }
 GAUGES = {
-    "open_requests": "Requests that wait or run",
+    "open_requests": "Requests that are queued or running",
 }
 
 
 class LoopMetrics:
-    """Copies `read()` into Prometheus once a second, from a thread of its own; only what changed."""
+    """Owns a thread that copies changed counters from `read()` to Prometheus once a second."""
 
     def __init__(self, read: Callable[[], Stats]) -> None:
         self._read = read
@@ -36,7 +36,7 @@ class LoopMetrics:
         self._thread.start()
 
     def close(self) -> None:
-        """Triton's metrics must be gone before the model is."""
+        """Stop the thread. Triton's metrics must be deleted before the model is unloaded."""
         self._ended.set()
         self._thread.join(timeout=5)
 
@@ -44,7 +44,7 @@ class LoopMetrics:
         while not self._ended.wait(INTERVAL):
             stats = self._read()
             for name, metric in (self._counters | self._gauges).items():
-                metric.show(float(getattr(stats, name)))
+                metric.set(float(getattr(stats, name)))
 
 
 class _Metric:
@@ -52,13 +52,13 @@ class _Metric:
         self._is_counter = kind == "COUNTER"
         self._family = pb_utils.MetricFamily(name, description, getattr(pb_utils.MetricFamily, kind))
         self._metric = self._family.Metric(labels={})
-        self._shown = 0.0
+        self._exported = 0.0
 
-    def show(self, value: float) -> None:
-        if value == self._shown:
+    def set(self, value: float) -> None:
+        if value == self._exported:
             return
         if self._is_counter:
-            self._metric.increment(value - self._shown)
+            self._metric.increment(value - self._exported)
         else:
             self._metric.set(value)
-        self._shown = value
+        self._exported = value

@@ -1,4 +1,4 @@
-"""Answers on their way out: the step loop drops them here and goes on; one thread hands them to Triton."""
+"""Queue of responses: the step loop puts them in without blocking, and one thread sends them to Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Outbox:
-    """First in, first out, so the events of a request keep their order. `put` is for any thread."""
+    """First in, first out, so the events of a request keep their order. Any thread may call `put`."""
 
     def __init__(self) -> None:
         self._waiting: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -21,17 +21,17 @@ class Outbox:
         self._thread.start()
 
     def put(self, responder: Responder, make_tensors: Callable[[], Tensors], *, final: bool) -> None:
-        """Send later; the tensors are made then, too."""
+        """Queue a response; its tensors are made when it is sent."""
         self._waiting.put(lambda: responder.send(make_tensors(), final=final))
 
     def flush(self) -> None:
-        """Return when all that waits now has been sent, or after ten seconds."""
+        """Wait until everything in the queue has been sent, for ten seconds at most."""
         sent = threading.Event()
         self._waiting.put(sent.set)
         sent.wait(10)
 
     def close(self) -> None:
-        """Send what waits, then end the thread."""
+        """Send everything in the queue, then end the thread."""
         self._waiting.put(None)
         self._thread.join(timeout=10)
 
@@ -39,5 +39,5 @@ class Outbox:
         while send := self._waiting.get():
             try:
                 send()
-            except Exception:  # a caller that is gone must not end the others' answers
-                log.exception("an answer could not be sent")
+            except Exception:  # one caller that is gone must not stop responses to others
+                log.exception("a response could not be sent")

@@ -1,4 +1,4 @@
-"""Ask a server's model itself whether it works: Triton calls a model ready whose process is dead."""
+"""Queries a server's model itself, because Triton reports a model as ready whose process is dead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scumble.errors import Unavailable
 from scumble.stats import Stats
 from scumble.wire import STREAM_MODEL
 
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be translated, not to be bound
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - translated, not bound
 
 
 def reachable(host: str) -> str:
@@ -18,7 +18,7 @@ def reachable(host: str) -> str:
 
 
 def ask_stats(host: str, http_port: int, timeout: float) -> Stats:
-    """Return the loop's counters, asked over HTTP. Raises Unavailable when no answer comes in `timeout` seconds."""
+    """Fetch the loop's counters over HTTP. Raises Unavailable without a response in `timeout` seconds."""
     connection = http.client.HTTPConnection(reachable(host), http_port, timeout=timeout)
     try:
         connection.request("POST", f"/v2/models/{STREAM_MODEL}/generate", json.dumps({"prompt": "", "query": "stats"}))

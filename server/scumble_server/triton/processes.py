@@ -1,4 +1,4 @@
-"""Processes and their group, read from /proc: the server and its stubs, wherever they hang in the tree."""
+"""Reads processes and process groups from /proc: the server and its stubs, wherever they are in the process tree."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PROC = Path("/proc")
 
 
 def is_running(pid: int) -> bool:
-    """Ask whether `pid` lives; a zombie does not."""
+    """Return whether `pid` is running; a zombie is not."""
     return _group_of(pid) is not None
 
 
 def kill_group(group: int) -> None:
-    """Return when no member runs any more."""
+    """Kill all processes of a group and wait until none is running."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
     while any(_group_of(int(entry.name)) == group for entry in PROC.iterdir() if entry.name.isdigit()):
@@ -25,7 +25,7 @@ def kill_group(group: int) -> None:
 
 
 def _group_of(pid: int) -> int | None:
-    """Process group of a process that runs."""
+    """Return the process group of a running process, else None."""
     try:
         # pid (name, may hold spaces and brackets) state ppid pgrp ...
         state, _, group, *_ = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()

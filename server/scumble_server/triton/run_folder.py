@@ -1,15 +1,15 @@
-"""What one running server owns: a folder, a lock that says it lives, and a prefix in /dev/shm.
+"""The files of one running server: a folder with a lock, a log, and a prefix in /dev/shm.
 
-    SCUMBLE_HOME/run/<name>/lock               held (flock) by the supervisor for as long as it lives
-                            backends/python/   the Python backend with the stub that fits
-                            failure.json       why the models could not start, as ScumbleError.to_dict()
-                            <pid>.stub         one for each model's process
-                            stop, drained      the supervisor wants to stop; every request has its answer
-    SCUMBLE_HOME/logs/<name>.log               what tritonserver and the models say
-    /dev/shm/<name>…                           Triton's regions
+        SCUMBLE_HOME/run/<name>/lock               held (flock) by the supervisor until it ends
+                                backends/python/   the Python backend with the stub for this Python
+                                failure.json       the error that kept the models from starting, ScumbleError.to_dict()
+                                <pid>.stub         one for each model's process
+                                stop, drained      the supervisor wants to stop; every request has its response
+        SCUMBLE_HOME/logs/<name>.log               output of tritonserver and the models
+        /dev/shm/<name>…                           Triton's shared memory
 
-A lock ends with its process, however that dies, and means the same in every PID namespace. So whoever
-can take the lock of a folder knows that its supervisor is gone: the next start sweeps up, orphans end.
+A lock ends with its process, however that ends, and works across PID namespaces. So a process that can take the lock of
+a folder knows that its supervisor is gone: the next start removes the folder, and orphaned stubs end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RunFolder:
         return self.path.parent.parent / "logs" / f"{self.path.name}.log"
 
     def owner_is_gone(self) -> bool:
-        """Ask whether the supervisor has died. Never waits."""
+        """Return whether the supervisor has ended. Never blocks."""
         try:
             with (self.path / "lock").open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -62,7 +62,7 @@ class RunFolder:
         return True
 
     def note_stub(self) -> None:
-        """Tell the supervisor of this process."""
+        """Register this process as a stub."""
         (self.path / f"{os.getpid()}.stub").touch()
 
     def stubs(self) -> list[int]:
@@ -88,7 +88,7 @@ class RunFolder:
         (self.path / "failure.json").write_text(json.dumps(error.to_dict(), default=str))
 
     def take_failure(self) -> ScumbleError | None:
-        """Return what `write_failure` left, once."""
+        """Return and remove the error that `write_failure` wrote, if any."""
         path = self.path / "failure.json"
         try:
             error = from_dict(json.loads(path.read_text()))
@@ -103,7 +103,7 @@ class RunFolder:
 
 
 class OwnedRun:
-    """A new run folder and its lock; `close` removes everything but the log."""
+    """Owns a new run folder and its lock; `close` removes everything except the log."""
 
     def __init__(self, home: Path) -> None:
         sweep(home)
@@ -114,7 +114,7 @@ class OwnedRun:
             self._lock = (self.folder.path / "lock").open("w")
         except OSError as error:
             raise Unavailable(
-                f"cannot write to {home} ({error.strerror}); set SCUMBLE_HOME to a folder of yours"
+                f"cannot write to {home} ({error.strerror}); set SCUMBLE_HOME to a writable folder"
             ) from error
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
@@ -125,7 +125,7 @@ class OwnedRun:
 
 
 def sweep(home: Path) -> None:
-    """Remove what servers of this home left behind that were killed, and all but the newest logs."""
+    """Remove the files of this home's servers that were killed, and all but the newest logs."""
     for path in (home / "run").glob(f"{PREFIX}*"):
         run = RunFolder(path)
         if _is_settled(path) and run.owner_is_gone():
@@ -137,7 +137,7 @@ def sweep(home: Path) -> None:
 
 
 def _is_settled(path: Path) -> bool:
-    """A folder seconds old may belong to a server that is about to lock it."""
+    """Return whether a folder is older than 5 s; a newer one may belong to a server that is about to lock it."""
     return time.time() - _modified(path) > 5
 
 

@@ -1,4 +1,4 @@
-"""A server for the length of a `with`: for tests, the demo, `scumble generate`, and `scumble serve` itself."""
+"""A server for the duration of a `with` block: for tests, the demo, `scumble generate` and `scumble serve`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ START_TIMEOUT = 600.0
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """Where a server listens, and the supervisor that keeps it there."""
+    """A server's addresses and its supervisor."""
 
     host: str
     ports: Ports
@@ -47,7 +47,9 @@ class RunningServer:
         return f"[{host}]" if ":" in host else host
 
     def wait(self, timeout: float | None = None) -> None:
-        """Return when `timeout` is over. Raises Unavailable when the server cannot be kept alive."""
+        """Wait until the server is stopped, `timeout` seconds at most. Raises Unavailable if it cannot
+        be kept running.
+        """
         self.supervisor.wait(timeout)
 
 
@@ -61,11 +63,10 @@ def running_server(
     models: Path | None = None,
     start_timeout: float = START_TIMEOUT,
 ) -> Iterator[RunningServer]:
-    """Start a server, wait until it answers, and stop it at the end of the `with`, however that comes.
+    """Start a server, wait until it responds, and stop it at the end of the `with` block, also after an error.
 
-    Leaves no process and no shared memory behind. Before anything is started it raises Unavailable when
-    Triton is missing or a port is taken, NotFound without registry or base; then whatever keeps the base
-    from being loaded.
+    Leaves no process and no shared memory behind. Raises Unavailable if Triton is missing or a port is taken and
+    NotFound without registry or base, before anything is started; then any error of loading the base.
     """
     install = find_triton(triton)
     with Registry.open(config.home) as registry:

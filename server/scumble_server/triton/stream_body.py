@@ -1,7 +1,7 @@
-"""Model `scumble_stream`: owns the one Service. Requests go to its loop, events come back as responses.
+"""Model `scumble_stream`: owns the Service. Requests go to its loop, events are sent as responses.
 
-`execute` returns as soon as the requests are handed over, so Triton can bring the next ones while the
-loop works; the Service's queue is the bound, and what does not fit is answered with `queue_full`.
+`execute` returns as soon as requests are submitted, so Triton can deliver the next ones while the loop runs. The
+Service's queue is bounded; a request that does not fit gets `queue_full`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TritonPythonModel:
         self._outbox.close()
 
     def _drain(self) -> None:
-        """Answer everything before the server is stopped; from the watchdog's side."""
+        """Respond to every request before the server is stopped. Called from the watchdog."""
         self._service.close()
         self._outbox.flush()
         self._folder.say_drained()
@@ -80,7 +80,7 @@ class TritonPythonModel:
         except ScumbleError as error:
             caller.on_event(Failed(error))
         except Exception as error:
-            log.exception("a request broke the front door")
+            log.exception("a request failed")
             caller.on_event(Failed(ScumbleError(f"internal error: {error!r}")))
 
     def _caller(self, responder: Responder, parameters: Parameters) -> Caller:

@@ -1,4 +1,4 @@
-"""Starts tritonserver, sees that its models really answer, restarts it when they do not, and stops it."""
+"""Starts tritonserver, checks that its models respond, restarts it if they do not, and stops it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from scumble_server.triton.processes import is_running, kill_group
 from scumble_server.triton.run_folder import RunFolder
 
 DRAIN_TIMEOUT = 20.0
-"""Seconds for the running step and the answers on their way, when the server stops."""
+"""Seconds for the running step and pending responses when the server stops."""
 EXIT_GRACE = 1.0
 LOOK_INTERVAL = 0.25
 ASK_INTERVAL = 2.0
 FIRST_ANSWER_TIMEOUT = 5.0
 ASK_TIMEOUT = 20.0
 MAX_SILENCE = 60.0
-"""Seconds without an answer from the model after which the server counts as stuck."""
+"""Seconds without a response from the model after which the server counts as stuck."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 STEADY_AFTER = 60.0
-"""Seconds of health after which earlier failures are forgotten."""
+"""Seconds without a failure after which earlier failures no longer count."""
 MAX_FAILURES = 6
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What is started, again and again if need be, and where its models are asked."""
+    """How to start the server, and the address where its models are queried."""
 
     command: list[str]
     environment: dict[str, str]
@@ -44,14 +44,14 @@ class Launch:
     host: str
     http_port: int
     timeout: float
-    """Seconds until it must be ready."""
+    """Seconds that it may take to get ready."""
 
 
 class Supervisor:
     """Owns one tritonserver and the thread that watches it. `start` once; `stop` and `wait` from any thread.
 
-    The server has a session of its own, so a Ctrl-C in the terminal reaches us alone and the end is ours
-    to arrange. After `stop` no process of the server is left.
+    The server has its own session, so a Ctrl-C in the terminal reaches only this process, which then stops the server
+    in order. After `stop` no process of the server is left.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -65,7 +65,9 @@ class Supervisor:
         self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def start(self) -> None:
-        """Return once the models answer. Raises what kept them from starting; nothing is left then."""
+        """Start the server and wait until its models respond. If they cannot start, raises the reason and leaves
+        nothing.
+        """
         try:
             self._launch_once()
         except BaseException:
@@ -74,13 +76,13 @@ class Supervisor:
         self._watcher.start()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Return when the server was stopped. Raises Unavailable when it cannot be kept alive."""
+        """Wait until the server is stopped. Raises Unavailable if it cannot be kept running."""
         self._watcher.join(timeout)
         if self._failure:
             raise self._failure
 
     def stop(self) -> None:
-        """End in order: what waits is answered with Unavailable, the running step is finished."""
+        """Stop in order: queued requests get Unavailable, the running step is finished."""
         self._stopping.set()
         try:
             if self._watcher.is_alive():
@@ -89,13 +91,14 @@ class Supervisor:
                 self._launch.run.ask_to_stop()
                 self._wait_for(self._launch.run.is_drained, DRAIN_TIMEOUT)
                 self._process.send_signal(signal.SIGTERM)
-                # Idle connections of clients keep tritonserver for its whole exit timeout; nobody is served any more.
+                # Idle client connections would keep tritonserver for its whole exit timeout, although it serves
+                # nothing.
                 self._wait_for(lambda: False, EXIT_GRACE)
         finally:
             self._kill()
 
     def _wait_for(self, condition: Callable[[], bool], timeout: float) -> None:
-        """Return when `condition` holds, the server has ended, or the time is over."""
+        """Wait until `condition` holds or the server has ended, `timeout` seconds at most."""
         deadline = time.monotonic() + timeout
         while self._process and self._process.poll() is None and not condition() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -103,7 +106,7 @@ class Supervisor:
     def _launch_once(self) -> None:
         launch = self._launch
         launch.run.forget_stubs()
-        # A Ctrl-C reaches the main thread alone: it may come at any moment, and would lose a process just started.
+        # A Ctrl-C raises in the main thread at any moment, and would lose track of a process just started.
         with ThreadPoolExecutor(1) as uninterrupted:
             uninterrupted.submit(self._open).result()
         deadline = time.monotonic() + launch.timeout
@@ -146,15 +149,15 @@ class Supervisor:
         failures = 0
         while not self._stopping.is_set():
             began = time.monotonic()
-            self._until_unwell()
+            self._wait_until_unhealthy()
             if self._stopping.is_set():
                 return
             self._kill()
             failures = 1 if time.monotonic() - began > STEADY_AFTER else failures + 1
             if failures > MAX_FAILURES:
-                self._failure = self._last_error or Unavailable(f"the server dies again and again; see {self._log}")
+                self._failure = self._last_error or Unavailable(f"the server died repeatedly; see {self._log}")
                 return
-            log.warning("the server died and is started again; see %s", self._log)
+            log.warning("the server died and is restarted; see %s", self._log)
             if not self._stopping.wait(min(FIRST_PAUSE * 2**failures, LONGEST_PAUSE)):
                 self._launch_again()
 
@@ -162,14 +165,14 @@ class Supervisor:
         try:
             self._launch_once()
         except ScumbleError as error:
-            self._last_error = Unavailable(f"the server died and does not come back: {error.message}")
+            self._last_error = Unavailable(f"the server died and could not be restarted: {error.message}")
             self._kill()
         else:
             self._last_error = None
             self.restarts += 1
 
-    def _until_unwell(self) -> None:
-        """Return when a process has died, the model is silent for too long, or the server shall stop."""
+    def _wait_until_unhealthy(self) -> None:
+        """Return when a process has died, the model has not responded for too long, or the server is to stop."""
         assert self._process
         answered = asked = time.monotonic()
         while not self._stopping.wait(LOOK_INTERVAL):
@@ -184,7 +187,7 @@ class Supervisor:
                     return
 
     def _kill(self) -> None:
-        """Leave no process of the server and none of its shared memory."""
+        """Kill all processes of the server and remove its shared memory."""
         if self._process:
             kill_group(self._process.pid)
             self._process.wait()

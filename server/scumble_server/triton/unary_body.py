@@ -1,6 +1,6 @@
-"""Model `scumble`: one response per request. A thin front of `scumble_stream`, which has the loop.
+"""Model `scumble`: one response per request. It calls `scumble_stream`, which runs the loop.
 
-Every request waits in a thread of its own, so as many can share a step as the loop admits.
+Every request waits in its own thread, so the loop decides how many share a step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TritonPythonModel:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         config = ServerConfig.from_env()
         self._watchdog = Watchdog(RunFolder.from_env())
-        # Enough for all that run and wait in the loop, so that it is the loop that says "full".
+        # Enough for all that run or wait in the loop, so that the loop's queue is the limit.
         self._threads = ThreadPoolExecutor(config.max_queue + config.max_batch_images + 8, "call")
         self._running: dict[str, Responder] = {}
         self._ended = threading.Event()
@@ -75,7 +75,7 @@ class TritonPythonModel:
         except ScumbleError as error:
             outputs = event_to_tensors(Failed(error))
         except Exception as error:
-            log.exception("a call broke the front door")
+            log.exception("a call failed")
             outputs = event_to_tensors(Failed(ScumbleError(f"internal error: {error!r}")))
         finally:
             del self._running[token]
@@ -84,10 +84,10 @@ class TritonPythonModel:
                 {"images": NO_IMAGES} | {name: outputs[name] for name in OUTPUTS if name in outputs}, final=True
             )
         except Exception:
-            log.exception("an answer could not be sent")
+            log.exception("a response could not be sent")
 
     def _cancel_abandoned(self) -> None:
-        """Ask for each waiting caller whether it is still there; cancel the calls of those who left."""
+        """Cancel the calls whose callers have gone."""
         while not self._ended.wait(CANCELLATION_INTERVAL):
             for token, responder in list(self._running.items()):
                 if responder.is_cancelled():
@@ -99,7 +99,7 @@ def _last_event(inputs: Tensors, token: str) -> dict[str, Any]:
     for response in call(STREAM_MODEL, inputs, OUTPUTS, {CALL: token}):
         outputs = response
     if not outputs:
-        raise Unavailable(f"model {STREAM_MODEL} ended without an answer; try again")
+        raise Unavailable(f"model {STREAM_MODEL} ended without a response; try again")
     return outputs
 
 

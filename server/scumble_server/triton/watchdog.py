@@ -1,4 +1,4 @@
-"""Ends a stub that nobody looks after. Triton 2.51 neither restarts a dead stub nor ends an orphaned one."""
+"""Ends an orphaned or unhealthy stub: Triton 2.51 neither restarts a dead stub nor ends an orphaned one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from scumble_server.triton.run_folder import RunFolder
 
 INTERVAL = 0.25
 GRACE = 15.0
-"""Seconds between asking an abandoned tritonserver to end and killing it."""
+"""Seconds between SIGTERM and SIGKILL for a tritonserver without a supervisor."""
 
 
 class Watchdog:
-    """A thread that looks after this stub's surroundings from before the base is loaded.
+    """Owns a thread that watches tritonserver and the supervisor, from before the base is loaded.
 
-    tritonserver dead: this process ends. The supervisor dead: tritonserver is told to end, which ends
-    everything in order. The server about to stop: `on_stop` runs, once. `is_healthy` false: this process
-    ends, which the supervisor notices and starts the server anew.
+    If tritonserver has died, this process exits. If the supervisor has died, tritonserver gets SIGTERM and stops in
+    order. If the server is about to stop, `on_stop` runs once. If `is_healthy` is false, this process exits, and the
+    supervisor restarts the server.
     """
 
     def __init__(self, run: RunFolder) -> None:

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.method import Condition, TrainingMethod, half
 from scumble_trainers.methods import MethodEntry
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType, TrainSettings
 from support.steering.format import KIND, TENSOR
 
@@ -20,8 +20,8 @@ class SteeringTraining(TrainingMethod[TrainSettings]):
     name = KIND
     adapter = "steering.safetensors"
 
-    def __init__(self, pipeline: Pipeline, settings: TrainSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: TrainSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         self.vector = nn.Parameter(torch.zeros(self.unet.config.cross_attention_dim, device=self.device))
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from scumble.errors import Incompatible, InvalidRequest, NotFound
 from scumble_registry import Registry
+from scumble_trainers.base import find_base
 from scumble_trainers.cli import app
-from scumble_trainers.parent import find_parent
 
 SMALL = ["--steps", "2", "--batch-size", "2", "--rank", "2", "--sample-steps", "1", "--learning-rate", "0.01"]
 
@@ -65,12 +65,12 @@ def test_the_same_command_again_is_the_same_version(base_folder: Path, make_data
 
 
 def test_a_folder_that_the_registry_holds_is_known_by_its_reference(base_folder: Path, home: Path) -> None:
-    assert find_parent(str(base_folder), home).ref is None
+    assert find_base(str(base_folder), home).ref is None
     with Registry.open(home, create=True) as registry:
         version = registry.publish(base_folder, "tiny/base")
-    found = find_parent(str(base_folder), home)
+    found = find_base(str(base_folder), home)
     assert (found.ref, found.digest) == ("tiny/base@1", version.digest)
-    assert find_parent("tiny/base", home).content == found.content
+    assert find_base("tiny/base", home).content == found.content
 
 
 @pytest.mark.usefixtures("home")
@@ -94,11 +94,11 @@ def test_bad_options_are_named(base_folder: Path, tmp_path: Path, options: list[
 
 def test_bases_that_are_missing_or_of_another_kind_are_refused(tmp_path: Path, home: Path) -> None:
     with pytest.raises(NotFound):
-        find_parent(str(tmp_path / "nowhere"), home)
+        find_base(str(tmp_path / "nowhere"), home)
     with pytest.raises(NotFound):
-        find_parent("tiny/base", home)
+        find_base("tiny/base", home)
     with pytest.raises(Incompatible, match=r"no model_index\.json"):
-        find_parent(str(tmp_path), home)
+        find_base(str(tmp_path), home)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(Incompatible, match="FluxPipeline"):
-        find_parent(str(tmp_path), home)
+        find_base(str(tmp_path), home)

@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_what_to_do(
         return drawn
 
     monkeypatch.setattr(loop, "draw_step", overflow_at_step_4)
-    with pytest.raises(Refused, match="loss of step 4 is not finite: take a lower --learning-rate"):
+    with pytest.raises(Refused, match="loss of step 4 is not finite: use a lower --learning-rate"):
         command(base_folder, data, out)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
     assert nothing_is_published(home)

@@ -12,10 +12,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from scumble_registry import Registry
+from scumble_trainers.base import find_base
 from scumble_trainers.methods.lora.files import FILE
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import find_parent
 from scumble_trainers.run import train
 from scumble_trainers.steps.loop import Run
 
@@ -60,7 +60,7 @@ def test_before_the_first_step_it_predicts_what_diffusers_does(
     family_folder: Path, make_data: Any, tmp_path: Path, prepare: Callable[..., Run]
 ) -> None:
     run = prepare(
-        LoraTraining, find_parent(str(family_folder), tmp_path), make_data(4, *SIZES), tmp_path / "out", settings()
+        LoraTraining, find_base(str(family_folder), tmp_path), make_data(4, *SIZES), tmp_path / "out", settings()
     )
     base = DiffusionPipeline.from_pretrained(family_folder, local_files_only=True)
     assert predicted(run).abs().max() > 0
@@ -73,8 +73,8 @@ def test_diffusers_loads_the_result_and_predicts_the_same(
     runs: list[Run] = []
     original = Run.train
     monkeypatch.setattr(Run, "train", lambda run, *rest: (runs.append(run), original(run, *rest))[1])
-    parent = find_parent(str(family_folder), tmp_path)
-    result = train(LoraTraining, parent, make_data(4, *SIZES), tmp_path / "out", settings())
+    base = find_base(str(family_folder), tmp_path)
+    result = train(LoraTraining, base, make_data(4, *SIZES), tmp_path / "out", settings())
     bare = DiffusionPipeline.from_pretrained(family_folder, local_files_only=True)
     adapted = DiffusionPipeline.from_pretrained(family_folder, local_files_only=True)
     adapted.load_lora_weights(tmp_path / "out")
@@ -88,8 +88,8 @@ def test_diffusers_loads_the_result_and_predicts_the_same(
 def test_the_registry_takes_it_for_its_base(family_folder: Path, make_data: Any, tmp_path: Path) -> None:
     with Registry.open(tmp_path / "home", create=True) as registry:
         registry.publish(family_folder, "tiny/base")
-    parent = find_parent("tiny/base", tmp_path / "home")
-    train(LoraTraining, parent, make_data(4, (64, 64)), tmp_path / "out", settings(steps=1))
+    base = find_base("tiny/base", tmp_path / "home")
+    train(LoraTraining, base, make_data(4, (64, 64)), tmp_path / "out", settings(steps=1))
     with Registry.open(tmp_path / "home") as registry:
         version = registry.publish(tmp_path / "out" / FILE, "styles/flat", base="tiny/base")
     assert version.manifest.kind == "lora"
@@ -99,16 +99,16 @@ def test_sdxl_is_told_how_each_picture_was_cut(
     sdxl_folder: Path, make_data: Any, tmp_path: Path, prepare: Callable[..., Run]
 ) -> None:
     """Original height and width, the crop's top and left in the fitted picture, height and width that are trained."""
-    parent, chosen = find_parent(str(sdxl_folder), tmp_path), {"resolution": 96}
+    base, chosen = find_base(str(sdxl_folder), tmp_path), {"resolution": 96}
     data = make_data(4, (96, 96), (300, 150), (96, 144), (150, 450))
-    square = prepare(LoraTraining, parent, data, tmp_path / "square", settings(bucket=False, **chosen))
+    square = prepare(LoraTraining, base, data, tmp_path / "square", settings(bucket=False, **chosen))
     assert square.method.material.framing.tolist() == [
         [96, 96, 0, 0, 96, 96],
         [150, 300, 0, 48, 96, 96],
         [144, 96, 24, 0, 96, 96],
         [450, 150, 96, 0, 96, 96],
     ]
-    buckets = prepare(LoraTraining, parent, data, tmp_path / "buckets", settings(**chosen))
+    buckets = prepare(LoraTraining, base, data, tmp_path / "buckets", settings(**chosen))
     assert buckets.method.material.framing.tolist() == [
         [96, 96, 0, 0, 96, 96],
         [150, 300, 0, 0, 64, 128],

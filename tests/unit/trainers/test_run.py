@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scumble.errors import InvalidRequest
+from scumble_trainers.base import TrainingBase, find_base
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import Parent, find_parent
 from scumble_trainers.run import train
 from scumble_trainers.steps.loop import Run
 from scumble_trainers.steps.progress import silent
@@ -42,8 +42,8 @@ def settings(**changes: Any) -> LoraSettings:
 
 
 @pytest.fixture
-def parent(base_folder: Path, tmp_path: Path) -> Parent:
-    return find_parent(str(base_folder), tmp_path / "home")
+def base(base_folder: Path, tmp_path: Path) -> TrainingBase:
+    return find_base(str(base_folder), tmp_path / "home")
 
 
 def pipeline(base_folder: Path) -> Any:
@@ -67,7 +67,7 @@ def digest(module: nn.Module) -> str:
 
 
 def test_the_loss_on_one_picture_falls_and_the_base_stays_as_it_was(
-    parent: Parent, base_folder: Path, make_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: TrainingBase, base_folder: Path, make_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[Run] = []
     original = Run.train
@@ -75,7 +75,7 @@ def test_the_loss_on_one_picture_falls_and_the_base_stays_as_it_was(
     untouched = pipeline(base_folder)
     one = settings(steps=40, validation=0, caption_dropout=0, checkpoint_every=40, feed_forward=True)
 
-    result = train(LoraTraining, parent, make_data(1), tmp_path / "out", one)
+    result = train(LoraTraining, base, make_data(1), tmp_path / "out", one)
 
     assert result.metrics["after"]["training_loss"] < 0.95 * result.metrics["before"]["training_loss"]
     assert digest(trained[0].method.pipeline.unet) == digest(untouched.unet)
@@ -89,7 +89,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
-    parent: Parent, make_data: Any, tmp_path: Path, text_encoder: bool
+    base: TrainingBase, make_data: Any, tmp_path: Path, text_encoder: bool
 ) -> None:
     data, chosen = make_data(8), settings(text_encoder=text_encoder)
 
@@ -98,15 +98,15 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
             raise Killed
 
     with pytest.raises(Killed):
-        train(LoraTraining, parent, data, tmp_path / "killed", chosen, report=kill_at_step_5)
+        train(LoraTraining, base, data, tmp_path / "killed", chosen, report=kill_at_step_5)
     steps: list[int] = []
 
     def count(stage: str, done: int, *_: object) -> None:
         if stage == "training":
             steps.append(done)
 
-    resumed = train(LoraTraining, parent, data, tmp_path / "killed", chosen, report=count)
-    whole = train(LoraTraining, parent, data, tmp_path / "whole", chosen)
+    resumed = train(LoraTraining, base, data, tmp_path / "killed", chosen, report=count)
+    whole = train(LoraTraining, base, data, tmp_path / "whole", chosen)
 
     assert steps == [4, 5, 6]
     assert resumed.metrics == whole.metrics
@@ -114,45 +114,45 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
     assert (tmp_path / "killed/sample_grid.png").read_bytes() == (tmp_path / "whole/sample_grid.png").read_bytes()
 
 
-def test_a_batch_in_parts_trains_the_same_weights(parent: Parent, make_data: Any, tmp_path: Path) -> None:
+def test_a_batch_in_parts_trains_the_same_weights(base: TrainingBase, make_data: Any, tmp_path: Path) -> None:
     data = make_data(8)
-    train(LoraTraining, parent, data, tmp_path / "whole", settings())
-    train(LoraTraining, parent, data, tmp_path / "parts", settings(accumulate=2, gradient_checkpointing=True))
+    train(LoraTraining, base, data, tmp_path / "whole", settings())
+    train(LoraTraining, base, data, tmp_path / "parts", settings(accumulate=2, gradient_checkpointing=True))
 
     whole, parts = load_file(tmp_path / "whole" / FILE), load_file(tmp_path / "parts" / FILE)
     assert all(torch.allclose(whole[name], parts[name], atol=1e-4) for name in whole)
 
 
 def test_a_finished_run_is_returned_as_it_is_and_another_one_is_refused(
-    parent: Parent, make_data: Any, tmp_path: Path
+    base: TrainingBase, make_data: Any, tmp_path: Path
 ) -> None:
     data = make_data(4)
-    first = train(LoraTraining, parent, data, tmp_path / "out", settings())
+    first = train(LoraTraining, base, data, tmp_path / "out", settings())
 
-    assert train(LoraTraining, parent, data, tmp_path / "out", settings()) == first
+    assert train(LoraTraining, base, data, tmp_path / "out", settings()) == first
     with pytest.raises(InvalidRequest, match="rank: 4 → 2"):
-        train(LoraTraining, parent, data, tmp_path / "out", settings(rank=2))
+        train(LoraTraining, base, data, tmp_path / "out", settings(rank=2))
     assert (
-        train(LoraTraining, parent, data, tmp_path / "out", settings(rank=2), fresh=True).provenance["config"]["rank"]
+        train(LoraTraining, base, data, tmp_path / "out", settings(rank=2), fresh=True).provenance["config"]["rank"]
         == 2
     )
 
 
-def test_a_finished_run_can_be_trained_further(parent: Parent, make_data: Any, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_trained_further(base: TrainingBase, make_data: Any, tmp_path: Path) -> None:
     data = make_data(4)
-    train(LoraTraining, parent, data, tmp_path / "out", settings(schedule="constant"))
-    train(LoraTraining, parent, data, tmp_path / "out", settings(schedule="constant", steps=8))
-    train(LoraTraining, parent, data, tmp_path / "once", settings(schedule="constant", steps=8))
+    train(LoraTraining, base, data, tmp_path / "out", settings(schedule="constant"))
+    train(LoraTraining, base, data, tmp_path / "out", settings(schedule="constant", steps=8))
+    train(LoraTraining, base, data, tmp_path / "once", settings(schedule="constant", steps=8))
 
     assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "once" / FILE).read_bytes()
 
 
 def test_diffusers_loads_the_file_with_its_scale(
-    parent: Parent, base_folder: Path, make_data: Any, tmp_path: Path
+    base: TrainingBase, base_folder: Path, make_data: Any, tmp_path: Path
 ) -> None:
     """B holds the scale, so ΔW is B·A of the file with or without its header, for the text encoder as well."""
     out = tmp_path / "out"
-    train(LoraTraining, parent, make_data(4), out, settings(alpha=10, text_encoder=True, feed_forward=True))
+    train(LoraTraining, base, make_data(4), out, settings(alpha=10, text_encoder=True, feed_forward=True))
     bare = draw(pipeline(base_folder))
     adapted = pipeline(base_folder)
     adapted.load_lora_weights(out)
@@ -178,11 +178,11 @@ def test_diffusers_loads_the_file_with_its_scale(
 
 
 def test_two_runs_write_the_same_bytes_and_16_bits_take_half_the_room(
-    parent: Parent, make_data: Any, tmp_path: Path
+    base: TrainingBase, make_data: Any, tmp_path: Path
 ) -> None:
     data = make_data(4)
     for name, stored in (("a", "fp16"), ("b", "fp16"), ("c", "fp32")):
-        train(LoraTraining, parent, data, tmp_path / name, settings(steps=2, save_dtype=stored))
+        train(LoraTraining, base, data, tmp_path / name, settings(steps=2, save_dtype=stored))
 
     assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
     half, full = load_file(tmp_path / "a" / FILE), load_file(tmp_path / "c" / FILE)
@@ -191,10 +191,10 @@ def test_two_runs_write_the_same_bytes_and_16_bits_take_half_the_room(
 
 
 def test_a_checkpoint_has_the_adapter_as_it_stands_and_the_grid_a_column(
-    parent: Parent, base_folder: Path, make_data: Any, tmp_path: Path
+    base: TrainingBase, base_folder: Path, make_data: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    train(LoraTraining, parent, make_data(4), out, settings(checkpoint_every=2))
+    train(LoraTraining, base, make_data(4), out, settings(checkpoint_every=2))
 
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
     pipeline(base_folder).load_lora_weights(out / "checkpoints/step-000004")
@@ -205,11 +205,11 @@ def test_a_checkpoint_has_the_adapter_as_it_stands_and_the_grid_a_column(
     assert list((out / "logs").rglob("events.out.tfevents.*"))
 
 
-def test_column_0_of_the_grid_is_the_base(parent: Parent, base_folder: Path, make_data: Any, tmp_path: Path) -> None:
+def test_column_0_of_the_grid_is_the_base(
+    base: TrainingBase, base_folder: Path, make_data: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    train(
-        LoraTraining, parent, make_data(4), out, settings(steps=2, sample_seed=3, sample_guidance=7.5, sample_steps=3)
-    )
+    train(LoraTraining, base, make_data(4), out, settings(steps=2, sample_seed=3, sample_guidance=7.5, sample_steps=3))
 
     with Image.open(out / "samples/step-000000.png") as column:
         first = np.asarray(column)[:16].astype(int)
@@ -229,17 +229,15 @@ def draw_small(base_folder: Path) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize(
     "changes", [{"min_snr_gamma": 5.0}, {"mixed_precision": "bf16"}, {"warmup": 3, "text_learning_rate": 1e-3}]
 )
-def test_options_of_the_loop_run(parent: Parent, make_data: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_options_of_the_loop_run(base: TrainingBase, make_data: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
     text = "text_learning_rate" in changes
-    result = train(
-        LoraTraining, parent, make_data(4), tmp_path / "out", settings(steps=2, text_encoder=text, **changes)
-    )
+    result = train(LoraTraining, base, make_data(4), tmp_path / "out", settings(steps=2, text_encoder=text, **changes))
     assert result.metrics["after"] != result.metrics["before"]
 
 
-def test_a_trigger_word_must_occur(parent: Parent, make_data: Any, tmp_path: Path) -> None:
+def test_a_trigger_word_must_occur(base: TrainingBase, make_data: Any, tmp_path: Path) -> None:
     data = make_data(4)
     with pytest.raises(InvalidRequest, match="'sks'"):
-        train(LoraTraining, parent, data, tmp_path / "out", settings(trigger_words=("sks",)), report=silent)
-    result = train(LoraTraining, parent, data, tmp_path / "out", settings(steps=2, trigger_words=("Flat style",)))
+        train(LoraTraining, base, data, tmp_path / "out", settings(trigger_words=("sks",)), report=silent)
+    result = train(LoraTraining, base, data, tmp_path / "out", settings(steps=2, trigger_words=("Flat style",)))
     assert result.trigger_words == ("Flat style",)

@@ -1,1 +1,1 @@
-"""What a trainer learns from: pictures, captions, sizes, latents."""
+"""Training data: pictures, captions, sizes, latents."""

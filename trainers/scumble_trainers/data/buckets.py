@@ -1,7 +1,7 @@
-"""Sizes that pictures of other shapes than the square are trained at: of one area, so that a batch costs the same.
+"""Aspect ratio buckets: training sizes of about one area, so that every batch costs the same.
 
-Only pictures of one size can share a batch. The sizes are those of NovelAI's aspect ratio bucketing (2022): sides
-that the UNet can halve as often as it does, area at most that of the square, at most twice as long as wide.
+Only pictures of one size can share a batch. The sizes follow NovelAI's aspect ratio bucketing (2022): sides that the
+UNet can halve at every level, an area of at most the square's, an aspect ratio of at most 2.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from scumble_trainers.data.dataset import Example
 
 LONGEST = 2.0
-"""Most that the long side may be, in short sides; longer pictures are cropped."""
+"""Largest aspect ratio; longer pictures are cropped."""
 
 Size = tuple[int, int]
 """Width and height in pixels."""
 
 
 def bucket_sizes(resolution: int, multiple: int) -> tuple[Size, ...]:
-    """Every size to choose from, widths rising; sides are multiples of `multiple`, the square is among them."""
+    """Return all sizes, by rising width; sides are multiples of `multiple`, the square is one of them."""
     area = resolution * resolution
     widths = range(multiple, int(resolution * math.sqrt(LONGEST)) + 1, multiple)
     sizes = {(width, area // width // multiple * multiple) for width in widths}
@@ -29,11 +29,11 @@ def bucket_sizes(resolution: int, multiple: int) -> tuple[Size, ...]:
 
 
 def choose_sizes(examples: Sequence[Example], resolution: int, multiple: int, *, bucket: bool) -> list[Size]:
-    """The size that each example is trained at: of the nearest aspect, or the square where no bucketing is wanted."""
+    """Return each example's training size: the nearest aspect ratio, or the square without bucketing."""
     sizes = bucket_sizes(resolution, multiple) if bucket else ((resolution, resolution),)
     return [min(sizes, key=lambda size: _distance(size, example.size)) for example in examples]
 
 
 def _distance(one: Size, other: Size) -> float:
-    """Between two aspects, the same for wide and tall."""
+    """Return the distance of two aspect ratios, symmetric for wide and tall."""
     return abs(math.log(one[0] / one[1]) - math.log(other[0] / other[1]))

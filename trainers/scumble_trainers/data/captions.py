@@ -1,7 +1,7 @@
-"""Captions as token ids and, where the text encoders stay as they are, as embeddings made once.
+"""Captions as token ids and, if the text encoders are frozen, as embeddings computed once.
 
-SD 1.x and 2.x condition on the last hidden state of one encoder. SDXL has two: their last but one hidden states side by
-side, and the second one's pooled output beside them (2307.01952).
+SD 1.x and 2.x condition on the last hidden state of one encoder. SDXL has two: it reads their last but one hidden
+states, concatenated, and the second one's pooled output (2307.01952).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from scumble_trainers.base import Pipeline
 from scumble_trainers.data.dataset import Example
-from scumble_trainers.parent import Pipeline
 
 CACHE_LIMIT = 2 * 2**30
-"""Bytes of embeddings kept in memory; beyond it they are made again at every step."""
+"""Largest size in bytes of embeddings in memory; beyond it they are computed at every step."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextStates:
-    """What a UNet is told in words."""
+    """The text conditioning of a UNet."""
 
     states: Tensor  # (B, T, D)
     pooled: Tensor | None  # (B, P), SDXL only
@@ -42,18 +42,18 @@ class TextEncoders(nn.Module):
         super().__init__()
         second = getattr(pipeline, "text_encoder_2", None)
         self.encoders = nn.ModuleList([pipeline.text_encoder, *([second] if second is not None else [])])
-        self.expand = pipeline.maybe_convert_prompt  # words of several vectors, if there are any
+        self.expand = pipeline.maybe_convert_prompt  # words of several vectors, if any
         self.tokenizers: list[CLIPTokenizer] = [pipeline.tokenizer]
         if second is not None:
             self.tokenizers.append(pipeline.tokenizer_2)
 
-    def tokenise(self, texts: Sequence[str]) -> Tensor:
-        """`(N, encoders, T)` int64."""
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Tokenize texts: `(N, encoders, T)` int64."""
         expanded = [[self.expand(text, tokenizer) for text in texts] for tokenizer in self.tokenizers]
-        return torch.stack([tokenise(t, own) for t, own in zip(self.tokenizers, expanded, strict=True)], dim=1)
+        return torch.stack([tokenize(t, own) for t, own in zip(self.tokenizers, expanded, strict=True)], dim=1)
 
     def forward(self, tokens: Tensor) -> TextStates:
-        """`(N, encoders, T)` token ids on the encoders' device."""
+        """Encode token ids `(N, encoders, T)` on the encoders' device."""
         if len(self.encoders) == 1:
             return TextStates(self.encoders[0](tokens[:, 0])[0], None)
         outputs = [encoder(tokens[:, i], output_hidden_states=True) for i, encoder in enumerate(self.encoders)]
@@ -62,7 +62,7 @@ class TextEncoders(nn.Module):
 
     @property
     def width(self) -> int:
-        """Floats of a token's state."""
+        """Number of floats of a token's state."""
         return sum(int(cast(Any, encoder).config.hidden_size) for encoder in self.encoders)
 
 
@@ -74,27 +74,29 @@ class Captions:
     first: Tensor  # (N,) int64: an example's captions are rows first … first + count - 1 of `rows`
     count: Tensor  # (N,) int64
     rows: Tensor  # (Σ count,) int64: rows of `tokens`
-    embeddings: TextStates | None  # of U rows, or None where they are made at every step
+    embeddings: TextStates | None  # U rows, or None if they are computed at every step
 
     def choose(self, pictures: Tensor, which: Tensor, dropped: Tensor) -> Tensor:
-        """`(B,)` rows of `tokens`: of each picture the caption at `which` in [0, 1), row 0 where dropped."""
+        """Return the rows of `tokens` `(B,)`: each picture's caption at `which` in [0, 1), row 0 if dropped."""
         offset = (which * self.count[pictures]).long()
         return torch.where(dropped, 0, self.rows[self.first[pictures] + offset])
 
     def of(self, pictures: Tensor) -> Tensor:
-        """`(B,)` rows of `tokens`: each picture's first caption."""
+        """Return the rows of `tokens` `(B,)` of each picture's first caption."""
         return self.rows[self.first[pictures]]
 
     def embed(self, encoders: TextEncoders, rows: Tensor, device: torch.device) -> TextStates:
-        """On `device`: cached, or computed now (with gradients if the encoders have any)."""
+        """Return the states of rows on `device`: cached, or computed now, with gradients if the
+        encoders are trained.
+        """
         if self.embeddings is not None:
             return self.embeddings.rows(rows).to(device)
         text: TextStates = encoders(self.tokens[rows].to(device))
         return text
 
 
-def tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """`(N, T)` int64, padded and cut to the tokenizer's length as the pipeline does."""
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Tokenize texts to `(N, T)` int64, padded and cut to the tokenizer's length as in the pipeline."""
     encoded = tokenizer(
         list(texts),
         padding="max_length",
@@ -111,11 +113,11 @@ def tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 def read_captions(
     encoders: TextEncoders, examples: Sequence[Example], *, cache: bool, device: torch.device, batch: int = 32
 ) -> Captions:
-    """All captions of `examples`; embedded at once if `cache` is wanted and they fit CACHE_LIMIT."""
+    """Read all captions of `examples`; with `cache` they are embedded now if they fit CACHE_LIMIT."""
     row_of: dict[str, int] = {"": 0}
     rows = [row_of.setdefault(text, len(row_of)) for example in examples for text in example.texts]
     count = torch.tensor([len(example.texts) for example in examples])
-    tokens = encoders.tokenise(list(row_of))
+    tokens = encoders.tokenize(list(row_of))
     size = len(tokens) * tokens.shape[-1] * encoders.width * 4
     embeddings = None
     if cache and size <= CACHE_LIMIT:

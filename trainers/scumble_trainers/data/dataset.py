@@ -1,12 +1,12 @@
-"""Pictures with captions: read, checked and split before any work begins.
+"""Reads, checks and splits a folder of captioned pictures before training.
 
     DIR/metadata.jsonl      one line per picture: {"file_name": "images/0001.png", "text": "a red apple"}
     DIR/images/0001.png     any name, any depth; PNG, JPEG, WebP or BMP
 
-The same layout that the `datasets` library calls an image folder. A line may also give "texts", other
-captions of the same picture, of which training takes one at random, "concept" and "style", which pictures of
-the same thing, or by the same hand, share, and "conditioning_image", the file of its control picture. A file of
-such lines may be named instead of the folder: a part of its pictures.
+This is the layout that the `datasets` library calls an image folder. A line may also have "texts" (more captions of the
+picture; each step takes one at random), "concept" and "style" (equal for pictures of the same thing, or in the same
+style), and "conditioning_image" (the file of its control picture). A file of such lines may be named in place of the
+folder, to train on a part of its pictures.
 """
 
 from __future__ import annotations
@@ -26,46 +26,46 @@ from scumble_trainers.steps.draws import generator
 
 METADATA = "metadata.jsonl"
 PICTURE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-TEXT, STYLE = "{text}", "{style}"  # in a template of captions
-REPORTED = 10  # problems that a message lists before it only counts
+TEXT, STYLE = "{text}", "{style}"  # placeholder in a caption template
+REPORTED = 10  # largest number of problems that a message lists
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One picture (already known to decode and to be large enough) and its captions; `texts[0]` is "text"."""
+    """One picture, checked to decode and to be large enough, and its captions; `texts[0]` is "text"."""
 
     name: str
     path: Path
     texts: tuple[str, ...]
     digest: str
     size: tuple[int, int]
-    """Width and height as it lies on the disk, upright."""
+    """Width and height of the file, upright."""
     concept: str | None = None
     control: Path | None = None
-    """Its ready-made control picture, for a ControlNet."""
+    """File of its control picture, for a ControlNet."""
     style: str | None = None
 
 
 def read_examples(data: Path, *, resolution: int) -> list[Example]:
-    """All examples of a folder or of a file of lines, ordered by name. Every problem found is reported at once.
+    """Read all examples of a folder or of a file of lines, ordered by name.
 
-    Raises NotFound without the folder or its metadata, InvalidRequest for an empty one, a malformed
-    line, a picture that is missing, broken, without caption, named twice or smaller than `resolution`.
+    Raises NotFound without the folder or its metadata. Raises InvalidRequest, listing all problems, for no pictures, a
+    malformed line, or a picture that is missing, broken, without caption, named twice or smaller than `resolution`.
     """
     metadata = data / METADATA if data.is_dir() else data
     if not metadata.is_file():
         line = '{"file_name", "text"}'
         raise NotFound(
-            f"no {metadata}: give --data a folder with pictures and {METADATA}, or such a file; "
-            f"one line {line} a picture",
+            f"no {metadata}: set --data to a folder with pictures and {METADATA}, or to such a file; "
+            f"one line {line} per picture",
             field="data",
         )
     problems: list[str] = []
     folder = metadata.parent
     examples = list(_examples(folder, _lines(metadata), resolution, problems))
-    if data.is_dir() and not problems:  # only worth saying when the lines themselves are sound
+    if data.is_dir() and not problems:  # only reported if the lines themselves are valid
         problems += _uncaptioned(folder, examples)
     if problems:
         listed = "\n  ".join(problems[:REPORTED])
@@ -77,7 +77,7 @@ def read_examples(data: Path, *, resolution: int) -> list[Example]:
 
 
 def data_digest(examples: Sequence[Example]) -> str:
-    """`sha256:…` over names, captions and picture bytes; independent of where the folder lies."""
+    """Return `sha256:…` over names, captions and picture bytes, independent of the path."""
     content = [[example.name, *example.texts, example.digest] for example in examples]
     for key in ("concept", "style"):
         shared = [getattr(example, key) for example in examples]
@@ -86,7 +86,9 @@ def data_digest(examples: Sequence[Example]) -> str:
 
 
 def hold_out(items: Sequence[T], *, fraction: float, seed: int, most: int) -> tuple[list[T], list[T]]:
-    """(trained on, held out): a `fraction` chosen by `seed`, at least one if asked for any, at most `most`."""
+    """Split into (trained on, held out): hold out a `fraction` chosen by `seed`, at least one if above 0, at most
+    `most`.
+    """
     count = min(most, max(1, round(fraction * len(items)))) if fraction > 0 else 0
     count = min(count, len(items) - 1)
     order = torch.randperm(len(items), generator=generator(seed, "hold out")).tolist()
@@ -98,8 +100,9 @@ def hold_out(items: Sequence[T], *, fraction: float, seed: int, most: int) -> tu
 
 
 def with_captions(examples: Sequence[Example], templates: Sequence[str]) -> list[Example]:
-    """The examples with `templates` in place of their own captions, if any are given: `{text}` and `{style}` in one
-    are the example's. Raises InvalidRequest for a style that an example does not say.
+    """Replace the examples' captions by `templates`, if any; `{text}` and `{style}` in a template are the example's.
+
+    Raises InvalidRequest if a template has `{style}` and an example has none.
     """
     return [replace(example, texts=_filled(example, templates)) if templates else example for example in examples]
 
@@ -107,7 +110,7 @@ def with_captions(examples: Sequence[Example], templates: Sequence[str]) -> list
 def _filled(example: Example, templates: Sequence[str]) -> tuple[str, ...]:
     if example.style is None and any(STYLE in template for template in templates):
         raise InvalidRequest(
-            f'--caption has {STYLE}, but {example.name} has no "style": add it to its line, or caption without it',
+            f'--caption has {STYLE}, but {example.name} has no "style": add it to its line, or drop {STYLE}',
             field="caption",
         )
     texts = [
@@ -119,7 +122,7 @@ def _filled(example: Example, templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def load_picture(path: Path, size: tuple[int, int]) -> Image.Image:
-    """RGB picture of `size` (width, height): upright, on white where transparent, fitted, centre cropped."""
+    """Load an RGB picture of `size` (width, height): upright, transparency on white, resized, centre cropped."""
     with Image.open(path) as opened:
         picture = ImageOps.exif_transpose(opened).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
@@ -131,7 +134,7 @@ def _lines(metadata: Path) -> str:
     try:
         return metadata.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{metadata} is no text in UTF-8, so no file of lines", field="data") from error
+        raise InvalidRequest(f"{metadata} is not UTF-8 text", field="data") from error
 
 
 def _examples(folder: Path, lines: str, resolution: int, problems: list[str]) -> Iterator[Example]:
@@ -146,7 +149,7 @@ def _examples(folder: Path, lines: str, resolution: int, problems: list[str]) ->
 
 
 def _example(folder: Path, line: str, resolution: int, seen: set[str]) -> Example:
-    """One line's example; ValueError says what is wrong with it."""
+    """Parse a line. Raises ValueError with what is wrong with it."""
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
@@ -156,7 +159,7 @@ def _example(folder: Path, line: str, resolution: int, seen: set[str]) -> Exampl
     name = entry["file_name"]
     texts = _captions(name, entry)
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise ValueError(f"{name} lies outside the folder")
+        raise ValueError(f"{name} is outside the folder")
     if name in seen:
         raise ValueError(f"{name} is named twice")
     seen.add(name)
@@ -174,11 +177,11 @@ def _example(folder: Path, line: str, resolution: int, seen: set[str]) -> Exampl
 
 
 def _control(folder: Path, name: object, seen: set[str]) -> Path | None:
-    """The control picture's file, checked like a picture; a file of the folder that needs no line of its own."""
+    """Return the control picture's file, checked like a picture. It needs no line of its own."""
     if name is None:
         return None
     if not isinstance(name, str) or ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
-        raise ValueError(f'"conditioning_image" {name!r} is no file of the folder')
+        raise ValueError(f'"conditioning_image" {name!r} is not a file of the folder')
     if not (folder / name).is_file():
         raise ValueError(f"{name} does not exist")
     _check_picture(folder / name, name, 1)
@@ -189,7 +192,7 @@ def _control(folder: Path, name: object, seen: set[str]) -> Path | None:
 def _shared(name: str, entry: dict[str, object], key: str) -> str | None:
     value = entry.get(key)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f'"{key}" of {name} is no string')
+        raise ValueError(f'"{key}" of {name} is not a string')
     return value
 
 
@@ -203,20 +206,20 @@ def _captions(name: str, entry: dict[str, object]) -> tuple[str, ...]:
 
 
 def _check_picture(path: Path, name: str, resolution: int) -> tuple[int, int]:
-    """Width and height, upright."""
+    """Check a picture and return its width and height, upright. Raises ValueError."""
     try:
         with Image.open(path) as picture:
             picture.load()
             width, height = ImageOps.exif_transpose(picture).size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is broken or no picture ({error})") from error
+        raise ValueError(f"{name} is broken or not a picture ({error})") from error
     if min(width, height) < resolution:
         raise ValueError(f"{name} is too small: {width}x{height}, at least {resolution} a side is needed")
     return width, height
 
 
 def _uncaptioned(folder: Path, examples: Sequence[Example]) -> list[str]:
-    """Pictures in the folder that no line names."""
+    """Return problems for pictures in the folder that no line names."""
     named = {path for example in examples for path in (example.path, example.control)}
     pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_ENDINGS)
     return [f"{path.relative_to(folder)} has no line in {METADATA}" for path in pictures if path not in named]

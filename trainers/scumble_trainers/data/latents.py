@@ -1,4 +1,4 @@
-"""Pictures as latents, encoded once and kept on disk."""
+"""Pictures as latents, encoded once and cached on disk."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from scumble_trainers.data.buckets import Size
 from scumble_trainers.data.dataset import Example, load_picture
 
 Autoencoder: TypeAlias = Any
-"""An AutoencoderKL. diffusers sets its `config` at run time, where no type checker looks."""
+"""An AutoencoderKL. diffusers sets its `config` at run time, unseen by type checkers."""
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with how many are done, and of how many."""
+"""Called with the number done and the total."""
 
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """The autoencoder's posterior of N pictures, already multiplied by its scaling factor, fp32 on the CPU."""
+    """The autoencoder's posterior of N pictures, times its scaling factor, fp32 on the CPU."""
 
     mean: tuple[Tensor, ...]  # N of (C, h, w)
     std: tuple[Tensor, ...]  # N of (C, h, w)
@@ -37,20 +37,20 @@ class Latents:
         return len(self.mean)
 
     def shape(self, picture: int) -> tuple[int, int, int]:
-        """(C, h, w) of one picture."""
+        """Return (C, h, w) of a picture's latents."""
         channels, height, width = self.mean[picture].shape
         return channels, height, width
 
     def means(self, pictures: Tensor) -> Tensor:
-        """`(B, C, h, w)` of pictures of one size."""
+        """Return the posterior means `(B, C, h, w)` of pictures of one size."""
         return torch.stack([self.mean[picture] for picture in pictures.tolist()])
 
     def sample(self, pictures: Tensor, noise: Tensor) -> Tensor:
-        """`(B, C, h, w)`: one draw from each chosen picture's posterior, by standard normal `noise`."""
+        """Draw `(B, C, h, w)` from each chosen picture's posterior, with standard normal `noise`."""
         return self.means(pictures) + torch.stack([self.std[picture] for picture in pictures.tolist()]) * noise
 
     def by_size(self, pictures: Tensor) -> list[Tensor]:
-        """`pictures` in groups of one size each, every group in the given order."""
+        """Group `pictures` by size, each group in the given order."""
         groups: dict[tuple[int, int, int], list[int]] = {}
         for picture in pictures.tolist():
             groups.setdefault(self.shape(picture), []).append(picture)
@@ -58,7 +58,7 @@ class Latents:
 
 
 def pixels(picture: Image.Image) -> Tensor:
-    """`(3, H, W)` in [-1, 1]."""
+    """Convert a picture to `(3, H, W)` in [-1, 1]."""
     array = np.asarray(picture, dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
@@ -72,7 +72,7 @@ def encode_pictures(
     batch: int = 8,
     progress: Progress | None = None,
 ) -> Latents:
-    """Runs the encoder over all examples, each at its size; reports how many are done."""
+    """Encode all examples, each at its size."""
     means: dict[int, Tensor] = {}
     stds: dict[int, Tensor] = {}
     for share in _shares(sizes, batch):
@@ -88,7 +88,7 @@ def encode_pictures(
 
 
 def _shares(sizes: Sequence[Size], batch: int) -> Iterator[list[int]]:
-    """Indices of at most `batch` pictures of one size."""
+    """Yield indices of at most `batch` pictures of one size."""
     for size in sorted(set(sizes)):
         those = [index for index, own in enumerate(sizes) if own == size]
         yield from (those[start : start + batch] for start in range(0, len(those), batch))
@@ -107,12 +107,12 @@ def cached_latents(
     *,
     progress: Progress | None = None,
 ) -> Latents:
-    """`encode_pictures`, or what an earlier run kept in `folder` for the same autoencoder and pictures."""
+    """Encode pictures, or read them from the cache in `folder` for the same autoencoder and pictures."""
     key = _cache_key(vae, examples, sizes)
     file = folder / "latents.safetensors"
-    kept = _read_cache(file, key, len(examples))
-    if kept is not None:
-        return kept
+    cached = _read_cache(file, key, len(examples))
+    if cached is not None:
+        return cached
     latents = encode_pictures(vae, examples, sizes, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"mean.{index}": value.clone() for index, value in enumerate(latents.mean)}

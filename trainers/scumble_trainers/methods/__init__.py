@@ -1,4 +1,4 @@
-"""The methods that can be trained: their settings, and where their model is (imported only when it is run)."""
+"""The table of training methods: their settings, and their models, which are imported only when run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MethodEntry:
-    """One method. `name` is its module's and its adapters' kind."""
+    """One method. `name` is the name of its module and its adapters' kind."""
 
     name: str
     model: str
@@ -33,7 +33,7 @@ class MethodEntry:
         return self.name.replace("_", "-")
 
     def load(self) -> type[TrainingMethod[Any]]:
-        """Its class; imports torch and diffusers."""
+        """Import its class, and with it torch and diffusers."""
         method: type[TrainingMethod[Any]] = resolve_name(self.model)
         return method
 
@@ -76,6 +76,6 @@ METHODS = (
         "scumble_trainers.methods.hypernetwork.model:HypernetworkTraining",
         HypernetworkSettings,
         "Train a network that predicts a LoRA from one picture, on pictures of many concepts, and publish it.\n\n"
-        f"With --refine N it takes one's prediction N steps further instead, and publishes a LoRA.\n\n{AGAIN}",
+        f"With --refine N it trains a network's prediction for N more steps instead, and publishes a LoRA.\n\n{AGAIN}",
     ),
 )

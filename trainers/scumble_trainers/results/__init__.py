@@ -1,1 +1,1 @@
-"""What a run leaves: the adapter, its card, its samples, a published version."""
+"""Results of a run: the adapter, its card, samples, a published version."""

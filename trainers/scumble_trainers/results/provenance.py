@@ -1,4 +1,4 @@
-"""Where an adapter comes from and what it cost, as its manifest tells it."""
+"""Provenance of an adapter and the cost of its training, as in its manifest."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ LIBRARIES = ("scumble", "torch", "diffusers", "transformers", "peft", "accelerat
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a whole run, over all its resumptions."""
+    """Cost of a whole run, over all its resumptions."""
 
     seconds: float
-    peak_memory: int  # bytes: of the device where there is one, else of the process
+    peak_memory: int  # bytes: of the CUDA device if there is one, else of the process
     device: str
 
     def and_then(self, later: Cost) -> Cost:
-        """Both stretches of a run together."""
+        """Add the costs of two parts of a run."""
         return Cost(self.seconds + later.seconds, max(self.peak_memory, later.peak_memory), later.device)
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Enough to make the adapter again, and to tell whether it was."""
+    """Everything that is needed to train the adapter again and to check the result."""
 
     trainer: str
     config: Mapping[str, Any]
@@ -57,7 +57,7 @@ def provenance(
     parent: str,
     cost: Cost,
 ) -> Provenance:
-    """With the libraries that are installed now."""
+    """Return the provenance of a run, with the versions of the installed libraries."""
     return Provenance(
         trainer=trainer,
         config=dict(config),
@@ -73,18 +73,18 @@ def provenance(
 
 
 def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
-    """Version of every installed library, and of Python."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of every library that is installed."""
+    versions = {"python": platform.python_version()}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: on a CUDA device by its allocator, else by this process."""
+    """Return the peak memory in bytes so far: of the CUDA allocator, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -92,7 +92,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """For people: the card's name, or how many threads of which kind of processor."""
+    """Return the device's name: the GPU, or the kind of CPU and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,7 +1,7 @@
-"""What a finished run leaves: the adapter's file and everything its manifest will say, ready to publish.
+"""The result of a finished run: the adapter's file and its manifest's data, ready to publish.
 
 OUT/<the adapter's file or files>
-OUT/training.json       trigger words, licence, provenance, metrics
+OUT/training.json       trigger words, license, provenance, metrics
 OUT/sample_grid.png
 """
 
@@ -36,12 +36,12 @@ class Result:
 
 
 def write_result(out: Path, result: Result) -> None:
-    """Writes training.json last and whole: where it is, the run is finished."""
+    """Write training.json atomically. It is written last: if it exists, the run is finished."""
     write_whole(out / CARD, (json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_result(out: Path) -> Result | None:
-    """The result of a finished run, or None."""
+    """Read the result of a finished run, or return None."""
     file = out / CARD
     if not file.is_file():
         return None
@@ -58,7 +58,7 @@ def publish_result(
     alias: str | None = None,
     staged: bool = False,
 ) -> Version:
-    """The result in `out` as the next version of `name`; the same result again is the same version."""
+    """Publish the result in `out` as the next version of `name`; the same result again is the same version."""
     result = read_result(out)
     if result is None:
         raise FileNotFoundError(out / CARD)
@@ -81,11 +81,11 @@ def publish_result(
 
 @contextmanager
 def _whole(registry: Registry, adapter: Path, base: str | None) -> Iterator[Path]:
-    """`adapter`, or the folder that it is the difference of (`--save-delta`)."""
+    """Yield `adapter`, or for a difference to the base (`--save-delta`) the whole checkpoint's folder."""
     if base is None or not dreambooth.is_difference(adapter):
         yield adapter
         return
-    with tempfile.TemporaryDirectory(prefix="scumble-whole-") as place:
-        whole = Path(place) / adapter.name
+    with tempfile.TemporaryDirectory(prefix="scumble-whole-") as temporary:
+        whole = Path(temporary) / adapter.name
         dreambooth.restore(adapter, registry.materialise(registry.resolve(base)), whole)
         yield whole

@@ -1,6 +1,6 @@
-"""Sample pictures with fixed prompts and seeds, and the grid that shows a run: base, then checkpoints.
+"""Draws samples with fixed prompts and seeds, and the grid of a run: the base, then each checkpoint.
 
-OUT/samples/step-000250.png     one column: the pictures of one moment, top to bottom; step 0 is the base
+OUT/samples/step-000250.png     one column: the images of one step, top to bottom; step 0 is the base
 OUT/sample_grid.png             all columns so far, labelled
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from scumble_trainers.parent import Pipeline
+from scumble_trainers.base import Pipeline
 
 MARGIN = 4
 LABEL = 18  # pixels of a column's or row's caption
@@ -23,7 +23,7 @@ TEXT_SIZE = 12
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What every column of a grid is made with: prompt i uses seed + i."""
+    """The settings of all columns of a grid: prompt i uses seed + i."""
 
     prompts: tuple[str, ...]
     seed: int
@@ -34,7 +34,7 @@ class Samples:
 
 @torch.no_grad()
 def draw_samples(pipeline: Pipeline, samples: Samples, **more: Any) -> list[Image.Image]:
-    """One picture per prompt, by the base's own scheduler; `more` goes to the pipeline."""
+    """Draw one image per prompt with the base's scheduler; `more` is passed to the pipeline."""
     pipeline.set_progress_bar_config(disable=True)
     seeds = range(samples.seed, samples.seed + len(samples.prompts))
     result = pipeline(
@@ -50,16 +50,16 @@ def draw_samples(pipeline: Pipeline, samples: Samples, **more: Any) -> list[Imag
 
 
 def add_column(out: Path, step: int, pictures: Sequence[Image.Image], rows: Sequence[str]) -> Image.Image:
-    """Keeps the pictures of `step` and redraws `out/sample_grid.png` from all columns up to it.
+    """Write the images of `step`, and `out/sample_grid.png` from all columns up to it.
 
-    Columns are files of their own, so a run that is resumed still shows the earlier ones.
+    Columns are separate files, so a resumed run still has the earlier ones.
     """
     folder = out / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     _strip(pictures).save(folder / f"step-{step:06d}.png")
-    kept = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.png"))}
+    files = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.png"))}
     columns = [
-        (f"step {moment}" if moment else "base", _pictures(path)) for moment, path in kept.items() if moment <= step
+        (f"step {moment}" if moment else "base", _pictures(path)) for moment, path in files.items() if moment <= step
     ]
     sheet = grid(columns, rows)
     save_sheet(sheet, out / "sample_grid.png")
@@ -67,12 +67,12 @@ def add_column(out: Path, step: int, pictures: Sequence[Image.Image], rows: Sequ
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """In 256 colours: it travels with every published version."""
+    """Write the grid in 256 colours, because it is part of every published version."""
     sheet.quantize(256).save(path, optimize=True)
 
 
 def grid(columns: Sequence[tuple[str, Sequence[Image.Image]]], rows: Sequence[str]) -> Image.Image:
-    """One picture: a labelled column each, `rows` written under their pictures."""
+    """Return the grid: labelled columns, with `rows` written under their images."""
     size = columns[0][1][0].width
     width = MARGIN + len(columns) * (size + MARGIN)
     height = LABEL + MARGIN + len(rows) * (size + LABEL + MARGIN)
@@ -98,7 +98,7 @@ def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def _pictures(path: Path) -> list[Image.Image]:
-    """What `_strip` joined: square pictures from top to bottom."""
+    """Split a column, which `_strip` joined, into square images from top to bottom."""
     with Image.open(path) as opened:
         strip = opened.convert("RGB")
     size = strip.width

@@ -1,4 +1,4 @@
-"""Pictures by our own server, as users get them: from a base and adapters that are published for the occasion."""
+"""Draws images by a Scumble server from a base and adapters that are published to a temporary registry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scumble.client import Client
 from scumble.local import local_server
 from scumble.request import Request
 from scumble_registry import Registry
-from scumble_trainers.parent import Parent
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.result import publish_result
 
 BASE = "trained/base"
@@ -26,22 +26,22 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A running server. Safe to share between threads."""
+    """A running server. Any thread may call it."""
 
     client: Client
 
     def draw(self, requests: Sequence[Request]) -> list[Image.Image]:
-        """One picture per request, in their order; they share batches where the server lets them."""
+        """Draw one image per request, in order. Requests are sent concurrently, so they share batches."""
         with ThreadPoolExecutor(_AT_ONCE) as threads:
             drawn = threads.map(lambda request: self.client.images.generate(request).pil()[0], requests)
             return list(drawn)
 
 
 @contextmanager
-def served(parent: Parent, results: Mapping[str, Path] | None = None, url: str | None = None) -> Iterator[Served]:
-    """The server at `url`, or one of our own with the base and, by name, what finished runs left in their folders.
+def served(base: TrainingBase, results: Mapping[str, Path] | None = None, url: str | None = None) -> Iterator[Served]:
+    """Yield the server at `url`, or a new one with the base and the adapters in finished runs' folders, by name.
 
-    Raises Unavailable where no server is installed, and what publishing raises.
+    Raises Unavailable if no server is installed, and errors of publishing.
     """
     if url is not None:
         with Client(url) as client:
@@ -49,7 +49,7 @@ def served(parent: Parent, results: Mapping[str, Path] | None = None, url: str |
         return
     with tempfile.TemporaryDirectory(prefix="scumble-train-") as home:
         with Registry.open(Path(home), create=True) as registry:
-            registry.publish(parent.folder, BASE)
+            registry.publish(base.folder, BASE)
             for name, out in (results or {}).items():
                 publish_result(registry, out, name, base=BASE)
         with _home(home), local_server(BASE) as address, Client(address) as client:

@@ -1,4 +1,4 @@
-"""Files that could not be written: safetensors and torch have errors of their own for a full disk."""
+"""Explains errors of writing files; safetensors and torch have their own for a full disk."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _TORCH = re.compile(r"inline_container|PytorchStreamWriter")  # torch.save's own
 
 
 @contextmanager
-def explain_write_errors(place: Path) -> Iterator[None]:
-    """No room, no permission, a file where a folder should be: Unavailable, naming the place."""
-    with explain_os_errors(place):
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, missing permission or a file in place of a folder into Unavailable, naming the path."""
+    with explain_os_errors(path):
         try:
             yield
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
                 raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(place)) from error
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         except RuntimeError as error:
             if not _TORCH.search(str(error)):
                 raise
-            raise OSError(errno.EIO, "the file could not be written whole", str(place)) from error
+            raise OSError(errno.EIO, "the file could not be written completely", str(path)) from error

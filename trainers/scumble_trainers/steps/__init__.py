@@ -1,1 +1,1 @@
-"""Trains: draws, losses, the loop and its checkpoints."""
+"""The training loop: random draws, losses, checkpoints, progress."""

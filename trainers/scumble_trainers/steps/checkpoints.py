@@ -1,10 +1,10 @@
-"""Where a killed run continues: trained parameters, the optimiser's state, the step, written whole or not at all.
+"""Checkpoints, from which a killed run continues: trained parameters, optimiser state and step, written atomically.
 
 OUT/checkpoints/step-000250/
     trained.safetensors     parameters by name, fp32
     optimizer.pt            tensors and numbers only; read with weights_only
-    state.json              step, and whatever else the run counts
-    …                       what the method adds (its adapter as it stands, ready to use)
+        state.json              step, and the run's other state
+        …                       files of the method (the adapter at this step, ready to use)
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ def write_checkpoint(
     extras: Callable[[Path], None] | None = None,
     keep: int = 2,
 ) -> Checkpoint:
-    """Writes a checkpoint under a temporary name, renames it, then deletes all but the newest `keep`.
+    """Write a checkpoint under a temporary name, rename it, then delete all but the newest `keep`.
 
-    `extras` may add files of its own; a crash at any moment leaves the older checkpoints as they were, and an error
-    nothing else.
+    `extras` may add files. A crash leaves the older checkpoints intact; an error also leaves no temporary files.
     """
     final = folder / f"step-{step:06d}"
     with replace_folder(final, durable=True) as partial:
@@ -60,7 +59,7 @@ def write_checkpoint(
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run, if there is one."""
+    """Read the newest complete checkpoint of a run, if there is one."""
     folders = _folders(folder)
     if not folders:
         return None
@@ -69,12 +68,12 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         state = json.loads((newest / "state.json").read_text("utf-8"))
         return Checkpoint(newest, int(state["step"]), state)
     except (OSError, ValueError, KeyError) as error:
-        raise IntegrityError(f"{newest} is damaged ({error}): delete it to go on from the one before") from error
+        raise IntegrityError(f"{newest} is damaged ({error}): delete it to continue from the one before") from error
 
 
 @torch.no_grad()
 def restore_parameters(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Copies the stored values into `parameters`; IntegrityError unless names and shapes are the same."""
+    """Copy the stored values into `parameters`. Raises IntegrityError for other names or shapes."""
     stored: dict[str, Tensor] = load_file(checkpoint.folder / "trained.safetensors")
     if stored.keys() != parameters.keys():
         odd = sorted(stored.keys() ^ parameters.keys())[:3]
@@ -84,7 +83,7 @@ def restore_parameters(checkpoint: Checkpoint, parameters: Mapping[str, nn.Param
 
 
 def restore_optimizer(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What was given as `optimizer` to `write_checkpoint`."""
+    """Read the `optimizer` that was passed to `write_checkpoint`."""
     content = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
     assert isinstance(content, dict)
     return content

@@ -1,8 +1,7 @@
-"""Everything random in a training step, as a function of (seed, step).
+"""All randomness of a training step, as functions of (seed, step).
 
-Nothing is remembered between steps, so a run that was killed and resumed continues with the very
-numbers it would have drawn, and so does a run on another number of processes: a step's batch is drawn
-whole and then divided.
+There is no state between steps, so a resumed run draws the same numbers, and so does a run with another number of
+processes: a step's batch is drawn whole and then split.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ CHANCES = 2
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One step's batch of B pictures, on the CPU."""
+    """The random draws of one step's batch of B pictures, on the CPU."""
 
-    pictures: Tensor  # (B,) int64: which examples
+    pictures: Tensor  # (B,) int64: indices of the examples
     timesteps: Tensor  # (B,) int64 in [0, schedule length)
-    noise: Tensor  # (B, C, h, w): what is added
-    posterior: Tensor  # (B, C, h, w): which sample of the autoencoder's posterior
-    captions: Tensor  # (B,) float in [0, 1): which of the picture's captions
-    dropped: Tensor  # (B,) bool: train this one without a caption
-    chances: Tensor  # (B, CHANCES) float in [0, 1): for what a method itself decides by lot
+    noise: Tensor  # (B, C, h, w): diffusion noise
+    posterior: Tensor  # (B, C, h, w): noise of the autoencoder's posterior
+    captions: Tensor  # (B,) float in [0, 1): chooses one of the picture's captions
+    dropped: Tensor  # (B,) bool: train without a caption
+    chances: Tensor  # (B, CHANCES) float in [0, 1): for random choices of the method
 
     def part(self, index: int, parts: int) -> Draw:
-        """The `index`-th of `parts` equal shares (every `parts`-th picture, so that timesteps stay spread)."""
+        """Return the `index`-th of `parts` equal shares: every `parts`-th picture, so that timesteps stay spread."""
         share = slice(index, None, parts)
         return Draw(
             self.pictures[share],
@@ -44,7 +43,7 @@ class Draw:
 
 
 def generator(seed: int, *stream: str | int) -> torch.Generator:
-    """A CPU generator of its own for every (seed, stream…)."""
+    """Return a separate CPU generator for every (seed, stream…)."""
     name = "/".join(str(part) for part in (seed, *stream))
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return torch.Generator("cpu").manual_seed(number & (2**63 - 1))
@@ -60,7 +59,7 @@ def draw_step(
     caption_dropout: float,
     stream: str = "step",
 ) -> Draw:
-    """Everything random about the batch of `step`, which shows `pictures (B,)` of one size.
+    """Draw everything random for the batch of `step` with `pictures (B,)` of one size.
 
     Timesteps are stratified: one from each of B equal parts of the schedule, which is uniform
     over many steps and gives the gradient less variance.
@@ -81,9 +80,9 @@ def draw_step(
 
 
 def pictures_of_step(seed: int, step: int, batch: int, groups: Sequence[Tensor], stream: str = "epoch") -> Tensor:
-    """`(batch,)` pictures, all of one of `groups`: a batch holds one size only.
+    """Return `(batch,)` pictures of one of `groups`, as a batch has one size only.
 
-    In a round each group comes as often as it takes to show its pictures once, in mixed order.
+    In a round each group occurs as often as it takes to show its pictures once, in random order.
     """
     turns = torch.cat([torch.full((-(-len(group) // batch),), index) for index, group in enumerate(groups)])
     turn = step // len(turns)
@@ -95,7 +94,7 @@ def pictures_of_step(seed: int, step: int, batch: int, groups: Sequence[Tensor],
 
 
 def picture_order(seed: int, first: int, count: int, pictures: int, stream: str = "epoch") -> Tensor:
-    """`(count,)` indices at positions first … first + count - 1 of the endless shuffled sequence."""
+    """Return the `(count,)` indices at positions first … first + count - 1 of the endless shuffled sequence."""
     epochs = range(first // pictures, (first + count - 1) // pictures + 1)
     orders = [torch.randperm(pictures, generator=generator(seed, stream, epoch)) for epoch in epochs]
     start = first - epochs.start * pictures

@@ -1,4 +1,4 @@
-"""The loop: steps that are functions of (seed, step), and at every checkpoint a validation loss and a grid."""
+"""The training loop: steps are functions of (seed, step); every checkpoint has a validation loss and a sample grid."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from scumble_trainers.steps.losses import validation_loss
 from scumble_trainers.steps.progress import ProgressReport
 
 LEVELS = 8  # noise levels of the validation loss
-MOST_MEASURED = 64  # training pictures that its counterpart is measured on
+MOST_MEASURED = 64  # training pictures for the training loss beside it
 
 
 @dataclass(slots=True)
@@ -38,11 +38,11 @@ class Run:
     method: TrainingMethod[Any]
     out: Path
     identity: dict[str, Any]
-    """What a checkpoint must share with the run that resumes it: configuration, data, base."""
+    """Configuration, data and base, which must be equal when a run is resumed."""
     report: ProgressReport
     step: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    """`before` and the latest `after`."""
+    """Metrics of the base (`before`) and the latest ones (`after`)."""
     cost: Cost = field(init=False)
     average: EMAModel | None = field(init=False, default=None)
 
@@ -55,7 +55,7 @@ class Run:
         return settings
 
     def train(self, checkpoint: Checkpoint | None = None) -> None:
-        """Runs to the last step, from `checkpoint` if there is one."""
+        """Run to the last step, from `checkpoint` if there is one."""
         parameters = self.method.trained()
         if self.settings.gradient_checkpointing:
             self.method.enable_gradient_checkpointing()
@@ -83,7 +83,7 @@ class Run:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the parameters are their moving average, if one is kept."""
+        """Within the block the parameters are their moving average, if there is one."""
         if self.average is None:
             yield
             return
@@ -98,7 +98,7 @@ class Run:
     def _train_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     ) -> float:
-        """One update over the whole batch; returns its mean loss (of this process's share)."""
+        """Do one update over the whole batch; returns the mean loss of this process's share."""
         factor = learning_rate_factor(self.settings, self.step)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -118,8 +118,8 @@ class Run:
             self.average.step(parameters.values())
         if not math.isfinite(total):
             raise Refused(
-                f"the loss of step {self.step + 1} is not finite: take a lower --learning-rate, or "
-                "--mixed-precision bf16 in place of fp16; the last checkpoint is as it was"
+                f"the loss of step {self.step + 1} is not finite: use a lower --learning-rate, or "
+                "--mixed-precision bf16 in place of fp16; the last checkpoint is intact"
             )
         return total
 
@@ -137,7 +137,7 @@ class Run:
         )
 
     def _optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW; parameters of one learning rate are one group."""
+        """Make AdamW with one group per learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             groups.setdefault(self.method.learning_rate(name), []).append(parameter)
@@ -147,7 +147,7 @@ class Run:
         )
 
     def _measure_base(self) -> None:
-        """Losses and pictures of the base."""
+        """Measure losses and draw samples of the base."""
         with self.method.as_base():
             self.metrics["before"] = self._losses()
             self._sample()
@@ -159,7 +159,9 @@ class Run:
 
     @torch.no_grad()
     def _losses(self) -> dict[str, float]:
-        """Held-out and training pictures at fixed noise, with their first captions, at the present weights."""
+        """Return the losses on held-out and training pictures with fixed noise and first captions, at the current
+        weights.
+        """
         material = self.method.material
         groups = {"validation_loss": material.held, "training_loss": material.trained[:MOST_MEASURED]}
         return {name: self._loss_of(pictures) for name, pictures in groups.items() if len(pictures)}
@@ -178,7 +180,7 @@ class Run:
             )
 
     def _sample(self) -> None:
-        """Adds this moment's column and redraws the grid."""
+        """Add this step's column and redraw the grid."""
         if not self.accelerator.is_main_process:
             return
         self.report("samples", self.step, self.settings.steps)
@@ -213,7 +215,7 @@ class Run:
         )
 
     def save_adapter(self, folder: Path) -> None:
-        """What the method has learnt (its average, if one is kept), as users get it."""
+        """Save the adapter (its moving average, if there is one), as users get it."""
         with self.averaged():
             self.method.save(folder, self.settings.save_dtype)
 
@@ -234,7 +236,7 @@ class Run:
 
 
 def learning_rate_factor(settings: TrainSettings, step: int) -> float:
-    """In (0, 1]: linear warm-up, then constant, or a cosine that would reach 0 after the last step."""
+    """Return the learning rate's factor in (0, 1]: linear warm-up, then constant, or a cosine that ends near 0."""
     if step < settings.warmup:
         return (step + 1) / (settings.warmup + 1)
     if settings.schedule == "constant":

@@ -1,4 +1,4 @@
-"""The denoising loss, and the same loss made comparable: on held-out pictures with fixed noise."""
+"""The denoising loss, and the validation loss: the same on held-out pictures with fixed noise."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from scumble_trainers.data.latents import Latents
 from scumble_trainers.steps.draws import generator
 
 Schedule: TypeAlias = Any
-"""A DDPMScheduler: the forward process. diffusers sets its `config` at run time."""
+"""A DDPMScheduler, the forward process. diffusers sets its `config` at run time."""
 
 Predict: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""`(noisy (B, C, h, w), timesteps (B,)) -> (B, C, h, w)`: a UNet that knows what the pictures are of."""
+"""`(noisy (B, C, h, w), timesteps (B,)) -> (B, C, h, w)`: a UNet with its conditioning."""
 
 PredictFor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""The same with the pictures' numbers `(B,)` first."""
+"""The same with the pictures' indices `(B,)` as first argument."""
 
 
 def noise_schedule(config: dict[str, object]) -> Schedule:
-    """The forward process of a base, from its scheduler's configuration."""
+    """Make the forward process of a base from its scheduler's configuration. Raises for an unknown prediction type."""
     schedule: Schedule = DDPMScheduler.from_config(config)
     kind = schedule.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
-        raise Incompatible(f"cannot train for prediction type {kind!r}: epsilon and v_prediction are known")
+        raise Incompatible(f"cannot train for prediction type {kind!r}: epsilon and v_prediction are supported")
     return schedule
 
 
@@ -44,7 +44,7 @@ def denoising_loss(
     *,
     min_snr_gamma: float | None = None,
 ) -> Tensor:
-    """`(B,)` squared errors of the predicted epsilon or v, min-SNR weighted if a gamma is given."""
+    """Return squared errors `(B,)` of the predicted epsilon or v, min-SNR weighted if a gamma is given."""
     predicted = predict(schedule.add_noise(latents, noise, timesteps), timesteps)
     velocity = schedule.config.prediction_type == "v_prediction"
     target = schedule.get_velocity(latents, noise, timesteps) if velocity else noise
@@ -55,7 +55,7 @@ def denoising_loss(
 
 
 def min_snr_weight(snr: Tensor, gamma: float, *, velocity: bool) -> Tensor:
-    """Min-SNR-γ (2303.09556): min(SNR, γ) / SNR for epsilon, min(SNR, γ) / (SNR + 1) for v."""
+    """Return min-SNR-γ weights (2303.09556): min(SNR, γ) / SNR for epsilon, min(SNR, γ) / (SNR + 1) for v."""
     return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
 
 
@@ -71,13 +71,12 @@ def validation_loss(
     levels: int = 4,
     batch: int = 32,
 ) -> float:
-    """Mean loss of `pictures (n,)` at `levels` evenly spaced timesteps.
+    """Return the mean loss of `pictures (n,)` at `levels` evenly spaced timesteps.
 
-    A picture's noise depends on `seed` and its number alone, so two models, or one at two steps, are compared
-    on equal terms.
+    A picture's noise depends only on `seed` and its index, so losses of different models or steps are comparable.
     """
     length = schedule.config.num_train_timesteps
-    noise = {each: _noise(latents, each, seed, levels) for each in pictures.tolist()}
+    noise = {picture: _noise(latents, picture, seed, levels) for picture in pictures.tolist()}
     losses = []
     for group in latents.by_size(pictures):
         rows = [(level, picture) for level in range(levels) for picture in group.tolist()]
@@ -91,5 +90,5 @@ def validation_loss(
 
 
 def _noise(latents: Latents, picture: int, seed: int, levels: int) -> Tensor:
-    """`(levels, C, h, w)`."""
+    """Draw a picture's noise, `(levels, C, h, w)`."""
     return torch.randn((levels, *latents.shape(picture)), generator=generator(seed, "validation", picture))

@@ -1,4 +1,4 @@
-"""A progress bar for a person at a terminal; silence for a program."""
+"""Progress bars on a terminal, nothing for a program."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressReport(Protocol):
-    """Says that `done` of `of` steps of `stage` are behind us; `note` is shown beside the bar."""
+    """Called when `done` of `of` steps of `stage` are finished; `note` is printed beside the bar."""
 
     def __call__(self, stage: str, done: int, of: int, note: str = "") -> None: ...
 
 
 def silent(stage: str, done: int, of: int, note: str = "") -> None:
-    """A ProgressReport that shows nothing."""
+    """Report nothing."""
 
 
 @contextmanager
-def shown(*, wanted: bool = True) -> Iterator[ProgressReport]:
-    """A ProgressReport with one bar per stage on stderr, where that is a terminal and it is `wanted`."""
+def progress_bars(*, wanted: bool = True) -> Iterator[ProgressReport]:
+    """Yield a ProgressReport with one bar per stage on stderr, or a silent one if not `wanted` or not on a terminal."""
     if not (wanted and sys.stderr.isatty()):
         yield silent
         return

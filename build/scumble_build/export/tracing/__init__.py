@@ -1,1 +1,1 @@
-"""A module without weights → an ONNX graph."""
+"""Traces a graph's module to an ONNX model without weights."""

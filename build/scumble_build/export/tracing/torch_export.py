@@ -1,4 +1,4 @@
-"""A graph → ONNX by torch.export and the exporter that is built on it."""
+"""Exports a graph to ONNX by torch.export and the exporter that is built on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TYPES = {
 
 
 def trace(graph: Graph) -> Traced:
-    """One thread at a time."""
+    """Trace a graph. Not thread-safe."""
     with torch.no_grad(), norms_in_float32(graph), _in_silence():
         program = torch.export.export(
             graph.module, graph.examples(), dynamic_shapes=_dynamic_shapes(graph), strict=False
@@ -49,7 +49,7 @@ def trace(graph: Graph) -> Traced:
     _constants_within(made.model)
     _make_names_unique(made.model, graph)
     model: ModelProto = ir.to_proto(made.model)
-    for value in [each for each in model.graph.input if each.name in parameters]:
+    for value in [value for value in model.graph.input if value.name in parameters]:
         model.graph.input.remove(value)
         model.graph.initializer.append(elsewhere(value.name, program.state_dict[value.name]))
     _name_axes(model, graph)
@@ -57,34 +57,38 @@ def trace(graph: Graph) -> Traced:
 
 
 def _dynamic_shapes(graph: Graph) -> tuple[Any, ...]:
-    """Every axis of every input, one for each argument of the module's; what follows others is not said to."""
+    """Return the dynamic axes of every input, in the form of the module's arguments; dependent axes are
+    not marked so.
+    """
     of_ports = [
         {place: Dim.DYNAMIC for place, dim in enumerate(port.dims) if isinstance(dim, str)} for port in graph.inputs
     ]
     arguments = inspect.signature(graph.module.forward).parameters.values()
-    named = sum(each.kind is not each.VAR_POSITIONAL for each in arguments)
+    named = sum(argument.kind is not argument.VAR_POSITIONAL for argument in arguments)
     rest = tuple(of_ports[named:])
     return (*of_ports[:named], rest) if rest else tuple(of_ports)
 
 
 def _weights_aside(model: Any, state: dict[str, Any], graph: Graph) -> dict[str, str]:
-    """Makes inputs of the model's parameters, whose values nothing may be made of: a graph is for all weights of its
+    """Turn the model's parameters into inputs, so that no values are folded: a graph is for all weights of its
     structure.
+
+    Returns initializer → name of the parameter.
     """
     names = {tensor.data_ptr(): name for name, tensor in graph.parameters.items()}
-    found: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     for name, value in list(model.graph.initializers.items()):
         tensor = state.get(name)
         if tensor is not None and tensor.data_ptr() in names:
-            found[name] = names[tensor.data_ptr()]
+            parameters[name] = names[tensor.data_ptr()]
             value.const_value = None
             del model.graph.initializers[name]
             model.graph.inputs.append(value)
-    return found
+    return parameters
 
 
 def _constants_within(model: Any) -> None:
-    """What is still an initializer is the graph's own, whatever the weights."""
+    """Turn the remaining initializers into constants: they belong to the graph and do not depend on the weights."""
     for name, value in list(model.graph.initializers.items()):
         constant = ir.node("Constant", [], {"value": value.const_value})
         model.graph.insert_before(model.graph[0], constant)
@@ -94,7 +98,7 @@ def _constants_within(model: Any) -> None:
 
 
 def _make_names_unique(model: Any, graph: Graph) -> None:
-    """The exporter names inputs and outputs as it is told, without a look at what else has that name."""
+    """Rename values that have the name of an input or output: the exporter does not check for that."""
     taken = {port.name for port in (*graph.inputs, *graph.outputs)}
     own = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     for node in model.graph:
@@ -104,8 +108,9 @@ def _make_names_unique(model: Any, graph: Graph) -> None:
 
 
 def _name_axes(model: ModelProto, graph: Graph) -> None:
-    """The exporter's symbols become the manifest's; in between, they would say nothing any more. What is not as the
-    graph's ports say is a mistake of ours or of the exporter's, found here.
+    """Replace the exporter's symbols for axes by the manifest's names, and drop the inner values' shapes.
+
+    Raises AssertionError if the model does not match the graph's ports, which is a bug of ours or of the exporter's.
     """
     del model.graph.value_info[:]
     for values, ports in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
@@ -125,7 +130,7 @@ def _name_axes(model: ModelProto, graph: Graph) -> None:
 
 @contextmanager
 def _in_silence() -> Iterator[None]:
-    """It reports its progress on standard output, where commands print JSON."""
+    """Silence the exporter, which reports progress on standard output, where commands print JSON."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""A graph → ONNX by the TorchScript exporter."""
+"""Exports a graph to ONNX by the TorchScript exporter."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from scumble_build.export.tracing.traced import OPSET, Traced, elsewhere, norms_
 
 
 def trace(graph: Graph) -> Traced:
-    """One thread at a time."""
+    """Trace a graph. Not thread-safe."""
     buffer = io.BytesIO()
     inputs, outputs = graph.inputs, graph.outputs
     with torch.no_grad(), norms_in_float32(graph), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, of branches on shapes: `Graph.examples` takes the general ones
+        warnings.simplefilter("ignore")  # on branches that depend on shapes: `Graph.examples` takes the general ones
         torch.onnx.export(
             graph.module,
             graph.examples(),
@@ -28,7 +28,7 @@ def trace(graph: Graph) -> Traced:
             opset_version=OPSET,
             export_params=False,
             do_constant_folding=False,
-            keep_initializers_as_inputs=True,  # else those of equal values become one, and a variant's differ
+            keep_initializers_as_inputs=True,  # else equal initializers are merged, and a variant's may differ
             input_names=[port.name for port in inputs],
             output_names=[port.name for port in outputs],
             dynamic_axes={
@@ -39,22 +39,25 @@ def trace(graph: Graph) -> Traced:
     model = onnx.load_model_from_string(buffer.getvalue())
     for node in model.graph.node:
         for attribute in node.attribute if node.op_type == "Cast" else ():
-            if attribute.i == TensorProto.COMPLEX128:  # what the exporter calls bfloat16 where it scales attention
+            if attribute.i == TensorProto.COMPLEX128:  # the exporter's code for bfloat16 where it scales attention
                 attribute.i = TensorProto.BFLOAT16
     return Traced(model, _weights_aside(model, graph))
 
 
 def _weights_aside(model: ModelProto, graph: Graph) -> dict[str, str]:
-    """Turns parameters, which the exporter left as inputs, into initializers whose values are elsewhere."""
+    """Turn parameters, which the exporter left as inputs, into initializers with external data.
+
+    Returns initializer → name of the parameter.
+    """
     tensors = {**dict(graph.module.named_parameters()), **dict(graph.module.named_buffers())}
     names = {tensor.data_ptr(): name for name, tensor in graph.parameters.items()}
     used = {name for node in model.graph.node for name in node.input}
-    kept = {port.name for port in graph.inputs}
-    found: dict[str, str] = {}
-    for value in [each for each in model.graph.input if each.name not in kept]:
+    ports = {port.name for port in graph.inputs}
+    parameters: dict[str, str] = {}
+    for value in [value for value in model.graph.input if value.name not in ports]:
         model.graph.input.remove(value)
         if value.name in used:
             tensor = tensors[value.name]
-            found[value.name] = names[tensor.data_ptr()]
+            parameters[value.name] = names[tensor.data_ptr()]
             model.graph.initializer.append(elsewhere(value.name, tensor))
-    return found
+    return parameters

@@ -1,8 +1,8 @@
-"""A graph → ONNX, by torch.export where it takes the graph in bearable time, else by the TorchScript exporter.
+"""Exports a graph to ONNX: by torch.export if that is fast enough, else by the TorchScript exporter.
 
-torch.export takes every graph there is, and makes smaller ones of them, but needs about fifteen times as long: most of
-a minute for the demo base's denoiser, which the other traces in two seconds. So the denoiser's graphs, and a
-ControlNet's step, which is half of one, are left to the other (docs/executors.md has the figures).
+torch.export handles every graph and writes smaller ones, but takes about fifteen times as long: most of a minute for
+the demo base's denoiser, against two seconds. So the denoiser's graphs, and a ControlNet's step, which is half of one,
+are exported by TorchScript (figures in docs/executors.md).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def exporter_of(part: GraphPart) -> Exporter:
 
 
 def trace(graph: Graph) -> Traced:
-    """Callers may be of any thread; one is served at a time."""
+    """Trace a graph. Any thread may call it; calls run one at a time."""
     by: Mapping[Exporter, Callable[[Graph], Traced]] = {
         "torch.export": torch_export.trace,
         "torchscript": torch_script.trace,

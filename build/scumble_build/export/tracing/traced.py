@@ -1,4 +1,4 @@
-"""An ONNX model without weights: every initializer is a name, a shape and a place in another file.
+"""An ONNX model without weights: every initializer is a name, a shape and a byte range in another file.
 
 So all graphs of one structure are one file, whatever weights they run with: a base's, a variant's, another base's.
 """
@@ -31,7 +31,7 @@ _TYPES: Mapping[torch.dtype, int] = {
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Of a tensor's bytes in a file."""
+    """The bytes of a tensor in a file."""
 
     file: str
     offset: int
@@ -40,7 +40,7 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """`parameters` maps each of the model's initializers to its name among the component's tensors."""
+    """A traced model. `parameters` maps each initializer to the name of its tensor in the component."""
 
     model: ModelProto
     parameters: Mapping[str, str]
@@ -54,7 +54,7 @@ def elsewhere(name: str, tensor: Tensor) -> TensorProto:
 
 
 def locate(model: ModelProto, places: Mapping[str, ByteRange]) -> None:
-    """Say where each initializer's values are, by its name."""
+    """Set where each initializer's values are, by its name."""
     for proto in model.graph.initializer:
         if proto.name in places:
             _put(proto, places[proto.name])
@@ -68,7 +68,7 @@ def _put(proto: TensorProto, place: ByteRange) -> None:
 
 @contextmanager
 def norms_in_float32(graph: Graph) -> Iterator[None]:
-    """In half precision, sums over a whole map overflow or lose what is small."""
+    """Compute norms in float32: in half precision, sums over a whole map overflow or lose small terms."""
     if graph.precision == "fp32":
         yield
         return
@@ -85,7 +85,7 @@ def norms_in_float32(graph: Graph) -> Iterator[None]:
 
 def _in_float32(norm: Any) -> Any:
     def forward(x: Tensor) -> Tensor:
-        weight, bias = (None if each is None else each.float() for each in (norm.weight, norm.bias))
+        weight, bias = (None if tensor is None else tensor.float() for tensor in (norm.weight, norm.bias))
         if isinstance(norm, nn.GroupNorm):
             return functional.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps).to(x.dtype)
         return functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)

@@ -1,1 +1,1 @@
-"""The exported graphs on ONNX Runtime."""
+"""The executor on ONNX Runtime."""

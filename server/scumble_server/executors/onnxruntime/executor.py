@@ -1,8 +1,8 @@
-"""The ONNX Runtime executor: a base's exported graphs on a CPU, or on CUDA where that provider is installed.
+"""The ONNX Runtime executor: a base's exported graphs on a CPU, or on CUDA if that provider is installed.
 
-Sessions are given torch's weights as initializers. Graphs come from a cache on disk (`GraphCache`). Those that every
-request runs are exported when the executor is made; each of the denoiser's others (`export.denoiser`) when `prepare`
-first says that rows will need it, so that no step waits for one. ControlNets have sessions of their own.
+Sessions get torch's weights as initializers. Graphs come from a cache on disk (`GraphCache`). Those that every request
+runs are exported when the executor is made, the denoiser's other graphs (`export.denoiser`) when `prepare` first needs
+them, so that no step waits for an export. ControlNets have sessions of their own.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class OnnxRuntimeExecutor(ExportedExecutor):
     """Owns ONNX Runtime's sessions over the weights of one `TorchExecutor`."""
 
     copies = 2
-    """ONNX Runtime holds weights a second time, packed for its kernels."""
+    """ONNX Runtime holds a second copy of the weights, packed for its kernels."""
 
     def __init__(
         self, weights: TorchExecutor, cache: GraphCache, parent: OrtSessions[BaseGraphs] | None = None
     ) -> None:
-        """Exports the graphs that every request runs, unless `cache` has them.
+        """Export the graphs that every request runs, unless `cache` has them.
 
-        A component whose tensors are all `parent`'s runs in the sessions of `parent`.
+        Components that share all their tensors with `parent` run in its sessions.
         """
         self._cache = cache
         self._own = OrtSessions(weights.graphs, cache, device_type(weights.device), parent)
@@ -53,9 +53,9 @@ class OnnxRuntimeExecutor(ExportedExecutor):
         precision: Precision = "fp32",
         max_rows: int = 32,
     ) -> OnnxRuntimeExecutor:
-        """`folder` is in the diffusers layout; exported graphs are kept in `cache`.
+        """Load a base from a folder in the diffusers layout; exported graphs are cached in `cache`.
 
-        Raises Unavailable, saying what is missing, where ONNX Runtime is not installed or cannot run this.
+        Raises Unavailable, naming what is missing, if ONNX Runtime is not installed or cannot run this configuration.
         """
         check_available(device, precision)
         return cls(TorchExecutor.load(folder, family, device, precision, max_rows), GraphCache(cache))
@@ -64,7 +64,7 @@ class OnnxRuntimeExecutor(ExportedExecutor):
         self,
         changed: Changed,
         configs: Path | None = None,
-        of: Version | None = None,  # noqa: ARG002 - which engines to take, in TensorRT
+        of: Version | None = None,  # noqa: ARG002 - TensorRT chooses engines by it
     ) -> OnnxRuntimeExecutor:
         return OnnxRuntimeExecutor(self._weights.variant(changed, configs), self._cache, self._own)
 
@@ -76,7 +76,7 @@ class OnnxRuntimeExecutor(ExportedExecutor):
         graphs = NetGraphs.of(load().to(self._weights.device), PRECISION_OF[self.dtype])
         sessions = OrtSessions(graphs, self._cache, device_type(self.device))
         for name in graphs.names:
-            sessions[name]  # exported now, so that no step waits for it
+            sessions[name]  # export now, so that no step waits for it
         return GraphNets(sessions)
 
     def load_vae(self, folder: Path) -> TorchVae:

@@ -1,4 +1,4 @@
-"""Exported graphs in ONNX Runtime, around weights that are torch's."""
+"""Exported graphs in ONNX Runtime, with torch's weights."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class ExportedGraphs(Protocol):
 
 
 def check_available(device: str, precision: str) -> None:
-    """Raises Unavailable, saying what is missing."""
+    """Check that ONNX Runtime can run on this device in this precision. Raises Unavailable, naming what is missing."""
     if ort is None:
         raise Unavailable(
-            "the executor onnxruntime was asked for, but ONNX Runtime is not installed; "
-            "pip install 'scumble[server]', or use --executor torch"
+            "the executor is onnxruntime, but ONNX Runtime is not installed; "
+            "run pip install 'scumble[server]', or use --executor torch"
         )
     if precision == "bf16":
-        raise Unavailable("ONNX Runtime computes little in bfloat16; use --precision fp32 or fp16, or --executor torch")
+        raise Unavailable("ONNX Runtime has few bfloat16 operators; use --precision fp32 or fp16, or --executor torch")
     provider = PROVIDERS[device]
     if provider not in ort.get_available_providers():
         raise Unavailable(
-            f"the executor onnxruntime was asked for on {device}, but this ONNX Runtime has no {provider} "
+            f"the executor is onnxruntime on {device}, but this ONNX Runtime has no {provider} "
             f"(it has {', '.join(ort.get_available_providers())}); install onnxruntime-gpu, or use --device cpu"
         )
 
@@ -54,7 +54,7 @@ def version() -> str:
 
 
 def device_type(device: str) -> str:
-    """`cuda:0` → `cuda`, as ONNX Runtime names it."""
+    """Return ONNX Runtime's name of a device: `cuda` for `cuda:0`."""
     return torch.device(device).type
 
 
@@ -62,17 +62,17 @@ GraphsT = TypeVar("GraphsT", bound=ExportedGraphs)
 
 
 class _Session:
-    """As `executors.sessions.Session`."""
+    """Implements `executors.sessions.Session`."""
 
     def __init__(self, graph: Graph, session: Any, weights: Mapping[str, Any], device: str) -> None:
-        """Keeps `weights` alive, because the session reads them where they are."""
+        """Keep `weights` alive, because the session reads them in place."""
         self.graph, self._session, self._weights, self._device = graph, session, weights, device
         self.limits = GraphLimits(graph.name, ({},))
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-        """All inputs by name, cast to what the graph takes; outputs in the graph's order."""
+        """Run the graph. Feeds are all inputs by name and are cast to the graph's dtypes; outputs are in its order."""
         binding = self._session.io_binding()
-        bound = []  # keeps casts alive until it has run
+        bound = []  # keeps casts alive during the run
         for port in self.graph.inputs:
             tensor = feeds[port.name].to(self._device, DTYPES[port.dtype]).contiguous()
             bound.append(tensor)
@@ -84,12 +84,12 @@ class _Session:
 
 
 class OrtSessions(Generic[GraphsT]):
-    """The sessions of one set of weights, each opened when it is first asked for. For any thread."""
+    """The sessions of one set of weights, each opened on first use. Any thread may call it."""
 
     def __init__(
         self, graphs: GraphsT, cache: GraphCache, device: str, parent: OrtSessions[GraphsT] | None = None
     ) -> None:
-        """A component whose tensors are all `parent`'s runs in its sessions."""
+        """Take graphs to open; components that share all their tensors with `parent` run in its sessions."""
         self.graphs, self._cache, self._device, self._parent = graphs, cache, device, parent
         self._opened: dict[str, _Session] = {}
         self._lock = threading.Lock()
@@ -101,7 +101,7 @@ class OrtSessions(Generic[GraphsT]):
             return self._opened[name]
 
     def close(self) -> None:
-        """Nothing is compiled that the next start could use; graphs are in the cache already."""
+        """Do nothing: graphs are cached already, and nothing else is compiled."""
 
     def _shared(self, name: str) -> _Session | None:
         parent = self._parent
@@ -119,7 +119,7 @@ class OrtSessions(Generic[GraphsT]):
         }
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # Threads that spin while they wait would take the cores from torch, which runs between two calls.
+        # Spinning threads would take cores from torch, which runs between two calls.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_mem_pattern = False  # sizes change from call to call
         options.log_severity_level = 3

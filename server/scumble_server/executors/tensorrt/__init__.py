@@ -1,1 +1,1 @@
-"""The exported graphs as TensorRT engines."""
+"""The executor on TensorRT engines."""

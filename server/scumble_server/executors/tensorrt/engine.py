@@ -1,7 +1,7 @@
-"""One TensorRT engine: tensors by name in, tensors by name out, in buffers that stay and graphs captured once.
+"""One TensorRT engine: tensors by name in and out, in fixed buffers, with CUDA graphs captured once.
 
-Works for both flavours. An engine's scratch memory and the buffers of its inputs and outputs belong to the stepping
-that all engines of one thread share, because that thread runs them one after the other.
+Works for both flavours. Scratch memory and the buffers of inputs and outputs belong to the `Stepping` that all engines
+of one thread share, because that thread runs them in turn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scumble.errors import IntegrityError, OutOfMemory, Refused, ScumbleError, U
 from scumble.files import write_whole
 from scumble_build.engines.api import Dims, Engine, ExecutionContext, RuntimeCache, TensorRT
 from scumble_build.engines.builder import DTYPES
-from scumble_build.engines.progress import Said, logger
+from scumble_build.engines.progress import BuildLog, logger
 from scumble_build.engines.store import Pulled
 from scumble_build.export.manifest import GraphManifest
 from scumble_server.executors.device import Stepping, faults
@@ -47,7 +47,7 @@ class ShapeLimits:
         return not self.outside(shapes)
 
     def outside(self, shapes: Mapping[str, Dims]) -> list[str]:
-        """One sentence for each shape that the profile does not take."""
+        """Return a message for each shape that the profile does not accept."""
         return [
             f"{name} {shape} is not within {self.least[name]} to {self.most[name]}"
             for name, shape in shapes.items()
@@ -58,14 +58,16 @@ class ShapeLimits:
 
 
 class RunningEngine:
-    """A plan in device memory. One thread runs it; any may close it, when nothing runs any more."""
+    """A plan in device memory. One thread runs it; any may close it after the last run."""
 
     def __init__(self, trt: TensorRT, pulled: Pulled, stepping: Stepping, device: torch.device) -> None:
-        """Raises IntegrityError for a corrupt plan, Refused for one of another GPU, version or graph, OutOfMemory."""
+        """Load a plan. Raises IntegrityError for a corrupt one, Refused for one of another GPU, version or graph,
+        OutOfMemory.
+        """
         self.manifest: GraphManifest = pulled.manifest
         self._trt, self._stepping, self._device = trt, stepping, device
-        self._said = Said()
-        self._logger = logger(trt, self._said)
+        self._log = BuildLog()
+        self._logger = logger(trt, self._log)
         self._runtime = trt.Runtime(self._logger)
         plan = pulled.plan.read_bytes()
         rtx = pulled.stored.key.flavour.is_rtx
@@ -88,19 +90,22 @@ class RunningEngine:
         return self._engine.device_memory_size_v2
 
     def profile_for(self, shapes: Mapping[str, Dims]) -> int:
-        """The first that takes these shapes. Raises Refused, naming what is outside the nearest."""
+        """Return the first profile that accepts these shapes. Raises Refused, naming what is outside
+        the nearest one.
+        """
         for index, limits in enumerate(self.limits):
             if limits.hold(shapes):
                 return index
         nearest = min((limits.outside(shapes) for limits in reversed(self.limits)), key=len)
         raise Refused(
             f"the request is outside what the engine of {self.manifest.graph} was built for: {'; '.join(nearest)}; "
-            "ask for a smaller picture or fewer images, or build with a wider --profile",
+            "use a smaller picture or fewer images, or build with a wider --profile",
             graph=self.manifest.graph,
         )
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Feeds are cast to their input's dtype. Results are overwritten by the next run of any engine of this thread.
+        """Run the engine. Feeds are cast to their input's dtype. The next run of any engine of this thread overwrites
+        the results.
 
         Raises Refused outside every profile, OutOfMemory, ScumbleError if the device fails.
         """
@@ -114,7 +119,7 @@ class RunningEngine:
         }
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise self._failure(f"input {name} {shape} was refused")
+                raise self._failure(f"TensorRT refused input {name} {shape}")
         outputs = {
             port.name: buffers.take(f"out.{port.name}", tuple(context.get_tensor_shape(port.name)), TORCH[port.dtype])
             for port in self.manifest.outputs
@@ -130,20 +135,20 @@ class RunningEngine:
             if not context.execute_async_v3(_stream(self._device)):
                 raise self._failure("a run failed")
 
-        self._said.errors.clear()
+        self._log.errors.clear()
         with faults(f"a run of {self.manifest.graph}"):
             self._stepping.graphs.run(key, work)
         return outputs
 
     def close(self) -> None:
-        """Write down what this GPU has compiled, and give contexts and graphs back."""
+        """Save the kernels compiled for this GPU, and free contexts and graphs."""
         self._write_runtime_cache()
         self._stepping.graphs.drop(self._owner)
         self._contexts.clear()
 
     def _write_runtime_cache(self) -> None:
-        """Beside the plan, by rename, so that the next start compiles nothing. If it cannot be written (a full disk),
-        that start is slow again, and nothing else is lost.
+        """Write the cache beside the plan, by rename, so that the next start compiles nothing. If it cannot be written
+        (a full disk), only that start is slow again.
         """
         if self._cache is None or self._cache_file is None:
             return
@@ -153,11 +158,11 @@ class RunningEngine:
             log.warning("the runtime cache of %s was not written: %s", self.manifest.graph, error)
 
     def _check_validity(self, plan: bytes) -> None:
-        """What the head of a plan for RTX says of this machine, before it is read."""
+        """Check from the header of a plan for RTX that it runs on this machine. Raises Refused."""
         validity, reasons = self._runtime.get_engine_validity(plan)
         if validity.name == "INVALID":
             raise Refused(
-                f"the engine of {self.manifest.graph} does not run here (reasons {reasons:#x}: {self._words()}): it is "
+                f"the engine of {self.manifest.graph} does not run here ({reasons:#x}: {self._errors()}): it is "
                 "for another GPU, driver or TensorRT; run `scumble build engine` here",
                 graph=self.manifest.graph,
             )
@@ -167,20 +172,20 @@ class RunningEngine:
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is not None:
             return engine
-        words = self._words()
-        if self._said.ran_out_of_memory:
-            raise OutOfMemory(f"the engine of {self.manifest.graph} does not fit into device memory: {words}")
-        if any(sign in words for sign in ("driver", "no CUDA-capable device", "cudaError")):
-            raise Unavailable(f"the GPU or its driver does not take the engine of {self.manifest.graph}: {words}")
-        if any(sign in words.lower() for sign in ("version", "compute capability", "platform")):
+        errors = self._errors()
+        if self._log.ran_out_of_memory:
+            raise OutOfMemory(f"the engine of {self.manifest.graph} does not fit into device memory: {errors}")
+        if any(sign in errors for sign in ("driver", "no CUDA-capable device", "cudaError")):
+            raise Unavailable(f"the GPU or its driver does not support the engine of {self.manifest.graph}: {errors}")
+        if any(sign in errors.lower() for sign in ("version", "compute capability", "platform")):
             raise Refused(
-                f"the engine of {self.manifest.graph} is for another GPU or TensorRT: {words}; build it again here",
+                f"the engine of {self.manifest.graph} is for another GPU or TensorRT: {errors}; build it again here",
                 graph=self.manifest.graph,
             )
-        raise IntegrityError(f"the plan of {self.manifest.graph} is corrupt: {words}; build it again")
+        raise IntegrityError(f"the plan of {self.manifest.graph} is corrupt: {errors}; build it again")
 
     def _check_tensors(self) -> None:
-        """The engine's tensors are the manifest's. Raises Refused."""
+        """Check that the engine has the manifest's tensors. Raises Refused if not."""
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         parsed = {name: DTYPES.get(self._engine.get_tensor_dtype(name).name, "?") for name in names}
         promised = {port.name: port.dtype for port in (*self.manifest.inputs, *self.manifest.outputs)}
@@ -200,7 +205,7 @@ class RunningEngine:
             and self._cache_file.is_file()
             and not self._cache.deserialize(self._cache_file.read_bytes())
         ):
-            log.info("the runtime cache of %s is of another driver or GPU, and is made anew", self.manifest.graph)
+            log.info("the runtime cache of %s is for another driver or GPU; it is built again", self.manifest.graph)
         config.set_runtime_cache(cache)
         return config
 
@@ -213,33 +218,33 @@ class RunningEngine:
 
     def _axis_ranges(self, limits: ShapeLimits) -> dict[str, range]:
         return {
-            dim: range(limits.least[port.name][place], limits.most[port.name][place] + 1)
+            dim: range(limits.least[port.name][position], limits.most[port.name][position] + 1)
             for port in self.manifest.inputs
-            for place, dim in enumerate(port.dims)
+            for position, dim in enumerate(port.dims)
             if isinstance(dim, str)
         }
 
     def _context(self, index: int) -> ExecutionContext:
-        """One for each profile, made when it is first needed."""
+        """Return the context of a profile, made on first use."""
         if index not in self._contexts:
             with faults(f"a context of {self.manifest.graph}"):
                 context = self._engine.create_execution_context(self._how)
             if context is None:
-                raise self._failure("no context could be made")
+                raise self._failure("TensorRT could not create a context")
             if not context.set_optimization_profile_async(index, _stream(self._device)):
-                raise self._failure(f"profile {index} was refused")
+                raise self._failure(f"TensorRT refused profile {index}")
             self._contexts[index] = context
         return self._contexts[index]
 
     def _failure(self, what: str) -> ScumbleError:
-        words = self._words()
-        if self._said.ran_out_of_memory:
-            return OutOfMemory(f"device memory ran out in {self.manifest.graph}: {words}")
-        return ScumbleError(f"{self.manifest.graph}: {what}: {words}")
+        errors = self._errors()
+        if self._log.ran_out_of_memory:
+            return OutOfMemory(f"device memory ran out in {self.manifest.graph}: {errors}")
+        return ScumbleError(f"{self.manifest.graph}: {what}: {errors}")
 
-    def _words(self) -> str:
-        errors: Sequence[str] = self._said.errors[-3:]
-        return "; ".join(errors) or "TensorRT says no more"
+    def _errors(self) -> str:
+        errors: Sequence[str] = self._log.errors[-3:]
+        return "; ".join(errors) or "TensorRT gives no reason"
 
 
 def _stream(device: torch.device) -> int:

@@ -1,6 +1,6 @@
-"""A base's or a ControlNet's engines as sessions, each run with the buffers and graphs of the thread that calls it.
+"""A base's or a ControlNet's engines as sessions, each with the buffers and graphs of the thread that calls it.
 
-Texts and pictures are encoded by one thread, rows denoised by another, latents decoded by a third.
+One thread encodes texts and pictures, one denoises rows, one decodes latents.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scumble_server.executors.tensorrt.engine import RunningEngine
 
 @dataclass(frozen=True, slots=True)
 class EngineSession:
-    """One engine as `executors.sessions.Session`."""
+    """One engine, as an `executors.sessions.Session`."""
 
     graph: GraphManifest
     engine: RunningEngine
@@ -35,16 +35,16 @@ class EngineSession:
         return self.engine.graph_limits
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-        """More rows than the engine takes are run in parts.
+        """Run the engine, in parts if there are more rows than it accepts.
 
-        Results are copies, because the engine's own are overwritten by its thread's next run.
+        Results are copies, because the thread's next run overwrites the engine's outputs.
         """
         ports = {port.name: port.dims for port in self.graph.inputs}
         of_rows = [name for name, dims in ports.items() if dims[0] == "rows"]
         rows = len(feeds[of_rows[0]])
         most = max(limits.most[of_rows[0]][0] for limits in self.engine.limits)
         if any(port.dims[0] != "rows" for port in self.graph.outputs):
-            most = rows  # they become one, as a union net's pictures do
+            most = rows  # rows are reduced to one, as a union net's pictures are
         parts = []
         for start in range(0, rows, most):
             part = {name: feeds[name][start : start + most] if name in of_rows else feeds[name] for name in ports}
@@ -54,7 +54,7 @@ class EngineSession:
 
 @dataclass(frozen=True, slots=True)
 class EngineRuntime:
-    """What engines of one device run with: TensorRT, and buffers and graphs for each thread that calls."""
+    """TensorRT on one device, and the buffers and graphs of each thread that runs engines."""
 
     trt: TensorRT
     device: torch.device
@@ -65,24 +65,24 @@ class EngineRuntime:
         return cls(trt, device, {name: make() for name in ("condition", "denoise", "decode")})
 
     def load(self, pulled: Pulled) -> EngineSession:
-        """Raises as `RunningEngine` does."""
+        """Load an engine. Raises as `RunningEngine` does."""
         stepping = self.steppings[_caller(pulled.manifest.graph)]
         return EngineSession(pulled.manifest, RunningEngine(self.trt, pulled, stepping, self.device))
 
 
 def _caller(graph: str) -> str:
-    """The thread that runs a graph."""
+    """Return the thread that runs a graph."""
     if graph.startswith("unet.") or graph == "controlnet":
         return "denoise"
     return "decode" if graph == "vae_decoder" else "condition"
 
 
 class NetEngines:
-    """The engines of one ControlNet, loaded when it is made. For any thread."""
+    """The engines of one ControlNet, loaded at once. Any thread may call it."""
 
     def __init__(self, pulled: Mapping[str, Pulled], runtime: EngineRuntime) -> None:
-        """Raises as `RunningEngine` does."""
-        self._sessions = {name: runtime.load(each) for name, each in pulled.items()}
+        """Load all engines. Raises as `RunningEngine` does."""
+        self._sessions = {name: runtime.load(engine) for name, engine in pulled.items()}
 
     def __getitem__(self, name: str) -> EngineSession:
         return self._sessions[name]
@@ -93,12 +93,12 @@ class NetEngines:
 
 
 class Engines:
-    """The engines of one set of a base's weights, each loaded when it is first asked for. For any thread."""
+    """The engines of one set of a base's weights, each loaded on first use. Any thread may call it."""
 
     def __init__(
         self, graphs: BaseGraphs, pulled: Mapping[str, Pulled], runtime: EngineRuntime, parent: Engines | None = None
     ) -> None:
-        """An engine that `parent` has too runs there. Raises NotFound if a part has no engine."""
+        """Take engines, those that `parent` has too from there. Raises NotFound if a part has no engine."""
         self.graphs = graphs
         self.pulled = dict(pulled)
         self.runtime = runtime
@@ -114,7 +114,8 @@ class Engines:
             raise NotFound(f"there is no engine of {', '.join(missing)}; run `scumble build engine`", graphs=missing)
 
     def __getitem__(self, name: str) -> EngineSession:
-        """For a denoiser's graph without an engine, that of the next larger graph, which takes all that it takes.
+        """Return a graph's engine; for a denoiser's graph without one, that of the next larger graph, which has all its
+        inputs.
 
         Raises Refused if there is none, and as `RunningEngine` does.
         """
@@ -135,22 +136,24 @@ class Engines:
         nearest = next((graph for graph in larger if graph in self.pulled), None)
         if nearest is None:
             raise Refused(
-                f"what this request carries needs the graph {name}, and this base has no engine of it; "
+                f"this request's adapters need the graph {name}, and this base has no engine of it; "
                 f"run `scumble build engine --part {name}`, or serve with --executor torch",
                 graph=name,
             )
         return nearest
 
     def most(self, port: str) -> int | None:
-        """The largest first dim of this input that every denoiser's engine takes; None if none has it."""
+        """Return the largest first dim of this input that all the denoiser's engines accept; None if none has the
+        input.
+        """
         limits = [self[name].engine.limits for name in self.pulled if name.startswith("unet.")]
         return min(
-            (max(one.most[port][0] for one in profiles) for profiles in limits if port in profiles[0].most),
+            (max(profile.most[port][0] for profile in profiles) for profiles in limits if port in profiles[0].most),
             default=None,
         )
 
     def close(self) -> None:
-        """Of its own engines; `parent`'s stay."""
+        """Close its own engines, not `parent`'s."""
         with self._lock:
             for session in self._loaded.values():
                 session.engine.close()

@@ -1,6 +1,6 @@
-"""The TensorRT executor, for both flavours: a base's engines over the feeds that every exported graph takes.
+"""The TensorRT executor, for both flavours: runs a base's engines.
 
-Weights stay in host memory as `TorchExecutor` loaded them, for what reads them (DoRA, digests); engines hold their own.
+A `TorchExecutor` keeps the weights in host memory for what reads them (DoRA, digests); engines have their own copy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from scumble_server.executors.torch.vae import TorchVae
 log = logging.getLogger(__name__)
 
 PullEngines: TypeAlias = Callable[[Version], Mapping[str, Pulled]]
-"""A version → its engines that fit this machine, by graph."""
+"""Returns a version's engines that fit this machine, by graph."""
 
 
 class TensorRTExecutor(ExportedExecutor):
@@ -50,8 +50,8 @@ class TensorRTExecutor(ExportedExecutor):
         receipt: Mapping[str, str],
         pull: PullEngines = lambda _version: {},
     ) -> None:
-        """Loads every engine, so that a corrupt one is known now. `receipt` names TensorRT and the engines; `pull` is
-        asked when a request brings a ControlNet or a checkpoint.
+        """Load the engines that every request runs, so that corrupt ones show now. `receipt` names TensorRT and the
+        engines; `pull` finds the engines of a request's ControlNet or checkpoint.
         """
         self._engines, self._receipt, self._pull = engines, dict(receipt), pull
         super().__init__(weights, engines)
@@ -63,10 +63,12 @@ class TensorRTExecutor(ExportedExecutor):
     def load(
         cls, registry: Registry, version: Version, folder: Path, family: Family, flavour: Flavour, config: ServerConfig
     ) -> TensorRTExecutor:
-        """Raises Unavailable without a GPU or TensorRT, NotFound without engines that fit, and as these do."""
+        """Load a base's engines. Raises Unavailable without a GPU or TensorRT, NotFound without engines that fit, and
+        as loading them does.
+        """
         trt, sm = load(flavour), current_sm()
         if config.device != "cuda" or sm is None:
-            raise Unavailable("TensorRT needs a CUDA device: serve with --device cuda on a machine that has one")
+            raise Unavailable("TensorRT needs a CUDA device: serve with --device cuda on a machine with an NVIDIA GPU")
         machine = Machine(flavour, trt.__version__, sm)
         pulled = pull_base(registry, version, machine, config)
         weights = TorchExecutor.load(folder, family, "cpu", config.precision, config.max_rows)
@@ -86,14 +88,15 @@ class TensorRTExecutor(ExportedExecutor):
         return str(self._engines.runtime.device)
 
     def variant(self, changed: Changed, configs: Path | None = None, of: Version | None = None) -> TensorRTExecutor:
-        """On engines of the checkpoint's own for every component that it changes, on the base's for the others.
+        """Make an executor with the checkpoint's own engines for the components that it changes, and the base's for
+        others.
 
-        Raises Refused if one is missing, and for weights that are no version's: no engine holds them.
+        Raises Refused if one is missing, and for merged LoRAs (`of` None), which have no engines.
         """
         if of is None:
             raise Refused(
-                "this request's LoRAs are too many for factors, or change what no factors say, and are merged into "
-                "weights, which engines hold their own of; serve with --executor torch"
+                "this request's LoRAs exceed the largest rank or are not low-rank, so they are "
+                "merged into weights, which engines do not support; serve with --executor torch"
             )
         own = self._pull(of)
         candidates = {
@@ -104,7 +107,7 @@ class TensorRTExecutor(ExportedExecutor):
         if len(pulled) < len(candidates):
             missing = ", ".join(sorted(candidates.keys() - pulled.keys()))
             raise Refused(
-                f"{of.ref} changes weights, and has no engine that fits of {missing}; run `scumble build engine "
+                f"{of.ref} changes weights and has no engine of {missing} that fits; run `scumble build engine "
                 f"--base {of.ref}`, or serve with --executor torch",
                 ref=of.ref,
             )
@@ -113,7 +116,7 @@ class TensorRTExecutor(ExportedExecutor):
         return TensorRTExecutor(weights, engines, self._receipt | _digests(pulled), self._pull)
 
     def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:
-        """On engines of its own, or in torch on the same device, if it has none that fit."""
+        """Load a ControlNet: its engines, or torch on the same device if none fit."""
         pulled = self._pull(version)
         step = pulled.get("controlnet")
         names = ["controlnet", "controlnet_kv", "controlnet_hint"]
@@ -122,7 +125,7 @@ class TensorRTExecutor(ExportedExecutor):
         if all(name in pulled for name in names):
             return GraphNets(NetEngines({name: pulled[name] for name in names}, self._engines.runtime))
         log.warning(
-            "%s runs in torch beside the engines, for it has none that fit: run `scumble build engine --base BASE "
+            "%s runs in torch, because it has no engines that fit: run `scumble build engine --base BASE "
             "--controlnet %s`",
             version.ref,
             version.ref,
@@ -131,7 +134,7 @@ class TensorRTExecutor(ExportedExecutor):
             return torch_nets(load(), torch.empty(0, dtype=self.dtype, device=self.device))
 
     def load_vae(self, folder: Path) -> TorchVae:
-        """In torch, beside the engines."""
+        """Load a VAE in torch, on the same device."""
         vae = self._weights.load_vae(folder)
         vae.move(self._engines.runtime.device)
         return vae
@@ -141,5 +144,5 @@ class TensorRTExecutor(ExportedExecutor):
 
 
 def _digests(pulled: Mapping[str, Pulled]) -> dict[str, str]:
-    """For the receipt."""
+    """Return the engines' digests, for the receipt."""
     return {f"engine {name}": engine.stored.digest for name, engine in pulled.items()}

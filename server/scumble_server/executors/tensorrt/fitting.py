@@ -1,4 +1,4 @@
-"""The engines in the registry that fit this machine, its code and its precision."""
+"""Finds the engines in the registry that fit this machine, code and precision."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 
 
 def pull_fitting(registry: Registry, version: Version, machine: Machine, precision: Precision) -> dict[str, Pulled]:
-    """By graph, the engines of a version that fit this machine and were made by this code; the log says what does not.
+    """Return a version's engines that fit this machine and were exported by this code, by graph. Others are logged.
 
     Raises IntegrityError.
     """
     pulled: dict[str, Pulled] = {}
-    for name, each in store.fitting(store.listed(registry, version), machine, version.digest, precision).items():
-        engine = store.pull(registry, each)
+    for name, stored in store.fitting(store.listed(registry, version), machine, version.digest, precision).items():
+        engine = store.pull(registry, stored)
         try:
             store.check_current(engine, code_digest())
         except Refused as error:
@@ -34,7 +34,7 @@ def pull_fitting(registry: Registry, version: Version, machine: Machine, precisi
 
 
 def pull_base(registry: Registry, version: Version, machine: Machine, config: ServerConfig) -> dict[str, Pulled]:
-    """A base's engines; built now if there is none and the configuration says so.
+    """Return a base's engines. If there are none and `config.build_engines` is set, build them now.
 
     Raises NotFound, IntegrityError, and as a build does.
     """

@@ -1,1 +1,1 @@
-"""The graphs in eager PyTorch."""
+"""The executor in eager PyTorch."""

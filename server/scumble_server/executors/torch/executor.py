@@ -48,7 +48,7 @@ class _Step:
 
 
 class TorchExecutor:
-    """Owns one set of weights, which it only ever reads. On CUDA its steps are captured as graphs."""
+    """Owns one set of weights, which it never changes. On CUDA its steps are captured as graphs."""
 
     most_pages: tuple[int | None, int | None] = (None, None)
     limits: tuple[GraphLimits, ...] = ()
@@ -64,7 +64,7 @@ class TorchExecutor:
         max_rows: int,
         stepping: Stepping | None = None,
     ) -> None:
-        """`models` are in `dtype` already; with `stepping`, steps run in its buffers and graphs."""
+        """Take models that are in `dtype` already. With `stepping`, steps run in its buffers and graphs."""
         self._family, self._device, self._dtype, self.max_rows = family, device, dtype, max_rows
         for model in (models.unet, *models.texts.values(), models.vae):
             self._place(model)
@@ -89,29 +89,29 @@ class TorchExecutor:
     def load(
         cls, folder: Path, family: Family, device: str = "cpu", precision: Precision = "fp32", max_rows: int = 32
     ) -> Self:
-        """A folder in the diffusers layout. Raises Unavailable if the device is not there."""
+        """Load a base from a folder in the diffusers layout. Raises Unavailable if there is no such device."""
         if device == "cuda" and not torch.cuda.is_available():
-            raise Unavailable("device cuda was asked for, but torch sees no CUDA device; use --device cpu")
-        dtype, place = PRECISIONS[precision], torch.device(device)
-        stepping = Stepping.on(place) if device == "cuda" else None
+            raise Unavailable("the device is cuda, but torch sees no CUDA device; use --device cpu")
+        dtype, torch_device = PRECISIONS[precision], torch.device(device)
+        stepping = Stepping.on(torch_device) if device == "cuda" else None
         with faults(f"the weights of {folder.name}"):
-            return cls(Models.load(folder, family, dtype), family, place, dtype, max_rows, stepping)
+            return cls(Models.load(folder, family, dtype), family, torch_device, dtype, max_rows, stepping)
 
     def variant(
         self,
         changed: Changed,
         configs: Path | None = None,
-        of: Version | None = None,  # noqa: ARG002 - which engines to take, in TensorRT
+        of: Version | None = None,  # noqa: ARG002 - TensorRT chooses engines by it
     ) -> Self:
         states = {component: dict(state) for component, state in self.graphs.states.items()}
         for component, tensors in changed.items():
             if component not in states:
-                continue  # a safety checker, an image encoder: nothing that is drawn with
+                continue  # such as a safety checker or an image encoder, which drawing does not use
             names = {plain(name): name for name in states[component]}
             for name, values in tensors.items():
                 if plain(name) not in names:
                     raise Refused(
-                        f"the checkpoint's {component}.{name} has no place in the base; "
+                        f"the base has no tensor for the checkpoint's {component}.{name}; "
                         "save it again with a current diffusers",
                         tensor=name,
                     )
@@ -130,7 +130,7 @@ class TorchExecutor:
             return type(self)(models, self._family, self._device, self._dtype, self.max_rows, self._stepping)
 
     def _config(self, component: str, configs: Path | None) -> Any:
-        """A checkpoint's own config: its scaling may differ from the base's, its shapes do not."""
+        """Return a component's config: the checkpoint's, whose scaling may differ, or the base's."""
         if configs is None:
             return self._configs[component]
         return json.loads((configs / component / "config.json").read_text())
@@ -169,9 +169,9 @@ class TorchExecutor:
         return factors.to(self._device, self._dtype) if factors is not None else None
 
     def prepare(self, includes: frozenset[Include], sizes: Mapping[str, int]) -> None:
-        """Nothing to do: eager graphs take any inputs and sizes."""
+        """Do nothing: eager graphs accept any inputs and sizes."""
 
-    def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:  # noqa: ARG002 - which engines to take, in TensorRT
+    def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:  # noqa: ARG002 - TensorRT chooses engines by it
         with faults("a ControlNet's weights"):
             return torch_nets(load(), torch.empty(0, dtype=self._dtype, device=self._device))
 
@@ -179,7 +179,7 @@ class TorchExecutor:
         return TorchVae(self._place(load_autoencoder(folder, self._dtype)))
 
     def close(self) -> None:
-        """Nothing of it outlives the process."""
+        """Do nothing: there is nothing to save."""
 
     def weight(self, target: str) -> Tensor:
         return self.parameter(f"{target}.weight")
@@ -212,7 +212,7 @@ def _computing(denoiser: Denoiser) -> Callable[[_Step], Tensor]:
 
 
 def _build(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
-    """A diffusers model with these tensors as its weights: none is drawn at random or copied."""
+    """Build a diffusers model with these tensors as its weights, without random initialisation or copies."""
     with torch.device("meta"):
         model = kind.from_config(config)
     model.load_state_dict(state, assign=True)
@@ -220,14 +220,14 @@ def _build(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
 
 
 def _build_text(kind: type[TextModel], config: Any, state: dict[str, Tensor]) -> TextModel:
-    """Not on the meta device, because its position ids are in no state."""
+    """Build a text encoder; not on the meta device, because its position ids are not in `state`."""
     model = kind(config)
     model.load_state_dict(state, assign=True)
     return model
 
 
 def weights_bytes(folder: Path, family: Family, precision: Precision) -> int:
-    """Bytes in memory of a folder in the diffusers layout once it is loaded, from its headers alone."""
+    """Return the bytes in memory of a base in the diffusers layout once loaded, from the files' headers."""
     own = PRECISIONS[precision]
     of_vae = vae_dtype(AutoencoderKL.load_config(folder / "vae", local_files_only=True), own)
     components = {"unet": own, **{part.encoder: own for part in family.texts}, "vae": of_vae}
@@ -235,7 +235,7 @@ def weights_bytes(folder: Path, family: Family, precision: Precision) -> int:
 
 
 def _values(folder: Path) -> int:
-    """How many numbers a component has. A folder may hold it again in another precision (`….fp16.…`)."""
+    """Count the numbers of a component. Copies in other precisions (`….fp16.…`) in its folder are not counted."""
     files = list(folder.glob("*.safetensors"))
-    one = [file for file in files if not {"fp16", "fp32", "bf16", "non_ema"} & set(file.name.split("."))] or files
-    return sum(prod(info.shape) for file in one for info in read_header(file).tensors.values())
+    default = [file for file in files if not {"fp16", "fp32", "bf16", "non_ema"} & set(file.name.split("."))] or files
+    return sum(prod(info.shape) for file in default for info in read_header(file).tensors.values())

@@ -1,4 +1,4 @@
-"""ControlNets in eager PyTorch: the graphs of `scumble_build.graphs.controlnet` with weights of their own."""
+"""ControlNets in eager PyTorch: the graphs of `scumble_build.graphs.controlnet`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from scumble_server.executors.protocol import NetModel
 
 
 class _TorchNet:
-    """Owns nothing: several nets may share one graph."""
+    """A net in torch. Owns nothing: several nets may share one graph."""
 
     def __init__(self, graph: ControlledEncoder, like: Tensor) -> None:
-        """On `like`'s device, in its precision."""
+        """Move the graph to `like`'s device and dtype."""
         self._graph = graph.to(like.device, like.dtype).eval().requires_grad_(requires_grad=False)
         self._like = like.new_empty(0)
 
     @property
     def kv_width(self) -> int:
-        """K of the keys and values that `project` gives."""
-        return sum(2 * place.width for place in self._graph.projection.slices)
+        """K of the keys and values that `project` returns."""
+        return sum(2 * kv_slice.width for kv_slice in self._graph.projection.slices)
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Nothing to do: eager graphs take any sizes."""
+        """Do nothing: eager graphs accept any sizes."""
 
     @torch.inference_mode()
     def project(self, states: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class _TorchNet:
         return self._graph.condition(pooled.to(self._like), sizes.to(self._like.device))
 
     @torch.inference_mode()
-    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:  # noqa: ARG002 - a union net's
+    def embed(self, controls: Tensor, weights: Sequence[float]) -> Tensor:  # noqa: ARG002 - for union nets
         return self._graph.embed(controls.to(self._like))
 
     def _moved(self, inputs: NetInputs) -> NetInputs:
@@ -50,11 +50,11 @@ class TorchNet(_TorchNet):
 
     _graph: ControlNet
 
-    def of(self, kinds: tuple[int, ...]) -> TorchNet:  # noqa: ARG002 - a union net's
+    def of(self, kinds: tuple[int, ...]) -> TorchNet:  # noqa: ARG002 - for union nets
         return self
 
     def close(self) -> None:
-        """Nothing of it outlives the process."""
+        """Do nothing: there is nothing to save."""
 
     @torch.inference_mode()
     def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
@@ -63,7 +63,7 @@ class TorchNet(_TorchNet):
 
 
 class TorchUnionNet(_TorchNet):
-    """A union net for pictures of certain kinds of control: rows with the same kinds share a run."""
+    """A union net for certain kinds of control; rows with the same kinds share a run."""
 
     _graph: ControlNetUnion
 
@@ -73,8 +73,8 @@ class TorchUnionNet(_TorchNet):
         self._present = self._graph.present(self._types)
 
     @torch.inference_mode()
-    def embed(self, controls: Tensor, strengths: Sequence[float]) -> Tensor:
-        return self._graph.fuse(controls.to(self._like), self._types, strengths)
+    def embed(self, controls: Tensor, weights: Sequence[float]) -> Tensor:
+        return self._graph.fuse(controls.to(self._like), self._types, weights)
 
     @torch.inference_mode()
     def residuals(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, ...]:
@@ -84,7 +84,7 @@ class TorchUnionNet(_TorchNet):
 
 
 class TorchUnion:
-    """A union net in memory: a `TorchUnionNet` for each choice of kinds, all with the same weights."""
+    """A union net in memory: a `TorchUnionNet` for each combination of kinds, all with the same weights."""
 
     def __init__(self, graph: ControlNetUnion, like: Tensor) -> None:
         self._graph, self._like = graph, like
@@ -96,11 +96,11 @@ class TorchUnion:
         return self._nets[kinds]
 
     def close(self) -> None:
-        """Nothing of it outlives the process."""
+        """Do nothing: there is nothing to save."""
 
 
 def torch_nets(model: NetModel, like: Tensor) -> TorchNet | TorchUnion:
-    """On `like`'s device, in its precision."""
+    """Make the net of a model, on `like`'s device in its dtype."""
     if isinstance(model, ControlNetUnionModel):
         return TorchUnion(ControlNetUnion(model), like)
     return TorchNet(ControlNet(model), like)

@@ -1,4 +1,4 @@
-"""A VAE in eager PyTorch: latents in the UNet's scale, which have mean 0 and deviation 1, to pixels and back."""
+"""A VAE in eager PyTorch: decodes latents in the UNet's scale (mean 0, deviation 1) to pixels and encodes pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scumble_server.executors.protocol import LatentDistribution
 
 
 class TorchVae:
-    """Owns nothing. `model` is on its device and in its precision already."""
+    """Runs a VAE, which is on its device and in its precision already."""
 
     def __init__(self, model: AutoencoderKL) -> None:
         self._model: Any = model
@@ -41,7 +41,7 @@ class TorchVae:
         )
 
     def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of latents in the VAE's own scale, `(1, 1|C, 1, 1)`."""
+        """Return mean and deviation of latents in the VAE's own scale, `(1, 1|C, 1, 1)`."""
         config = self._model.config
         mean, deviation = like.new_zeros(1, 1, 1, 1), like.new_ones(1, 1, 1, 1) / config.scaling_factor
         if config.latents_mean is not None and config.latents_std is not None:

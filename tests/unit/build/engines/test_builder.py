@@ -70,7 +70,7 @@ def test_a_manifest_that_lies_is_refused_and_nothing_is_written(
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
     onnx, manifest = make_graph(tmp_path)
     onnx.write_bytes(b"no graph")
-    with pytest.raises(Refused, match="does not take the graph denoiser"):
+    with pytest.raises(Refused, match="does not support the graph denoiser"):
         build(
             onnx,
             GraphManifest.read(manifest),
@@ -111,7 +111,7 @@ def test_progress_is_told_and_whoever_listens_can_stop_the_build(tmp_path: Path)
             flavour=Flavour.TENSORRT_RTX,
             sm=(89,),
             profiles=(WHOLE,),
-            tell=listen,
+            progress=listen,
         )
     assert not (tmp_path / "engine.plan").exists()
     assert all(0 < done <= 1 for _, done in told)

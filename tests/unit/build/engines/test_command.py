@@ -59,7 +59,7 @@ def test_a_bases_engine_is_built_once_listed_and_pulled(home: Path, tmp_path: Pa
     with pytest.raises(Refused, match="is not an empty folder"):
         build(home, "pull", "--base", "tiny/base", *RTX, "-o", str(tmp_path / "engines"))
     other = ("--flavour", "tensorrt_rtx", "--sm", "75")
-    there_are = r"tiny/base@1 has no engine for tensorrt_rtx .*SM75 fp16, but for tensorrt_rtx .*SM89 fp16; build one"
+    there_are = r"tiny/base@1 has no engine for tensorrt_rtx .*SM75 fp16, only for tensorrt_rtx .*SM89 fp16; build one"
     with pytest.raises(NotFound, match=there_are):
         build(home, "pull", "--base", "tiny/base", *other, "-o", str(tmp_path / "none"))
 
@@ -90,7 +90,7 @@ def test_a_checkpoints_engine_is_bound_to_the_checkpoint(home: Path) -> None:
     ("words", "error", "says"),
     [
         (("engine", "--base", "c/net", *RTX), Refused, "c/net@1 is a controlnet, not a base or a checkpoint"),
-        (("engine", "--base", "tiny/base", "--controlnet", "d/tuned", *RTX), Refused, "d/tuned@1 is no ControlNet"),
+        (("engine", "--base", "tiny/base", "--controlnet", "d/tuned", *RTX), Refused, "d/tuned@1 is not a ControlNet"),
         (("engine", "--base", "tiny/base", *RTX, "--part", "unet.tiny"), InvalidRequest, "there is no graph"),
         (("engine", "--base", "tiny/none", *RTX), NotFound, "tiny/none"),
         (

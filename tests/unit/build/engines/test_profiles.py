@@ -64,11 +64,11 @@ def test_what_stands_in_a_key_is_every_range_written_out(manifest: GraphManifest
     ("text", "says"),
     [
         ("[[profile]]\nrows = [2, 1, 8]\n", "least ≤ usual ≤ most"),
-        ("[[profile]]\nrows = [1, 2]\n", "rows is a number, or"),
-        ("[[profile]]\nrows = true\n", "rows is a number, or"),
-        ('[[profile]]\ngraphs = "x"\n', "graphs is a list of names"),
-        ("rows = 2\n", r"has \[\[profile\]\] tables"),
-        ("profile = []\n", r"has \[\[profile\]\] tables"),
+        ("[[profile]]\nrows = [1, 2]\n", "rows must be a number, or"),
+        ("[[profile]]\nrows = true\n", "rows must be a number, or"),
+        ('[[profile]]\ngraphs = "x"\n', "graphs must be a list of names"),
+        ("rows = 2\n", r"must have \[\[profile\]\] tables"),
+        ("profile = []\n", r"must have \[\[profile\]\] tables"),
         ("[[profile\n", "is not TOML"),
     ],
 )

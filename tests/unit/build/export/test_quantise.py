@@ -128,7 +128,7 @@ def test_the_command_writes_the_graph_in_int8_and_says_so(exported: Exported, ti
     ("content", "more", "says"),
     [
         ("{}", (), r"no calibrated maximum for unet\."),
-        ("[1]", (), "no JSON object"),
+        ("[1]", (), "must be a JSON object"),
         ("{", (), "is not JSON"),
         ("{}", ("--precision", "fp16"), "--precision fp32"),
     ],

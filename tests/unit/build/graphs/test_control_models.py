@@ -104,5 +104,5 @@ def test_a_config_that_makes_no_net(tiny_base: Path, tmp_path: Path) -> None:
     make_net(load_unet(tiny_base), 1).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"norm_num_groups": 5}))
-    with pytest.raises(Refused, match="no ControlNetModel that can be made"):
+    with pytest.raises(Refused, match="does not describe a valid ControlNetModel"):
         load_net(tmp_path, lambda: tiny_base / "unet")

@@ -50,7 +50,7 @@ def test_a_union_net_equals_diffusers(tiny_base: Path, types: tuple[int, ...]) -
     sample, states = torch.cat([sample, sample]), states.repeat_interleave(2, 0)
     timestep = torch.full((4,), 500.0)
     pictures = torch.rand(len(types), 3, *SIZE)
-    strengths = [1.0] if len(types) == 1 else [0.5, 1.5, -0.7][: len(types)]
+    weights = [1.0] if len(types) == 1 else [0.5, 1.5, -0.7][: len(types)]
     present = torch.zeros(4, UNION_TYPES)
     present[:, list(types)] = 1
     down, middle = model(
@@ -60,11 +60,11 @@ def test_a_union_net_equals_diffusers(tiny_base: Path, types: tuple[int, ...]) -
         [picture.expand(4, -1, -1, -1) for picture in pictures],
         present,
         list(types),
-        strengths,
+        weights,
         return_dict=False,
     )
     net = ControlNetUnion(model)
-    hint = net.fuse(pictures, types, strengths).expand(4, -1, -1, -1)
+    hint = net.fuse(pictures, types, weights).expand(4, -1, -1, -1)
     found = net.residuals_of(net.present(types), sample, timestep, NetInputs(net.project(states), hint))
     for mine, theirs in zip(found, (*down, middle), strict=True):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()

@@ -32,9 +32,9 @@ def check(theirs: WebuiHypernetwork, folder: Path) -> None:
     ours = published(theirs, folder)
     for width in (*theirs.sides, 7):
         keys, values = torch.randn(2, 5, width), torch.randn(2, 5, width)
-        for strength in (1.0, -0.6):
+        for weight in (1.0, -0.6):
             for mine, want, was in zip(
-                ours(keys, values, strength), theirs(keys, values, strength), (keys, values), strict=True
+                ours(keys, values, weight), theirs(keys, values, weight), (keys, values), strict=True
             ):
                 assert (mine - want).abs().max() <= 1e-6
                 assert torch.equal(want, was) == (width == 7)
@@ -66,8 +66,8 @@ def test_a_chain_reads_what_the_one_before_made(tmp_path: Path) -> None:
     ours = [published(each, tmp_path) for each in theirs]
     x = torch.randn(2, 5, 6)
     mine, want = (x, x), (x, x)
-    for our, their, strength in zip(ours, theirs, (0.7, -0.4), strict=True):
-        mine, want = our(*mine, strength), their(*want, strength)
+    for our, their, weight in zip(ours, theirs, (0.7, -0.4), strict=True):
+        mine, want = our(*mine, weight), their(*want, weight)
     assert (mine[0] - want[0]).abs().max() <= 1e-6
     assert (mine[1] - want[1]).abs().max() <= 1e-6
     assert not torch.allclose(mine[0], mine[1])
@@ -75,8 +75,8 @@ def test_a_chain_reads_what_the_one_before_made(tmp_path: Path) -> None:
 
 def test_rows_have_strengths_of_their_own(tmp_path: Path) -> None:
     ours = published(WebuiHypernetwork([6], seed=3), tmp_path)
-    x, strength = torch.randn(2, 5, 6), torch.tensor([0.5, -1.0])
-    together = ours(x, x, strength[:, None, None])
+    x, weight = torch.randn(2, 5, 6), torch.tensor([0.5, -1.0])
+    together = ours(x, x, weight[:, None, None])
     for row in range(2):
-        alone = ours(x[row : row + 1], x[row : row + 1], float(strength[row]))
+        alone = ours(x[row : row + 1], x[row : row + 1], float(weight[row]))
         assert all((one[row] - other[0]).abs().max() <= 1e-6 for one, other in zip(together, alone, strict=True))

@@ -28,7 +28,7 @@ def test_tensors_are_named_by_their_paths_and_can_be_put_back() -> None:
     record = inputs()
     named = dict(tensors_of(record))
     of_factors = {f"factors.{name}" for name in ("small.A", "small.B", "small.table", "scale")}
-    of_lites = {f"lites.0.{name}" for name in ("rows", "embeddings.to_q", "strength")}
+    of_lites = {f"lites.0.{name}" for name in ("rows", "embeddings.to_q", "weight")}
     assert set(named) == {"kv", *of_factors, "residuals.0", "residuals.1", *of_lites, "sizes"}
     again = with_tensors(record, {name: tensor + 1 for name, tensor in named.items()})
     assert torch.equal(again.residuals[1], record.residuals[1] + 1)  # type: ignore[index]

@@ -16,7 +16,7 @@ from scumble_demo.evaluation.measures import edge_f1, first_rate, similarity
 from scumble_demo.evaluation.run import check_measurable
 from scumble_demo.evaluation.trial import COUNT, known_prompts, some_concepts
 from scumble_demo.scorer import Scorer
-from scumble_trainers.parent import find_parent
+from scumble_trainers.base import find_base
 from scumble_trainers.results.result import Result
 
 SIDE = 128
@@ -77,10 +77,10 @@ def test_prompts_are_of_concepts_that_the_base_knows() -> None:
     assert not any(concept.held_out for concept in chosen)
 
 
-def test_without_a_judge_nothing_is_measured(base_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="needs a judge"):
-        check_measurable(find_parent(str(base_folder), tmp_path))
-    check_measurable(find_parent(str(DEMO), tmp_path))
+def test_without_a_scorer_nothing_is_measured(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="needs a scorer"):
+        check_measurable(find_base(str(tiny_base), tmp_path))
+    check_measurable(find_base(str(DEMO), tmp_path))
 
 
 def test_one_concept_and_its_word_must_be_known(tmp_path: Path) -> None:

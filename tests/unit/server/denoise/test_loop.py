@@ -215,8 +215,8 @@ def test_a_batch_that_does_not_fit_into_memory_takes_the_same_step_in_halves_and
     run(Loop(8, counters), requests, turns=10)
     assert executor.asked == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
     assert [each.steps for each in requests] == [2] * 8
-    assert counters.snapshot()["out_of_memory"] == 2
-    assert counters.snapshot()["failed_steps"] == 0
+    assert counters.snapshot().out_of_memory == 2
+    assert counters.snapshot().failed_steps == 0
 
 
 def test_an_image_that_does_not_fit_alone_ends_with_a_typed_error_and_the_others_go_on() -> None:

@@ -131,7 +131,7 @@ def test_clearing_drops_every_value_once_and_what_shares_memory_with_another_bef
     residency.clear()
     residency.clear()
     assert dropped == ["variant", "base"]
-    assert residency.stats()["bytes"] == 0
+    assert residency.stats().bytes == 0
 
 
 def test_those_who_wait_for_each_other_are_told_to_try_again() -> None:

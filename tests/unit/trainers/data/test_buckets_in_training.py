@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from scumble_trainers.base import find_base
 from scumble_trainers.methods.lora.files import FILE
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import find_parent
 from scumble_trainers.run import train
 from scumble_trainers.steps.loop import Run
 
@@ -31,24 +31,24 @@ class Killed(BaseException):
 def test_latents_keep_the_pictures_shapes(
     base_folder: Path, make_data: Any, tmp_path: Path, prepare: Callable[..., Run]
 ) -> None:
-    parent = find_parent(str(base_folder), tmp_path)
-    run = prepare(LoraTraining, parent, make_data(4, *SIZES), tmp_path / "out", settings())
+    base = find_base(str(base_folder), tmp_path)
+    run = prepare(LoraTraining, base, make_data(4, *SIZES), tmp_path / "out", settings())
     latents = run.method.material.latents
     heights_and_widths = [latents.shape(index)[1:] for index in range(4)]
     assert heights_and_widths == [(16, 16), (12, 20), (20, 12), (12, 20)], "the last is longer than any size"
 
 
 def test_a_killed_run_ends_in_the_same_bytes(base_folder: Path, make_data: Any, tmp_path: Path) -> None:
-    data, parent = make_data(12, *SIZES), find_parent(str(base_folder), tmp_path)
+    data, base = make_data(12, *SIZES), find_base(str(base_folder), tmp_path)
 
     def kill_at_step_5(stage: str, done: int, *_: object) -> None:
         if stage == "training" and done == 5:
             raise Killed
 
     with pytest.raises(Killed):
-        train(LoraTraining, parent, data, tmp_path / "killed", settings(), report=kill_at_step_5)
-    resumed = train(LoraTraining, parent, data, tmp_path / "killed", settings())
-    whole = train(LoraTraining, parent, data, tmp_path / "whole", settings())
+        train(LoraTraining, base, data, tmp_path / "killed", settings(), report=kill_at_step_5)
+    resumed = train(LoraTraining, base, data, tmp_path / "killed", settings())
+    whole = train(LoraTraining, base, data, tmp_path / "whole", settings())
 
     assert resumed.metrics == whole.metrics
     assert resumed.metrics["after"]["training_loss"] < resumed.metrics["before"]["training_loss"]
@@ -56,10 +56,10 @@ def test_a_killed_run_ends_in_the_same_bytes(base_folder: Path, make_data: Any, 
 
 
 def test_a_file_of_lines_trains_on_its_part(base_folder: Path, make_data: Any, tmp_path: Path) -> None:
-    data, parent = make_data(8), find_parent(str(base_folder), tmp_path)
+    data, base = make_data(8), find_base(str(base_folder), tmp_path)
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "some.jsonl").write_text("\n".join(lines[2:5]))
     result = train(
-        LoraTraining, parent, data / "some.jsonl", tmp_path / "out", settings(steps=1, bucket=False, resolution=16)
+        LoraTraining, base, data / "some.jsonl", tmp_path / "out", settings(steps=1, bucket=False, resolution=16)
     )
     assert result.provenance["pictures"] == 3

@@ -48,7 +48,7 @@ def test_states_and_pooled_are_diffusers_own(family_folder: Path, cache: bool) -
 def test_sd_1s_too(base_folder: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(base_folder, local_files_only=True)
     encoders = TextEncoders(pipeline)
-    text = encoders(encoders.tokenise(["a red apple"]))
+    text = encoders(encoders.tokenize(["a red apple"]))
     torch.testing.assert_close(text.states, embedded_by_diffusers(pipeline, ["a red apple"])[0])
 
 

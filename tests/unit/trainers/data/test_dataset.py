@@ -31,7 +31,7 @@ def test_examples_come_ordered_with_all_their_captions(make_data: Any) -> None:
 
 @pytest.mark.parametrize("missing", ["folder", "metadata"])
 def test_a_missing_folder_or_metadata_is_not_found(tmp_path: Path, missing: str) -> None:
-    with pytest.raises(NotFound, match="give --data a folder"):
+    with pytest.raises(NotFound, match="set --data to a folder"):
         read_examples(tmp_path if missing == "metadata" else tmp_path / "nowhere", resolution=16)
 
 
@@ -51,10 +51,10 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         (entry("01.png", text="  "), "line 2: 01.png has no caption"),
         (entry("01.png", texts="many"), 'line 2: "texts" of 01.png'),
         (entry("00.png"), "line 2: 00.png is named twice"),
-        (entry("../data/01.png"), "lies outside the folder"),
+        (entry("../data/01.png"), "is outside the folder"),
         (entry("09.png"), "line 2: 09.png does not exist"),
-        (entry("broken.png"), "line 2: broken.png is broken or no picture"),
-        (entry("cut.png"), "line 2: cut.png is broken or no picture"),
+        (entry("broken.png"), "line 2: broken.png is broken or not a picture"),
+        (entry("cut.png"), "line 2: cut.png is broken or not a picture"),
         (entry("small.png"), "line 2: small.png is too small: 20x8, at least 16"),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_file_of_lines_is_a_part_of_a_folder(make_data: Any) -> None:
     part.write_text(entry("01.png", concept="disc"), "utf-8")
     (example,) = read_examples(part, resolution=16)
     assert (example.name, example.concept, example.size) == ("01.png", "disc", (16, 16))
-    with pytest.raises(InvalidRequest, match="no text in UTF-8"):
+    with pytest.raises(InvalidRequest, match="is not UTF-8 text"):
         read_examples(folder / "00.png", resolution=16)
 
 

@@ -11,23 +11,23 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.data import vision
 from scumble_trainers.data.dataset import read_examples
 from scumble_trainers.data.vision import PictureStates
-from scumble_trainers.parent import Parent
 from scumble_trainers.steps.progress import silent
 
 
 @pytest.mark.parametrize("reads", ["embedding", "states"])
 @pytest.mark.parametrize("limit", [vision.CACHE_LIMIT, 0], ids=["kept", "anew"])
 def test_it_is_what_transformers_makes(
-    parent: Parent, things: Path, monkeypatch: pytest.MonkeyPatch, reads: Any, limit: int
+    base: TrainingBase, things: Path, monkeypatch: pytest.MonkeyPatch, reads: Any, limit: int
 ) -> None:
     monkeypatch.setattr(vision, "CACHE_LIMIT", limit)
     examples = read_examples(things, resolution=16)
-    seen = PictureStates(parent, None, reads, torch.device("cpu"))
+    seen = PictureStates(base, None, reads, torch.device("cpu"))
     seen.read(examples, silent)
-    folder = parent.folder / "image_encoder"
+    folder = base.folder / "image_encoder"
     tower: Any = CLIPVisionModelWithProjection.from_pretrained(folder)
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(
         [np.asarray(Image.open(examples[index].path)) for index in (4, 1)], return_tensors="pt"
@@ -39,7 +39,7 @@ def test_it_is_what_transformers_makes(
     assert (seen._kept is None) == (limit == 0)
 
 
-def test_no_picture_is_zeros_for_an_embedding_and_a_blank_one_for_states(parent: Parent) -> None:
-    embedding, states = (PictureStates(parent, None, reads, torch.device("cpu")) for reads in ("embedding", "states"))
+def test_no_picture_is_zeros_for_an_embedding_and_a_blank_one_for_states(base: TrainingBase) -> None:
+    embedding, states = (PictureStates(base, None, reads, torch.device("cpu")) for reads in ("embedding", "states"))
     assert embedding.nothing().abs().max() == 0
     assert states.nothing().abs().max() > 0

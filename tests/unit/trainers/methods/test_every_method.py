@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scumble_registry import Registry
-from scumble_trainers.parent import Parent, find_parent
+from scumble_trainers.base import TrainingBase, find_base
 from scumble_trainers.results.result import publish_result
 from scumble_trainers.run import train
 from support.every_method import ENTRIES, make_settings, run_method
@@ -29,7 +29,7 @@ def test_it_is_trained_for_every_family_and_published_as_what_it_is(
     with Registry.open(home, create=True) as registry:
         registry.publish(any_folder, "tiny/base")
     before = content(any_folder)
-    run = run_method(method, find_parent("tiny/base", home), things, out)
+    run = run_method(method, find_base("tiny/base", home), things, out)
 
     moved = [name for name, value in run.method.trained().items() if value.grad is None or value.grad.abs().max() > 0]
     assert run.metrics["before"]["training_loss"] != run.metrics["after"]["training_loss"]
@@ -42,12 +42,12 @@ def test_it_is_trained_for_every_family_and_published_as_what_it_is(
     assert manifest.kind == method
     assert manifest.provenance is not None
     assert manifest.provenance["trainer"] == method
-    assert manifest.provenance["parent"] == find_parent("tiny/base", home).digest
+    assert manifest.provenance["parent"] == find_base("tiny/base", home).digest
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_on_what_it_sees_falls(parent: Parent, things: Path, tmp_path: Path, method: str) -> None:
-    run = run_method(method, parent, things, tmp_path / "out", steps=40, checkpoint_every=40, caption_dropout=0.0)
+def test_the_loss_on_what_it_sees_falls(base: TrainingBase, things: Path, tmp_path: Path, method: str) -> None:
+    run = run_method(method, base, things, tmp_path / "out", steps=40, checkpoint_every=40, caption_dropout=0.0)
     assert run.metrics["after"]["training_loss"] < 0.99 * run.metrics["before"]["training_loss"]
 
 
@@ -57,7 +57,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
-    parent: Parent, things: Path, tmp_path: Path, method: str
+    base: TrainingBase, things: Path, tmp_path: Path, method: str
 ) -> None:
     def kill_at_step_3(stage: str, done: int, *_: object) -> None:
         if stage == "training" and done == 3:
@@ -65,15 +65,15 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
 
     kind, settings = ENTRIES[method].load(), make_settings(method)
     with pytest.raises(Killed):
-        train(kind, parent, things, tmp_path / "killed", settings, report=kill_at_step_3)
+        train(kind, base, things, tmp_path / "killed", settings, report=kill_at_step_3)
     steps: list[int] = []
 
     def count(stage: str, done: int, *_: Any) -> None:
         if stage == "training":
             steps.append(done)
 
-    resumed = train(kind, parent, things, tmp_path / "killed", settings, report=count)
-    whole = train(kind, parent, things, tmp_path / "whole", settings)
+    resumed = train(kind, base, things, tmp_path / "killed", settings, report=count)
+    whole = train(kind, base, things, tmp_path / "whole", settings)
     assert steps == [3, 4]
     assert resumed.metrics == whole.metrics
     killed, uninterrupted = (place / resumed.adapter for place in (tmp_path / "killed", tmp_path / "whole"))
@@ -84,10 +84,10 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_in_parts_trains_the_same(parent: Parent, things: Path, tmp_path: Path, method: str) -> None:
-    whole = run_method(method, parent, things, tmp_path / "whole", steps=2)
+def test_a_batch_in_parts_trains_the_same(base: TrainingBase, things: Path, tmp_path: Path, method: str) -> None:
+    whole = run_method(method, base, things, tmp_path / "whole", steps=2)
     parts = run_method(
-        method, parent, things, tmp_path / "parts", steps=2, accumulate=2, gradient_checkpointing=True, ema=0.5
+        method, base, things, tmp_path / "parts", steps=2, accumulate=2, gradient_checkpointing=True, ema=0.5
     )
     for (name, one), other in zip(whole.method.trained().items(), parts.method.trained().values(), strict=True):
         # Adam's first steps are ± the learning rate however small the gradient is, so signs of noise differ.

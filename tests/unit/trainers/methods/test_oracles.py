@@ -20,7 +20,7 @@ from scumble_build.graphs.vision import ImageEncoder
 from scumble_registry.formats.dreambooth import restore
 from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
-from scumble_trainers.parent import Parent, find_parent
+from scumble_trainers.base import TrainingBase, find_base
 from support.every_method import TOKEN, run_method
 
 PROMPT = f"red disc {TOKEN}"
@@ -54,9 +54,9 @@ def drawn_in_training(out: Path, side: int) -> Pixels:
         return np.asarray(column.convert("RGB")).astype(np.int64)[:side]
 
 
-def seen(parent: Parent, picture: Path) -> torch.Tensor:
+def seen(base: TrainingBase, picture: Path) -> torch.Tensor:
     """The states that a hypernetwork reads of it."""
-    folder = parent.folder / "image_encoder"
+    folder = base.folder / "image_encoder"
     with Image.open(picture) as opened:
         pixels = np.asarray(opened.convert("RGB"))
     return ImageEncoder(folder, folder, "cpu", torch.float32).encode([pixels]).states
@@ -69,11 +69,11 @@ def assert_same(one: Pixels, other: Pixels, without: Pixels, within: int = 1) ->
 
 
 @pytest.mark.parametrize("kind", [{}, {"variant": "plus", "tokens": 4, "width": 64}], ids=["base", "plus"])
-def test_diffusers_loads_the_ip_adapter(parent: Parent, things: Path, tmp_path: Path, kind: dict[str, Any]) -> None:
-    run_method("ip_adapter", parent, things, tmp_path / "out", learning_rate=3e-2, **kind)
-    encoder: Any = CLIPVisionModelWithProjection.from_pretrained(parent.folder / "image_encoder")
-    preparation = CLIPImageProcessorPil.from_pretrained(parent.folder / "image_encoder")
-    pipeline = bare(parent.folder, image_encoder=encoder, feature_extractor=preparation)
+def test_diffusers_loads_the_ip_adapter(base: TrainingBase, things: Path, tmp_path: Path, kind: dict[str, Any]) -> None:
+    run_method("ip_adapter", base, things, tmp_path / "out", learning_rate=3e-2, **kind)
+    encoder: Any = CLIPVisionModelWithProjection.from_pretrained(base.folder / "image_encoder")
+    preparation = CLIPImageProcessorPil.from_pretrained(base.folder / "image_encoder")
+    pipeline = bare(base.folder, image_encoder=encoder, feature_extractor=preparation)
     without = draw(pipeline, 16)
     pipeline.load_ip_adapter(str(tmp_path / "out"), subfolder="", weight_name="ip-adapter.safetensors")
     with Image.open(things / "0.png") as first:
@@ -81,12 +81,12 @@ def test_diffusers_loads_the_ip_adapter(parent: Parent, things: Path, tmp_path: 
     assert_same(drawn_in_training(tmp_path / "out", 16), shown, without)
 
 
-def test_diffusers_loads_the_controlnet(parent: Parent, things: Path, tmp_path: Path) -> None:
-    run_method("controlnet", parent, things, tmp_path / "out", learning_rate=3e-2)
+def test_diffusers_loads_the_controlnet(base: TrainingBase, things: Path, tmp_path: Path) -> None:
+    run_method("controlnet", base, things, tmp_path / "out", learning_rate=3e-2)
     net = ControlNetModel.from_pretrained(tmp_path / "out/controlnet", local_files_only=True)
-    without = draw(bare(parent.folder), 16)
+    without = draw(bare(base.folder), 16)
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(
-        parent.folder, controlnet=net, safety_checker=None, local_files_only=True
+        base.folder, controlnet=net, safety_checker=None, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     with Image.open(things / "0.png") as first:
@@ -98,7 +98,7 @@ def test_diffusers_loads_the_controlnet(parent: Parent, things: Path, tmp_path: 
 def test_diffusers_loads_the_word(any_folder: Path, things: Path, tmp_path: Path) -> None:
     """Of SDXL one group of vectors for each encoder, as the field's files have it."""
     out = tmp_path / "out"
-    run = run_method("textual_inversion", find_parent(str(any_folder), tmp_path), things, out, learning_rate=1.0)
+    run = run_method("textual_inversion", find_base(str(any_folder), tmp_path), things, out, learning_rate=1.0)
     side = run.method.material.samples.resolution
     pipeline = bare(any_folder)
     without = draw(pipeline, side)
@@ -116,27 +116,27 @@ def test_diffusers_loads_the_word(any_folder: Path, things: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("delta", [False, True])
-def test_diffusers_loads_the_checkpoint(parent: Parent, things: Path, tmp_path: Path, *, delta: bool) -> None:
+def test_diffusers_loads_the_checkpoint(base: TrainingBase, things: Path, tmp_path: Path, *, delta: bool) -> None:
     """The folder as it is saved; kept as a difference, what the registry makes of it and the base."""
-    run_method("dreambooth", parent, things, tmp_path / "out", save_delta=delta, text_encoder=True)
+    run_method("dreambooth", base, things, tmp_path / "out", save_delta=delta, text_encoder=True)
     folder = tmp_path / "out/model"
     if delta:
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         assert not (folder / "vae/diffusion_pytorch_model.safetensors").exists()
-        assert size < sum(file.stat().st_size for file in parent.folder.rglob("*.safetensors"))
-        restore(folder, parent.folder, tmp_path / "whole")
+        assert size < sum(file.stat().st_size for file in base.folder.rglob("*.safetensors"))
+        restore(folder, base.folder, tmp_path / "whole")
         folder = tmp_path / "whole"
-    assert_same(drawn_in_training(tmp_path / "out", 16), draw(bare(folder), 16), draw(bare(parent.folder), 16))
+    assert_same(drawn_in_training(tmp_path / "out", 16), draw(bare(folder), 16), draw(bare(base.folder), 16))
 
 
 def test_the_predicted_lora_merged_into_diffusers_weights_draws_the_same(
-    parent: Parent, things: Path, tmp_path: Path
+    base: TrainingBase, things: Path, tmp_path: Path
 ) -> None:
-    run_method("hypernetwork", parent, things, tmp_path / "out", learning_rate=3e-2, alpha=3.0)
+    run_method("hypernetwork", base, things, tmp_path / "out", learning_rate=3e-2, alpha=3.0)
     record = read_record(tmp_path / "out/hypernetwork.safetensors")
     assert isinstance(record, PredictorRecord)
-    states = seen(parent, things / "0.png")
-    pipeline = bare(parent.folder)
+    states = seen(base, things / "0.png")
+    pipeline = bare(base.folder)
     without = draw(pipeline, 16)
     with torch.no_grad():
         for target, (down, up, alpha) in Predictor.of(record).predict(states).items():

@@ -9,15 +9,15 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from scumble_registry import Registry
+from scumble_trainers.base import find_base
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import find_parent
 from scumble_trainers.run import train
 
 
 def trained(base: str, home: Path, data: Path, **told: Any) -> ModelCard:
     small = {"steps": 1, "batch_size": 2, "rank": 2, "sample_steps": 1}
-    train(LoraTraining, find_parent(base, home), data, home / "out", LoraSettings.model_validate(small | told))
+    train(LoraTraining, find_base(base, home), data, home / "out", LoraSettings.model_validate(small | told))
     return ModelCard.load(home / "out" / "README.md")
 
 
@@ -47,4 +47,4 @@ def test_a_card_of_little_says_so(base_folder: Path, make_data: Any, tmp_path: P
     assert card.data.base_model.startswith("sha256:")
     assert "instance_prompt" not in card.data.to_dict()
     assert "Trigger words: none" in card.text
-    assert "Licence: not given" in card.text
+    assert "License: not given" in card.text

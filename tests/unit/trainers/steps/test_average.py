@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scumble_trainers.base import find_base
 from scumble_trainers.methods.lora.files import FILE
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import find_parent
 from scumble_trainers.run import train
 from scumble_trainers.steps.loop import Run
 
@@ -44,9 +44,9 @@ def test_the_saved_weights_are_the_average(
         if stage == "training":
             seen.append({name: value.detach().clone() for name, value in runs[0].method.trained().items()})
 
-    data, parent = make_data(4), find_parent(str(base_folder), tmp_path)
-    train(LoraTraining, parent, data, tmp_path / "average", settings(ema=DECAY), report=keep)
-    train(LoraTraining, parent, data, tmp_path / "plain", settings())
+    data, base = make_data(4), find_base(str(base_folder), tmp_path)
+    train(LoraTraining, base, data, tmp_path / "average", settings(ema=DECAY), report=keep)
+    train(LoraTraining, base, data, tmp_path / "plain", settings())
 
     expected = seen[0]
     for step, weights in enumerate(seen[1:], start=2):

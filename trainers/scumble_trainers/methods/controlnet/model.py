@@ -1,4 +1,4 @@
-"""diffusers' ControlNetModel beside the frozen UNet: zero convolutions at first, so that nothing changes yet."""
+"""Trains diffusers' ControlNetModel beside the frozen UNet; its zero convolutions change nothing at first."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from scumble.errors import Incompatible, InvalidRequest
 from scumble_build.control_maps import NAMES, parse
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example, load_picture
 from scumble_trainers.method import DTYPES, Condition, Material, TrainingMethod
 from scumble_trainers.methods.controlnet.settings import READY, ControlNetSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.progress import ProgressReport
@@ -29,18 +29,18 @@ CHANNELS = 3  # of a control picture
 
 
 class ControlNetTraining(TrainingMethod[ControlNetSettings]):
-    """Trains the copy in fp32. The UNet's own encoder needs no gradient: only its decoder is gone back through."""
+    """Trains the copy in fp32. Gradients pass only through the UNet's decoder, not its encoder."""
 
     name = "controlnet"
     adapter = FOLDER
 
-    def __init__(self, pipeline: Pipeline, settings: ControlNetSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: ControlNetSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         self.net: Any = self._net().float().to(self.device).requires_grad_(requires_grad=True)
         self.maps: list[Tensor] = []
 
     @classmethod
-    def check(cls, settings: ControlNetSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+    def check(cls, settings: ControlNetSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
         if settings.preprocessor != READY:
             if settings.preprocessor not in NAMES:
                 known = ", ".join((*NAMES, READY))
@@ -51,13 +51,13 @@ class ControlNetTraining(TrainingMethod[ControlNetSettings]):
         missing = [example.name for example in examples if example.control is None]
         if missing:
             raise InvalidRequest(
-                f'{missing[0]} has no "conditioning_image" (and so {len(missing)} in all): give one in every line, '
+                f'{missing[0]} has no "conditioning_image" ({len(missing)} in all have none): add one to every line, '
                 "or let a --preprocessor make them",
                 field="data",
             )
 
     def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
-        """Makes every picture's control map, kept as bytes `(3, H, W)`."""
+        """Compute every picture's control map, kept as bytes `(3, H, W)`."""
         super().begin(material, device, report)
         for number, example in enumerate(material.examples, start=1):
             height, width = (int(side) for side in material.framing[number - 1, 4:].tolist())
@@ -87,7 +87,7 @@ class ControlNetTraining(TrainingMethod[ControlNetSettings]):
         )
 
     def draw(self, samples: Samples) -> list[Image.Image]:
-        """Each row looks at a held-out picture's map (in the order of their captions, where those are the prompts)."""
+        """Draw each row with a held-out picture's map, in the order of their captions if those are the prompts."""
         among = self.material.held if len(self.material.held) else self.material.trained
         rows = among[torch.arange(len(samples.prompts)) % len(among)].tolist()
         size = (samples.resolution, samples.resolution)
@@ -99,7 +99,7 @@ class ControlNetTraining(TrainingMethod[ControlNetSettings]):
         return draw_samples(pipeline, samples, image=maps)
 
     def save(self, folder: Path, dtype: StoredType) -> None:
-        """In the type asked for: a copy, as the trained weights stay fp32."""
+        """Save a copy in `dtype`; the trained weights stay fp32."""
         state = {name: value.detach().cpu().to(DTYPES[dtype]) for name, value in self.net.state_dict().items()}
         copy: Any = ControlNetModel.from_config(self.net.config).to(DTYPES[dtype])
         copy.load_state_dict(state)
@@ -120,7 +120,7 @@ class ControlNetTraining(TrainingMethod[ControlNetSettings]):
         return ControlNetModel.from_pretrained(init, local_files_only=True)
 
     def _hint(self) -> tuple[int, ...]:
-        """As many widths as bring a picture to the latents' size."""
+        """Return the widths of the hint's layers, as many as bring a picture to the latents' size."""
         needed = len(self.pipeline.vae.config.block_out_channels)
         given = self.settings.hint_channels
         if given and len(given) != needed:
@@ -130,7 +130,7 @@ class ControlNetTraining(TrainingMethod[ControlNetSettings]):
         return given or (*HINT, *[HINT[-1]] * needed)[:needed]
 
     def _map(self, example: Example, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """`(H, W, 3)` of `size` (width, height)."""
+        """Load a control picture `(H, W, 3)` of `size` (width, height)."""
         if self.settings.preprocessor == READY:
             return np.array(load_picture(cast(Path, example.control), size))
         return parse(self.settings.preprocessor).apply(np.ascontiguousarray(load_picture(example.path, size)))

@@ -1,4 +1,4 @@
-"""What a ControlNet run can be told beside what every run can."""
+"""Settings of a ControlNet run, in addition to those of every run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ READY = "none"
 
 
 class ControlNetSettings(TrainSettings):
-    """What it looks at, and what it begins with."""
+    """Control pictures and initial weights."""
 
     preprocessor: str = option(
         "canny",
         panel=DATA,
-        help=f'Makes control pictures of the pictures, as in requests; {READY}: lines give "conditioning_image".',
+        help=f'Preprocessor that makes the control pictures, as in requests; {READY}: lines have "conditioning_image".',
     )
     init: Path | None = option(
-        None, panel=MODEL, help="Folder of a ControlNet to go on from, instead of the base's encoder."
+        None, panel=MODEL, help="Folder of a ControlNet to start from, instead of the base's encoder."
     )
     hint_channels: tuple[int, ...] = option(
         (),
         panel=MODEL,
         name="hint-channel",
-        help="Widths of what reads the control picture; repeat.",
+        help="Widths of the layers that embed the control picture; repeat.",
     )

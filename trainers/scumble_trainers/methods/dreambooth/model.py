@@ -1,4 +1,4 @@
-"""Every weight of the UNet (and of the text encoder, if asked for) is trained; the class is held where it was."""
+"""Trains all weights of the UNet (and of the text encoder, if chosen), with prior preservation for the class."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
 from scumble_registry.formats.dreambooth import keep_differences, plain
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import Condition, TrainingMethod
 from scumble_trainers.methods.dreambooth.class_pictures import class_examples
 from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.draws import Draw
 from scumble_trainers.steps.losses import denoising_loss
@@ -29,13 +29,13 @@ FOLDER = "model"
 
 
 class DreamboothTraining(TrainingMethod[DreamboothSettings]):
-    """Saved as the base's folder with other weights, which the registry keeps as a difference."""
+    """Trains and saves a whole base; the registry stores it as the difference to its base."""
 
     name = "dreambooth"
     adapter = FOLDER
 
-    def __init__(self, pipeline: Pipeline, settings: DreamboothSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: DreamboothSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         self.parts: dict[str, Any] = {"unet": pipeline.unet}
         if settings.text_encoder:
             names = ("text_encoder", "text_encoder_2")[: len(self.text.encoders)]
@@ -45,27 +45,27 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
 
     @classmethod
     def weights_dtype(cls, settings: DreamboothSettings) -> torch.dtype:  # noqa: ARG003
-        """Small steps are lost in 16 bits."""
+        """Return fp32: small updates are lost in 16 bits."""
         return torch.float32
 
     @classmethod
-    def check(cls, settings: DreamboothSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+    def check(cls, settings: DreamboothSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
         if settings.class_prompts and settings.bucket:
             raise InvalidRequest(
-                "--bucket goes with no --class-prompt: the class's pictures are square, and a batch has one size",
+                "--bucket cannot be used with --class-prompt: class pictures are square, and a batch has one size",
                 field="bucket",
             )
 
     @classmethod
     def further_examples(
         cls,
-        parent: Parent,
+        base: TrainingBase,
         settings: DreamboothSettings,
         examples: Sequence[Example],  # noqa: ARG003
         out: Path,
         report: ProgressReport,
     ) -> list[Example]:
-        return class_examples(parent, settings, out / "class", report) if settings.class_prompts else []
+        return class_examples(base, settings, out / "class", report) if settings.class_prompts else []
 
     @property
     def trains_text(self) -> bool:
@@ -90,9 +90,9 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
         return loss + self.settings.prior_weight * self._prior(draw)
 
     def _prior(self, draw: Draw) -> Tensor:
-        """Mean loss on as many of the class's pictures, chosen by lot.
+        """Return the mean loss on the same number of class pictures, chosen at random.
 
-        They are taken at their posterior's mean, so its normal draws are free to be their noise.
+        Their latents are posterior means, so the draw's posterior noise serves as their diffusion noise.
         """
         material = self.material
         chosen = material.further[(draw.chances[:, 0] * len(material.further)).long()]
@@ -108,23 +108,23 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
         return losses.mean()
 
     def save(self, folder: Path, dtype: StoredType) -> None:  # noqa: ARG002
-        """In the base's own types, whatever `dtype`: its difference to the base is what is kept of it."""
+        """Save in the base's own dtypes, whatever `dtype`, because only the difference to the base is stored."""
         target = folder / FOLDER
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(self.parent.folder, target)
+        shutil.copytree(self.base.folder, target)
         for part, module in self.parts.items():
             trained = {plain(name): value.detach().cpu() for name, value in module.state_dict().items()}
             for file in sorted((target / part).glob("*.safetensors")):
                 _replace(file, trained)
         if self.settings.save_delta:
-            keep_differences(target, self.parent.folder)
+            keep_differences(target, self.base.folder)
 
 
 def _replace(file: Path, trained: dict[str, Tensor]) -> None:
-    """The same file with other values."""
+    """Write the same file with other values."""
     with safe_open(file, framework="pt") as content:
         metadata = content.metadata()
-        stored = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, it is no mapping
+        stored = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - it is not a mapping
     replaced = {
         name: trained[plain(name)].to(value.dtype).contiguous() if plain(name) in trained else value
         for name, value in stored.items()

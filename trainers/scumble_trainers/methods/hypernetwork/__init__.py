@@ -1,1 +1,1 @@
-"""Hypernetwork: many concepts become a network that predicts a LoRA from one picture."""
+"""Hypernetwork: a network, trained on many concepts, that predicts a LoRA from one picture."""

@@ -1,4 +1,4 @@
-"""A LoRA of its own for every row of a batch, beside the layers of a frozen UNet."""
+"""Applies a different LoRA to every row of a batch, on a frozen UNet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RowFactors = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def attention_layers(unet: nn.Module) -> dict[str, nn.Linear]:
-    """All linear layers of all attentions, by their targets' names in the registry, in order."""
+    """Return all linear layers of all attentions by target name, in order."""
     return {
         f"{PREFIX}{name}": module
         for name, module in sorted(unet.named_modules())
@@ -28,7 +28,7 @@ def attention_layers(unet: nn.Module) -> dict[str, nn.Linear]:
 
 
 def expand_rows(predictor: Predictor, coefficients: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """`Predictor.expand` of every row of `(B, T, r (a + b))` at once. Differentiable."""
+    """Expand the coefficients of all rows, `(B, T, r (a + b))`, as `Predictor.expand` does. Differentiable."""
     rank, a, b = predictor.config.rank, predictor.config.a, predictor.config.b
     ups = coefficients[..., : a * rank].unflatten(-1, (a, rank))
     downs = coefficients[..., a * rank :].unflatten(-1, (rank, b))
@@ -42,10 +42,10 @@ def expand_rows(predictor: Predictor, coefficients: Tensor) -> dict[str, tuple[T
 
 
 class RowLora:
-    """Adds scale · (x downᵀ) upᵀ to what each layer gives, with the factors of x's row.
+    """Adds scale · (x downᵀ) upᵀ to each layer's output, with the factors of x's row.
 
-    Owns the hooks on `layers` for as long as they live. `factors` stay what they were last set to, so that a
-    backward pass with gradient checkpointing runs with those of its forward pass; None adds nothing.
+    Owns hooks on `layers`. `factors` are kept until they are set again, so that a backward pass with gradient
+    checkpointing uses those of its forward pass; None adds nothing.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear], scale: float) -> None:

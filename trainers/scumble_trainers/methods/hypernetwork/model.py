@@ -1,7 +1,7 @@
 """A network that predicts a LoRA from one picture, trained over many concepts with the LoRA of every row applied.
 
-After HyperDreamBooth (Ruiz et al., 2307.06949): frozen auxiliary bases, a transformer decoder over the picture's
-states. Unlike there, no LoRA is trained for any concept beforehand: the denoising loss itself reaches the network.
+After HyperDreamBooth (Ruiz et al., 2307.06949): frozen auxiliary matrices, a transformer decoder over the picture's
+states. Unlike there, no LoRAs are trained beforehand: the network is trained by the denoising loss alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example, hold_out
 from scumble_trainers.data.vision import PictureStates, encoder_folder
 from scumble_trainers.method import MOST_HELD_OUT, Condition, Material, TrainingMethod
@@ -22,26 +23,27 @@ from scumble_trainers.methods.hypernetwork.layers import RowLora, attention_laye
 from scumble_trainers.methods.hypernetwork.network import FILE, encoder_digest, new_predictor, save_predictor
 from scumble_trainers.methods.hypernetwork.refine import Refinement
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.progress import ProgressReport
 
 
 class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
-    """Each row is a picture to denoise and a picture of the same concept to predict its LoRA from."""
+    """Trains the network. A row is a picture to denoise and a reference of the same concept to predict
+    its LoRA from.
+    """
 
     name = "hypernetwork"
     adapter = FILE
 
-    partners: list[Tensor]  # of every picture, the others of its concept that are on its side of the split
+    partners: list[Tensor]  # for every picture, the others of its concept on its side of the split
 
-    def __init__(self, pipeline: Pipeline, settings: HypernetworkSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: HypernetworkSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         layers = attention_layers(self.unet)
-        self.seen = PictureStates(parent, None, "states", self.device)
+        self.seen = PictureStates(base, None, "states", self.device)
         width = self.seen.nothing().shape[-1]
-        self.predictor = new_predictor(settings, layers, width, encoder_digest(parent)).to(self.device)
+        self.predictor = new_predictor(settings, layers, width, encoder_digest(base)).to(self.device)
         self.rows = RowLora(layers, settings.scale_alpha / settings.rank)
 
     @classmethod
@@ -49,24 +51,24 @@ class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
         return cls if settings.refine is None else Refinement
 
     @classmethod
-    def check(cls, settings: HypernetworkSettings, parent: Parent, examples: Sequence[Example]) -> None:
-        encoder_folder(parent, None)
+    def check(cls, settings: HypernetworkSettings, base: TrainingBase, examples: Sequence[Example]) -> None:
+        encoder_folder(base, None)
         if settings.width % settings.heads:
             raise InvalidRequest(
-                f"--width {settings.width} cannot be divided among --heads {settings.heads}", field="heads"
+                f"--width {settings.width} is not divisible by --heads {settings.heads}", field="heads"
             )
         if settings.source is not None or settings.reference is not None:
-            raise InvalidRequest("--from and --reference are for --refine N", field="refine")
+            raise InvalidRequest("--from and --reference need --refine N", field="refine")
         if len({_concept(example) for example in examples}) < 2:
             raise InvalidRequest(
-                "all pictures show one concept, but a hypernetwork learns from many what a concept's LoRA is: give "
+                "all pictures show one concept, but a hypernetwork needs many concepts: give "
                 'each line its "concept", or train a LoRA',
                 field="data",
             )
 
     @classmethod
     def hold_out(cls, settings: HypernetworkSettings, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
-        """By concept: what is measured is the prediction for what was never seen."""
+        """Split by concept, so that validation measures predictions for unseen concepts."""
         concepts = list(dict.fromkeys(_concept(example) for example in examples))
         most = max(1, MOST_HELD_OUT * len(concepts) // len(examples))
         _, held = hold_out(concepts, fraction=settings.validation, seed=settings.seed, most=most)
@@ -89,7 +91,7 @@ class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
         return dict(self.predictor.named_parameters())
 
     def predict(self, condition: Condition, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The UNet's prediction with each row's own LoRA. Where the loss is measured, a picture is its reference."""
+        """Predict with each row's own LoRA. In validation a picture is its own reference."""
         references = condition.pictures
         if condition.chances is not None:
             references = self.choose(references, condition.chances[:, 0])
@@ -97,7 +99,7 @@ class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
         return self.denoise(condition, noisy, timesteps)
 
     def choose(self, pictures: Tensor, chances: Tensor) -> Tensor:
-        """`(B,)` references for `pictures (B,)`, by `chances (B,)` in [0, 1)."""
+        """Choose references `(B,)` for `pictures (B,)` by `chances (B,)` in [0, 1)."""
         same = self.settings.same_reference
         return torch.tensor(
             [
@@ -107,16 +109,16 @@ class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
         )
 
     def look(self, references: Tensor, copies: int = 1) -> None:
-        """Predicts the rows' LoRAs from `references (B,)`; what the UNet is asked next has `copies` × B rows."""
+        """Predict the rows' LoRAs from `references (B,)`; the UNet's next call has `copies` × B rows."""
         coefficients = self.predictor(self.seen.of(references)).repeat(copies, 1, 1)
         self.rows.factors = expand_rows(self.predictor, coefficients)
 
     @torch.no_grad()
     def draw(self, samples: Samples) -> list[Image.Image]:
-        """Prompt i with the LoRA for the i-th held-out picture (or trained one, where none is held out)."""
+        """Draw prompt i with the LoRA for the i-th held-out picture (or training picture, if none is held out)."""
         material = self.material
-        shown = material.held if len(material.held) else material.trained
-        chosen = shown[torch.arange(len(samples.prompts)) % len(shown)]
+        pictures = material.held if len(material.held) else material.trained
+        chosen = pictures[torch.arange(len(samples.prompts)) % len(pictures)]
         self.look(chosen, copies=2 if samples.guidance > 1 else 1)
         return super().draw(samples)
 
@@ -125,7 +127,7 @@ class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
 
 
 def _concept(example: Example) -> str:
-    """A picture that says none is one of its own."""
+    """Return an example's concept; one without is a concept of its own."""
     return example.name if example.concept is None else example.concept
 
 

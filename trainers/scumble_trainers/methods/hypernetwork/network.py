@@ -1,4 +1,4 @@
-"""The network as it begins, and its file."""
+"""Initialises the network and writes its file."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from scumble_build.graphs.predictor import Predictor
 from scumble_registry.formats.hypernetwork.predictor import PredictorConfig, write_record
 from scumble_registry.formats.safetensors_header import Array
+from scumble_trainers.base import TrainingBase
 from scumble_trainers.data.vision import encoder_folder
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
-from scumble_trainers.parent import Parent
 from scumble_trainers.settings import StoredType
 
 FILE = "hypernetwork.safetensors"
 
 STORED = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32}
 DOWN_NORM = 3**-0.5
-"""Of a predicted down row at first: that of a LoRA's own, which are uniform in ±1/√in."""
+"""Initial length of a predicted down row: that of a new LoRA's, which are uniform in ±1/√in."""
 
 
 def new_predictor(
     settings: HypernetworkSettings, layers: Mapping[str, nn.Linear], condition_width: int, encoder: str | None
 ) -> Predictor:
-    """Drawn from torch's generator. Its up factors are zero whatever it looks at, so that it changes nothing yet."""
+    """Initialise a network from torch's generator. Its predicted up factors are zero, so it changes nothing yet."""
     config = PredictorConfig(
         condition="image",
         encoder=encoder,
@@ -57,15 +57,15 @@ def new_predictor(
 
 
 def save_predictor(predictor: Predictor, file: Path, dtype: StoredType) -> None:
-    """As the registry reads it, every tensor in `dtype`."""
+    """Write the file that the registry reads, every tensor in `dtype`."""
     record = predictor.record()
     network, up, down = (_stored(part, dtype) for part in (record.network, record.up, record.down))
     file.write_bytes(write_record(replace(record, network=network, up=up, down=down)))
 
 
-def encoder_digest(parent: Parent) -> str | None:
-    """`sha256:…` of the image encoder's weights; None where they are more than one file."""
-    files = sorted(encoder_folder(parent, None).glob("*.safetensors"))
+def encoder_digest(base: TrainingBase) -> str | None:
+    """Return `sha256:…` of the image encoder's weights; None if they are several files."""
+    files = sorted(encoder_folder(base, None).glob("*.safetensors"))
     if len(files) != 1:
         return None
     with files[0].open("rb") as content:
@@ -77,5 +77,5 @@ def _stored(arrays: Mapping[str, Array], dtype: StoredType) -> dict[str, Array]:
 
 
 def _orthogonal(rows: int, columns: int) -> Tensor:
-    """Its shorter side orthonormal, in numbers that any type of file holds as they are."""
+    """Return a matrix whose shorter side is orthonormal, rounded to numbers that every file dtype can represent."""
     return nn.init.orthogonal_(torch.empty(rows, columns)).bfloat16().float()

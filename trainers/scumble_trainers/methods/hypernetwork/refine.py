@@ -1,6 +1,7 @@
-"""A predicted LoRA, trained a few steps further on pictures of what it was predicted for.
+"""Trains a predicted LoRA for a few more steps on pictures of its concept.
 
-HyperDreamBooth (2307.06949) calls it rank-relaxed fast fine-tuning: further ranks begin beside the predicted ones.
+HyperDreamBooth (2307.06949) calls it rank-relaxed fast fine-tuning: new rank columns are trained beside the predicted
+ones.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scumble_registry import Registry, default_home
 from scumble_registry.formats.hypernetwork import read_record, recognises
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_registry.formats.source import Source
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example, load_picture
 from scumble_trainers.data.vision import PictureStates, encoder_folder
 from scumble_trainers.method import Material, TrainingMethod, in_fp32
@@ -29,19 +31,18 @@ from scumble_trainers.methods.hypernetwork.layers import PREFIX
 from scumble_trainers.methods.hypernetwork.network import encoder_digest
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.methods.lora.files import ADAPTER, FILE, save_factors
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.progress import ProgressReport
 
 
 class Refinement(TrainingMethod[HypernetworkSettings]):
-    """The predicted factors at scale 1, in the first of `rank` ranks; the others as a new LoRA's."""
+    """Trains a LoRA of `rank` columns: the first are the predicted factors at scale 1, the others a new LoRA's."""
 
     name = "hypernetwork"
     adapter = FILE
 
-    def __init__(self, pipeline: Pipeline, settings: HypernetworkSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: HypernetworkSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         self.record = _find_record(settings)
         rank = max(settings.rank, self.record.config.rank)
         names = [target.removeprefix(PREFIX) for target in self.record.config.targets]
@@ -49,15 +50,15 @@ class Refinement(TrainingMethod[HypernetworkSettings]):
         in_fp32([self.unet])
 
     @classmethod
-    def check(cls, settings: HypernetworkSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
-        encoder_folder(parent, None)
+    def check(cls, settings: HypernetworkSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
+        encoder_folder(base, None)
         config = _find_record(settings).config
         if config.condition != "image":
             raise InvalidRequest(f"--from {settings.source} predicts from text, not from a picture", field="from")
-        if config.encoder not in (None, encoder_digest(parent)):
+        if config.encoder not in (None, encoder_digest(base)):
             raise Incompatible(
-                f"--from {settings.source} was trained with another image encoder than {parent.folder} has: "
-                "name the base that it was trained for",
+                f"--from {settings.source} was trained with another image encoder than {base.folder} has: "
+                "use the base that it was trained for",
                 field="from",
             )
         if not all(target.startswith(PREFIX) for target in config.targets):
@@ -70,7 +71,7 @@ class Refinement(TrainingMethod[HypernetworkSettings]):
         first = material.examples[0]
         reference = _open(self.settings.reference) if self.settings.reference else load_picture(first.path, first.size)
         predictor = Predictor.of(self.record).to(device)
-        seen = PictureStates(self.parent, None, "states", device)
+        seen = PictureStates(self.base, None, "states", device)
         self._fill(predictor.predict(seen.look([np.asarray(reference)])))
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -97,17 +98,17 @@ class Refinement(TrainingMethod[HypernetworkSettings]):
 
 
 def _find_record(settings: HypernetworkSettings) -> PredictorRecord:
-    """Of `--from`: a file, or a version in the registry."""
+    """Read the record of `--from`: a file, or a version in the registry."""
     if settings.source is None:
-        raise InvalidRequest("--refine needs the hypernetwork: --from FILE or --from ns/name@7", field="from")
-    place = Path(settings.source)
-    if not place.exists():
+        raise InvalidRequest("--refine needs a hypernetwork: --from FILE or --from ns/name@7", field="from")
+    path = Path(settings.source)
+    if not path.exists():
         with Registry.open(default_home()) as registry:
-            place = registry.materialise(registry.resolve(settings.source))
-    source = Source.scan(place)
-    record = read_record(*source.weights().values() or (place,)) if recognises(source) else None
+            path = registry.materialise(registry.resolve(settings.source))
+    source = Source.scan(path)
+    record = read_record(*source.weights().values() or (path,)) if recognises(source) else None
     if not isinstance(record, PredictorRecord):
-        raise InvalidRequest(f"--from {settings.source} is no hypernetwork that predicts a LoRA", field="from")
+        raise InvalidRequest(f"--from {settings.source} is not a hypernetwork that predicts a LoRA", field="from")
     return record
 
 
@@ -117,6 +118,4 @@ def _open(file: Path) -> Image.Image:
             size = opened.size
         return load_picture(file, size)
     except (OSError, UnidentifiedImageError) as error:
-        raise InvalidRequest(
-            f"--reference {file} is no picture that can be read: {error}", field="reference"
-        ) from error
+        raise InvalidRequest(f"--reference {file} cannot be read as a picture: {error}", field="reference") from error

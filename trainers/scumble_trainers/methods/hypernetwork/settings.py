@@ -1,4 +1,4 @@
-"""What a hypernetwork's run can be told beside what every run can."""
+"""Settings of a hypernetwork run, in addition to those of every run."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ REFINE = "Refinement"
 
 
 class HypernetworkSettings(TrainSettings):
-    """The network and what it predicts; or a network that is there, and a picture to refine its prediction for."""
+    """The network and the LoRA that it predicts; or an existing network and a picture to refine its prediction for."""
 
-    width: int = option(128, panel=MODEL, help="Of the network's own states.", ge=8, le=4096)
-    depth: int = option(3, panel=MODEL, help="Layers of its decoder.", ge=1, le=32)
-    heads: int = option(4, panel=MODEL, help="Of its attentions; divides the width.", ge=1, le=64)
-    passes: int = option(1, panel=MODEL, help="How often it looks, its last prediction fed back.", ge=1, le=8)
+    width: int = option(128, panel=MODEL, help="Width of the network's hidden states.", ge=8, le=4096)
+    depth: int = option(3, panel=MODEL, help="Decoder layers.", ge=1, le=32)
+    heads: int = option(4, panel=MODEL, help="Attention heads; must divide the width.", ge=1, le=64)
+    passes: int = option(1, panel=MODEL, help="Passes of the decoder, each fed the last one's prediction.", ge=1, le=8)
     rank: int = option(
-        1, panel=MODEL, help="Of the predicted LoRA; with --refine, of the refined one if that is more.", ge=1, le=64
+        1, panel=MODEL, help="Rank of the predicted LoRA; with --refine, of the refined one if larger.", ge=1, le=64
     )
-    a: int = option(32, panel=MODEL, help="Numbers that a layer's output is predicted in, per rank.", ge=1, le=1024)
-    b: int = option(32, panel=MODEL, help="The same of its input.", ge=1, le=1024)
+    a: int = option(32, panel=MODEL, help="Predicted coefficients per rank on a layer's output side.", ge=1, le=1024)
+    b: int = option(32, panel=MODEL, help="The same on its input side.", ge=1, le=1024)
     alpha: float | None = option(
-        None, panel=MODEL, help="The update is multiplied by alpha / rank; by default alpha = rank.", gt=0
+        None, panel=MODEL, help="The update is multiplied by alpha / rank; default: the rank.", gt=0
     )
     same_reference: float = option(
         0.5,
         panel=TRAIN,
-        help="Share of rows that are shown the picture itself, the others another one of its concept.",
+        help="Share of rows whose reference is the picture itself, not another of its concept.",
         ge=0,
         le=1,
     )
@@ -38,14 +38,14 @@ class HypernetworkSettings(TrainSettings):
     refine: int | None = option(
         None,
         panel=REFINE,
-        help="Train no network: these many updates (--steps) of the one LoRA that --from predicts for --reference.",
+        help="Train no network, but for this many steps the LoRA that --from predicts for --reference.",
         ge=1,
         le=1_000_000,
     )
     source: str | None = option(
         None, panel=REFINE, name="from", help="The hypernetwork: a file, or a reference: ns/name@7."
     )
-    reference: Path | None = option(None, panel=REFINE, help="The picture; by default the data's first.")
+    reference: Path | None = option(None, panel=REFINE, help="The reference picture; default: the first of the data.")
 
     @model_validator(mode="before")
     @classmethod

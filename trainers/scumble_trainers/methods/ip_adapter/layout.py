@@ -1,4 +1,4 @@
-"""h94's names, which diffusers and everybody else load, for diffusers' modules."""
+"""Renames tensors of diffusers' modules to h94's published names, which all loaders read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PLUS = (
 
 
 def projection_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`image_proj.…` of an ImageProjection or an IPAdapterPlusImageProjection; keys stand above values in one."""
+    """Return the `image_proj.…` tensors of a projection; a resampler's keys and values are concatenated, keys first."""
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         renamed[_renamed(name)] = value

@@ -1,6 +1,7 @@
-"""Keys and values of the picture's tokens in every cross-attention, and what makes the tokens; the UNet is frozen.
+"""Trains the picture's key and value projections in every cross-attention, and the projection to tokens. The UNet is
+frozen.
 
-The modules are diffusers' own, so that what is trained is what its pipelines run.
+The modules are diffusers' own, so training runs the same code as its pipelines.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
 from scumble_trainers.data.vision import PictureStates, Reads, encoder_folder
 from scumble_trainers.method import Condition, Material, TrainingMethod, half
 from scumble_trainers.methods.ip_adapter.layout import projection_tensors
 from scumble_trainers.methods.ip_adapter.settings import IpAdapterSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import StoredType
 from scumble_trainers.steps.progress import ProgressReport
 
 FILE = "ip-adapter.safetensors"
-BASE_TOKENS = 4  # what every loader takes for granted of the base kind
-HEAD, DEPTH = 64, 4  # of the resampler; loaders take these for granted too
+BASE_TOKENS = 4  # loaders assume this for the base kind
+HEAD, DEPTH = 64, 4  # of the resampler; loaders assume these too
 
 
 class IpAdapterTraining(TrainingMethod[IpAdapterSettings]):
-    """Keys and values begin as the text's own (as in tencent-ailab/IP-Adapter), the projection from the seed."""
+    """Keys and values start as copies of the text's (as in tencent-ailab/IP-Adapter), the projection from the seed."""
 
     name = "ip_adapter"
 
-    def __init__(self, pipeline: Pipeline, settings: IpAdapterSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: IpAdapterSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         self.adapter = "ip_adapter" if settings.image_encoder else FILE
         reads: Reads = "embedding" if settings.variant == "base" else "states"
-        self.seen = PictureStates(parent, settings.image_encoder, reads, pipeline.unet.device)
+        self.seen = PictureStates(base, settings.image_encoder, reads, pipeline.unet.device)
         self.nothing = self.seen.nothing()
         self.tokens = BASE_TOKENS if settings.variant == "base" else settings.tokens
         self.projection = self._projection().to(self.device)
@@ -57,19 +58,19 @@ class IpAdapterTraining(TrainingMethod[IpAdapterSettings]):
         self.unet.config.encoder_hid_dim_type = "ip_image_proj"
 
     @classmethod
-    def check(cls, settings: IpAdapterSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
-        encoder_folder(parent, settings.image_encoder)
+    def check(cls, settings: IpAdapterSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
+        encoder_folder(base, settings.image_encoder)
 
     def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
         super().begin(material, device, report)
         self.seen.read(material.examples, report)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """`projection.…`, then `INDEX.to_k_ip.…` and `INDEX.to_v_ip.…` as files count them."""
-        found = {f"projection.{name}": value for name, value in self.projection.named_parameters()}
+        """Return `projection.…`, then `INDEX.to_k_ip.…` and `INDEX.to_v_ip.…`, numbered as in files."""
+        trained = {f"projection.{name}": value for name, value in self.projection.named_parameters()}
         for index, layer in self.layers.items():
-            found |= {f"{index}.{name}": value for name, value in layer.named_parameters()}
-        return found
+            trained |= {f"{index}.{name}": value for name, value in layer.named_parameters()}
+        return trained
 
     def predict(self, condition: Condition, noisy: Tensor, timesteps: Tensor) -> Tensor:
         seen = self.seen.of(condition.pictures)
@@ -89,7 +90,7 @@ class IpAdapterTraining(TrainingMethod[IpAdapterSettings]):
                 layer.scale = [1.0]
 
     def draw(self, samples: Samples) -> list[Image.Image]:
-        """Each row looks at a held-out picture (in the order of its captions, where those are the prompts)."""
+        """Draw each row with a held-out picture, in the order of their captions if those are the prompts."""
         material = self.material
         among = material.held if len(material.held) else material.trained
         pictures = among[torch.arange(len(samples.prompts)) % len(among)]
@@ -101,7 +102,7 @@ class IpAdapterTraining(TrainingMethod[IpAdapterSettings]):
         )
 
     def save(self, folder: Path, dtype: StoredType) -> None:
-        """With the vision tower beside it, if that is not the base's."""
+        """Save the adapter, with the vision tower if that is not the base's."""
         tensors = projection_tensors(self.projection.state_dict())
         for index, layer in self.layers.items():
             for role in ("to_k_ip", "to_v_ip"):
@@ -132,7 +133,7 @@ class IpAdapterTraining(TrainingMethod[IpAdapterSettings]):
         return plus
 
     def _add_layers(self) -> dict[int, Any]:
-        """The processors of all cross-attentions by their index among all attentions."""
+        """Return the processors of all cross-attentions by their index among all attentions."""
         processors = dict(self.unet.attn_processors)
         layers: dict[int, Any] = {}
         for index, name in enumerate(processors):

@@ -1,4 +1,4 @@
-"""What an IP-Adapter run can be told beside what every run can."""
+"""Settings of an IP-Adapter run, in addition to those of every run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ Variant = Literal["base", "plus"]
 
 
 class IpAdapterSettings(TrainSettings):
-    """Which kind, and how often it must do without a picture."""
+    """Kind and size of the adapter, and picture dropout."""
 
     variant: Variant = option(
         "base", panel=MODEL, help="base: 4 tokens from the tower's embedding; plus: a resampler over its states."
     )
-    tokens: int = option(16, panel=MODEL, help="Of a picture, with --variant plus.", ge=1, le=256)
+    tokens: int = option(16, panel=MODEL, help="Tokens per picture, with --variant plus.", ge=1, le=256)
     width: int | None = option(
-        None, panel=MODEL, help="Of the resampler; by default the tower's.", ge=64, le=4096, multiple_of=64
+        None, panel=MODEL, help="Width of the resampler; default: the tower's.", ge=64, le=4096, multiple_of=64
     )
-    image_dropout: float = option(0.1, panel=TRAIN, help="Share trained without picture.", ge=0, le=1)
+    image_dropout: float = option(0.1, panel=TRAIN, help="Share of rows trained without a picture.", ge=0, le=1)
     image_encoder: Path | None = option(
-        None, panel=DATA, help="Folder of the vision tower; by default the base's image_encoder/."
+        None, panel=DATA, help="Folder of the vision tower; default: the base's image_encoder/."
     )

@@ -1,12 +1,12 @@
-"""The file of a LoRA, in two layouts that say the same.
+"""Writes a LoRA's file, in one of two equivalent formats.
 
 diffusers/PEFT: `unet.M.lora_A.weight`, `unet.M.lora_B.weight`, a DoRA's `….lora_magnitude_vector.weight`, and PEFT's
-configuration in the header. Few readers look there, and without it they take scale 1: so B is multiplied by the scale,
-and the header says alpha = rank.
+configuration in the header. Few readers read the header, and without it they use scale 1. So B is multiplied by the
+scale, and the header has alpha = rank.
 
 kohya: `lora_unet_M.lora_down.weight`, `.lora_up.weight`, `.alpha`, a DoRA's `.dora_scale`, with M's dots as '_'. Each
-component (UNet, text encoder) has one alpha, its most frequent one, and the other layers' B the rest of their scale:
-where alphas differ, diffusers 0.42 reads a file of this layout wrongly for attention layers.
+component (UNet, text encoder) has one alpha, its most frequent one; the other layers' B is multiplied by the rest of
+their scale, because diffusers 0.42 misreads attention layers of a file whose alphas differ.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from scumble.files import write_whole
 from scumble_registry.compatibility import canonical_name
+from scumble_trainers.base import Pipeline
 from scumble_trainers.method import DTYPES
 from scumble_trainers.methods.lora.settings import Layout
-from scumble_trainers.parent import Pipeline
 from scumble_trainers.settings import StoredType
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -43,7 +43,7 @@ class LayerFactors:
     down: Tensor  # (r, in[, k, k])
     up: Tensor  # (out, r[, 1, 1])
     scale: float
-    magnitude: Tensor | None  # (out,): a DoRA's
+    magnitude: Tensor | None  # (out,), of a DoRA
 
     @property
     def rank(self) -> int:
@@ -51,16 +51,16 @@ class LayerFactors:
 
 
 def save_factors(pipeline: Pipeline, folder: Path, dtype: StoredType, layout: Layout = "diffusers") -> Path:
-    """Writes `folder/pytorch_lora_weights.safetensors` with the factors of PEFT's adapter in the pipeline's parts."""
+    """Write `folder/pytorch_lora_weights.safetensors` with the factors of PEFT's adapter in the pipeline's parts."""
     parts: dict[str, Any] = {name: getattr(pipeline, name, None) for name in COMPONENTS}
-    found = {name: read_factors(part, name) for name, part in parts.items() if hasattr(part, "peft_config")}
+    factors = {name: read_factors(part, name) for name, part in parts.items() if hasattr(part, "peft_config")}
     if layout == "kohya":
-        tensors, metadata = kohya(found), {"format": "pt"}
+        tensors, metadata = kohya(factors), {"format": "pt"}
     else:
-        configs = {name: parts[name].peft_config[ADAPTER].to_dict() for name in found}
-        tensors, metadata = diffusers(found), {"format": "pt", "lora_adapter_metadata": header(found, configs)}
+        configs = {name: parts[name].peft_config[ADAPTER].to_dict() for name in factors}
+        tensors, metadata = diffusers(factors), {"format": "pt", "lora_adapter_metadata": header(factors, configs)}
     folder.mkdir(parents=True, exist_ok=True)
-    # Alphas and magnitudes are few, and rounding a length to 16 bits would change the whole row: they stay fp32.
+    # Alphas and magnitudes stay fp32: they are few, and a rounded magnitude would change a whole row.
     stored = {name: value.to(DTYPES[dtype]) if name.endswith(MATRICES) else value for name, value in tensors.items()}
     save_file({name: value.contiguous() for name, value in stored.items()}, folder / FILE, metadata)
     _order_header(folder / FILE)
@@ -68,7 +68,7 @@ def save_factors(pipeline: Pipeline, folder: Path, dtype: StoredType, layout: La
 
 
 def read_factors(part: nn.Module, component: str) -> dict[str, LayerFactors]:
-    """By the layers' names as the registry has them."""
+    """Read the factors of PEFT's adapter, by the layers' canonical names."""
     return {
         canonical_name(f"{component}.{name}"): _factors(layer)
         for name, layer in part.named_modules()
@@ -91,38 +91,38 @@ def _plain(parameter: Tensor) -> Tensor:
 
 
 def diffusers(parts: Mapping[str, Mapping[str, LayerFactors]]) -> dict[str, Tensor]:
-    """The tensors in diffusers' layout."""
+    """Return the tensors in diffusers' format."""
     tensors: dict[str, Tensor] = {}
     for layers in parts.values():
         for name, layer in layers.items():
             tensors[f"{name}.lora_A.weight"] = layer.down
             tensors[f"{name}.lora_B.weight"] = layer.up * layer.scale
             if layer.magnitude is not None:
-                # diffusers looks for a text encoder's only with this ending, and for a UNet's with or without.
+                # diffusers requires this ending for a text encoder; for a UNet it is optional.
                 shape = (1, -1, 1, 1) if layer.down.ndim == 4 else (-1,)
                 tensors[f"{name}.lora_magnitude_vector.weight"] = layer.magnitude.reshape(shape)
     return tensors
 
 
 def header(parts: Mapping[str, Mapping[str, LayerFactors]], configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """PEFT's configuration of every part in order, so that the same run writes the same bytes."""
-    told: dict[str, Any] = {}
+    """Return PEFT's configuration of every part as JSON, in fixed order, so that the same run writes the same bytes."""
+    configuration: dict[str, Any] = {}
     for part, layers in parts.items():
         own = configs[part]["r"]
         ranks = {_ending(name): layer.rank for name, layer in layers.items() if layer.rank != own}
         scale_one = {"lora_alpha": own, "use_rslora": False, "rank_pattern": ranks, "alpha_pattern": ranks}
         for key, value in {**configs[part], **scale_one}.items():
-            told[f"{part}.{key}"] = sorted(value) if isinstance(value, set) else value
-    return json.dumps(told, sort_keys=True)
+            configuration[f"{part}.{key}"] = sorted(value) if isinstance(value, set) else value
+    return json.dumps(configuration, sort_keys=True)
 
 
 def _ending(name: str) -> str:
-    """A pattern for one layer, whether or not its encoder has a `text_model.` before it."""
+    """Return a pattern for one layer, with or without a `text_model.` before its name."""
     return name.partition(".")[2].removeprefix("text_model.")
 
 
 def kohya(parts: Mapping[str, Mapping[str, LayerFactors]]) -> dict[str, Tensor]:
-    """The tensors in kohya's layout; a DoRA's magnitudes (out, 1[, 1, 1])."""
+    """Return the tensors in kohya's format; a DoRA's magnitudes are (out, 1[, 1, 1])."""
     first = "lora_te1_" if "text_encoder_2" in parts else "lora_te_"
     prefixes = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
     tensors: dict[str, Tensor] = {}
@@ -139,9 +139,9 @@ def kohya(parts: Mapping[str, Mapping[str, LayerFactors]]) -> dict[str, Tensor]:
 
 
 def _order_header(file: Path) -> None:
-    """The same tensors and metadata, the header's keys in order: safetensors writes them in a random one.
+    """Sort the keys of a file's header, which safetensors writes in random order.
 
-    Layout: 8 bytes little-endian length, the JSON header padded with spaces, the tensors' bytes.
+    File format: 8 bytes little-endian length, the JSON header padded with spaces, the tensors' bytes.
     """
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")

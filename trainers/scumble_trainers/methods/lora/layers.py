@@ -1,8 +1,8 @@
-"""Which layers of a base get factors, and of which rank and alpha: from names alone, before any weight is read.
+"""Chooses the layers of a base that get factors, with rank and alpha, by name, before any weight is read.
 
-A layer's name is the registry's: `unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`,
+A layer's name is the canonical one: `unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`,
 `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. A pattern is a regular expression that matches the whole
-name or the end of it after a dot, as PEFT's rank_pattern.
+name or its end after a dot, as PEFT's rank_pattern.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ TEXT_FEED_FORWARD = ("fc1", "fc2")
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of one layer's factors."""
+    """Rank and alpha of one layer's factors."""
 
     rank: int
     alpha: float
 
 
 def endings(settings: LoraSettings, component: str) -> tuple[str, ...]:
-    """Ends of the names of the layers that are trained in `unet`, `text_encoder` or `text_encoder_2`."""
+    """Return the name endings of the trained layers in `unet`, `text_encoder` or `text_encoder_2`."""
     if component == "unet":
         return (
             *ATTENTION,
@@ -44,7 +44,7 @@ def endings(settings: LoraSettings, component: str) -> tuple[str, ...]:
 
 
 def choose_layers(settings: LoraSettings, names: Iterable[str]) -> dict[str, Size]:
-    """Those of a base's layers `names` that are trained, in order. Raises InvalidRequest for a useless pattern."""
+    """Choose the trained layers among `names`, in order. Raises InvalidRequest for a pattern without a match."""
     known = sorted(names)
     skipped = unused_layer(known)
     chosen = [
@@ -58,17 +58,17 @@ def choose_layers(settings: LoraSettings, names: Iterable[str]) -> dict[str, Siz
 
 
 def ends_with(name: str, ends: Iterable[str]) -> bool:
-    """Whether one of `ends` is the last parts of `name`: PEFT's rule for target_modules."""
+    """Return whether `name` ends with one of `ends` after a dot, PEFT's rule for target_modules."""
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def unused_layer(names: Iterable[str]) -> str | None:
-    """The beginning of the names in SDXL's first encoder's last layer: only the states before it are read."""
+    """Return the name prefix of SDXL's first encoder's last layer, whose output is never read."""
     known = list(names)
     if not any(name.startswith("text_encoder_2.") for name in known):
         return None
     numbers = [re.match(r"text_encoder\..*?layers\.(\d+)\.", name) for name in known]
-    last = max((int(found[1]) for found in numbers if found), default=0)
+    last = max((int(match[1]) for match in numbers if match), default=0)
     return f"text_encoder.text_model.encoder.layers.{last}."
 
 
@@ -90,10 +90,10 @@ def _check_patterns(settings: LoraSettings, names: list[str]) -> None:
         for pattern in table:
             option = f"--{field.replace('_', '-')} {pattern!r}"
             try:
-                found = any(match_pattern({pattern: True}, name, default=False) for name in names)
+                matches = any(match_pattern({pattern: True}, name, default=False) for name in names)
             except re.error as error:
-                raise InvalidRequest(f"{option} is no regular expression: {error}", field=field) from error
-            if not found:
+                raise InvalidRequest(f"{option} is not a regular expression: {error}", field=field) from error
+            if not matches:
                 raise InvalidRequest(
                     f"{option} matches none of the {len(names)} trained layers, such as {names[0]}: it must match a "
                     "whole name, or the end of one after a dot",

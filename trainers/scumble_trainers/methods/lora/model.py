@@ -1,4 +1,4 @@
-"""LoRA factors on a frozen pipeline, put in by PEFT."""
+"""Trains LoRA factors, which PEFT adds to a frozen pipeline."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from torch import nn
 from scumble_registry.compatibility import canonical_name
 from scumble_registry.formats.base import examine
 from scumble_registry.formats.source import Source
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import TrainingMethod, in_fp32
 from scumble_trainers.methods.lora.files import ADAPTER, COMPONENTS, FILE, save_factors
 from scumble_trainers.methods.lora.layers import Size, choose_layers, endings, unused_layer
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
 
 
 class LoraTraining(TrainingMethod[LoraSettings]):
-    """A by Kaiming from the seed, B zero, so that nothing changes at first."""
+    """A starts by Kaiming initialisation from the seed, B as zero, so nothing changes at first."""
 
     name = "lora"
     adapter = FILE
 
-    def __init__(self, pipeline: Pipeline, settings: LoraSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
+    def __init__(self, pipeline: Pipeline, settings: LoraSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
         _add_factors(pipeline, settings)
         in_fp32([pipeline.unet, self.text])
         if settings.dora:
             _measure_lengths([pipeline.unet, self.text])
 
     @classmethod
-    def check(cls, settings: LoraSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+    def check(cls, settings: LoraSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
         if settings.rank_pattern or settings.alpha_pattern or settings.convolution_rank:
-            base, _ = examine(Source.scan(parent.folder))
-            choose_layers(settings, base.targets)
+            compatibility, _ = examine(Source.scan(base.folder))
+            choose_layers(settings, compatibility.targets)
 
     @property
     def trains_text(self) -> bool:
         return self.settings.text_encoder
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """`unet.…` first, then `text.…`."""
+        """Return the factors: `unet.…` first, then `text.…`."""
         parts = {"unet": self.unet, "text": self.text}
         return {
             f"{part}.{name}": parameter
@@ -56,7 +56,7 @@ class LoraTraining(TrainingMethod[LoraSettings]):
         }
 
     def learning_rate(self, name: str) -> float:
-        """LoRA+ (2402.12354): B learns faster than A, by a ratio."""
+        """Return the learning rate; B's is a multiple of A's with LoRA+ (2402.12354)."""
         own = self.settings.text_learning_rate if name.startswith("text") else None
         return (own or self.settings.learning_rate) * (self.settings.plus_ratio if ".lora_B." in name else 1)
 
@@ -83,9 +83,9 @@ def _add_factors(pipeline: Pipeline, settings: LoraSettings) -> None:
 
 
 def _measure_lengths(modules: Sequence[nn.Module]) -> None:
-    """Again in fp32: PEFT measured in the frozen weights' type, whose rounding is larger than a step.
+    """Compute DoRA's magnitudes again in fp32: PEFT uses the frozen weights' dtype, whose rounding exceeds a step.
 
-    At every step it measures convolutions in their own type, so that those are kept in fp32.
+    At every step PEFT computes a convolution's norm in its own dtype, so convolutions are kept in fp32.
     """
     for layer in (layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)):
         base = layer.get_base_layer()
@@ -99,7 +99,7 @@ def _measure_lengths(modules: Sequence[nn.Module]) -> None:
 def _config(
     settings: LoraSettings, targets: Sequence[str], layers: Mapping[str, Size], skipped: Sequence[str]
 ) -> LoraConfig:
-    """PEFT's, of one part; `layers` and `skipped` by the part's own names."""
+    """Return PEFT's configuration of one part; `layers` and `skipped` by the part's own names."""
     alpha = settings.alpha or float(settings.rank)
     return LoraConfig(
         r=settings.rank,
@@ -114,5 +114,5 @@ def _config(
 
 
 def _whole(alpha: float) -> int:
-    """PEFT types alpha as an integer; it only divides by the rank, and takes fractions as well."""
+    """Cast alpha, which PEFT types as an integer although fractions work."""
     return int(alpha) if alpha == int(alpha) else cast(int, cast(Any, alpha))

@@ -1,4 +1,4 @@
-"""New rows of the token embeddings, beside a table that is never touched."""
+"""Trains new token embeddings beside the frozen table."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
+from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import TrainingMethod, half
 from scumble_trainers.methods.textual_inversion.settings import TextualInversionSettings
-from scumble_trainers.parent import Parent, Pipeline
 from scumble_trainers.settings import StoredType
 
 FILE = "learned_embeds.safetensors"
-SPREAD = 0.01  # of the vectors about their beginning, in deviations of the table: equal ones would stay equal
+SPREAD = 0.01  # initial noise, in deviations of the table: equal vectors would stay equal
 SDXL_KEYS = ("clip_l", "clip_g")
 
 
 class TextualInversionTraining(TrainingMethod[TextualInversionSettings]):
-    """One group of vectors for each text encoder."""
+    """Trains the vectors of a new word, one group for each text encoder."""
 
     name = "textual_inversion"
 
-    def __init__(self, pipeline: Pipeline, settings: TextualInversionSettings, parent: Parent) -> None:
-        super().__init__(pipeline, settings, parent)
-        # Files for SDXL hold no name: theirs is the file's, as webui and kohya have it.
+    def __init__(self, pipeline: Pipeline, settings: TextualInversionSettings, base: TrainingBase) -> None:
+        super().__init__(pipeline, settings, base)
+        # Files for SDXL have no token name inside: it is the file's name, as in webui and kohya.
         self.adapter = FILE if len(self.text.encoders) == 1 else f"{settings.token.strip('<>')}.safetensors"
         words = token_names(settings.token, settings.vectors)
         self.vectors = nn.ParameterList()
@@ -38,21 +38,23 @@ class TextualInversionTraining(TrainingMethod[TextualInversionSettings]):
             begin = _beginning(tokenizer, table.weight, settings)
             added = tokenizer.add_tokens(words)
             if added != len(words):
-                raise InvalidRequest(f"the tokenizer knows {settings.token!r} already: choose another", field="token")
+                raise InvalidRequest(
+                    f"the tokenizer has {settings.token!r} already: choose another token", field="token"
+                )
             self.vectors.append(nn.Parameter(begin.float().to(self.device)))
             cast(Any, encoder).set_input_embeddings(
                 _Table(table, self.vectors[-1], [cast(int, tokenizer.convert_tokens_to_ids(word)) for word in words])
             )
 
     @classmethod
-    def check(cls, settings: TextualInversionSettings, parent: Parent, examples: Sequence[Example]) -> None:  # noqa: ARG003
+    def check(cls, settings: TextualInversionSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
         token = settings.token
         if token.split() != [token]:
-            raise InvalidRequest(f"--token {token!r} is no single word", field="token")
+            raise InvalidRequest(f"--token {token!r} is not a single word", field="token")
         without = [example.name for example in examples if not any(token in text for text in example.texts)]
         if without:
             raise InvalidRequest(
-                f"{len(without)} pictures, such as {without[0]}, have no caption with {token}: it would learn nothing",
+                f"{len(without)} pictures, such as {without[0]}, have no caption with {token}: add it",
                 field="token",
             )
 
@@ -74,9 +76,9 @@ class TextualInversionTraining(TrainingMethod[TextualInversionSettings]):
 
 
 class _Table(nn.Module):
-    """The encoder's table with rows for tokens that the tokenizer got last. Gradients reach those alone.
+    """The encoder's table with rows for the tokens that were added last. Only those have gradients.
 
-    Tables may have more rows than the tokenizer has words, so the new tokens' numbers may be rows already.
+    A table may have more rows than the tokenizer has words, so the new tokens' ids may be existing rows.
     """
 
     def __init__(self, table: nn.Embedding, further: nn.Parameter, numbers: Sequence[int]) -> None:
@@ -85,11 +87,11 @@ class _Table(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the table, whose device and type others ask for."""
+        """Weight of the table, whose device and dtype callers read."""
         return self.table.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`(…) -> (…, D)`."""
+        """Embed token ids `(…)` as `(…, D)`."""
         new = tokens >= self.first
         known = self.table(tokens.masked_fill(new, 0))
         own = self.further[(tokens - self.first).clamp(min=0)]
@@ -97,17 +99,17 @@ class _Table(nn.Module):
 
 
 def token_names(token: str, vectors: int) -> list[str]:
-    """As diffusers counts a word of several vectors: `<bell>`, `<bell>_1`, …"""
+    """Return the tokens of a word of several vectors, named as in diffusers: `<bell>`, `<bell>_1`, …"""
     return [token, *(f"{token}_{index}" for index in range(1, vectors))]
 
 
 def _beginning(tokenizer: Any, table: Tensor, settings: TextualInversionSettings) -> Tensor:
-    """`(vectors, D)`: the words' own rows, repeated; the table's mean where no words are given."""
+    """Return initial vectors `(vectors, D)`: the initial words' rows, repeated, or the table's mean."""
     ids = tokenizer(settings.initial_words, add_special_tokens=False).input_ids if settings.initial_words else []
     if len(ids) > settings.vectors:
         raise InvalidRequest(
             f"--initial-words {settings.initial_words!r} are {len(ids)} tokens, more than --vectors "
-            f"{settings.vectors}: take more vectors or fewer words",
+            f"{settings.vectors}: use more vectors or fewer words",
             field="initial_words",
         )
     rows = table[[ids[index % len(ids)] for index in range(settings.vectors)]] if ids else table.mean(dim=0)[None]

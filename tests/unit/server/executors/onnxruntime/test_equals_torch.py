@@ -157,10 +157,10 @@ def test_a_controlnet_equals_torch(
     assert mine.kv_width == reference.kv_width
     for rows, (height, width) in ((1, (8, 8)), (3, (9, 6))):
         states = torch.randn(rows, 80, load_unet(base).config.cross_attention_dim)
-        controls, strengths = torch.rand(pictures, 3, 8 * height, 8 * width), [0.7] * pictures
-        kv, hint = mine.project(states), mine.embed(controls, strengths)
+        controls, weights = torch.rand(pictures, 3, 8 * height, 8 * width), [0.7] * pictures
+        kv, hint = mine.project(states), mine.embed(controls, weights)
         check_near(kv, reference.project(states))
-        check_near(hint, reference.embed(controls, strengths))
+        check_near(hint, reference.embed(controls, weights))
         pooled, sizes = torch.randn(rows, 40), torch.full((rows, 6), 1024.0)
         added = mine.condition(pooled, sizes)
         assert (added is None) == (reference.condition(pooled, sizes) is None) == (family == "sd1")

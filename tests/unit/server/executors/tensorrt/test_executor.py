@@ -338,7 +338,7 @@ def test_a_checkpoint_that_is_evicted_keeps_what_the_gpu_compiled(
     running.run([draw(Adapter(ref="d/tuned"))])
     weights = running.service._weights
     with weights.open() as lease:
-        lease.get("more", weights._budget - weights.stats()["bytes"] + 1, object)
+        lease.get("more", weights._budget - weights.stats().bytes + 1, object)
     assert runtime_caches(rtx_shop, rtx_shop.tuned) == set(ON_UNET)
 
 

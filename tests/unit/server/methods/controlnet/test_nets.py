@@ -277,7 +277,7 @@ UNIONS = {
     "one kind": request(net("c/union", weight=0.02, control_type="canny")),
     "another kind": request(net("c/union", weight=0.02, control_type="depth")),
     "two kinds": request(net("c/union", ("a", "b"), weight=0.5, control_type=("openpose", "seg"))),
-    "two kinds, each at its own strength": request(
+    "two kinds, each at its own weight": request(
         net("c/union", ("a", "b"), weight=0.5, scale=[1, -0.4], control_type=("openpose", "depth"))
     ),
     "guess": request(net("c/union", weight=0.02, control_type="canny", mode="guess")),

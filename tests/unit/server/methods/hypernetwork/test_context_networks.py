@@ -55,8 +55,8 @@ CASES: dict[str, Request] = {
     "self only": request(SELF),
     "both": request(BOTH),
     "no guidance": request(BOTH, guidance_scale=1.0),
-    "strength": request({**BOTH, "weight": 0.4}),
-    "negative strength": request({**CROSS, "weight": -0.5}, {**SELF, "weight": -0.3}),
+    "weight": request({**BOTH, "weight": 0.4}),
+    "negative weight": request({**CROSS, "weight": -0.5}, {**SELF, "weight": -0.3}),
     "two chained": request(BOTH, OTHER),
     "the other way round": request(OTHER, BOTH),
     "four chained, several images": request(CROSS, {**SELF, "weight": 0.5}, OTHER, BOTH, num_images=2),
@@ -171,7 +171,7 @@ def test_the_order_of_a_chain_matters(world: World) -> None:
 
 
 def test_strangers_in_one_batch_are_as_alone(world: World) -> None:
-    """With chains shared and not, at other strengths, with another schedule, with a LoRA, and with nothing."""
+    """With chains shared and not, at other weights, with another schedule, with a LoRA, and with nothing."""
     mixed = [
         request(BOTH),
         request({**BOTH, "weight": 0.4}, seed=8),
@@ -193,9 +193,9 @@ def test_rows_with_one_chain_share_its_networks(world: World, monkeypatch: pytes
     calls: list[int] = []
     forward = Hypernetwork.forward
 
-    def counted(self: Hypernetwork, keys: Tensor, values: Tensor, strength: Any) -> Any:
+    def counted(self: Hypernetwork, keys: Tensor, values: Tensor, weight: Any) -> Any:
         calls.append(len(keys))
-        return forward(self, keys, values, strength)
+        return forward(self, keys, values, weight)
 
     monkeypatch.setattr(Hypernetwork, "forward", counted)
     world.running.run([request(SELF, num_images=3, seed=11)])

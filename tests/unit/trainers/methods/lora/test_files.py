@@ -17,10 +17,10 @@ from torch import Tensor
 from scumble_registry import Registry
 from scumble_registry.compatibility import LoraCompatibility, canonical_name
 from scumble_registry.formats.lora import LoraModule, read_record
+from scumble_trainers.base import find_base, load_base
 from scumble_trainers.methods.lora.files import COMPONENTS, FILE
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import find_parent, load_parent
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"alpha": 10},
@@ -34,14 +34,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(base: Path, **changes: Any) -> LoraTraining:
+def trained(folder: Path, **changes: Any) -> LoraTraining:
     """A LoRA of everything, with random factors in place of trained ones."""
     every = {"steps": 1, "rank": 4, "text_encoder": True, "feed_forward": True, "save_dtype": "fp32"}
     settings = LoraSettings.model_validate(every | changes)
-    parent = find_parent(str(base), base.parent / "no registry")
-    LoraTraining.check(settings, parent, [])
+    base = find_base(str(folder), folder.parent / "no registry")
+    LoraTraining.check(settings, base, [])
     torch.manual_seed(1)
-    method = LoraTraining(load_parent(parent), settings, parent)
+    method = LoraTraining(load_base(base), settings, base)
     with torch.no_grad():
         for parameter in method.trained().values():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -10,13 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from scumble.errors import InvalidRequest
+from scumble_trainers.base import find_base, load_base
 from scumble_trainers.data.captions import TextStates
 from scumble_trainers.method import Condition
 from scumble_trainers.methods.lora.files import FILE
 from scumble_trainers.methods.lora.layers import choose_layers
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.parent import find_parent, load_parent
 from scumble_trainers.run import train
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -45,16 +45,16 @@ class Killed(BaseException):
 def test_a_killed_run_ends_in_the_same_bytes(
     base_folder: Path, make_data: Any, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    data, parent, chosen = make_data(6), find_parent(str(base_folder), tmp_path), settings(**options)
+    data, base, chosen = make_data(6), find_base(str(base_folder), tmp_path), settings(**options)
 
     def kill_at_step_3(stage: str, done: int, *_: object) -> None:
         if stage == "training" and done == 3:
             raise Killed
 
     with pytest.raises(Killed):
-        train(LoraTraining, parent, data, tmp_path / "killed", chosen, report=kill_at_step_3)
-    resumed = train(LoraTraining, parent, data, tmp_path / "killed", chosen)
-    whole = train(LoraTraining, parent, data, tmp_path / "whole", chosen)
+        train(LoraTraining, base, data, tmp_path / "killed", chosen, report=kill_at_step_3)
+    resumed = train(LoraTraining, base, data, tmp_path / "killed", chosen)
+    whole = train(LoraTraining, base, data, tmp_path / "whole", chosen)
 
     assert resumed.metrics == whole.metrics
     assert resumed.metrics["before"] != resumed.metrics["after"]
@@ -66,8 +66,8 @@ def test_a_killed_run_ends_in_the_same_bytes(
 def test_before_the_first_step_it_predicts_what_the_base_does(
     base_folder: Path, tmp_path: Path, options: dict[str, Any], precision: str
 ) -> None:
-    parent, chosen = find_parent(str(base_folder), tmp_path), settings(mixed_precision=precision, **options)
-    method = LoraTraining(load_parent(parent, dtype=LoraTraining.weights_dtype(chosen)), chosen, parent)
+    base, chosen = find_base(str(base_folder), tmp_path), settings(mixed_precision=precision, **options)
+    method = LoraTraining(load_base(base, dtype=LoraTraining.weights_dtype(chosen)), chosen, base)
     base = DiffusionPipeline.from_pretrained(base_folder, torch_dtype=method.unet.dtype, local_files_only=True).unet
     noisy, states, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 16), torch.tensor([3, 900])
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
@@ -79,9 +79,9 @@ def test_before_the_first_step_it_predicts_what_the_base_does(
 
 
 def test_factors_b_learn_faster_by_the_ratio(base_folder: Path, tmp_path: Path) -> None:
-    parent = find_parent(str(base_folder), tmp_path)
+    base = find_base(str(base_folder), tmp_path)
     chosen = settings(plus_ratio=16, text_encoder=True, text_learning_rate=1e-3, dora=True)
-    method = LoraTraining(load_parent(parent), chosen, parent)
+    method = LoraTraining(load_base(base), chosen, base)
     rates = {
         (name.partition(".")[0], name.split(".lora_")[1][0]): method.learning_rate(name) for name in method.trained()
     }
@@ -109,9 +109,7 @@ def test_nonsense_is_refused_before_anything_is_made(
     base_folder: Path, make_data: Any, tmp_path: Path, options: dict[str, Any], error: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=error.replace("(", r"\(")):
-        train(
-            LoraTraining, find_parent(str(base_folder), tmp_path), make_data(4), tmp_path / "out", settings(**options)
-        )
+        train(LoraTraining, find_base(str(base_folder), tmp_path), make_data(4), tmp_path / "out", settings(**options))
     assert not (tmp_path / "out").exists()
 
 
@@ -127,15 +125,15 @@ def test_the_first_pattern_that_matches_holds() -> None:
 
 
 def test_another_layout_is_saved_without_training_again(base_folder: Path, make_data: Any, tmp_path: Path) -> None:
-    data, parent = make_data(4), find_parent(str(base_folder), tmp_path)
-    train(LoraTraining, parent, data, tmp_path / "out", settings())
+    data, base = make_data(4), find_base(str(base_folder), tmp_path)
+    train(LoraTraining, base, data, tmp_path / "out", settings())
     steps: list[int] = []
 
     def count(stage: str, done: int, *_: object) -> None:
         if stage == "training":
             steps.append(done)
 
-    train(LoraTraining, parent, data, tmp_path / "out", settings(layout="kohya"), report=count)
-    train(LoraTraining, parent, data, tmp_path / "once", settings(layout="kohya"))
+    train(LoraTraining, base, data, tmp_path / "out", settings(layout="kohya"), report=count)
+    train(LoraTraining, base, data, tmp_path / "once", settings(layout="kohya"))
     assert not steps
     assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "once" / FILE).read_bytes()

@@ -22,29 +22,29 @@ from scumble_registry.compatibility import vae_scale
 INDEX = "model_index.json"
 
 KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-"""SD 1.x and 2.x, and SDXL."""
+"""Pipelines of SD 1.x and 2.x, and of SDXL."""
 
 Pipeline: TypeAlias = Any
 """A pipeline of one of KINDS. diffusers sets `unet`, `vae`, `text_encoder` … at run time, unseen by type checkers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Parent:
-    """A base's files, and what the registry calls them if it holds them."""
+class TrainingBase:
+    """A base's files, with reference and digest if it is in the registry."""
 
     folder: Path
     content: str
-    """`sha256:…` of names and bytes: the same wherever the files lie."""
+    """`sha256:…` of names and bytes, independent of the path."""
     ref: str | None
-    """`ns/name@N`."""
+    """`ns/name@N`, or None if the registry does not have it."""
     digest: str
-    """The registry's digest, or `content` where the registry does not hold it."""
+    """The registry's digest, or `content` if the registry does not have it."""
 
 
-def find_parent(base: str, home: Path) -> Parent:
-    """The base named by a folder or a reference; a folder is looked up in the registry too.
+def find_base(base: str, home: Path) -> TrainingBase:
+    """Find a base by folder or reference; a folder is also looked up in the registry.
 
-    Raises NotFound, or Incompatible where it is no folder of one of KINDS.
+    Raises NotFound, or Incompatible for a folder that is not one of KINDS.
     """
     folder = Path(base).expanduser()
     if not folder.is_dir():
@@ -53,18 +53,18 @@ def find_parent(base: str, home: Path) -> Parent:
     content = folder_digest(folder)
     version = _published(folder, home)
     if version is None:
-        return Parent(folder.resolve(), content, None, content)
-    return Parent(folder.resolve(), content, version.ref, version.digest)
+        return TrainingBase(folder.resolve(), content, None, content)
+    return TrainingBase(folder.resolve(), content, version.ref, version.digest)
 
 
-def load_parent(parent: Parent, *, dtype: torch.dtype = torch.float32) -> Pipeline:
-    """The base as a diffusers pipeline without safety checker, every weight frozen; the autoencoder stays fp32."""
+def load_base(base: TrainingBase, *, dtype: torch.dtype = torch.float32) -> Pipeline:
+    """Load a base as a diffusers pipeline without safety checker, all weights frozen, the autoencoder in fp32."""
     disable_progress_bar()
     disable_loading_bar()
-    xl = pipeline_kind(parent.folder) == "StableDiffusionXLPipeline"
+    xl = pipeline_kind(base.folder) == "StableDiffusionXLPipeline"
     unchecked = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
     pipeline: Pipeline = DiffusionPipeline.from_pretrained(
-        parent.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **unchecked
+        base.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **unchecked
     )
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
@@ -73,48 +73,48 @@ def load_parent(parent: Parent, *, dtype: torch.dtype = torch.float32) -> Pipeli
 
 
 def pipeline_kind(folder: Path) -> str:
-    """Class name of the pipeline in a diffusers folder."""
+    """Return the class name of the pipeline in a diffusers folder."""
     return str(json.loads((folder / INDEX).read_text("utf-8")).get("_class_name"))
 
 
-def native_resolution(parent: Parent) -> int:
-    """Pixels a side that the base was trained at; read from its configuration, before any weight."""
-    unet = json.loads((parent.folder / "unet" / "config.json").read_text("utf-8"))
-    vae = json.loads((parent.folder / "vae" / "config.json").read_text("utf-8"))
+def native_resolution(base: TrainingBase) -> int:
+    """Return the side in pixels that the base was trained at, from its configuration."""
+    unet = json.loads((base.folder / "unet" / "config.json").read_text("utf-8"))
+    vae = json.loads((base.folder / "vae" / "config.json").read_text("utf-8"))
     return int(unet["sample_size"]) * vae_scale(vae)
 
 
-def schedule_config(parent: Parent) -> dict[str, object]:
-    """Its scheduler's configuration."""
-    config: dict[str, object] = json.loads((parent.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+def schedule_config(base: TrainingBase) -> dict[str, object]:
+    """Return the configuration of a base's scheduler."""
+    config: dict[str, object] = json.loads((base.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     return config
 
 
-def side_multiple(parent: Parent) -> int:
-    """Pixels that a picture's sides must be a multiple of: the UNet halves latents between its levels."""
-    unet = json.loads((parent.folder / "unet" / "config.json").read_text("utf-8"))
-    vae = json.loads((parent.folder / "vae" / "config.json").read_text("utf-8"))
+def side_multiple(base: TrainingBase) -> int:
+    """Return the number of pixels that sides must be a multiple of, as the UNet halves latents between its levels."""
+    unet = json.loads((base.folder / "unet" / "config.json").read_text("utf-8"))
+    vae = json.loads((base.folder / "vae" / "config.json").read_text("utf-8"))
     return int(vae_scale(vae) * 2 ** (len(unet["block_out_channels"]) - 1))
 
 
 def folder_digest(folder: Path) -> str:
-    """`sha256:…` over the names and bytes of all files of a folder."""
+    """Return `sha256:…` over the names and bytes of all files of a folder."""
     listing = json.dumps(list(_files(folder)), ensure_ascii=False)
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
-def _from_registry(base: str, home: Path) -> Parent:
+def _from_registry(base: str, home: Path) -> TrainingBase:
     if not _looks_like_reference(base):
-        raise NotFound(f"no base folder {base}, and it is no reference such as demo/base@1", field="base")
+        raise NotFound(f"base {base} is neither a folder nor a reference such as demo/base@1", field="base")
     with Registry.open(home) as registry:
         version = registry.resolve(base)
         folder = registry.materialise(version)
     _check_kind(folder)
-    return Parent(folder, folder_digest(folder), version.ref, version.digest)
+    return TrainingBase(folder, folder_digest(folder), version.ref, version.digest)
 
 
 def _published(folder: Path, home: Path) -> Version | None:
-    """The newest approved version of kind base with exactly these files."""
+    """Return the newest approved version of kind base with exactly these files."""
     try:
         registry = Registry.open(home)
     except NotFound:
@@ -125,12 +125,12 @@ def _published(folder: Path, home: Path) -> Version | None:
     if not bases:
         return None
     files = {name: f"sha256:{digest}" for name, digest in _files(folder)}
-    held = ({name: blob.digest for name, blob in version.manifest.files.items()} for version in bases)
-    return next((version for version, have in zip(bases, held, strict=True) if have == files), None)
+    published = ({name: blob.digest for name, blob in version.manifest.files.items()} for version in bases)
+    return next((version for version, theirs in zip(bases, published, strict=True) if theirs == files), None)
 
 
 def _files(folder: Path) -> Iterator[tuple[str, str]]:
-    """(name with '/', sha256 in hex) of every file, ordered by name."""
+    """Yield (name with '/', sha256 in hex) of every file, ordered by name."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as content:
             yield path.relative_to(folder).as_posix(), hashlib.file_digest(content, "sha256").hexdigest()
@@ -143,12 +143,12 @@ def _looks_like_reference(base: str) -> bool:
 def _check_kind(folder: Path) -> None:
     index = folder / INDEX
     if not index.is_file():
-        raise Incompatible(f"{folder} is no diffusers folder: it has no {INDEX}", field="base")
+        raise Incompatible(f"{folder} is not a diffusers folder: it has no {INDEX}", field="base")
     kind = pipeline_kind(folder)
     if kind not in KINDS:
         raise Incompatible(f"{folder} is a {kind}; trainers take a {' or '.join(KINDS)}", field="base")
     unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
     if unet["in_channels"] != unet["out_channels"]:
         raise Incompatible(
-            f"{folder} is an inpainting base; train for the plain base that it is made from", field="base"
+            f"{folder} is an inpainting base; train on the plain base that it was made from", field="base"
         )
