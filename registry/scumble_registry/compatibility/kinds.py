@@ -1,4 +1,4 @@
-"""Every kind's compatibility as one type, told apart by its `kind`."""
+"""Every kind's compatibility as one union type, discriminated by `kind`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Compatibility = Annotated[
     | HypernetworkCompatibility,
     Field(discriminator="kind"),
 ]
-"""A new kind is one more class here."""
+"""The union of all kinds; a new kind adds its class here."""
 
 
 def check_fit(adapter: Compatibility, base: BaseCompatibility) -> None:
-    """Raises Incompatible, or Refused for what is no adapter."""
+    """Check that `adapter` fits `base`. Raises Incompatible, or Refused for a base or an image encoder."""
     if isinstance(adapter, BaseCompatibility):
         raise Refused("this is a base, not an adapter; a base stands alone")
     adapter.fits(base)
