@@ -10,7 +10,7 @@ import numpy as np
 from scumble_registry.formats.safetensors_header import Array
 
 MAX_COLUMNS = 128
-"""Products that need more columns than this are merged into weights instead: a row would carry more than they are."""
+"""Products with more columns than this are merged into weights, because factors in a row would be larger."""
 
 
 def as_float32(values: Array) -> Array:
