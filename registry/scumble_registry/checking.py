@@ -99,7 +99,7 @@ def _bases(manifests: dict[str, Manifest]) -> Iterator[str]:
     published = {manifest.digest for manifest in manifests.values()}
     for ref, manifest in manifests.items():
         if format_of(manifest.kind).needs_base and manifest.base not in published:
-            yield f"{ref} is stored as differences to the base {manifest.base}, which is missing; publish the base again"
+            yield f"{ref} is stored as differences to the base {manifest.base}, which is missing; publish that again"
 
 
 def _blob(stored: dict[str, Blob], blob: Blob, use: str) -> str | None:

@@ -154,7 +154,7 @@ class Manifest(BaseModel):
         return digest_of(self.canonical())
 
     def fits(self, base: Manifest) -> None:
-        """Check the fit. Raises Incompatible, naming the first target that does not match, or Refused if `base` is no base."""
+        """Check the fit. Raises Incompatible, naming the first target that differs, or Refused if `base` is no base."""
         check_fit(self.compatibility, base.as_base())
 
     @classmethod
@@ -172,7 +172,7 @@ class Manifest(BaseModel):
 
 
 def canonical_json(data: Any) -> bytes:
-    """Return canonical JSON. Raises InvalidRequest for values without a JSON form (NaN, infinities, lone surrogates)."""
+    """Return canonical JSON. Raises InvalidRequest for values without JSON form (NaN, infinities, lone surrogates)."""
     try:
         text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         encoded = text.encode()

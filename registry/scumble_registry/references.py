@@ -70,7 +70,7 @@ def parse_version(text: str) -> int:
 
 
 def parse_alias(text: str) -> str:
-    """Check an alias and return it: the characters of a name, not digits only, so that it is never read as a version."""
+    """Check an alias and return it: a name's characters, but not digits only, which would be a version."""
     if _DIGITS.fullmatch(text):
         raise InvalidRequest(f"alias {text!r} is digits only and would read as a version", field="alias")
     if not _PART.fullmatch(text):

@@ -201,7 +201,7 @@ class Registry:
         return usable[0]
 
     def find_hash(self, prefix: str) -> tuple[Match, ...]:
-        """Return all versions with a hash that begins with these 8 to 64 digits (see `hashes.py`), whatever their status.
+        """Return all versions, of any status, with a hash that begins with these 8 to 64 digits (see `hashes.py`).
 
         Versions that have no hashes yet are hashed when no other version matches. Raises InvalidRequest, NotFound.
         """
@@ -295,13 +295,13 @@ class Registry:
         return self._cache.folder(version.manifest, version.digest)
 
     def base_of(self, version: Version) -> Version:
-        """Return the base that a version was published for. Raises NotFound, Refused (quarantined, or it names none)."""
+        """Return the base that a version was published for. Raises NotFound, Refused (quarantined, or no base)."""
         if version.manifest.base is None:
             raise Refused(f"{version.ref} was published for no base; publish it again with --base REF", ref=version.ref)
         return self.resolve_digest(version.manifest.base)
 
     def record_path(self, version: Version) -> Path:
-        """Return the path of the record, hashed at every call. Raises IntegrityError, Refused for a kind without record."""
+        """Return the record's path, hashed at every call. Raises IntegrityError, Refused for a kind without record."""
         record = version.manifest.record
         if record is None:
             raise Refused(f"{version.ref} is a {version.manifest.kind}, which has no record; use its files")
@@ -334,9 +334,9 @@ class Registry:
         files: Mapping[str, Path],
         provenance: Mapping[str, Any] | None = None,
     ) -> Artifact:
-        """Store files made from a version; an artifact with the same key is replaced. Raises InvalidRequest, Unavailable.
+        """Store files built from a version; an artifact with the same key is replaced.
 
-        Atomic, as `publish` is.
+        Atomic, as `publish` is. Raises InvalidRequest, Unavailable.
         """
         key_json, provenance_json = (json.loads(canonical_json(dict(data))) for data in (key, provenance or {}))
         stored = {name: publishing.put_file(path, self._blobs) for name, path in files.items()}
@@ -351,7 +351,7 @@ class Registry:
             return artifacts.listed(connection, kind, of.digest if of is not None else None)
 
     def artifact_folder(self, artifact: Artifact) -> Path:
-        """Return a read-only folder with the files, hashed at every call. Raises IntegrityError, NotFound, Unavailable."""
+        """Return a read-only folder of files, hashed at every call. Raises IntegrityError, NotFound, Unavailable."""
         return self._cache.folder(artifact.manifest, artifact.digest)
 
     def verify(self, ref: str | None = None) -> Verified:
@@ -434,7 +434,7 @@ class Registry:
         return tensor_hashes(folder / name for name in version.manifest.files if name.endswith(".safetensors"))
 
     def _check_there(self, blobs: Iterable[Blob]) -> None:
-        """Check that the blobs exist, inside the transaction that adds them: from then on `collect` does not remove them."""
+        """Check that the blobs exist, in the transaction that adds them: afterwards `collect` does not remove them."""
         for blob in blobs:
             try:
                 self._blobs.open(blob).close()

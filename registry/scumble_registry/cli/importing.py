@@ -19,7 +19,7 @@ app = typer.Typer()
 @with_publish_options
 def import_(
     source: Annotated[
-        str, typer.Argument(help="hf:owner/repo[@revision][/file-or-folder], or https://…", metavar="SOURCE")
+        str, typer.Argument(help="hf:owner/repo\\[@revision]\\[/file-or-folder], or https://…", metavar="SOURCE")
     ],
     options: PublishOptions,
     include: Annotated[

@@ -16,7 +16,7 @@ from scumble_registry.registry import Registry
 from scumble_registry.store.paths import HomePaths, default_home
 
 Home = Annotated[
-    Path | None, typer.Option("--home", help="Where the registry is. [default: $SCUMBLE_HOME or ~/.scumble]")
+    Path | None, typer.Option("--home", help="Where the registry is; by default $SCUMBLE_HOME or ~/.scumble.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Ref = Annotated[str, typer.Argument(help="ns/name, ns/name@7, ns/name@prod or ns/name@sha256:…", metavar="REF")]
@@ -42,7 +42,9 @@ AllowLeftover = Annotated[
 ]
 MaxSize = Annotated[
     str | None,
-    typer.Option(help="The most bytes that the files may have, e.g. 500MB or 6GiB. [default: the limit of their kind]"),
+    typer.Option(
+        help="The most bytes that the files may have, e.g. 500MB or 6GiB; by default the limit of their kind."
+    ),
 ]
 Like = Annotated[
     str | None,
@@ -56,7 +58,9 @@ Prediction = Annotated[
     typer.Option("--prediction-type", help="What a checkpoint's UNet predicts, if its file does not state it."),
 ]
 Averaged = Annotated[bool, typer.Option("--ema", help="Use a checkpoint's averaged weights (EMA).")]
-Shortcut = Annotated[bool | None, typer.Option(help="Is a FaceID-Plus a PlusV2? [default: by the file's name]")]
+Shortcut = Annotated[
+    bool | None, typer.Option(help="Whether a FaceID-Plus is a PlusV2; by default its header or file name decides.")
+]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.ASCII | re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

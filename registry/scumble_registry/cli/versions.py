@@ -89,7 +89,7 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", help="A new or empty folder.", metavar="DIR")],
     base: Annotated[
         str | None,
-        typer.Option(help="The base whose module names are written. [default: the one that it was published for]"),
+        typer.Option(help="The base whose module names are written; by default the one that it was published for."),
     ] = None,
     home: Home = None,
     as_json: Json = False,

@@ -54,7 +54,7 @@ class WeightPredictor(BaseModel):
     """Compatibility of the LoRA that it predicts."""
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Check the fit. Raises Incompatible, naming the first target that does not match, or the widths of the text."""
+        """Check the fit. Raises Incompatible, naming the first target that does not match, or the text's widths."""
         self.lora.fits(base)
         if self.condition == "text" and self.condition_width not in base.text_widths[:1]:
             raise Incompatible(

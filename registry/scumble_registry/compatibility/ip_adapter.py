@@ -39,7 +39,7 @@ class IpAdapterCompatibility(BaseModel):
     """The LoRA of a FaceID."""
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Check the fit. Raises Incompatible, naming the first cross-attention (in sorted order) that does not match."""
+        """Check the fit. Raises Incompatible, naming the first cross-attention (in sorted order) that differs."""
         if self.context != base.cross_attention_dim:
             raise Incompatible(
                 f"the IP-Adapter's tokens have width {self.context}, but text in this {base.family} base has "
@@ -59,7 +59,7 @@ class IpAdapterCompatibility(BaseModel):
             self.lora.fits(base)
 
     def check_encoder(self, encoder: ImageEncoderCompatibility) -> None:
-        """Check that the encoder's output has the width that the projection reads. Raises Incompatible with both widths."""
+        """Check that the encoder's output has the projection's input width. Raises Incompatible with both widths."""
         if self.picture_width is None:
             raise Incompatible("this FaceID reads embeddings, not pictures; publish it without an image encoder")
         gives = encoder.projection_dim if self.projection == "base" else encoder.hidden_size

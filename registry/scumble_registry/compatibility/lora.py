@@ -35,7 +35,7 @@ class LoraCompatibility(BaseModel):
         return {key: value for key, value in data.items() if later.get(key, True)}
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Check the fit. Raises Incompatible with the first target (in sorted order) that does not match and both shapes."""
+        """Check the fit. Raises Incompatible with the first target (in sorted order) that differs, and both shapes."""
         check_targets(self.requires, base)
         if self.magnitudes and (padded := [name for name in self.requires if is_padded(name, self.requires, base)]):
             raise Incompatible(

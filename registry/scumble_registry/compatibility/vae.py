@@ -12,7 +12,7 @@ from scumble_registry.compatibility.base import BaseCompatibility
 
 
 def vae_scale(config: Mapping[str, Any]) -> int:
-    """Return the pixels per latent of the AutoencoderKL with this config: all its levels but the last halve the image."""
+    """Return the pixels per latent of an AutoencoderKL's config: all levels but the last halve the image."""
     return int(2 ** (max(len(config.get("block_out_channels") or ()), 1) - 1))
 
 

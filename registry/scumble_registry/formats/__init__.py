@@ -35,8 +35,8 @@ FORMATS: tuple[Format, ...] = (
     controlnet.FORMAT,
     lora.FORMAT,
 )
-"""In the order of recognition. A base's folder that is published for a base is a checkpoint of it. LoRA is last, because
-an embedding's only tensor may have any name, and the keys of a FaceID IP-Adapter and a control-LoRA mention LoRA."""
+"""In the order of recognition. A base's folder that is published for a base is a checkpoint of it. LoRA is last,
+as an embedding's only tensor may have any name, and keys of a FaceID IP-Adapter and a control-LoRA mention LoRA."""
 _BY_KIND = {form.kind: form for form in FORMATS}
 
 

@@ -58,7 +58,7 @@ class Format:
     """Names of the layouts that `export` writes: an export that is published again for the same base has the same
     record."""
     export: Callable[[StoredVersion, str, Path], None] = export_as_published
-    """(version, layout, target): write it into the empty folder `target`. Raises Refused where the layout cannot hold it."""
+    """(version, layout, target): write it into the empty folder `target`. Raises Refused if the layout cannot."""
     difference: Difference | None = None
     """None: the kind is stored as published."""
     has_sampling: bool = True

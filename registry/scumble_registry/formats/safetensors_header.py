@@ -115,7 +115,8 @@ def read_tensors(path: Path, header: Header) -> dict[str, Array]:
 @dataclass(frozen=True, slots=True, eq=False)
 class Unwritten:
     """The content of a safetensors file to be written; equal content has equal bytes (see `layout`). Its tensors may be
-    memory-mapped."""
+    memory-mapped.
+    """
 
     tensors: dict[str, Array]
     metadata: dict[str, str]

@@ -86,7 +86,7 @@ class Source:
         return cls(path, dict(sorted(files.items())), words)
 
     def stamps(self) -> dict[str, Stamp]:
-        """Return each file's stamp, to be compared before and after reading: a file that changes meanwhile is refused."""
+        """Return each file's stamp, to be compared before and after reading, as a file that changes is refused."""
         by_name = {name: file.stat() for name, file in self.files.items()}
         return {name: (stats.st_ino, stats.st_size, stats.st_mtime_ns) for name, stats in by_name.items()}
 

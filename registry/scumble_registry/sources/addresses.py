@@ -66,7 +66,7 @@ class CheckedNetwork(httpcore2.NetworkBackend):
         for address in addresses:
             if not self._rule(ipaddress.ip_address(address)):
                 raise Refused(
-                    f"{host} is at {address}, which is not a public address; files are fetched from public addresses only. "
+                    f"{host} is at {address}, which is no public address; only public addresses are allowed. "
                     "Download the file yourself and publish it",
                     host=host,
                 )

@@ -64,11 +64,11 @@ def fetch(url: str, folder: Path, *, max_bytes: int | None = None, rules: Rules 
         path = folder / file_name(headers.get("content-disposition"), url)
         with path.open("xb") as target:
             digest = _copy(response, target, limit, url, started + rules.most_seconds)
-    origin = {"url": shown(url), "sha256": digest, "modified": _modified(headers), "file": path.name}
+    origin = {"url": redacted(url), "sha256": digest, "modified": _modified(headers), "file": path.name}
     return Fetched(path, {key: value for key, value in origin.items() if value})
 
 
-def shown(url: str) -> str:
+def redacted(url: str) -> str:
     """Return the URL without user, password and fragment, and without the part of the query that may be secret."""
     parts = urlsplit(url)
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else (parts.hostname or "")
@@ -111,12 +111,12 @@ def _check(url: str) -> None:
         raise InvalidRequest(f"the address is not a URL: {error}; write https://host/path", field="source") from error
     if parts.scheme != "https":
         raise Refused(
-            f"{shown(url)} is not https; use an https address, as files over plain http may be altered on the way"
+            f"{redacted(url)} is not https; use an https address, as files over plain http may be altered on the way"
         )
     if not parts.hostname or any(character.isspace() or not character.isprintable() for character in url):
         raise InvalidRequest("the address is not a URL: write https://host/path", field="source")
     if parts.username is not None or parts.password is not None:
-        raise InvalidRequest(f"{shown(url)} has a password, which would be stored in the manifest; leave it out")
+        raise InvalidRequest(f"{redacted(url)} has a password, which would be stored in the manifest; leave it out")
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def _response(
                 return
         current = urljoin(current, headers["location"])
         _check(current)
-    raise Refused(f"{shown(url)} has more than {_MOST_REDIRECTS} redirects; use the file's own address")
+    raise Refused(f"{redacted(url)} has more than {_MOST_REDIRECTS} redirects; use the file's own address")
 
 
 def _headers(url: str) -> list[tuple[str, str]]:
@@ -171,17 +171,17 @@ def _check_answer(url: str, status: int, headers: dict[str, str], limit: int) ->
     if status in {401, 403}:
         names = [name for owner, names in TOKENS.items() if owner in (urlsplit(url).hostname or "") for name in names]
         hint = f"set {names[0]} to a token with access" if names else "download it yourself and publish it"
-        raise Refused(f"access to {shown(url)} is denied (status {status}); {hint}", status=status)
+        raise Refused(f"access to {redacted(url)} is denied (status {status}); {hint}", status=status)
     if status in {404, 410}:
-        raise NotFound(f"there is no file at {shown(url)} (status {status}); check the address", status=status)
+        raise NotFound(f"there is no file at {redacted(url)} (status {status}); check the address", status=status)
     if status != 200:
-        raise Unavailable(f"{shown(url)} answered with status {status}; try again later", status=status)
+        raise Unavailable(f"{redacted(url)} answered with status {status}; try again later", status=status)
     if headers.get("content-encoding", "identity") != "identity":
         raise Refused(
-            f"{shown(url)} has content encoding {headers['content-encoding']}; download it yourself and publish it"
+            f"{redacted(url)} has content encoding {headers['content-encoding']}; download it yourself and publish it"
         )
     if headers.get("content-type", "").lower().startswith(("text/html", "application/xhtml")):
-        raise Refused(f"{shown(url)} is a web page, not a file; it may require a login, or link to the file")
+        raise Refused(f"{redacted(url)} is a web page, not a file; it may require a login, or link to the file")
     length = headers.get("content-length", "0")
     if length.isdigit() and int(length) > limit:
         raise _too_large(url, int(length), limit)
@@ -195,14 +195,16 @@ def _copy(response: httpcore2.Response, target: Any, limit: int, url: str, deadl
         if size > limit:
             raise _too_large(url, size, limit)
         if time.monotonic() > deadline:
-            raise Unavailable(f"{shown(url)} came too slowly; stopped after {size:,} bytes, try again later")
+            raise Unavailable(f"{redacted(url)} came too slowly; stopped after {size:,} bytes, try again later")
         digest.update(chunk)
         target.write(chunk)
     return digest.hexdigest()
 
 
 def _too_large(url: str, size: int, limit: int) -> Refused:
-    return Refused(f"{shown(url)} has {size:,} bytes or more; at most {limit:,} are fetched (--max-size)", bytes=size)
+    return Refused(
+        f"{redacted(url)} has {size:,} bytes or more; at most {limit:,} are fetched (--max-size)", bytes=size
+    )
 
 
 @contextmanager
@@ -210,8 +212,12 @@ def _explained(url: str) -> Iterator[None]:
     try:
         yield
     except httpcore2.TimeoutException as error:
-        raise Unavailable(f"{shown(url)} did not answer in time; try again later") from error
+        raise Unavailable(f"{redacted(url)} did not answer in time; try again later") from error
     except (httpcore2.NetworkError, httpcore2.ProtocolError, ssl.SSLError, httpcore2.UnsupportedProtocol) as error:
-        raise Unavailable(f"{shown(url)} could not be fetched: {error}; check the address and the network") from error
+        raise Unavailable(
+            f"{redacted(url)} could not be fetched: {error}; check the address and the network"
+        ) from error
     except OSError as error:
-        raise Unavailable(f"{shown(url)} could not be stored: {error.strerror}; check space and permissions") from error
+        raise Unavailable(
+            f"{redacted(url)} could not be stored: {error.strerror}; check space and permissions"
+        ) from error

@@ -79,7 +79,7 @@ class Cache:
         return final
 
     def blob(self, blob: Blob, what: str, suffix: str = "") -> Path:
-        """Return one blob as a file, hashed at every call (some 0.1 s for 100 MB). Raises IntegrityError, Unavailable."""
+        """Return a blob as a file, hashed at every call (some 0.1 s for 100 MB). Raises IntegrityError, Unavailable."""
         path = self._root / "blobs" / (blob.hex + suffix)
         if not _is_intact(path, blob):
             if path.exists():
@@ -100,7 +100,7 @@ class Cache:
                 check(written, blob, name)
 
     def clean(self, before: float, *, dry_run: bool) -> Cleaned:
-        """Remove entries that were not used since `before` (seconds since the epoch). No other process may be reading."""
+        """Remove entries not used since `before` (seconds since the epoch). No other process may have the cache open."""
         old = [path for path in self._entries() if path.lstat().st_mtime < before]
         size = sum(_bytes_held(path) for path in old)
         for path in old if not dry_run else ():

@@ -178,7 +178,8 @@ def add(connection: Connection, name: str, manifest: Manifest, status: Status) -
     version = _version(row)
     if version.status is Status.QUARANTINED:
         raise Refused(
-            f"this content is {version.ref}, which is quarantined; to use it again, `scumble registry approve {version.ref}`"
+            f"this content is {version.ref}, which is quarantined; "
+            f"to use it again, `scumble registry approve {version.ref}`"
         )
     if version.status is Status.STAGED and status is Status.APPROVED:
         return set_status(connection, version, status)

@@ -38,11 +38,11 @@ class Database:
                 migrate(self._reader, self._path)
 
     def reading(self) -> AbstractContextManager[Connection]:
-        """Open a transaction that reads a consistent view. Raises Unavailable or IntegrityError for an unreadable file."""
+        """Open a transaction that reads a consistent view. Raises Unavailable, or IntegrityError for a damaged file."""
         return self._transaction(self._reader)
 
     def writing(self) -> AbstractContextManager[Connection]:
-        """Open a transaction that writes: it commits at the end, or rolls back on any error. One at a time in all processes."""
+        """Open a transaction that commits at the end, or rolls back on an error. One at a time over all processes."""
         return self._transaction(self._writer)
 
     def close(self) -> None:

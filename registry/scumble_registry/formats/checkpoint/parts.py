@@ -59,7 +59,7 @@ class CheckpointParts:
 
 
 def is_whole(names: Iterable[str]) -> bool:
-    """Return whether it is a checkpoint in the original layout, and not a ControlNet with the model it was trained on."""
+    """Return whether it is a checkpoint in the original layout, and not a ControlNet with its base model."""
     plain = [name.removeprefix(LIGHTNING) for name in names]
     return any(name.startswith(UNET) for name in plain) and not any(name.startswith(_CONTROL) for name in plain)
 
@@ -99,7 +99,8 @@ def _family(tensors: Mapping[str, Array], like: Family | None) -> Family:
     families: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     if context not in families:
         raise Refused(
-            f"the checkpoint has no text encoder and reads text of width {context}, so its family is unknown; name a base: --like REF"
+            f"the checkpoint has no text encoder and reads text of width {context}, so its family is unknown; "
+            "name a base: --like REF"
         )
     return families[context]
 

@@ -30,6 +30,6 @@ def write_tokenizer(folder: Path, *, pad: str = _END) -> None:
 
 
 def _letters() -> list[str]:
-    """Return a letter for each byte, printable ones first, the others from code point 256 on (Radford et al., GPT-2)."""
+    """Return a letter for each byte, printable ones first, others from code point 256 on (Radford et al., GPT-2)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]

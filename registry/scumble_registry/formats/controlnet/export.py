@@ -29,7 +29,7 @@ def export_version(version: StoredVersion, layout: str, target: Path) -> None:
 
 
 def export(stored: Path, unet: dict[str, Any] | None, layout: str, folder: Path) -> None:
-    """Write the layout into `folder`. `stored` is the registry's folder, `unet` the config of the base's UNet, if known.
+    """Write the layout into `folder`. `stored` is the registry's folder, `unet` the base's UNet config, if known.
 
     Raises Refused for a net that diffusers has no layout for.
     """

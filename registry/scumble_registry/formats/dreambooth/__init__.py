@@ -100,7 +100,7 @@ def is_difference(folder: Path) -> bool:
 
 
 def restore(difference: Path, base_folder: Path, target: Path) -> None:
-    """Write the folder that `keep_differences` had. Raises IntegrityError if this is not the base of the differences."""
+    """Write the folder that `keep_differences` had. Raises IntegrityError if the differences are to another base."""
     own = {file.relative_to(difference) for file in difference.rglob("*") if file.is_file()}
     replaced = {name.with_suffix("") if name.suffix == SUFFIX else name for name in own}
     for file in sorted(path for path in base_folder.rglob("*") if path.is_file()):
@@ -128,7 +128,7 @@ def published_digests(stored: Path) -> list[str]:
 
 
 def read_changed(stored: Path, base_folder: Path) -> dict[str, dict[str, Array]]:
-    """Return component (`unet`, `text_encoder`, `vae` …) → plain name → tensor, for tensors that differ from the base's.
+    """Return component (`unet`, `vae` …) → plain name → tensor, for tensors that differ from the base's.
 
     Raises IntegrityError.
     """

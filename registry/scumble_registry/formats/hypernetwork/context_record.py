@@ -54,8 +54,8 @@ ACTIVATIONS = frozenset(
         "tanhshrink",
     )
 )
-"""The webui's names: torch's activation classes in lower case, and `swish`, which is Hardswish in the webui. Activations
-that have parameters, change the width or mix rows of a batch are left out."""
+"""The webui's names: torch's activation classes in lower case, and `swish`, which is Hardswish in the webui. Those that
+have parameters, change the width or mix rows of a batch are left out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

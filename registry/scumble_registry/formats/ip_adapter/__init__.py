@@ -221,7 +221,7 @@ def _has_shortcut(source: Source, header: Header, file: Path) -> bool:
 def check_image_encoder(adapter: Compatibility, encoder: Compatibility) -> None:
     """Check that the adapter can use this encoder.
 
-    Raises InvalidRequest if the adapter has its own encoder, Refused if `encoder` is none, Incompatible for other widths.
+    Raises InvalidRequest if the adapter has its own encoder, Refused for another kind, Incompatible for other widths.
     """
     assert isinstance(adapter, IpAdapterCompatibility)
     if not isinstance(encoder, ImageEncoderCompatibility):

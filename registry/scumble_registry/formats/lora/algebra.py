@@ -26,7 +26,7 @@ def tucker(down: Array, mid: Array) -> Array:
 
 
 def hadamard_factors(up1: Array, down1: Array, up2: Array, down2: Array) -> tuple[Array, Array]:
-    """Return U, D of (u₁ d₁) ∘ (u₂ d₂) = U D: U (out, r·s) is the row-wise, D (r·s, in) the column-wise Khatri–Rao product.
+    """Return U, D of (u₁ d₁) ∘ (u₂ d₂) = U D: Khatri–Rao products U (out, r·s) by rows and D (r·s, in) by columns.
 
     >>> u, d = hadamard_factors(np.array([[2.0]]), np.array([[3.0]]), np.array([[5.0]]), np.array([[7.0]]))
     >>> (u @ d).item()
@@ -51,7 +51,7 @@ def kronecker_factors(up1: Array, down1: Array, up2: Array, down2: Array) -> tup
 
 
 def identity_factors(matrix: Array) -> tuple[Array, Array]:
-    """Return a matrix (rows, columns[, k, k]) as a product with the identity on its shorter side (of a kernel: rows)."""
+    """Return a matrix (rows, columns[, k, k]) as a product with the identity on its shorter side (a kernel's: rows)."""
     if matrix.ndim == 2 and matrix.shape[1] < matrix.shape[0]:
         return as_float32(matrix), np.eye(matrix.shape[1], dtype=np.float32)
     return np.eye(len(matrix), dtype=np.float32), as_float32(matrix)
@@ -64,5 +64,5 @@ def fit_row(columns: int, shape: tuple[int, ...]) -> bool:
 
 
 def tucker_factors(mid: Array, up: Array, down: Array) -> tuple[Array, Array]:
-    """Return the factors (out, r), (r, in, k, k) of LoHa's and LoKr's mid (r, s, k, k), up **(r, out)**, down (s, in)."""
+    """Return factors (out, r), (r, in, k, k) of LoHa's and LoKr's mid (r, s, k, k), up **(r, out)**, down (s, in)."""
     return as_float32(up).T, tucker(down, mid)

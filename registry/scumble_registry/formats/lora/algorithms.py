@@ -323,8 +323,8 @@ def _peft_oft(parts: ModuleTensors) -> Module:
     packed, shape, config = parts.need("peft_oft"), parts.weight(), parts.scaling
     if packed.ndim != 2 or shape[2:] not in {(), (1, 1)}:
         raise Refused(
-            f"{parts.target}: PEFT's OFT of a {'x'.join(map(str, shape[2:]))} convolution gives another result than its merged weight; "
-            "only linear layers and 1x1 convolutions can be served",
+            f"{parts.target}: PEFT's OFT of a {'x'.join(map(str, shape[2:]))} convolution differs from its own merged "
+            "weight; only linear layers and 1x1 convolutions can be served",
             target=parts.target,
         )
     block = round((1 + (1 + 8 * packed.shape[1]) ** 0.5) / 2)

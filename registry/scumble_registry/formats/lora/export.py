@@ -151,7 +151,7 @@ def _config(modules: Mapping[str, LoraModule]) -> dict[str, Any]:
 
 
 def _any_transformers(name: str) -> str:
-    """Return the name without `text_model.`: PEFT matches the ends of names, so it fits every version of transformers."""
+    """Return the name without `text_model.`: PEFT matches ends of names, so it fits every version of transformers."""
     return name.removeprefix("text_model.")
 
 

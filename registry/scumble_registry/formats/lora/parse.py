@@ -41,7 +41,7 @@ class _Group:
 
 
 def parse(tensors: Mapping[str, Array], scalings: Mapping[str, Scaling], base: BaseCompatibility | None) -> Parsed:
-    """Read all tensors; `scalings` are by component. Raises Refused for an invalid module, or one that is there twice."""
+    """Read all tensors; `scalings` are by component. Raises Refused for an invalid or duplicate module."""
     names = Names(base)
     groups: dict[str, _Group] = {}
     dialects: Counter[str] = Counter()

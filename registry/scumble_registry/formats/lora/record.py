@@ -91,7 +91,7 @@ class LoraModule:
 
     @property
     def columns(self) -> int | None:
-        """Rank columns in a row; None for a bias, and for `inner` with a magnitude or a k×k kernel: no factors express it."""
+        """Rank columns in a row; None with a bias, and for `inner` with a magnitude or k×k kernel: no factors fit."""
         if self.bias is not None or (self.inner is not None and (self.shape[2:] not in {(), (1, 1)} or self.magnitude)):
             return None
         return self.rank if self.inner is None else 2 * self.rank

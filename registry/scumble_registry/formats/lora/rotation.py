@@ -50,6 +50,6 @@ def neumann(skew: Array, terms: int) -> Array:
 
 
 def unshuffled(blocks: Array) -> Array:
-    """Return a butterfly's only stage (1, n, b, b), which shuffles the rows of each block, as blocks without shuffling."""
+    """Return the only stage (1, n, b, b) of a butterfly, which shuffles the rows of each block, without the shuffle."""
     order = np.arange(blocks.shape[-1]).reshape(-1, 2).T.reshape(-1)
     return np.ascontiguousarray(blocks[..., order[:, None], order[None, :]])

@@ -56,7 +56,7 @@ def _tcd(_words: set[str], steps: int | None) -> Sampling | None:
 
 
 def _hyper(words: set[str], steps: int | None) -> Sampling | None:
-    """Return Hyper-SD's (Ren et al., 2404.13686): one file for each number of steps; `cfg` marks those with guidance."""
+    """Return Hyper-SD's (Ren et al., 2404.13686): one file for each number of steps; `cfg` marks guidance."""
     if steps is None or not words & {"sd", "sdxl"}:
         return None
     if steps == 1:

@@ -24,9 +24,9 @@ RunPickle = Callable[[BytesIO], Any]
 def read_legacy(
     data: memoryview, run: RunPickle, storages: dict[str, Storage], sizes: dict[str, int]
 ) -> tuple[Any, dict[str, tuple[int, int]], bool]:
-    """Return the object, storage key → first byte and end in the file, and whether numbers are big-endian. Raises Unsound.
+    """Return the object, storage key → first byte and end in the file, and whether numbers are big-endian.
 
-    `run` adds each storage that it meets to `storages`; `sizes` are bytes per number of each dtype.
+    Raises Unsound. `run` adds each storage that it meets to `storages`; `sizes` are bytes per number of each dtype.
     """
     file = BytesIO(bytes(data[: MAX_PICKLE + 1]))
     first = run(file)

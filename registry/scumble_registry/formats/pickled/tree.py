@@ -46,7 +46,7 @@ class Flattening:
         self._text = 0
 
     def encode(self, value: Any, path: tuple[str, ...] = ()) -> Any:
-        """Encode a value. Raises Unsound beyond the limits of depth and size: a short pickle can repeat a list 2⁶⁰ times."""
+        """Encode a value. Raises Unsound beyond limits of depth and size: a short pickle can name a list 2⁶⁰ times."""
         self._count(path)
         if value is None or isinstance(value, bool | float):
             return value
@@ -129,7 +129,7 @@ class Flattening:
 
 
 def decode(encoded: Any) -> Plain:
-    """Check and decode the result of `encode`, which comes from a process that read an untrusted file. Raises ValueError."""
+    """Check and decode the result of `encode` from the process that read an untrusted file. Raises ValueError."""
     if encoded is None or isinstance(encoded, str | int | float):
         return encoded
     match encoded:

@@ -22,7 +22,7 @@ from scumble_registry import Registry
 from scumble_registry.importing import import_from
 from scumble_registry.sources import addresses
 from scumble_registry.sources.addresses import is_public
-from scumble_registry.sources.web import Rules, fetch, file_name, shown, token_for
+from scumble_registry.sources.web import Rules, fetch, file_name, redacted, token_for
 from support.stand_ins import Answer, reply, serving, sha256
 
 HOSTS = ("localhost", "files.example", "civitai.com", "storage.example", "127.0.0.1")
@@ -318,7 +318,7 @@ def test_tokens_go_to_their_own_host_only() -> None:
 
 def test_no_secret_of_a_url_is_shown() -> None:
     url = "https://ann:pass@[::1]:8443/a%20b?token=secret&type=Model&sig=secret#secret"
-    assert shown(url) == "https://[::1]:8443/a%20b?type=Model"
+    assert redacted(url) == "https://[::1]:8443/a%20b?type=Model"
 
 
 @pytest.mark.parametrize(
