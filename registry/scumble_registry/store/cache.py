@@ -100,7 +100,7 @@ class Cache:
                 check(written, blob, name)
 
     def clean(self, before: float, *, dry_run: bool) -> Cleaned:
-        """Remove entries not used since `before` (seconds since the epoch). No other process may have the cache open."""
+        """Remove entries not used since `before` (seconds since the epoch). No other process may use the cache."""
         old = [path for path in self._entries() if path.lstat().st_mtime < before]
         size = sum(_bytes_held(path) for path in old)
         for path in old if not dry_run else ():
