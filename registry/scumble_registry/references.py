@@ -2,7 +2,7 @@
 
     ns/name             the highest approved version
     ns/name@7           version 7: never moves
-    ns/name@prod        an alias: moves when somebody moves it
+    ns/name@prod        an alias: changes by `scumble registry alias`
     ns/name@sha256:…    by digest, all 64 digits: never moves
 
 Law: `parse(str(reference)) == reference`, and every string has at most one reading, because an alias is never

@@ -35,5 +35,5 @@ Compatibility = Annotated[
 def check_fit(adapter: Compatibility, base: BaseCompatibility) -> None:
     """Check that `adapter` fits `base`. Raises Incompatible, or Refused for a base or an image encoder."""
     if isinstance(adapter, BaseCompatibility):
-        raise Refused("this is a base, not an adapter; a base stands alone")
+        raise Refused("this is a base, not an adapter; publish it without --base")
     adapter.fits(base)
