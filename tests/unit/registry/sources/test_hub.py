@@ -181,7 +181,7 @@ def test_a_gated_repository_says_what_to_do(registry: Registry, hub: Hub) -> Non
         ("hf:ann/ink/../x", InvalidRequest, "is not a path inside a repository"),
         ("hf:ink", InvalidRequest, "is not a repository"),
         ("hf:an n/ink", InvalidRequest, "is not a repository"),
-        ("hf:-ann/ink--x", InvalidRequest, "is not a repository"),
+        ("hf:-ann/ink--x", InvalidRequest, "is not the name of a repository"),
     ],
 )
 def test_what_is_not_there_is_named(
