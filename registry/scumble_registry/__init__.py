@@ -1,11 +1,11 @@
 """The versioned registry of adapters and bases, embedded: `Registry.open(home)`.
 
 registry.py         the one object: publish, resolve, materialise, verify, collect
-references.py, manifest.py, blob.py, hashes.py    what names and describes a version
-compatibility/      what fits what: one module per kind, names and shapes of targets
+references.py, manifest.py, blob.py, hashes.py    names and descriptions of versions
+compatibility/      which adapter fits which base: one module per kind, names and shapes of targets
 formats/            from published files to records and back: one module per kind
 store/              blobs, database, cache, leases
-publishing.py, inspection.py, importing.py, exporting.py, extract.py, checking.py    what is done with versions
+publishing.py, inspection.py, importing.py, exporting.py, extract.py, checking.py    operations on versions
 sources/            the Hub and the web
 cli/                `scumble registry …`
 """

@@ -1,4 +1,4 @@
-"""What a manifest says of a file: its sha256 and its size."""
+"""A stored file as a manifest names it: its sha256 and its size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Blob(BaseModel):
-    """What a manifest says of some bytes."""
+    """The sha256 (`digest`) and the size in bytes of a stored file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,6 +1,6 @@
-"""`fsck`: does everything that the registry says fit together? Quick, as it hashes no file (`verify` does).
+"""`fsck`: check that database, manifests and blobs agree. Quick, as it hashes no file (`verify` does).
 
-Each check gives sentences that name what is wrong; an empty list is a sound registry.
+Each check returns sentences that name what is wrong; an empty list means a sound registry.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Checked:
     versions: int
     blobs: int
     unneeded: int
-    """Blobs that no version and no artifact needs: `gc` removes them, when they are old enough."""
+    """Number of blobs that no version and no artifact needs: `gc` removes them when they are old enough."""
     problems: tuple[str, ...]
 
 
 def check_all(connection: Connection, blobs: BlobStore) -> Checked:
-    """The caller holds a transaction; what is published meanwhile is not looked at."""
+    """Run all checks in the caller's transaction; versions published meanwhile are not checked."""
     manifests, problems = _manifests(connection)
     needed = {blob: f"{word} of {ref}" for ref, manifest in manifests.items() for word, blob in manifest.blobs.items()}
     of_artifacts, more = _artifacts(connection)
@@ -71,14 +71,14 @@ def _artifacts(connection: Connection) -> tuple[dict[Blob, str], list[str]]:
 
 
 def _database(connection: Connection) -> list[str]:
-    said = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
-    problems = [f"the database: {text}" for text in said if text != "ok"]
+    messages = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
+    problems = [f"the database: {text}" for text in messages if text != "ok"]
     rows = connection.exec_driver_sql("PRAGMA foreign_key_check")
-    return problems + [f"the database: a row of {row[0]} belongs to nothing in {row[2]}" for row in rows]
+    return problems + [f"the database: a row of {row[0]} refers to a missing row of {row[2]}" for row in rows]
 
 
 def _names(connection: Connection, manifests: dict[str, Manifest]) -> Iterator[str]:
-    """Versions without gaps, of one kind; aliases that stay with their name."""
+    """Check that a name's versions have no gaps and one kind, and that its aliases point at its own versions."""
     kinds = {row.name: row.kind for row in connection.execute(select(NAMES.c.name, NAMES.c.kind))}
     numbers = defaultdict[str, list[int]](list)
     for row in connection.execute(select(NAMES.c.name, VERSIONS.c.version).join(NAMES)):
@@ -95,11 +95,11 @@ def _names(connection: Connection, manifests: dict[str, Manifest]) -> Iterator[s
 
 
 def _bases(manifests: dict[str, Manifest]) -> Iterator[str]:
-    """A checkpoint is only whole with its base."""
-    here = {manifest.digest for manifest in manifests.values()}
+    """Check that the base of each checkpoint is published here: a checkpoint is stored as differences to it."""
+    published = {manifest.digest for manifest in manifests.values()}
     for ref, manifest in manifests.items():
-        if format_of(manifest.kind).needs_base and manifest.base not in here:
-            yield f"{ref} is a difference to the base {manifest.base}, which is not here; publish it again"
+        if format_of(manifest.kind).needs_base and manifest.base not in published:
+            yield f"{ref} is stored as differences to the base {manifest.base}, which is missing; publish that again"
 
 
 def _blob(stored: dict[str, Blob], blob: Blob, use: str) -> str | None:

@@ -1,8 +1,8 @@
-"""A version's files as other tools read them: the way back from a record to a layout.
+"""Export a version in a layout that other tools read: from a record back to files.
 
-Each format has its layouts; their writers are beside its readers (`formats/<kind>/export.py`). Law, for every kind and
-layout: what is exported and published again, for the same base and with the same trigger words, has the same record.
-Whole models are stored as they were published, which is diffusers' layout.
+Each format has its layouts; the writers are beside the readers (`formats/<kind>/export.py`). Law, for every kind and
+layout: an export that is published again for the same base with the same trigger words has the same record. Whole
+models are stored as published, which is diffusers' layout.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class _Exported:
 def export(registry: Registry, ref: str, layout: str, out: Path, *, base: str | None = None) -> Version:
     """Write `ref` in `layout` into the folder `out` (new or empty), all or nothing.
 
-    `base` names the base whose modules names are made for, if not the one that it was published for. Raises
-    InvalidRequest naming the layouts that the kind has, NotFound, Refused (quarantined; not to be said in this layout;
-    something is in the folder), IntegrityError, Unavailable.
+    `base` is the base whose module names are written; by default the one that the version was published for. Raises
+    InvalidRequest naming the kind's layouts, NotFound, Refused (quarantined; the layout cannot hold it; the folder is
+    not empty), IntegrityError, Unavailable.
     """
     version = registry.resolve(ref)
     form = format_of(version.manifest.kind)

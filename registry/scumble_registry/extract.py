@@ -1,7 +1,7 @@
-"""A checkpoint's differences to its base as a LoRA: the nearest factors of a given rank, by singular values.
+"""Extract a LoRA from a checkpoint: the nearest factors of a given rank, by singular values.
 
-W' − W = U S Vᵀ is cut to its r largest singular values, shared out as U√S and √S Vᵀ (kohya's and LyCORIS' extraction
-without their clamping). What is kept is told as energy: Σ of the kept squares over Σ of all.
+W' − W = U S Vᵀ is cut to its r largest singular values and split into U√S and √S Vᵀ (kohya's and LyCORIS' extraction
+without their clamping). The energy kept is Σ s² of the r largest over Σ s² of all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scumble_registry.store.catalogue import Version
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A target whose weight differs: down (r, in[, k, k]), up (out, r[, 1, 1]), and the energy kept and in all."""
+    """The factors of a changed target: down (r, in[, k, k]), up (out, r[, 1, 1]); Σ s² that they keep, and of all."""
 
     target: str
     down: Array
@@ -35,9 +35,9 @@ class _Layer:
 
 
 def extract(registry: Registry, ref: str, rank: int, name: str, work: Path, *, alias: str | None = None) -> Version:
-    """Publish factors of the checkpoint `ref` as LoRA `name`; its metrics tell what they keep. `work` is scratch.
+    """Publish factors of the checkpoint `ref` as LoRA `name`; its metrics hold the energy kept. `work` is scratch.
 
-    Raises InvalidRequest, NotFound, Refused (no checkpoint, or nothing in it that factors can say).
+    Raises InvalidRequest, NotFound, Refused (no checkpoint, or it changes nothing that takes factors).
     """
     if rank < 1:
         raise InvalidRequest(f"rank is {rank}; 1 at least", field="rank")
@@ -69,7 +69,7 @@ def extract(registry: Registry, ref: str, rank: int, name: str, work: Path, *, a
 def _factorise(
     changed: dict[str, dict[str, Array]], base_folder: Path, base: BaseCompatibility, rank: int
 ) -> tuple[list[_Layer], list[str]]:
-    """Factors of all that takes any, and the names of what cannot be said by factors."""
+    """Return the factors of all changed matrices and convolutions, and the names of the other changed tensors."""
     layers: list[_Layer] = []
     left: list[str] = []
     for component, name, before, after in _pairs(changed, base_folder):
@@ -82,7 +82,7 @@ def _factorise(
 
 
 def _pairs(changed: dict[str, dict[str, Array]], base_folder: Path) -> Iterator[tuple[str, str, Array | None, Array]]:
-    """Component, tensor's name, the base's values (None if it has none of this shape) and the checkpoint's."""
+    """Yield component, tensor's name, the base's values (None if it has none of this shape) and the checkpoint's."""
     for component, tensors in changed.items():
         own: dict[str, Array] = {}
         for file in (base_folder / component).glob("*.safetensors"):

@@ -1,13 +1,13 @@
-"""Hashes by which people know a file, so that one found elsewhere finds its version here.
+"""Hashes that other tools show for a file, so that a hash seen elsewhere finds its version here.
 
-    file       sha256 of a weights file as it was published, before anything was converted. Its first ten digits are
-               the webui's AutoV2, which Civitai and the pictures' metadata name
-    tensors    sha256 of a safetensors file's data, without its header: kohya's `sshs_model_hash`, which stays when
-               the metadata is edited. Its first twelve digits are AutoV3, by which the webui calls a LoRA
+    file       sha256 of a weights file as it was published, before any conversion. Its first ten digits are the
+               webui's AutoV2, which Civitai and the metadata of images name
+    tensors    sha256 of a safetensors file's data, without its header: kohya's `sshs_model_hash`, which does not
+               change when the metadata is edited. Its first twelve digits are AutoV3, the webui's name of a LoRA
     record     sha256 of the normalised record: the same for all layouts of the same weights
 
-They are found by any eight or more of their first digits. They are no part of a version's identity: the manifest says
-what a version is, these say where else it was seen, and a version may be known by several.
+A search takes eight or more of the first digits. These hashes are no part of a version's identity, which is its
+manifest's digest; a version may have several.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scumble_registry.blob import Blob
 from scumble_registry.formats.safetensors_header import read_header
 
 AUTO_V2, AUTO_V3 = 10, 12
-"""How many first digits of `file` and of `tensors` the webui shows."""
+"""Number of first digits of `file` and of `tensors` that the webui shows."""
 _PREFIX = re.compile(r"[0-9a-f]{8,64}", re.ASCII)
 _WEIGHTS = frozenset({".safetensors", ".bin", ".ckpt", ".pt", ".pth"})
 
@@ -42,7 +42,7 @@ class FileHash:
 
 
 def parse_prefix(text: str) -> str:
-    """Eight to 64 digits, in either case and with or without `sha256:`. Raises InvalidRequest."""
+    """Return 8 to 64 lower-case digits from either case, with or without `sha256:`. Raises InvalidRequest."""
     digits = text.strip().lower().removeprefix("sha256:")
     if not _PREFIX.fullmatch(digits):
         raise InvalidRequest(
@@ -52,15 +52,15 @@ def parse_prefix(text: str) -> str:
 
 
 def weights_of(files: Mapping[str, Path]) -> dict[str, Path]:
-    """Those of published files that people know by their hash; a file that comes alone is one, whatever its name."""
+    """Return the files of weights among published files; a single file counts as one, whatever its name."""
     return {name: file for name, file in files.items() if len(files) == 1 or file.suffix in _WEIGHTS}
 
 
 def hashes_of(
     files: Mapping[str, Path], known: Mapping[Path, Blob], record: Blob | None, tensors: Iterable[FileHash]
 ) -> frozenset[FileHash]:
-    """All of a publication: `files` as published, of which those in `known` need not be hashed again, and what
-    `tensor_hashes` found in them.
+    """Return all hashes of a publication: of `files` as published (those in `known` are not hashed again), of the
+    record, and `tensors`, which `tensor_hashes` returned.
     """
     hashes = {
         FileHash(HashKind.FILE, known[file].hex if file in known else file_sha256(file))
@@ -73,7 +73,7 @@ def hashes_of(
 
 
 def tensor_hashes(weights: Iterable[Path]) -> list[FileHash]:
-    """Of a file that stands alone: nobody knows a model of many files by the data of one."""
+    """Return the data hash of a single file; none of several, as no tool shows a hash for one file of many."""
     alone = list(weights)
     hex_ = tensors_sha256(alone[0]) if len(alone) == 1 else None
     return [] if hex_ is None else [FileHash(HashKind.TENSORS, hex_)]
@@ -85,7 +85,7 @@ def file_sha256(file: Path) -> str:
 
 
 def tensors_sha256(file: Path) -> str | None:
-    """None for what is not safetensors."""
+    """Return the sha256 of a safetensors file's data; None for another format."""
     try:
         start = read_header(file).data_start
     except Refused:

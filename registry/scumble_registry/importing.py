@@ -1,4 +1,4 @@
-"""Fetch and publish in one step: what is published says where it came from."""
+"""Fetch and publish in one step; the manifest's provenance names the source."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def import_from(
     rules: Rules | None = None,
     **published: Any,
 ) -> Version:
-    """Publish what `source` (`sources/`) names as the next version of `name`; `published` is what
-    `Registry.publish` takes.
+    """Publish the files that `source` (`sources/`) names as the next version of `name`; `published` are arguments of
+    `Registry.publish`.
 
-    The provenance gets `source`: URL, commit, digest. A licence that the source states stands where none is given.
-    `max_bytes` bounds the fetching too. Raises what fetching and publishing raise; then nothing is published or left.
+    The provenance gets `source`: URL, commit, digest. The source's license is used where none is given. `max_bytes`
+    limits the download too. Raises the errors of fetching and publishing; then nothing is published or left behind.
     """
     parse_name(name)
     if (alias := published.get("alias")) is not None:
@@ -81,15 +81,17 @@ def _digest(text: str | None) -> str | None:
 
 
 def _check_digest(fetched: Fetched, expected: str | None) -> None:
-    """Raises IntegrityError, and InvalidRequest where there is not one file that could have it."""
+    """Check the sha256 of the one fetched file. Raises IntegrityError, and InvalidRequest for several files."""
     if expected is None:
         return
     actual = fetched.origin.get("sha256")
     if actual is None:
-        raise InvalidRequest("--sha256 is of one file, and the source is several; name one of them", field="sha256")
+        raise InvalidRequest(
+            "--sha256 needs a single file, but the source has several; name one of them", field="sha256"
+        )
     if actual != expected:
         raise IntegrityError(
-            f"{fetched.origin['url']} has sha256 {actual}, not {expected}; it is not the file that you mean",
+            f"{fetched.origin['url']} has sha256 {actual}, not {expected}; check the URL and the digest",
             digest=f"sha256:{expected}",
             actual=f"sha256:{actual}",
         )

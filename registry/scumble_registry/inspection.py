@@ -1,7 +1,7 @@
-"""What publishing would make of a file, without publishing it: everything that is derived, and what is here already.
+"""Inspect a file without publishing it: everything that publishing derives, and the versions that match it.
 
-Needs no registry, unless a base is named by its reference. Fails as publishing does, but for two things that it tells
-instead, because they are what one inspects for: keys that would be left out, and a base that does not fit.
+Needs no registry, unless a base is named by its reference. Fails as publishing does, except for two problems that are
+reported instead: keys that would be left out, and a base that does not fit.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ class Inspection:
     sampling: Sampling | None
     trigger_words: tuple[str, ...]
     details: dict[str, JsonValue]
-    """What the format tells beyond the compatibility: ranks, alphas and serving class by module."""
+    """What the format derives beyond the compatibility: ranks, alphas and serving class of each module."""
     training: dict[str, Any]
     leftover: tuple[str, ...]
-    """Keys that nobody understands; publishing wants `--allow-leftover` for them."""
+    """Keys that no reader knows; publishing requires `--allow-leftover` for them."""
     files: dict[str, Blob]
-    """As they are, before any conversion."""
+    """The files as published, before any conversion."""
     record: str | None
     """Digest of the normalised record."""
     hashes: frozenset[FileHash]
     base: str | None
     misfit: str | None
-    """Why it does not fit `base`; None: it does, or no base was named."""
+    """Why the file does not fit `base`; None: it fits, or no base was named."""
     known: tuple[Match, ...]
-    """What is published with the same files, tensors or record."""
+    """Published versions with the same files, tensors or record."""
 
     @property
     def kind(self) -> str:
@@ -85,9 +85,9 @@ def inspect(
     max_bytes: int | None = None,
     hints: Hints | None = None,
 ) -> Inspection:
-    """`base` is a reference, or a folder (`./base`, `/models/base`) with a base that is published nowhere.
+    """Inspect a file or folder; `base` is a reference, or a folder (`./base`, `/models/base`) with an unpublished base.
 
-    Raises what publishing raises, except that `Inspection.misfit` and `Inspection.leftover` tell what they tell.
+    Raises what publishing raises, except for the problems in `Inspection.misfit` and `Inspection.leftover`.
     """
     published_for = _find_base(base, registry) if base is not None else None
     words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
@@ -128,7 +128,7 @@ def _temporary() -> Iterator[Path]:
 
 
 def hashes_to_dict(hashes: Iterable[FileHash]) -> dict[str, Any]:
-    """By the names that people know: `sha256`, `autov2` and `autov3` of one file, null where there are several."""
+    """Return `sha256`, `autov2`, `sshs_model_hash` and `autov3` of a single file; None where there are several."""
     files = [hash_.hex for hash_ in hashes if hash_.kind is HashKind.FILE]
     tensors = [hash_.hex for hash_ in hashes if hash_.kind is HashKind.TENSORS]
     sha256 = files[0] if len(files) == 1 else None
@@ -152,7 +152,7 @@ def match_to_dict(match: Match) -> dict[str, Any]:
 
 
 def _find_base(base: str, registry: Registry | None) -> PublishedFor:
-    if base.startswith((".", "/", "~")):  # no reference does, and a folder may be called like one
+    if base.startswith((".", "/", "~")):  # a reference begins with none of these
         folder = Path(base).expanduser()
         draft = formats.read(Source.scan(folder), None)
         manifest = Manifest(
@@ -161,9 +161,7 @@ def _find_base(base: str, registry: Registry | None) -> PublishedFor:
         manifest.as_base(str(folder))
         return PublishedFor(manifest, lambda: folder)
     if registry is None:
-        raise Refused(
-            f"there is no registry here that could have the base {base}; name a folder (./base), or --home DIR"
-        )
+        raise Refused(f"there is no registry to look up the base {base} in; name a folder (./base), or --home DIR")
     return registry.published_for(base)
 
 

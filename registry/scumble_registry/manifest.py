@@ -1,13 +1,12 @@
-"""What a version is: one JSON document, whose sha256 is the version's digest.
+"""The manifest of a version: one JSON document, whose sha256 is the version's digest.
 
 Canonical form: keys sorted by code point, no white space, UTF-8 without escapes beyond JSON's own, no NaN,
-absent optional fields left out. Laws: `Manifest.parse(m.canonical()) == m`, and equal manifests have equal
+optional fields without a value left out. Laws: `Manifest.parse(m.canonical()) == m`, and equal manifests have equal
 bytes.
 
 The manifest names every blob by digest and size, so the digest covers all content. It does not hold the name,
-the version number, the time of publishing, aliases or status: the same content and metadata then have the
-same digest wherever and whenever they are published, which is what makes publishing idempotent. Those live in
-the database.
+the version number, the time of publishing, aliases or status, which are in the database: the same content and
+metadata have the same digest wherever and whenever they are published, which makes publishing idempotent.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ from scumble_registry.references import parse_digest
 
 _MAX_BYTES = 8 << 20
 _SAID_OR_ABSENT = frozenset({"training", "leftover"})
-"""Fields that are younger than the first manifests: left out where they are empty, so that older digests stay."""
+"""Fields that the first manifests did not have: left out where they are empty, so that older digests do not change."""
 
 
 class Defaults(BaseModel):
-    """What a request gets that leaves a field out. Only bases have them."""
+    """A base's values for the fields that a request leaves out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,7 +51,7 @@ class Defaults(BaseModel):
 
 
 class Sampling(BaseModel):
-    """How an adapter was made to be sampled (one that makes few steps do, say). What is None, it leaves open."""
+    """How an adapter is meant to be sampled (a few-step LoRA, say). None leaves a field to the request and the base."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,25 +65,25 @@ class Sampling(BaseModel):
     @model_validator(mode="after")
     def _options_have_their_scheduler(self) -> Sampling:
         if not self.model_dump():
-            raise ValueError("it says nothing; leave it out")
+            raise ValueError("it has no field set; leave it out")
         if self.scheduler is None and self.model_dump(include={"timestep_spacing", "rescale_betas", "eta"}):
             raise ValueError("timestep_spacing, rescale_betas and eta belong to a scheduler; name it")
         return self
 
     @model_serializer(mode="wrap")
     def _what_is_said(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is left open, so that a field more changes no digest."""
+        """Serialise only the fields that are set, so that a new field changes no older digest."""
         return {name: value for name, value in serialise(self).items() if value is not None}
 
     @classmethod
     def parse(cls, data: Any) -> Sampling:
-        """Raises InvalidRequest naming the field."""
+        """Validate `data`. Raises InvalidRequest naming the field."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            places = [".".join(["sampling", *map(str, item["loc"])]) for item in error.errors()]
-            text = "; ".join(f"{place}: {item['msg']}" for place, item in zip(places, error.errors(), strict=True))
-            raise InvalidRequest(text, field=places[0]) from error
+            paths = [".".join(["sampling", *map(str, item["loc"])]) for item in error.errors()]
+            text = "; ".join(f"{path}: {item['msg']}" for path, item in zip(paths, error.errors(), strict=True))
+            raise InvalidRequest(text, field=paths[0]) from error
 
 
 class Manifest(BaseModel):
@@ -96,27 +95,27 @@ class Manifest(BaseModel):
     record: Blob | None = None
     """The normalised form that the server reads; bases have none."""
     compatibility: StoredCompatibility
-    """Derived from the files, never taken from the publisher's word."""
+    """Derived from the files, never taken from what the publisher states."""
     defaults: Defaults | None = None
     sampling: Sampling | None = None
-    """What a request gets that leaves a field out and draws with this adapter; before the base's defaults."""
+    """Values for the fields that a request with this adapter leaves out; they precede the base's defaults."""
     base: str | None = None
     """Digest of the base that an adapter was published for and checked against."""
     image_encoder: str | None = None
-    """Digest of the image encoder that an IP-Adapter was published with and checked against; None: it is in the
-    entry's own files, or the base's own is meant."""
+    """Digest of the image encoder that an IP-Adapter was published with and checked against; None: it is among the
+    adapter's own files, or the base's is used."""
     dialect: str | None = Field(default=None, max_length=100)
-    """Whose layout the published files had, in a word or two, for people; None: that of the kind's own authors."""
+    """The tool whose layout the published files had, in a word or two, for people; None: the kind's own authors'."""
     training: dict[str, JsonValue] = Field(default_factory=dict)
-    """What the files themselves say of their training: a bounded part, believed by nobody (`training_metadata.py`)."""
+    """The files' own statements on their training, bounded and unchecked (`formats/training_metadata.py`)."""
     leftover: tuple[str, ...] = ()
-    """Keys of the files that nobody understood and that the record leaves out, because the publisher allowed it."""
+    """Unknown keys of the files that the record leaves out, because the publisher allowed it."""
     trigger_words: tuple[str, ...] = ()
     license: str | None = None
     description: str = ""
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
-    """By convention: trainer, config, data_digest, seed, parent, libraries, time, peak_memory; of what was imported,
-    source (`sources/`)."""
+    """By convention: trainer, config, data_digest, seed, parent, libraries, time, peak_memory; for imports, source
+    (`sources/`)."""
     metrics: dict[str, JsonValue] = Field(default_factory=dict)
     sample_grid: Blob | None = None
 
@@ -134,14 +133,14 @@ class Manifest(BaseModel):
         return self.compatibility.kind
 
     def as_base(self, name: str = "this") -> BaseCompatibility:
-        """Return its compatibility as a base's. Raises Refused for what is none, calling it `name`."""
+        """Return the compatibility of a base. Raises Refused for another kind, calling the version `name`."""
         if not isinstance(self.compatibility, BaseCompatibility):
             raise Refused(f"{name} is a {self.kind}, not a base; name a base", ref=name)
         return self.compatibility
 
     @property
     def blobs(self) -> dict[str, Blob]:
-        """Every blob that this version needs, under the words that an error message uses for it."""
+        """Every blob that this version needs, by the name that error messages use for it."""
         extra = {"(record)": self.record, "(sample grid)": self.sample_grid}
         return self.files | {word: blob for word, blob in extra.items() if blob is not None}
 
@@ -155,12 +154,12 @@ class Manifest(BaseModel):
         return digest_of(self.canonical())
 
     def fits(self, base: Manifest) -> None:
-        """Raises Incompatible, naming the first target that does not match, or Refused if `base` is no base."""
+        """Check the fit. Raises Incompatible, naming the first target that differs, or Refused if `base` is no base."""
         self.compatibility.fits(base.as_base())
 
     @classmethod
     def parse(cls, text: bytes, digest: str) -> Manifest:
-        """A stored manifest. Raises IntegrityError if the bytes are not those of `digest`."""
+        """Parse a stored manifest. Raises IntegrityError if its sha256 is not `digest`, Refused for a newer schema."""
         if digest_of(text) != parse_digest(digest):
             raise IntegrityError(
                 f"the manifest of {digest} has been altered (it hashes to {digest_of(text)}); restore a backup",
@@ -173,7 +172,7 @@ class Manifest(BaseModel):
 
 
 def canonical_json(data: Any) -> bytes:
-    """Raises InvalidRequest for what JSON cannot say: NaN, infinities, lone surrogates, other Python objects."""
+    """Return canonical JSON. Raises InvalidRequest for values without JSON form (NaN, infinities, lone surrogates)."""
     try:
         text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         encoded = text.encode()

@@ -1,4 +1,4 @@
-"""From files on disk to a manifest whose blobs are all stored. Nothing is visible until the catalogue has it."""
+"""Turn files on disk into a manifest whose blobs are all stored. A version is visible once the catalogue has it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from scumble_registry.store.blobs import BlobStore
 
 _MAX_WORDS, _MAX_WORD, _MAX_TEXT = 100, 200, 20_000
 _OWN = ("diffusers", "h94", "scumble")
-"""Layouts of those who made the kinds, which our trainers write too: a manifest says no dialect for them, as none did
-before there were others, so that what was published then is the same version when it is published again."""
+"""Layouts of the kinds' own authors, which our trainers write too. A manifest names no dialect for them, so that files
+published before manifests had dialects are the same version when they are published again."""
 _PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
 
 @dataclass(frozen=True, slots=True)
 class PublisherMetadata:
-    """What a publisher says beside the files."""
+    """What a publisher states beside the files."""
 
     license: str | None = None
     description: str = ""
@@ -44,7 +44,7 @@ class PublisherMetadata:
 
 @dataclass(frozen=True, slots=True)
 class PublishedFor:
-    """The base that something is published for; `folder` has its files, filled when asked for."""
+    """The base that an adapter is published for; `folder` materialises its files and returns their folder."""
 
     manifest: Manifest
     folder: Callable[[], Path]
@@ -52,23 +52,23 @@ class PublishedFor:
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """What a publisher lets through that is refused otherwise, and says of files that do not say it."""
+    """Limits that a publisher lifts, and hints for what the files do not state."""
 
     leftover: bool = False
-    """Keys that nobody understands are left out and named."""
+    """Unknown keys are left out and named in the manifest instead of refused."""
     max_bytes: int | None = None
-    """How large the files may be; None: what is sound for their kind."""
+    """The most bytes that the files may have; None: the limit of their kind."""
     hints: Hints = field(default_factory=Hints)
 
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """What would be published: read and checked, nothing stored."""
+    """Files that are read and checked, but not stored."""
 
     source: Source
     draft: Draft
     training: dict[str, Any]
-    """What the files say of their training, see `training_metadata.read`."""
+    """The files' own statements on their training, see `training_metadata.read`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Stored:
 def examine(
     path: Path, published_for: PublishedFor | None, words: Iterable[str], read_options: ReadOptions, work: Path
 ) -> Iterator[Examined]:
-    """Read the files as publishing does; `work` is an empty folder for what a format makes of them.
+    """Read and check the files as publishing does; `work` is an empty folder for converted files.
 
     Raises NotFound, Refused, Incompatible, InvalidRequest, Unavailable.
     """
@@ -112,7 +112,7 @@ def store(
     encoder: Manifest | None = None,
     read_options: ReadOptions = ReadOptions(),
 ) -> Stored:
-    """Check the files, derive what is derived, put every blob. `work` is an empty folder.
+    """Check the files, derive the manifest and put every blob. `work` is an empty folder.
 
     Raises NotFound, Refused, Incompatible, InvalidRequest before anything is stored, Unavailable at any time.
     """
@@ -142,7 +142,7 @@ def store(
 
 
 def _put_all(examined: Examined, blobs: BlobStore) -> tuple[dict[str, Blob], Blob | None, list[FileHash]]:
-    """Files and record, and the hashes of the tensors: side by side, for each is mostly hashing."""
+    """Put files and record and hash the tensors, in parallel, as each is mostly hashing."""
     opened = examined.draft.open_record()
     with ThreadPoolExecutor() as pool:
         files = {name: pool.submit(put_file, file, blobs) for name, file in examined.draft.files.items()}
@@ -174,7 +174,7 @@ def _check_sampling(details: PublisherMetadata, draft: Draft) -> None:
     if details.sampling is not None and not format_of(draft.compatibility.kind).has_sampling:
         raise InvalidRequest(
             f"a {draft.compatibility.kind} has no sampling of its own: leave --sampling out; "
-            "what a base gives to requests stands in its scumble.json",
+            "a base's defaults for requests are in its scumble.json",
             field="sampling",
         )
 
@@ -187,7 +187,7 @@ def _metadata(details: PublisherMetadata, draft: Draft) -> dict[str, Any]:
             field="trigger_words",
         )
     if len(details.description) > _MAX_TEXT or len(details.license or "") > _MAX_WORD:
-        raise InvalidRequest(f"a description has at most {_MAX_TEXT} characters, a licence {_MAX_WORD}")
+        raise InvalidRequest(f"a description has at most {_MAX_TEXT} characters, a license {_MAX_WORD}")
     return {
         "trigger_words": words,
         "license": details.license,
@@ -204,7 +204,7 @@ def put_file(file: Path, blobs: BlobStore) -> Blob:
 
 def _put_picture(file: Path, blobs: BlobStore) -> Blob:
     if not file.is_file():
-        raise NotFound(f"there is no sample grid {file}")
+        raise NotFound(f"there is no sample grid {file}; check the path")
     with file.open("rb") as source:
         if not source.read(4).startswith(_PICTURES):
             raise InvalidRequest(f"{file} is not a PNG, JPEG or WebP picture", field="sample_grid")

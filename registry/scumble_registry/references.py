@@ -2,7 +2,7 @@
 
     ns/name             the highest approved version
     ns/name@7           version 7: never moves
-    ns/name@prod        an alias: moves when somebody moves it
+    ns/name@prod        an alias: changes by `scumble registry alias`
     ns/name@sha256:…    by digest, all 64 digits: never moves
 
 Law: `parse(str(reference)) == reference`, and every string has at most one reading, because an alias is never
@@ -40,7 +40,7 @@ class Reference:
 
 
 def parse(text: str) -> Reference:
-    """`text` as a Reference. Raises InvalidRequest that says which part is wrong and what would be right."""
+    """Parse `text`. Raises InvalidRequest that names the wrong part and the right form."""
     name, at, selector = text.partition("@")
     parse_name(name)
     if not at:
@@ -53,7 +53,7 @@ def parse(text: str) -> Reference:
 
 
 def parse_name(text: str) -> str:
-    """`ns/name`, checked. Raises InvalidRequest."""
+    """Check `ns/name` and return it. Raises InvalidRequest."""
     parts = text.split("/")
     if len(parts) != 2:
         raise InvalidRequest(f"{text!r} is not a name: write ns/name, e.g. styles/ink", field="name")
@@ -70,7 +70,7 @@ def parse_version(text: str) -> int:
 
 
 def parse_alias(text: str) -> str:
-    """An alias: the characters of a name, not digits only, so that it is never taken for a version."""
+    """Check an alias and return it: a name's characters, but not digits only, which would be a version."""
     if _DIGITS.fullmatch(text):
         raise InvalidRequest(f"alias {text!r} is digits only and would read as a version", field="alias")
     if not _PART.fullmatch(text):

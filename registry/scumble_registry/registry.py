@@ -52,14 +52,15 @@ class Collected:
 
     blobs: int
     cached: int | None
-    """Entries of the cache; None: somebody else has the registry open, so it was left alone."""
+    """Number of cache entries; None: another process has the registry open, so the cache was not cleaned."""
     unfinished: int
     bytes: int
 
 
 class Registry:
-    """Any thread may use it, and any number of processes may have the same one open. `close` (or `with`) ends
-    it.
+    """Owns the database connection, the blob store, the cache and a lease on them.
+
+    Any thread may use it, and any number of processes may have the same registry open. `close` (or `with`) ends it.
     """
 
     def __init__(self, lease: Lease, database: Database, blobs: BlobStore, cache: Cache, scratch: Path) -> None:
@@ -71,7 +72,7 @@ class Registry:
 
     @classmethod
     def open(cls, home: Path, *, create: bool = False) -> Self:
-        """The registry under `home` (SCUMBLE_HOME). Raises NotFound if there is none and `create` is not set."""
+        """Open the registry under `home` (SCUMBLE_HOME). Raises NotFound if there is none and `create` is not set."""
         layout = HomePaths(Path(home))
         if not layout.database.is_file():
             if not create:
@@ -108,12 +109,11 @@ class Registry:
         max_bytes: int | None = None,
         hints: Hints | None = None,
     ) -> Version:
-        """Publish a file or folder as the next version of `name`, or find it if this very content is there.
+        """Publish a file or folder as the next version of `name`, or return the version that has the same content.
 
-        `image_encoder` names the one that an IP-Adapter reads pictures with, unless it brings its own; `sampling` says
-        what an adapter was made to be sampled with. `allow_leftover` leaves keys out that nobody understands, and names
-        them in the manifest; `max_bytes` bounds the files instead of what is sound for their kind; `hints` is what
-        files may not say themselves (its `like` is made by `folder_of`).
+        `image_encoder` is the encoder of an IP-Adapter that has none among its files; `sampling` is how an adapter is
+        meant to be sampled. `allow_leftover` leaves unknown keys out and names them in the manifest; `max_bytes`
+        replaces the size limit of the kind; `hints` is what the files may not state (make its `like` by `folder_of`).
 
         Atomic: whatever happens, the version is there whole or not at all. Raises InvalidRequest, NotFound,
         Refused, Incompatible (with `base` or `image_encoder`), Unavailable.
@@ -140,7 +140,7 @@ class Registry:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A new folder on the registry's own disk, which may be large; gone afterwards. Raises Unavailable."""
+        """Make a temporary folder on the registry's own disk for large files. Raises Unavailable."""
         with explain_os_errors(self._scratch):
             self._scratch.mkdir(parents=True, exist_ok=True)
             work = tempfile.TemporaryDirectory(prefix="work-", dir=self._scratch)
@@ -148,9 +148,9 @@ class Registry:
             yield Path(folder)
 
     def folder_of(self, like: str | Path | None) -> Callable[[], Path] | None:
-        """PublishedFor `Hints.like`: a folder in the diffusers layout, or a base by its reference.
+        """Return what `Hints.like` takes: a function that returns a folder in the diffusers layout, or a base's files.
 
-        Raises NotFound, Refused for what is neither.
+        `like` is such a folder or a base's reference. Raises NotFound, and Refused for another folder or kind.
         """
         if like is None:
             return None
@@ -163,18 +163,18 @@ class Registry:
         return lambda: self.materialise(version)
 
     def published_for(self, base: str) -> PublishedFor:
-        """What publishing for `base` needs of it. Raises NotFound, and Refused for what is no base."""
+        """Return the base for publishing. Raises NotFound, and Refused for another kind."""
         version = self.base(base)
         return PublishedFor(version.manifest, lambda: self.materialise(version))
 
     def find(self, ref: str) -> Version:
-        """The version that `ref` names, whatever its status. Raises InvalidRequest, NotFound."""
+        """Return the version that `ref` names, whatever its status. Raises InvalidRequest, NotFound."""
         parsed = parse(ref)
         with self._database.reading() as connection:
             return catalogue.find(connection, parsed)
 
     def resolve(self, ref: str) -> Version:
-        """The version to use. Raises InvalidRequest, NotFound, and Refused when it is quarantined.
+        """Return the version to use. Raises InvalidRequest, NotFound, and Refused when it is quarantined.
 
         A deprecated or staged version resolves; `Version.notice` says so.
         """
@@ -184,13 +184,13 @@ class Registry:
         return version
 
     def base(self, ref: str) -> Version:
-        """The base to use. Raises what `resolve` raises, and Refused for what is no base."""
+        """Return the base to use. Raises what `resolve` raises, and Refused for another kind."""
         version = self.resolve(ref)
         version.manifest.as_base(version.ref)
         return version
 
     def resolve_digest(self, digest: str) -> Version:
-        """A version with this digest, whatever it is called. Raises NotFound, and Refused when all are quarantined."""
+        """Return a version with this digest, under any name. Raises NotFound, and Refused when all are quarantined."""
         with self._database.reading() as connection:
             versions = catalogue.find_digest(connection, parse_digest(digest))
         usable = [version for version in versions if version.status is not Status.QUARANTINED]
@@ -201,38 +201,38 @@ class Registry:
         return usable[0]
 
     def find_hash(self, prefix: str) -> tuple[Match, ...]:
-        """All versions known by a hash that begins with these 8 to 64 digits (see `hashes.py`), whatever their status.
+        """Return all versions, of any status, with a hash that begins with these 8 to 64 digits (see `hashes.py`).
 
-        Versions older than these hashes are hashed when nothing else is found. Raises InvalidRequest, NotFound.
+        Versions that have no hashes yet are hashed when no other version matches. Raises InvalidRequest, NotFound.
         """
         digits = parse_prefix(prefix)
         if matches := self._matches(digits):
             return matches
         self.hash_older()
-        if matches := self._matches(digits):  # also where another process has hashed them meanwhile
+        if matches := self._matches(digits):  # or another process has hashed them meanwhile
             return matches
-        raise NotFound(f"no version here is known by the hash {digits}", hash=digits)
+        raise NotFound(f"no version here has the hash {digits}; `scumble registry ls` lists the versions", hash=digits)
 
     def hashes(self, version: Version) -> tuple[FileHash, ...]:
-        """All that a version is known by, sorted."""
+        """Return all hashes of a version, sorted."""
         with self._database.reading() as connection:
             return catalogue.hashes(connection, version)
 
     def matches(self, hashes: Iterable[FileHash]) -> tuple[Match, ...]:
-        """The versions that hold these very files, tensors or record."""
+        """Return the versions that have the same files, tensors or record."""
         with self._database.reading() as connection:
             per_hash = [catalogue.find_hash(connection, hash_.hex, [hash_.kind]) for hash_ in sorted(hashes)]
         return tuple(match for matches in per_hash for match in matches if match.kind is not None)
 
     def hash_older(self) -> int:
-        """Hash what was published before hashes were kept, and say how many versions that were."""
+        """Hash the versions that have no hashes yet, and return how many."""
         with self._database.reading() as connection:
             older = catalogue.not_hashed(connection)
         done = 0
         for version in older:
             try:
                 hashes = self._hashes_of_stored(version)
-            except (IntegrityError, NotFound) as error:  # `verify` lists such; the others can still be hashes
+            except (IntegrityError, NotFound) as error:  # `verify` lists these; the others can still be hashed
                 log.warning("%s cannot be hashed: %s", version.ref, error)
                 continue
             with self._database.writing() as connection:
@@ -245,7 +245,7 @@ class Registry:
             return catalogue.names(connection)
 
     def versions(self, name: str) -> tuple[Version, ...]:
-        """Oldest first. Raises NotFound."""
+        """Return all versions of a name, oldest first. Raises NotFound."""
         parse_name(name)
         with self._database.reading() as connection:
             return catalogue.versions(connection, name)
@@ -268,16 +268,16 @@ class Registry:
         """Approve, deprecate, quarantine or stage. The version must be named: a bare `ns/name` is refused."""
         parsed = parse(ref)
         if ref == parsed.name:
-            raise InvalidRequest(f"say which version of {ref}: {ref}@N", field="ref")
+            raise InvalidRequest(f"name one version of {ref}: {ref}@N", field="ref")
         if status not in set(Status):
             raise InvalidRequest(f"{status!r} is no status; there are {', '.join(Status)}", field="status")
         with self._database.writing() as connection:
             return catalogue.set_status(connection, catalogue.find(connection, parsed), Status(status))
 
     def materialise(self, version: Version) -> Path:
-        """A read-only folder with the files as published, under `cache/`, hashed at every call.
+        """Return a read-only folder under `cache/` with the files as published, hashed at every call.
 
-        Of a checkpoint, that needs its base. Raises IntegrityError, NotFound, Unavailable.
+        A checkpoint needs its base. Raises IntegrityError, NotFound, Unavailable.
         """
         stored = self.stored(version)
         difference = format_of(version.manifest.kind).difference
@@ -291,17 +291,17 @@ class Registry:
         )
 
     def stored(self, version: Version) -> Path:
-        """A read-only folder with what is kept of a version: its files, or a checkpoint's differences to its base."""
+        """Return a read-only folder with a version's stored files: for a checkpoint, its differences to its base."""
         return self._cache.folder(version.manifest, version.digest)
 
     def base_of(self, version: Version) -> Version:
-        """The base that a version was published for. Raises NotFound, Refused (quarantined, or it names none)."""
+        """Return the base that a version was published for. Raises NotFound, Refused (quarantined, or no base)."""
         if version.manifest.base is None:
             raise Refused(f"{version.ref} was published for no base; publish it again with --base REF", ref=version.ref)
         return self.resolve_digest(version.manifest.base)
 
     def record_path(self, version: Version) -> Path:
-        """The normalised record as a file, hashed at every call. Raises IntegrityError, Refused for a kind without."""
+        """Return the record's path, hashed at every call. Raises IntegrityError, Refused for a kind without record."""
         record = version.manifest.record
         if record is None:
             raise Refused(f"{version.ref} is a {version.manifest.kind}, which has no record; use its files")
@@ -312,16 +312,14 @@ class Registry:
         return self._cache.blob(grid, f"the sample grid of {version.ref}") if grid else None
 
     def pull(self, ref: str, target: Path) -> Version:
-        """Write the files of `ref` into `target` (new or empty), all or none. Raises Refused if something is
-        there.
-        """
+        """Write the files of `ref` into `target` (new or empty), all or none. Raises Refused if it is not empty."""
         version = self.resolve(ref)
         with new_folder(target) as work:
             self.copy(version, work)
         return version
 
     def copy(self, version: Version, folder: Path) -> None:
-        """The files as they were published, as the caller's own, into an empty folder. Raises IntegrityError."""
+        """Write the files as published, as copies of the caller's own, into an empty folder. Raises IntegrityError."""
         difference = format_of(version.manifest.kind).difference
         if difference is None:
             self._cache.copy(version.manifest, folder)
@@ -336,30 +334,30 @@ class Registry:
         files: Mapping[str, Path],
         provenance: Mapping[str, Any] | None = None,
     ) -> Artifact:
-        """Store what was made of a version; what has the same key goes. Raises InvalidRequest, Unavailable.
+        """Store files built from a version; an artifact with the same key is replaced.
 
-        Atomic, as `publish` is.
+        Atomic, as `publish` is. Raises InvalidRequest, Unavailable.
         """
-        plain_key, about = (json.loads(canonical_json(dict(data))) for data in (key, provenance or {}))
+        key_json, provenance_json = (json.loads(canonical_json(dict(data))) for data in (key, provenance or {}))
         stored = {name: publishing.put_file(path, self._blobs) for name, path in files.items()}
-        manifest = ArtifactManifest(kind=kind, of=of.digest, key=plain_key, files=stored, provenance=about)
+        manifest = ArtifactManifest(kind=kind, of=of.digest, key=key_json, files=stored, provenance=provenance_json)
         with self._database.writing() as connection:
             self._check_there(manifest.files.values())
             return artifacts.put(connection, manifest)
 
     def artifacts(self, kind: str | None = None, of: Version | None = None) -> tuple[Artifact, ...]:
-        """Newest first; of one kind or version, if they are given. Raises IntegrityError."""
+        """Return artifacts, newest first; of one kind or version, if they are given. Raises IntegrityError."""
         with self._database.reading() as connection:
             return artifacts.listed(connection, kind, of.digest if of is not None else None)
 
     def artifact_folder(self, artifact: Artifact) -> Path:
-        """A folder with its files, read-only, hashed at every call. Raises IntegrityError, NotFound, Unavailable."""
+        """Return a read-only folder of files, hashed at every call. Raises IntegrityError, NotFound, Unavailable."""
         return self._cache.folder(artifact.manifest, artifact.digest)
 
     def verify(self, ref: str | None = None) -> Verified:
-        """Hash every blob of one version, or of all and of all artifacts.
+        """Hash every blob of one version, or of all versions and artifacts.
 
-        Raises IntegrityError that lists all that is damaged.
+        Raises IntegrityError that lists every damaged blob.
         """
         chosen = [self.find(ref)] if ref else [v for name in self.names() for v in self.versions(name)]
         uses: dict[Blob, str] = {}
@@ -376,17 +374,17 @@ class Registry:
         return Verified(len(chosen), len(uses), sum(blob.size for blob in uses))
 
     def check(self) -> Checked:
-        """Does what the registry says fit together? Hashes nothing; see `checking.py`. Raises Unavailable."""
+        """Check that database, manifests and blobs agree, without hashing; see `checking.py`. Raises Unavailable."""
         with self._database.reading() as connection:
             return check_all(connection, self._blobs)
 
     def collect(self, *, grace: float = 24 * 3600.0, dry_run: bool = False) -> Collected:
-        """Remove what nothing needs and nothing touched for `grace` seconds (`dry_run`: only count it).
+        """Remove unneeded files that were not touched for `grace` seconds (`dry_run`: only count them).
 
-        Blobs of no version and no artifact, which publishers that died or were refused left, and artifacts that others
-        took the place of; the cache's entries and unfinished work, while nobody else has the registry open. Safe beside
-        all who opened the registry for themselves: a publisher whose blobs went, because it took longer than `grace`,
-        fails and may try again. Raises IntegrityError, removing nothing, where a manifest cannot be read; Unavailable.
+        These are blobs of no version and no artifact (left by failed publishers and replaced artifacts) and, while no
+        other process has the registry open, cache entries and unfinished work. Safe beside other users of the
+        registry: a publisher that took longer than `grace` and lost its blobs fails and may try again. Raises
+        IntegrityError, removing nothing, where a manifest cannot be read; Unavailable.
         """
         before = time.time() - grace
         with explain_os_errors(self._scratch), self._database.writing() as connection:
@@ -428,7 +426,7 @@ class Registry:
             return catalogue.find_hash(connection, digits)
 
     def _hashes_of_stored(self, version: Version) -> list[FileHash]:
-        """What the files tell that the manifest does not: the data's hash, and what a checkpoint's files once were."""
+        """Return the hashes that need the stored files: of a file's data, and of a checkpoint's files as published."""
         folder = self.stored(version)
         difference = format_of(version.manifest.kind).difference
         if difference is not None:
@@ -436,12 +434,12 @@ class Registry:
         return tensor_hashes(folder / name for name in version.manifest.files if name.endswith(".safetensors"))
 
     def _check_there(self, blobs: Iterable[Blob]) -> None:
-        """Inside the transaction that makes them needed: from there on `collect` leaves them alone."""
+        """Check that the blobs exist, in the transaction that adds them: afterwards `collect` does not remove them."""
         for blob in blobs:
             try:
                 self._blobs.open(blob).close()
             except NotFound as error:
-                raise Unavailable(f"{error.message} any more: it was collected meanwhile; publish again") from error
+                raise Unavailable(f"{error.message} any more: `gc` removed it meanwhile; publish again") from error
 
     def _damage(self, blob: Blob, use: str) -> str | None:
         try:

@@ -1,11 +1,11 @@
-"""Pictures from a Scumble server, with any mix of adapters per request.
+"""Generate images with a Scumble server, with any mix of adapters per request.
 
     import scumble
 
     with scumble.Client("127.0.0.1:8001") as client:
         client.images.generate("a red apple", adapters=["styles/ink:0.8"]).save("apple.png")
 
-Names are loaded when they are first used, so that a part which needs only the errors does not load gRPC.
+Modules are imported on first use, so that code which needs only the errors does not import gRPC.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ __all__ = [
     "Unavailable",
 ]
 
-_HOMES = {
+_MODULES = {
     "Client": "scumble.client",
     "Health": "scumble.client",
     "Images": "scumble.images",
@@ -76,4 +76,4 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "scumble.errors")), name)
+    return getattr(import_module(_MODULES.get(name, "scumble.errors")), name)

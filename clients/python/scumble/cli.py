@@ -1,4 +1,4 @@
-"""The `scumble` command. Packages register subcommands as entry points; only the one asked for is imported."""
+"""The `scumble` command. Packages register subcommands as entry points; only the one that runs is imported."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ INTERRUPTED = 130
 
 HELP = {
     "build": "Export a base's graphs for other runtimes.",
-    "demo": "Make pictures with different adapters in one batch, from nothing.",
-    "generate": "Make pictures.",
+    "demo": "Generate images with different adapters in one batch, with everything included.",
+    "generate": "Generate images.",
     "registry": "Publish, find and check adapters and bases.",
     "serve": "Start the server and keep it running.",
     "train": "Train an adapter and publish it.",
@@ -32,12 +32,12 @@ EXTRAS = {
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command and return its exit status; leave by SystemExit where the option parser does."""
+    """Run one command and return its exit status. The option parser may raise SystemExit."""
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
         build_app(command)(args=arguments, prog_name="scumble")
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
 
 def build_app(command: str | None) -> typer.Typer:
-    """Every command by name; of them only `command` loaded."""
+    """Make the app with every command by name, and only `command` imported."""
     app = typer.Typer(callback=_options, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         if entry.name == command:
@@ -70,7 +70,7 @@ def _add(app: typer.Typer, entry: EntryPoint) -> None:
 
 
 def _not_loaded() -> None:
-    """Stand in for a command that `--help` lists."""
+    """Do nothing: a placeholder for a command that `--help` lists."""
 
 
 def _options(
@@ -78,7 +78,7 @@ def _options(
         bool, typer.Option("--version", is_eager=True, callback=lambda value: _print_version(asked=value))
     ] = False,
 ) -> None:
-    """Pictures with any mix of adapters per request, from a registry that keeps every version."""
+    """Serve diffusion models with any mix of adapters per request, from a registry of versions."""
 
 
 def _print_version(*, asked: bool) -> None:
@@ -96,7 +96,7 @@ def _report(error: ScumbleError, *, as_json: bool) -> int:
 
 
 def _explain_missing(command: str | None, error: ModuleNotFoundError) -> Unavailable:
-    """What to install; a module of our own that is missing is a bug, and stays one."""
+    """Name the extra to install. Raises the error itself for a missing module of scumble, which is a bug."""
     entries = [entry for entry in entry_points(group=GROUP) if entry.name == command]
     extra = EXTRAS.get(entries[0].module.partition(".")[0]) if entries else None
     if extra is None or not error.name or error.name.startswith("scumble"):

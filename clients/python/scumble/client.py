@@ -1,4 +1,4 @@
-"""The typed client: requests in, pictures or progress out, over one gRPC connection.
+"""The typed client: requests in, images or progress out, over one gRPC connection.
 
 A `Client` may be shared by any number of threads; each request is a stream of its own.
 """
@@ -28,11 +28,11 @@ from scumble.wire import STREAM_MODEL, request_to_tensors, stats_query, tensors_
 DEFAULT_URL = "127.0.0.1:8001"
 MAX_RETRIES = 8
 MAX_RETRY_WAIT = 30.0
-"""Seconds; a server that asks for more is not believed."""
+"""The longest wait in seconds, whatever the server asks for."""
 
 
 class Fields(TypedDict, total=False):
-    """What a `Request` holds beside its prompt; what is left out is the base's default."""
+    """The fields of a `Request` beside its prompt; a missing field takes the base's default."""
 
     negative_prompt: str | None
     base: str | None
@@ -47,23 +47,23 @@ class Fields(TypedDict, total=False):
     """References with an optional weight (`"styles/ink:0.8"`), or Adapters."""
     options: Options | Mapping[str, Any]
     images: Mapping[str, bytes | str | os.PathLike[str] | Image.Image]
-    """Pictures by the names that adapters call them: encoded, a file, or opened with PIL."""
+    """Input images by the names that adapters and options use: encoded, a file, or a PIL image."""
     tensors: Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`live`: the server runs; `ready`: it also takes requests."""
+    """`live`: the server runs; `ready`: it accepts requests."""
 
     live: bool
     ready: bool
 
 
 class Client:
-    """Owns one connection; `close`, or the end of `with`, ends requests that still run with Cancelled.
+    """Owns one connection; `close`, or the end of `with`, ends running requests with Cancelled.
 
-    `url` is the gRPC address, by default `SCUMBLE_URL`, else `127.0.0.1:8001`; nothing is contacted until
-    the first call. `timeout` bounds each call, in seconds up to the last picture; None waits on.
+    `url` is the gRPC address, by default `SCUMBLE_URL`, else `127.0.0.1:8001`; the first call connects. `timeout` is
+    the limit of each call in seconds, up to the last image; None: no limit.
     """
 
     def __init__(self, url: str | None = None, *, timeout: float | None = 600.0) -> None:
@@ -73,14 +73,14 @@ class Client:
         self.images = ImagesApi(self._connection, timeout)
 
     def stats(self) -> Stats:
-        """The counters since the server started."""
+        """Return the server's counters since its start. Raises Unavailable."""
         answers = list(self._connection.stream(STREAM_MODEL, _new_id(), stats_query(), self.timeout))
         if not answers:
             raise Unavailable(f"the server at {self.url} ended the call without an answer", url=self.url)
         return tensors_to_stats(answers[-1])
 
     def health(self) -> Health:
-        """Raises Unavailable if nothing listens."""
+        """Return whether the server is live and ready. Raises Unavailable if no server answers."""
         live = self._connection.is_live(self.timeout)
         return Health(live=live, ready=live and self._connection.is_ready(STREAM_MODEL, self.timeout))
 
@@ -107,31 +107,31 @@ class ImagesApi:
         self._sleep = sleep
 
     def generate(self, prompt: str | Request, *, timeout: float | None = None, **fields: Unpack[Fields]) -> Images:
-        """Make pictures and wait for them. `prompt` may be a whole Request.
+        """Generate images and wait for them. `prompt` may be a whole Request.
 
-        Raises what the server refused, or Unavailable. QueueFull is raised after a few retries.
+        Raises the server's error, or Unavailable. QueueFull is raised after MAX_RETRIES retries.
         """
         return wait_for_images(self.stream(prompt, timeout=timeout, **fields))
 
     def stream(
         self, prompt: str | Request, *, timeout: float | None = None, **fields: Unpack[Fields]
     ) -> Generator[StreamEvent]:
-        """Queued, Step…, Preview… if asked for, and at last Done; raises as `generate`.
+        """Yield Queued, Step…, Preview… (with `preview_every`) and finally Done. Raises the errors of `generate`.
 
-        Closing the iterator takes the request back: its rows leave the batch at the next step.
+        Closing the iterator cancels the request: its rows leave the batch at the next step.
         """
         request = to_request(prompt, fields)
         return self._stream(request, self._timeout if timeout is None else timeout)
 
     def _stream(self, request: Request, timeout: float | None) -> Generator[StreamEvent]:
-        request_id = _new_id()  # kept over retries: one request, one id in the server's log
+        request_id = _new_id()  # the same in all retries: one request has one id in the server's log
         deadline = None if timeout is None else time.monotonic() + timeout
-        for wait_again in (*[True] * MAX_RETRIES, False):
+        for may_retry in (*[True] * MAX_RETRIES, False):
             try:
                 yield from self._attempt(request, request_id, _left(deadline))
-            except QueueFull as full:  # comes before any event, so nothing was done twice
+            except QueueFull as full:  # raised before any event, so nothing is done twice
                 wait = _wait_before_retry(full)
-                if not wait_again or (deadline is not None and time.monotonic() + wait >= deadline):
+                if not may_retry or (deadline is not None and time.monotonic() + wait >= deadline):
                     raise
                 self._sleep(wait)
             else:
@@ -158,7 +158,7 @@ class ImagesApi:
 
 
 def wait_for_images(events: Iterable[StreamEvent], show: Callable[[StreamEvent], None] | None = None) -> Images:
-    """Read a stream to its end and return what it drew; `show` sees each event. Raises what `events` raises."""
+    """Read a stream to its end and return the images; `show` is called with each event. Raises what `events` raises."""
     done = None
     for event in events:
         if show is not None:
@@ -166,18 +166,18 @@ def wait_for_images(events: Iterable[StreamEvent], show: Callable[[StreamEvent],
         if isinstance(event, Done):
             done = event
     if done is None:
-        raise Unavailable("the stream ended without pictures")
+        raise Unavailable("the stream ended without images; try again")
     return Images(done.images, done.receipt, done.maps, done.encoded)
 
 
 def to_request(prompt: str | Request, fields: Fields) -> Request:
-    """Raises InvalidRequest naming the field."""
+    """Make a Request. Raises InvalidRequest naming the field."""
     if isinstance(prompt, Request):
         if fields:
             raise TypeError(f"a whole Request takes no further fields, got {sorted(fields)}")
         return prompt
     adapters = [_adapter_fields(adapter) for adapter in fields.get("adapters", ())]
-    images = {name: encoded(picture) for name, picture in fields.get("images", {}).items()}
+    images = {name: encoded(image) for name, image in fields.get("images", {}).items()}
     return Request.parse({**fields, "prompt": prompt, "adapters": adapters, "images": images})
 
 
@@ -188,7 +188,7 @@ def _adapter_fields(adapter: str | Adapter | Mapping[str, Any]) -> Mapping[str, 
 
 
 def _wait_before_retry(full: QueueFull) -> float:
-    """At least what the server asked for; spread, so that those refused together do not return together."""
+    """Return the server's wait and up to a quarter more, so that clients refused together do not retry together."""
     asked = min(float(full.fields.get("retry_after", 1.0)), MAX_RETRY_WAIT)
     return asked * random.uniform(1.0, 1.25)  # noqa: S311
 

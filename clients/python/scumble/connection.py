@@ -17,14 +17,14 @@ from scumble.wire import MAX_MESSAGE_BYTES, Tensors
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.initial_reconnect_backoff_ms", 100),  # a restarted server is found again at once
+    ("grpc.initial_reconnect_backoff_ms", 100),  # reconnects to a restarted server soon
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 _ADDRESS_HINT = "give the gRPC address that `scumble serve` prints"
 
 
 class Connection:
-    """Owns the channel until `close`, which ends the calls still running with Cancelled."""
+    """Owns the channel until `close`, which ends running calls with Cancelled."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -39,7 +39,7 @@ class Connection:
     def stream(
         self, model: str, request_id: str, tensors: Tensors, timeout: float | None
     ) -> Generator[dict[str, NDArray[Any]]]:
-        """Every response to one request of a decoupled model, as it arrives.
+        """Yield every response to one request of a decoupled model, as it arrives.
 
         Closing the generator cancels the request on the server. Raises Unavailable or Cancelled.
         """
@@ -86,14 +86,17 @@ class Connection:
             case grpc.StatusCode.CANCELLED:
                 return Cancelled("the request was cancelled", url=self.url)
             case grpc.StatusCode.UNIMPLEMENTED:
-                text = f"what listens at {self.url} is no Triton server; {_ADDRESS_HINT}"
+                text = f"the server at {self.url} is not a Triton server; {_ADDRESS_HINT}"
             case code:
                 text = f"the call to {self.url} failed: {code.name}: {detail}"
         return Unavailable(text, url=self.url)
 
 
 def _parse_url(url: str) -> tuple[str, bool]:
-    """`host:port`, `grpc://host:port` or `grpcs://host:port` to target and whether to encrypt."""
+    """Return target and whether to encrypt, of `host:port`, `grpc://host:port` or `grpcs://host:port`.
+
+    Raises InvalidRequest.
+    """
     scheme, separator, rest = url.rpartition("://")
     host, colon, port = rest.rstrip("/").rpartition(":")
     if scheme not in ("", "grpc", "grpcs") or (separator and not scheme) or not (host and colon and port.isdigit()):

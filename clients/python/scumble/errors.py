@@ -1,16 +1,16 @@
-"""What can go wrong, as one tree. Each error has a stable code for programs and a message for people.
+"""The errors as one tree. Each has a stable code for programs and a message for people.
 
     ScumbleError
     ├── InvalidRequest   2  a field is missing, malformed or out of range      code invalid_request
     ├── NotFound         3  no such adapter, version, alias, base or file      code not_found
-    ├── Refused          4  it exists but may not be used so                   code refused
+    ├── Refused          4  it exists but may not be used in this way          code refused
     │   └── Incompatible 4  the adapter does not fit the base                  code incompatible
-    ├── IntegrityError   5  stored bytes are not what their digest says        code integrity
-    └── Unavailable      6  the server or something it needs is not there      code unavailable
+    ├── IntegrityError   5  stored bytes do not match their digest             code integrity
+    └── Unavailable      6  the server or something it needs is missing        code unavailable
         ├── QueueFull    6  try again after `retry_after` seconds              code queue_full
-        ├── Cancelled    6  the caller took the request back                   code cancelled
-        ├── DeadlineExceeded 6  it could not be done by its own deadline       code deadline_exceeded
-        └── OutOfMemory  6  not even this request alone fits the device        code out_of_memory
+        ├── Cancelled    6  the caller cancelled the request                   code cancelled
+        ├── DeadlineExceeded 6  it was not finished by its deadline            code deadline_exceeded
+        └── OutOfMemory  6  the request does not fit the device even alone     code out_of_memory
 
 The number is the exit status of the `scumble` command.
 """
@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 
 class ScumbleError(Exception):
-    """Base of all errors. `fields` carry what a program needs beside the message."""
+    """Base of all errors. `fields` are for programs, beside the message."""
 
     code: ClassVar[str] = "internal"
     exit_status: ClassVar[int] = 1
@@ -85,7 +85,7 @@ class DeadlineExceeded(Unavailable):
 
 
 class OutOfMemory(Unavailable):
-    """The device has no room left for it: a smaller picture, fewer images or adapters need less."""
+    """The device has too little memory for the request; a smaller size, fewer images or adapters need less."""
 
     code = "out_of_memory"
 
@@ -109,6 +109,6 @@ _BY_CODE: dict[str, type[ScumbleError]] = {
 
 
 def from_dict(data: dict[str, Any]) -> ScumbleError:
-    """The inverse of `ScumbleError.to_dict`; an unknown code becomes a plain ScumbleError."""
+    """Make an error from the result of `ScumbleError.to_dict`; an unknown code gives a plain ScumbleError."""
     kind = _BY_CODE.get(str(data.get("code")), ScumbleError)
     return kind(str(data.get("message", "")), **data.get("fields", {}))

@@ -1,4 +1,4 @@
-"""What a running request says while it runs. The server sends them; `images.stream` yields them."""
+"""The events of a running request. The server sends them; `images.stream` yields them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pixels: TypeAlias = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Accepted; `position` requests are ahead of it (0: next)."""
+    """The request is accepted; `position` requests are ahead of it (0: next)."""
 
     position: int
 
@@ -32,7 +32,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What the pictures will about be, one pixel for each latent, after `step` of `steps`."""
+    """Rough images after `step` of `steps`, one pixel for each latent."""
 
     step: int
     steps: int
@@ -41,10 +41,10 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The pictures, and the receipt: what was asked, bound, drawn and timed.
+    """The finished images, and the receipt.
 
-    `maps` are the control maps, `(k, H, W, 3)` in the receipt's order, if the request asked for them.
-    Where it asked for a format, `images` is empty and `encoded` holds a file for each, with its receipt inside.
+    `maps` are the control maps, `(k, H, W, 3)` in the receipt's order, if the request has `return_maps`. If it has a
+    `format`, `images` is empty and `encoded` has a file for each image, with its receipt inside.
     """
 
     images: Pixels
@@ -55,11 +55,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request ended without a picture; nobody else's was touched."""
+    """The request ended without images; other requests are not affected."""
 
     error: ScumbleError
 
 
 StreamEvent: TypeAlias = Queued | Step | Preview | Done
-"""What the client's streams yield; Failed is raised instead."""
+"""The events that the client's streams yield; Failed is raised as its error."""
 Event: TypeAlias = StreamEvent | Failed

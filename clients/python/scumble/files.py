@@ -1,6 +1,6 @@
-"""Files and folders that are there whole or not at all: written beside their place, then renamed.
+"""Write files and folders atomically: under another name in the same folder, then renamed.
 
-A reader meets the old content or the new one, never a part. `durable` also survives a loss of power once it returns.
+A reader sees the old content or the new, never a part. With `durable` the content also survives a loss of power.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _CHUNK = 1 << 18
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Put `content` at `path`, in an existing folder. Any threads and processes may write there at once."""
+    """Write `content` to `path`, in an existing folder. Several threads and processes may write it at once."""
     with whole_file(path) as partial:
         partial.write_bytes(content)
 
 
 @contextmanager
 def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Give a name beside `path` to write to; what is there at the end becomes `path`, unless something is raised."""
+    """Yield a name beside `path` to write to; it is renamed to `path` at the end, unless an error is raised."""
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         yield partial
@@ -46,10 +46,10 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(target: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Give an empty folder that takes the place of `target` at the end, unless something is raised.
+    """Yield an empty folder that replaces `target` at the end, unless an error is raised.
 
-    One writer at a time; what one left that was killed is removed. Between the old folder and the new one there is a
-    moment with neither.
+    One writer at a time; leftovers of a killed writer are removed. For a moment between the old folder and the new one
+    there is neither.
     """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -70,9 +70,9 @@ def replace_folder(target: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes `target` (new or empty) at the end, unless something is raised.
+    """Yield an empty folder that is renamed to `target` (new or empty) at the end, unless an error is raised.
 
-    Raises Refused where something is there, Unavailable.
+    Raises Refused if `target` is not empty, Unavailable.
     """
     target = Path(target).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -85,7 +85,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Make an empty folder in `parent` (made if missing), and remove afterwards what was not moved away."""
+    """Yield a new empty folder in `parent` (made if missing); remove it at the end if it was not moved."""
     parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
@@ -95,13 +95,13 @@ def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the folder's own entries on the disk; its files have to be there already."""
+    """Write the folder's entries to the disk; its files must have been synced before."""
     _sync(folder)
 
 
 @contextmanager
 def explain_os_errors(path: Path, doing: str = "write") -> Iterator[None]:
-    """No room, no permission, a file where a folder should be: Unavailable, naming the file, or else `path`."""
+    """Raise Unavailable for an OSError (disk full, no permission …), naming its file, or else `path`."""
     try:
         yield
     except OSError as error:
@@ -110,11 +110,11 @@ def explain_os_errors(path: Path, doing: str = "write") -> Iterator[None]:
 
 
 def reading(chunks: Iterable[bytes | memoryview]) -> BinaryIO:
-    """Make a file of pieces that are made one by one, to be read once from its beginning to its end."""
-    return io.BufferedReader(_Pieces(iter(chunks)), _CHUNK)
+    """Return a file that reads chunks as they are generated, once, from beginning to end."""
+    return io.BufferedReader(_ChunkReader(iter(chunks)), _CHUNK)
 
 
-class _Pieces(io.RawIOBase):
+class _ChunkReader(io.RawIOBase):
     def __init__(self, chunks: Iterator[bytes | memoryview]) -> None:
         self._chunks = chunks
         self._rest = memoryview(b"")

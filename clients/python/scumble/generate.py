@@ -1,4 +1,4 @@
-"""`scumble generate`: one request, written as PNG files that carry their receipt."""
+"""`scumble generate`: one request, written as image files with their receipt inside."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ from scumble.request import Adapter, Request, SchedulerName, parse_adapter
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to draw; may be empty.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; may be empty.")] = None,
     *,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Picture to write (.png, .webp, .jpg); several become NAME-0.png …")
+        Path, typer.Option("--out", "-o", help="File to write (.png, .webp, .jpg); several images become NAME-0.png …")
     ],
     base: Annotated[str | None, typer.Option(help="Base, e.g. ns/name@2.")] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="REF[:WEIGHT]; repeatable.")] = None,
     control: Annotated[list[str] | None, typer.Option(help="ControlNet: REF=IMAGE[:WEIGHT]; repeatable.")] = None,
     ip: Annotated[list[str] | None, typer.Option(help="IP-Adapter: REF=IMAGE[:WEIGHT]; repeatable.")] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="With --from-receipt: where its pictures are, files or folders.")
+        list[Path] | None, typer.Option(help="With --from-receipt: its input images, files or folders.")
     ] = None,
-    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Drawn and reported if not given.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random if not given; the receipt has it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less: none.")] = None,
     size: Annotated[str | None, typer.Option(help="WxH in pixels, e.g. 128x128.")] = None,
     scheduler: Annotated[str | None, typer.Option(help=f"One of {', '.join(get_args(SchedulerName))}.")] = None,
     timestep_spacing: Annotated[str | None, typer.Option(help="leading, trailing or linspace.")] = None,
     rescale_betas: Annotated[
-        bool | None, typer.Option("--rescale-betas/--no-rescale-betas", help="Begin without any signal.")
+        bool | None, typer.Option("--rescale-betas/--no-rescale-betas", help="Let the last timestep have no signal.")
     ] = None,
     eta: Annotated[float | None, typer.Option(help="Noise that ddim and tcd add in each step, 0 to 1.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Picture to begin with (img2img).")] = None,
+    init: Annotated[Path | None, typer.Option(help="Input image (img2img).")] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="With --init: what is white here is drawn anew, the rest kept.")
+        Path | None, typer.Option(help="With --init: only the white area of this image changes (inpainting).")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE of the request's options, e.g. strength=0.5; repeatable.")
+        list[str] | None, typer.Option(help="NAME=VALUE, an option of the request, e.g. strength=0.5; repeatable.")
     ] = None,
-    num_images: Annotated[int | None, typer.Option("-n", help="Pictures; seeds count up.")] = None,
+    num_images: Annotated[int | None, typer.Option("-n", help="Number of images; seeds count up.")] = None,
     receipt: Annotated[Path | None, typer.Option(help="Also write the receipt, as JSON.")] = None,
-    from_receipt: Annotated[Path | None, typer.Option(help="Draw again what this PNG or receipt says.")] = None,
+    from_receipt: Annotated[Path | None, typer.Option(help="Repeat the request in this image or receipt.")] = None,
     url: Annotated[str | None, typer.Option(help="gRPC address of a server. [SCUMBLE_URL]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print files and receipt as JSON.")] = False,
 ) -> None:
-    """Make pictures; without --url or SCUMBLE_URL a server is started for them and stopped again."""
+    """Generate images. Without --url or SCUMBLE_URL a server is started for the request and stopped afterwards."""
     named = {name: path for name, path in (("init", init), ("mask", mask)) if path is not None}
-    images, looking = parse_looking([*(control or ()), *(ip or ())])
+    images, image_adapters = parse_image_adapters([*(control or ()), *(ip or ())])
     images |= {name: encoded(path) for name, path in named.items()}
     options = {
         **parse_options(option or []),
@@ -73,7 +73,7 @@ def generate(
     given = _without_none(
         prompt=prompt,
         base=base,
-        adapters=[*(parse_adapter(text) for text in adapter or ()), *looking] or None,
+        adapters=[*(parse_adapter(text) for text in adapter or ()), *image_adapters] or None,
         images=images or None,
         negative_prompt=negative,
         seed=seed,
@@ -91,7 +91,7 @@ def generate(
 
 
 def notices(receipt: Receipt) -> list[str]:
-    """What the picture does not show although it was asked for."""
+    """Return a line for each adapter of the request that was dropped."""
     return [f"adapter {dropped.ref} was dropped: {dropped.reason}" for dropped in receipt.dropped]
 
 
@@ -100,7 +100,7 @@ def _without_none(**fields: Any) -> dict[str, Any]:
 
 
 def _check_folders(out: Path, receipt: Path | None) -> None:
-    """Before any work. Raises InvalidRequest or NotFound."""
+    """Check the output folders before any work. Raises InvalidRequest or NotFound."""
     check_path(out)
     if receipt and not receipt.parent.is_dir():
         raise NotFound(f"folder {receipt.parent} does not exist; make it first", path=str(receipt.parent))
@@ -123,19 +123,19 @@ def _request(given: dict[str, Any]) -> Request:
     return Request.parse(given)
 
 
-def _from_receipt(given: dict[str, Any], file: Path, places: list[Path]) -> Request:
+def _from_receipt(given: dict[str, Any], file: Path, paths: list[Path]) -> Request:
     if given:
         raise InvalidRequest(
-            f"--from-receipt draws the same again and takes no {', '.join(sorted(given))}", field="from_receipt"
+            f"--from-receipt repeats a request as it was: leave {', '.join(sorted(given))} out", field="from_receipt"
         )
     receipt = read_receipt(file)
-    return request_from_receipt(receipt, find_inputs(input_digests(receipt), [*places, file.parent]))
+    return request_from_receipt(receipt, find_inputs(input_digests(receipt), [*paths, file.parent]))
 
 
-def parse_looking(texts: list[str]) -> tuple[dict[str, bytes], list[Adapter]]:
-    """`REF=IMAGE[:WEIGHT]` of the command line: the pictures by their paths, and the adapters that look at them.
+def parse_image_adapters(texts: list[str]) -> tuple[dict[str, bytes], list[Adapter]]:
+    """Parse `REF=IMAGE[:WEIGHT]` of the command line into images by their paths, and the adapters that read them.
 
-    Raises InvalidRequest, or NotFound for a picture that cannot be read.
+    Raises InvalidRequest, or NotFound for an image that cannot be read.
     """
     images: dict[str, bytes] = {}
     adapters = []
@@ -143,7 +143,7 @@ def parse_looking(texts: list[str]) -> tuple[dict[str, bytes], list[Adapter]]:
         ref, equals, rest = text.partition("=")
         if not equals or not rest:
             raise InvalidRequest(
-                f"{text!r} names no picture; write REF=IMAGE or REF=IMAGE:WEIGHT", field="adapters.images"
+                f"{text!r} names no image; write REF=IMAGE or REF=IMAGE:WEIGHT", field="adapters.images"
             )
         path, weight = _split_weight(rest)
         images[path] = encoded(path)
@@ -152,7 +152,7 @@ def parse_looking(texts: list[str]) -> tuple[dict[str, bytes], list[Adapter]]:
 
 
 def parse_options(texts: list[str]) -> dict[str, Any]:
-    """`NAME=VALUE` of the command line, VALUE as JSON or as the text that it is.
+    """Parse `NAME=VALUE` of the command line; a VALUE that is not JSON is a string. Raises InvalidRequest.
 
     >>> parse_options(["strength=0.5", "format=webp"])
     {'strength': 0.5, 'format': 'webp'}
@@ -170,7 +170,7 @@ def parse_options(texts: list[str]) -> dict[str, Any]:
 
 
 def _split_weight(text: str) -> tuple[str, float]:
-    """A path may hold colons itself: only a number behind the last one is a weight."""
+    """Split IMAGE[:WEIGHT]. A path may have colons itself: only a number after the last one is a weight."""
     path, _, weight = text.rpartition(":")
     try:
         value = float(weight)
@@ -195,7 +195,7 @@ def _draw(request: Request, url: str | None, *, quiet: bool) -> Images:
 
 @contextmanager
 def _server(url: str | None, base: str | None, bar: ProgressBar) -> Iterator[str]:
-    """`url`, or a server of our own for the length of the `with`."""
+    """Yield `url`, or the address of a server that runs until the end of the `with`."""
     if url is not None:
         yield url
         return

@@ -1,4 +1,4 @@
-"""Finished pictures: pixels with the receipt that says how they were made, and files that keep both."""
+"""Finished images: pixels with their receipt, and files that contain both."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from scumble.request import Format
 PNG_RECEIPT = "scumble_receipt"
 """Keyword of the PNG text chunk (iTXt) that holds the receipt's JSON."""
 EXIF_RECEIPT = 0x010E
-"""The Exif tag (ImageDescription) that holds it in a JPEG or WebP."""
+"""The Exif tag (ImageDescription) that holds the receipt in a JPEG or WebP."""
 FORMATS: dict[str, Format] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
-"""By a file's ending."""
+"""Ending of a file → its format."""
 QUALITY = 90
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The result of one request; `maps` are the control maps, if it asked for them.
+    """The result of one request; `maps` are the control maps, if it has `return_maps`.
 
-    Where the request asked for a format, `images` is empty and `encoded` holds files of that format.
+    If the request has a `format`, `images` is empty and `encoded` has files of that format.
     """
 
     images: Pixels
@@ -47,38 +47,38 @@ class Images:
         return [Image.fromarray(pixels) for pixels in self.images]
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write `a.png`, or for several pictures `a-0.png`, `a-1.png` …; a file appears whole or not at all.
+        """Write `a.png`, or for several images `a-0.png`, `a-1.png` …, each atomically, and return the paths.
 
-        The ending says the format: .png, .webp, .jpg. A file's receipt gains `image`, its place in the request. What
-        the server encoded in this format is written as it came. Raises as `check_path`.
+        The ending is the format: .png, .webp, .jpg. A file's receipt has `image`, its index in the request. Files that
+        the server encoded in this format are written unchanged. Raises the errors of `check_path`.
         """
         paths = paths_for(Path(path), len(self))
         kind = FORMATS[Path(path).suffix.lower()]
-        as_it_came = self.encoded if kind == self.receipt.request.options.get("format") else ()
-        contents = as_it_came or (
-            encode(picture, kind, self.receipt.of_image(index)) for index, picture in enumerate(self.pil())
+        unchanged = self.encoded if kind == self.receipt.request.options.get("format") else ()
+        contents = unchanged or (
+            encode(image, kind, self.receipt.of_image(index)) for index, image in enumerate(self.pil())
         )
         for file, content in zip(paths, contents, strict=True):
             write_whole(file, content)
         return paths
 
 
-def encode(picture: Image.Image, kind: Format, receipt: Receipt, quality: int = QUALITY) -> bytes:
-    """A file that carries its receipt; `quality` means nothing to PNG.
+def encode(image: Image.Image, kind: Format, receipt: Receipt, quality: int = QUALITY) -> bytes:
+    """Encode an image with its receipt inside; `quality` (1–100) has no effect on PNG.
 
-    Raises InvalidRequest if the receipt is larger than what a JPEG holds (64 KB).
+    Raises InvalidRequest if the receipt does not fit (a JPEG holds 64 KB).
     """
     text = json.dumps(receipt.to_json(), separators=(",", ":"))
     buffer = BytesIO()
     if kind == "png":
         info = PngInfo()
         info.add_itxt(PNG_RECEIPT, text)
-        picture.save(buffer, "PNG", pnginfo=info)
+        image.save(buffer, "PNG", pnginfo=info)
         return buffer.getvalue()
     exif = Image.Exif()
     exif[EXIF_RECEIPT] = text
     try:
-        picture.save(buffer, kind.upper(), exif=exif, quality=quality)
+        image.save(buffer, kind.upper(), exif=exif, quality=quality)
     except ValueError as error:
         raise InvalidRequest(
             f"the receipt does not fit into a {kind} file ({error}); ask for png", field="options.format"
@@ -87,28 +87,28 @@ def encode(picture: Image.Image, kind: Format, receipt: Receipt, quality: int = 
 
 
 def receipt_text(path: Path) -> str:
-    """The receipt's JSON in a picture of ours, or "". Raises InvalidRequest for a damaged one."""
+    """Return the receipt's JSON in an image file, or "". Raises InvalidRequest for a damaged file."""
     try:
-        with Image.open(path, formats=("PNG", "WEBP", "JPEG")) as picture:
-            in_png = getattr(picture, "text", {}).get(PNG_RECEIPT)
-            return str(in_png or picture.getexif().get(EXIF_RECEIPT, ""))
+        with Image.open(path, formats=("PNG", "WEBP", "JPEG")) as image:
+            in_png = getattr(image, "text", {}).get(PNG_RECEIPT)
+            return str(in_png or image.getexif().get(EXIF_RECEIPT, ""))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InvalidRequest(f"{path} is a damaged picture: {error}", field="from_receipt") from error
+        raise InvalidRequest(f"{path} is a damaged image file: {error}", field="from_receipt") from error
 
 
-def encoded(picture: bytes | str | os.PathLike[str] | Image.Image) -> bytes:
-    """A picture for a request: as it is, a file's content, or a PNG of what PIL opened. Raises NotFound."""
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, Image.Image):
+def encoded(image: bytes | str | os.PathLike[str] | Image.Image) -> bytes:
+    """Return an input image as bytes: as given, a file's content, or a PIL image as PNG. Raises NotFound."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
         buffer = BytesIO()
-        picture.save(buffer, "PNG")
+        image.save(buffer, "PNG")
         return buffer.getvalue()
-    path = Path(picture)
+    path = Path(image)
     try:
         return path.read_bytes()
     except OSError as error:
-        raise NotFound(f"picture {path} cannot be read: {error.strerror}", path=str(path)) from error
+        raise NotFound(f"image {path} cannot be read: {error.strerror}; check the path", path=str(path)) from error
 
 
 def paths_for(path: Path, count: int) -> list[Path]:
@@ -119,8 +119,10 @@ def paths_for(path: Path, count: int) -> list[Path]:
 
 
 def check_path(path: Path) -> None:
-    """Call before any work. Raises InvalidRequest for an unknown ending, NotFound if its folder is missing."""
+    """Check a path before any work. Raises InvalidRequest for an unknown ending, NotFound if its folder is missing."""
     if path.suffix.lower() not in FORMATS:
-        raise InvalidRequest(f"{path}: pictures are written as {', '.join(FORMATS)}; name such a file", field="out")
+        raise InvalidRequest(
+            f"{path}: images are written as {', '.join(FORMATS)}; choose one of these endings", field="out"
+        )
     if not path.parent.is_dir():
         raise NotFound(f"folder {path.parent} does not exist; make it first", path=str(path.parent))

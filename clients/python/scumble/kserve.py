@@ -1,4 +1,4 @@
-"""Named arrays to and from the messages of Triton's gRPC protocol (KServe v2), contents raw."""
+"""Convert named arrays to and from messages of Triton's gRPC protocol (KServe v2), with raw contents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATATYPES: dict[np.dtype[Any], Datatype] = {np.dtype(kind): datatype for datatyp
 
 
 def infer_request(model: str, request_id: str, tensors: Tensors) -> Any:
-    """A `ModelInferRequest`."""
+    """Make a `ModelInferRequest`."""
     message = service_pb2.ModelInferRequest(model_name=model, id=request_id)
     for name, tensor in tensors.items():
         message.inputs.add(name=name, datatype=DATATYPES[tensor.dtype], shape=tensor.shape)
@@ -24,7 +24,7 @@ def infer_request(model: str, request_id: str, tensors: Tensors) -> Any:
 
 
 def response_tensors(message: Any) -> dict[str, NDArray[Any]]:
-    """Arrays that the caller owns. Raises ValueError if contents and shapes disagree."""
+    """Return arrays that the caller owns. Raises ValueError if contents and shapes disagree."""
     return read_tensors(message.outputs, message.raw_output_contents)
 
 
@@ -43,5 +43,5 @@ def _from_raw(raw: bytes, datatype: str) -> NDArray[Any]:
     if datatype == "BYTES":
         return cast("NDArray[Any]", deserialize_bytes_tensor(raw))
     if datatype not in NUMPY:
-        raise ValueError(f"no tensor of ours has datatype {datatype}")
+        raise ValueError(f"datatype {datatype} is unknown; known are {', '.join(NUMPY)}")
     return np.frombuffer(raw, NUMPY[datatype]).copy()

@@ -1,4 +1,4 @@
-"""How a command shows that work goes on: a bar in a terminal, nothing elsewhere."""
+"""A progress bar in a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scumble.events import Done, Queued, Step, StreamEvent
 
 
 class ProgressBar:
-    """On stderr, so that stdout stays the program's; `quiet` or no terminal shows nothing."""
+    """A progress bar on stderr; with `quiet`, or without a terminal, nothing is shown."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)

@@ -1,7 +1,7 @@
-"""The receipt: what was asked, what was bound, what was drawn and how long it took. It remakes the picture.
+"""The receipt of a request: its fields, the versions that it used, the seeds, the engine and the timings.
 
-The server makes one for each request, every picture carries it as JSON, and `scumble.redraw` reads it again.
-Law: `Receipt.parse(data).to_json() == data` for all that a server of ours wrote, in the same order of keys.
+The server makes one for each request, every image file has it as JSON, and `scumble.redraw` repeats the request.
+Law: `Receipt.parse(data).to_json() == data` for every receipt of a server, in the same order of keys.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ SCHEMA = 1
 
 
 class _Part(BaseModel):
-    """What a newer server says beside these fields is carried along."""
+    """A part of a receipt. Fields of a newer server are preserved."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 
 
 class BoundVersion(_Part):
-    """A version of the registry, as it was bound."""
+    """The version of the registry that a reference resolved to."""
 
     name: str
     version: int
     digest: str
-    """`sha256:…` of its manifest, read back from what was bound."""
+    """`sha256:…` of its manifest."""
     ref: str
-    """The reference that was asked for, e.g. `styles/ink@prod`; of base and VAE the version's own."""
+    """The request's reference, e.g. `styles/ink@prod`; for base and VAE, that of the version."""
 
 
 class BoundAdapter(BoundVersion):
-    """An adapter that took part in the picture."""
+    """An adapter that acted on the image."""
 
     kind: str
     weight: float
@@ -44,19 +44,19 @@ class BoundAdapter(BoundVersion):
 
     @property
     def details(self) -> dict[str, JsonValue]:
-        """What the adapter's method adds, e.g. `rank` for a LoRA; in JSON these stand beside the other keys."""
+        """The method's own keys, e.g. `rank` for a LoRA; in JSON they are beside the other keys."""
         return self.__pydantic_extra__
 
 
 class DroppedAdapter(_Part):
-    """An adapter that was asked for and would have changed nothing."""
+    """An adapter of the request that was left out, because it would change nothing."""
 
     ref: str
     reason: str
 
 
 class PictureInput(_Part):
-    """A picture that the request brought: sha256 of its file, and its size in pixels."""
+    """An input image of the request: sha256 of its file, and its size in pixels."""
 
     digest: str
     width: int
@@ -64,7 +64,7 @@ class PictureInput(_Part):
 
 
 class TensorInput(_Part):
-    """A tensor that the request brought; `digest` covers its bytes as safetensors holds them."""
+    """An input tensor of the request; `digest` is the sha256 of its bytes in a safetensors file."""
 
     digest: str
     shape: tuple[int, ...]
@@ -72,13 +72,13 @@ class TensorInput(_Part):
 
 
 class AskedAdapter(_Part):
-    """An adapter as it was asked for: the fields of `request.Adapter` that differ from their defaults."""
+    """An adapter as requested: the fields of `request.Adapter` that differ from their defaults."""
 
     ref: str
 
 
 class AskedRequest(_Part):
-    """The request with the base's defaults filled in. Its inputs are named by their digests."""
+    """The request with the base's defaults filled in. Inputs are given by their digests."""
 
     prompt: str
     negative_prompt: str | None
@@ -98,18 +98,18 @@ class AskedRequest(_Part):
 
 
 class Receipt(_Part):
-    """One request's receipt; in a file with one picture also that picture's place (`image`)."""
+    """One request's receipt; in an image file also the image's index (`image`)."""
 
     schema_number: int = Field(alias="schema")
-    """`SCHEMA`, where this client can read it."""
+    """`SCHEMA`, if this client can read it."""
     request: AskedRequest
     base: BoundVersion
     vae: BoundVersion | None = None
-    """The one that was asked for in place of the base's own."""
+    """The VAE that the request used instead of the base's."""
     adapters: tuple[BoundAdapter, ...]
     dropped: tuple[DroppedAdapter, ...]
     seeds: tuple[int, ...]
-    """One for each picture."""
+    """One for each image."""
     engine: dict[str, str]
     """Executor, device, precision, and the digests of engines."""
     timings_ms: dict[str, float]
@@ -117,7 +117,7 @@ class Receipt(_Part):
 
     @classmethod
     def parse(cls, data: Any) -> Self:
-        """Check what `json.loads` gave. Raises InvalidRequest that names what is missing or wrong."""
+        """Check the result of `json.loads`. Raises InvalidRequest that names what is missing or wrong."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -127,30 +127,30 @@ class Receipt(_Part):
             raise InvalidRequest(f"the receipt is not complete: {problems}", field="from_receipt") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON: only what was set, in the order of the fields, a method's own keys last."""
+        """Return plain JSON: only the fields that are set, in order, and the method's own keys last."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
     def of_image(self, index: int) -> Self:
-        """The receipt that a file with the picture at this place carries."""
+        """Return the receipt for the file of the image at this index."""
         return self.model_copy(update={"image": index})
 
 
 def receipt_digest(receipt: Receipt) -> str:
-    """`sha256:…` over what determines the picture; the same request on the same weights has the same."""
-    said = receipt.to_json()
+    """Return `sha256:…` over everything that determines the images: equal for equal requests on equal weights."""
+    plain = receipt.to_json()
     determined = {
-        "request": {key: value for key, value in said["request"].items() if key not in ("base", "adapters")},
+        "request": {key: value for key, value in plain["request"].items() if key not in ("base", "adapters")},
         "base": receipt.base.digest,
         "adapters": [adapter | {"ref": adapter["ref"].partition("@")[2]} for adapter in pinned_adapters(receipt)],
-        "seeds": said["seeds"],
-        "engine": said["engine"],
+        "seeds": plain["seeds"],
+        "engine": plain["engine"],
     }
     canonical = json.dumps(determined, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def pinned_adapters(receipt: Receipt) -> list[dict[str, Any]]:
-    """The adapters that were bound, as they were asked for but by digest; what was dropped at admission stays out."""
+    """Return the adapters as requested, but pinned to digests, without those that were dropped."""
     digests = {bound.ref: bound.digest for bound in receipt.adapters}
     return [
         asked.model_dump(mode="json", exclude_unset=True) | {"ref": pin(asked.ref, digests[asked.ref])}
@@ -160,6 +160,6 @@ def pinned_adapters(receipt: Receipt) -> list[dict[str, Any]]:
 
 
 def pin(ref: str, digest: str) -> str:
-    """The same name at exactly this version: `ns/name@sha256:…`."""
+    """Return the reference to exactly this version: `ns/name@sha256:…`."""
     name = ref.partition("@")[0]
     return f"{name}@sha256:{digest.removeprefix('sha256:')}"

@@ -1,4 +1,4 @@
-"""Receipts read from files, and turned back into the request that draws the same."""
+"""Read receipts from files, and turn them into the request that gives the same images."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from scumble.receipt import SCHEMA, Receipt, TensorInput, pin, pinned_adapters
 from scumble.request import Request
 
 MAX_INPUT_BYTES = 256 << 20
-"""No file larger than this is looked at as a request's picture."""
+"""Larger files are not searched for a request's inputs."""
 
 
 def read_receipt(path: Path) -> Receipt:
-    """The receipt in a picture of ours, in a `--receipt` file, or in what `scumble generate --json` printed.
+    """Read the receipt in an image file, in a `--receipt` file, or in the output of `scumble generate --json`.
 
-    Raises NotFound if there is no file, InvalidRequest if it holds no receipt of a schema we know.
+    Raises NotFound if there is no file, InvalidRequest if it has no receipt of a known schema.
     """
     try:
         content = path.read_bytes()
@@ -40,26 +40,29 @@ def read_receipt(path: Path) -> Receipt:
         schema = receipt["schema"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InvalidRequest(
-            f"{path} holds no receipt; give a picture or a receipt file that `scumble generate` wrote",
+            f"{path} has no receipt; give an image or a receipt file that `scumble generate` wrote",
             field="from_receipt",
         ) from error
     if schema != SCHEMA:
-        raise InvalidRequest(f"{path}: receipt of schema {schema!r}, this client reads {SCHEMA}", field="from_receipt")
+        raise InvalidRequest(
+            f"{path}: receipt of schema {schema!r}, but this client reads {SCHEMA}; upgrade scumble",
+            field="from_receipt",
+        )
     return Receipt.parse(receipt)
 
 
 def request_from_receipt(receipt: Receipt, contents: Mapping[str, bytes] | None = None) -> Request:
-    """The request that draws the same again: every reference pinned to the digest that was bound.
+    """Make the request that gives the same images, with every reference pinned to the digest that was used.
 
-    `contents` are the encoded pictures and raw tensors that are at hand, by digest (see `find_inputs`). Of one picture
-    out of several (`image` in a PNG's receipt) only that one is asked for.
-    Raises InvalidRequest if the receipt contradicts itself, NotFound if an input is not at hand.
+    `contents` are encoded input images and raw tensors by digest (see `find_inputs`). A receipt with `image`, of one
+    image among several, gives a request for that image alone.
+    Raises InvalidRequest if the receipt contradicts itself, NotFound if an input is missing.
     """
     asked, contents = receipt.request, contents or {}
     fields = asked.model_dump(mode="json", exclude_unset=True) | {
         "base": pin(receipt.base.ref, receipt.base.digest),
         "adapters": pinned_adapters(receipt),
-        "images": {name: _input(name, picture.digest, contents) for name, picture in asked.images.items()},
+        "images": {name: _input(name, image.digest, contents) for name, image in asked.images.items()},
         "tensors": {name: _tensor(name, tensor, contents) for name, tensor in asked.tensors.items()},
     }
     if receipt.vae is not None:
@@ -70,23 +73,23 @@ def request_from_receipt(receipt: Receipt, contents: Mapping[str, bytes] | None 
 
 
 def input_digests(receipt: Receipt) -> dict[str, str]:
-    """Digest → name of every picture and tensor that the request brought."""
-    pictures = {picture.digest: name for name, picture in receipt.request.images.items()}
-    return pictures | {tensor.digest: name for name, tensor in receipt.request.tensors.items()}
+    """Return digest → name of every input image and tensor of the request."""
+    images = {image.digest: name for name, image in receipt.request.images.items()}
+    return images | {tensor.digest: name for name, tensor in receipt.request.tensors.items()}
 
 
-def find_inputs(wanted: Collection[str], places: Iterable[Path]) -> dict[str, bytes]:
-    """Digest → content, from `places`: files, or folders whose files are looked at (not those of their folders).
+def find_inputs(digests: Collection[str], paths: Iterable[Path]) -> dict[str, bytes]:
+    """Search files, and the files directly in folders, and return digest → content.
 
-    A picture is a whole file, a tensor's bytes stand in a safetensors file.
+    An image is a whole file; a tensor's bytes are in a safetensors file.
     """
     contents: dict[str, bytes] = {}
-    for place in places:
-        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if len(contents) < len(wanted) and path.is_file() and path.stat().st_size <= MAX_INPUT_BYTES:
+    for given in paths:
+        for path in sorted(given.iterdir()) if given.is_dir() else [given]:
+            if len(contents) < len(digests) and path.is_file() and path.stat().st_size <= MAX_INPUT_BYTES:
                 for content in _contents(path):
                     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-                    if digest in wanted:
+                    if digest in digests:
                         contents[digest] = content
     return contents
 
@@ -98,13 +101,13 @@ def _contents(path: Path) -> list[bytes]:
     try:
         return [values.tobytes() for values in load(content).values()]
     except (SafetensorError, KeyError, ValueError):
-        return []  # somebody else's file, of types that numpy does not know
+        return []  # another file, of dtypes that numpy does not have
 
 
 def _input(name: str, digest: str, contents: Mapping[str, bytes]) -> bytes:
     if digest not in contents:
         raise NotFound(
-            f"the receipt's input {name!r} ({digest}) is not at hand; name its file with --image FILE",
+            f"the receipt's input {name!r} ({digest}) was not found; name its file with --image FILE",
             name=name,
             digest=digest,
         )
@@ -117,13 +120,13 @@ def _tensor(name: str, described: TensorInput, contents: Mapping[str, bytes]) ->
         return np.frombuffer(content, np.dtype(described.dtype)).reshape(described.shape)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(
-            f"the receipt describes the tensor {name!r} as what it is not: {error}", field="from_receipt"
+            f"the tensor {name!r} does not fit the receipt's shape and dtype: {error}", field="from_receipt"
         ) from error
 
 
 def _seed(receipt: Receipt, image: int) -> int:
     if not 0 <= image < len(receipt.seeds):
         raise InvalidRequest(
-            f"the receipt is of picture {image} and has {len(receipt.seeds)} seeds", field="from_receipt"
+            f"the receipt is of image {image} but has {len(receipt.seeds)} seeds; it was altered", field="from_receipt"
         )
     return receipt.seeds[image]

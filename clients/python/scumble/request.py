@@ -1,4 +1,4 @@
-"""The request, as its sender writes it and as the server checks it: one type on both sides of the wire."""
+"""The request: one type for the client and the server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_STEPS = 1000
 MAX_IMAGES = 16
 MAX_ADAPTERS = 32
 MAX_INPUTS = 64
-"""Pictures, and tensors, that one request brings."""
+"""The most input images, and the most input tensors, of one request."""
 
 Format = Literal["png", "webp", "jpeg"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -45,49 +45,48 @@ class _Strict(BaseModel):
 
 
 InputName = Annotated[str, Field(min_length=1, max_length=200)]
-"""Of a picture or a tensor of the request."""
+"""The name of an input image or tensor of the request."""
 LayerScale = TypeAliasType("LayerScale", "float | tuple[LayerScale, ...] | dict[str, LayerScale]")
 
 
 class Adapter(_Strict):
-    """One adapter of a request. Its kind comes from the registry, not from here.
+    """One adapter of a request. Its kind comes from the registry.
 
-    A field that means nothing to that kind is refused by name.
+    A field that does not apply to the kind is refused by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     ref: str
     weight: Finite = 1.0
-    """Strength; negative is allowed, 0 drops the adapter (the receipt says so)."""
+    """How strongly the adapter acts; negative is allowed, 0 drops the adapter (the receipt lists it)."""
     text_weight: Finite | None = None
-    """Strength on the text encoder; None means the same as `weight`."""
+    """The weight on the text encoder; None means the same as `weight`."""
     blocks: dict[str, Finite] | tuple[Finite, ...] | None = None
-    """Strength by block, on top of `weight`: the webui's list, or by name (`IN01`, `up_blocks.1`, `BASE`)."""
+    """Weight by block, multiplied by `weight`: the webui's list, or by name (`IN01`, `up_blocks.1`, `BASE`)."""
     start: Annotated[float, Field(ge=0, le=1)] = 0.0
     end: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The adapter acts in step i of n unless i/n < start or (i+1)/n > end. The text encoder has no steps."""
 
     token: Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")] | None = None
-    """The word in the prompts that stands for a textual inversion; None means the one that it was published with."""
+    """The word in the prompts that invokes a textual inversion; None means the one that it was published with."""
     text: Annotated[str, Field(max_length=10_000)] | None = None
-    """What a hypernetwork that predicts a LoRA from a text reads; None means the request's prompt."""
+    """The text from which a hypernetwork predicts a LoRA; None means the request's prompt."""
     images: Annotated[
         tuple[InputName, ...], Field(max_length=16, validation_alias=AliasChoices("images", "image"))
     ] = ()
-    """What it looks at: names of the request's pictures (or, where it takes embeddings, of its tensors)."""
+    """The images that it reads: names of the request's input images (of its tensors, if it reads embeddings)."""
     masks: Annotated[tuple[InputName, ...], Field(max_length=16, validation_alias=AliasChoices("masks", "mask"))] = ()
-    """Where each of `images` acts, white on black."""
+    """The area in which each of `images` acts, white on black: names of input images."""
     scale: LayerScale | None = None
-    """An IP-Adapter's strength by block and layer, on top of `weight`, as diffusers writes it; of a union ControlNet,
-    one number for each of `images`.
-    """
+    """An IP-Adapter's scale by block and layer, multiplied by `weight`, in diffusers' form; for a union ControlNet, one
+    number for each of `images`."""
     mode: Literal["balanced", "prompt", "control", "guess"] | None = None
-    """Of a ControlNet: whether prompt or control goes first where they disagree; None means balanced."""
+    """For a ControlNet: whether prompt or control has precedence where they disagree; None means balanced."""
     control_type: tuple[InputName, ...] = ()
-    """What each of `images` shows, for a ControlNet that knows several kinds of control."""
+    """The control type of each of `images`, for a union ControlNet."""
     preprocess: InputName | dict[str, Any] | None = None
-    """How a picture becomes a control map: `canny`, or `{"name": "canny", "low": 100}`. None: it is a map."""
+    """How an image becomes a control map: `canny`, or `{"name": "canny", "low": 100}`. None: it is a map."""
 
     @field_validator("images", "masks", "control_type", mode="before")
     @classmethod
@@ -99,84 +98,83 @@ class Adapter(_Strict):
 
 
 class Hires(_Strict):
-    """A second pass: the finished picture, enlarged, is begun with again (img2img), with the same seed."""
+    """A second pass: img2img on the enlarged image of the first pass, with the same seed."""
 
     scale: Annotated[float, Field(gt=1, le=4)] = 2.0
-    """Of each side, rounded to steps of 8."""
+    """The factor for width and height, which are rounded to multiples of 8."""
     strength: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """How much of it changes."""
+    """The img2img strength of the second pass."""
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
-    """None means as in the first pass."""
+    """Steps of the second pass; None means as in the first."""
 
 
 class Options(_Strict):
-    """What a request may ask for beside the picture. An unknown option is refused, never ignored."""
+    """Options of a request. An unknown option is refused, never ignored."""
 
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
-    """Who goes first when the server is full; waiting weighs too, so that low priorities are not starved."""
+    """Precedence when the server is full; waiting raises it, so that low priorities are not starved."""
     deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] | None = None
-    """From the moment the server has the request; if it is not done then, it fails with DeadlineExceeded."""
+    """Time from the request's arrival at the server after which it fails with DeadlineExceeded."""
     preview_every: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
-    """Send a small, rough picture every so many steps (streaming only)."""
+    """Send a small, rough image every so many steps (streaming only)."""
     grammar: Literal["plain", "webui", "compel"] = "plain"
-    """How prompts are read: as text, or in the language of the webui or of compel."""
+    """The syntax of prompts: plain text, or that of the webui or of compel."""
     clip_skip: Annotated[int, Field(ge=1, le=12)] | None = None
-    """How many of the text encoder's last layers are left out; None means none of them, as in diffusers."""
+    """Number of the text encoder's last layers that are left out; None means none, as in diffusers."""
     emphasis: Literal["original", "no_norm"] = "original"
-    """What follows when the webui's grammar has weighted words: the mean of each chunk is restored, or not."""
+    """Whether the mean of each chunk is restored after the webui's grammar has weighted words (`original`) or not."""
     lora_tags: bool = False
     """Whether `<lora:ns/name:0.8>` in a prompt of the webui's grammar adds that adapter."""
     return_maps: bool = False
     """Also return the control maps that `preprocess` made."""
     image: InputName | None = None
-    """Begin with this one of the request's pictures (img2img), resized to the request's size."""
+    """Name of the input image for img2img; it is resized to the request's size."""
     mask: InputName | None = None
-    """Draw only what is white in this one of the request's pictures, and keep the rest of `image` (inpainting)."""
+    """Name of the input image for inpainting: white areas change, the rest of `image` stays."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
-    """How much of `image` changes: the share of the steps that is run. None means 0.8, or 1 with a mask."""
+    """The share of the steps that img2img runs. None means 0.8, or 1 with a mask."""
     hires: Hires | None = None
-    """Draw at the request's size first, where bases compose best, and then larger."""
+    """A second pass at a larger size; the request's size is that of the first pass, at which bases compose best."""
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Against washed-out pictures at high guidance (Lin et al., 2305.08891, 3.4)."""
+    """Rescaling of the guidance, against overexposed images at high guidance (Lin et al., 2305.08891, 3.4)."""
     format: Format | None = None
-    """Answer with files of this format, which carry the receipt, instead of pixels."""
+    """Return files of this format, with the receipt inside, instead of pixels."""
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
-    """Of WebP and JPEG; None means 90."""
+    """Quality of WebP and JPEG; None means 90."""
     vae: str | None = None
-    """Reference of a VAE to encode and decode with, instead of the base's own."""
+    """Reference of a VAE to use instead of the base's."""
     vae_tiling: bool = False
-    """Decode piece by piece: less memory for large pictures, faint seams at worst."""
+    """Decode in tiles: less memory for large images, with faint seams at worst."""
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
     """For SDXL's second text encoder; None means the same as for the first."""
     original_size: PixelSize | None = None
     crop: tuple[Pixel, Pixel] | None = None
     target_size: PixelSize | None = None
-    """What SDXL is told of the picture, in pixels: width and height of the original, left and top of where it was cut,
-    width and height aimed at. None means the picture's own size, uncut.
-    """
+    """SDXL's size conditioning in pixels: width and height of the original, left and top of the crop, width and height
+    of the target. None means the image's own size, uncropped."""
     timestep_spacing: TimestepSpacing | None = None
-    """How the scheduler spreads its timesteps (Lin et al., 2305.08891, table 2); None means as the base says."""
+    """The scheduler's spacing of timesteps (Lin et al., 2305.08891, table 2); None means the base's."""
     rescale_betas: bool | None = None
-    """Let the last timestep hold no signal at all (same paper, algorithm 1); None means as the base says."""
+    """Rescale betas to zero terminal SNR (same paper, algorithm 1); None means as in the base."""
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
-    """How much noise ddim and tcd add again in each step (tcd's gamma); None means 0."""
+    """The noise that ddim and tcd add in each step (tcd's gamma); None means 0."""
 
 
 SDXL_OPTIONS = ("prompt_2", "negative_prompt_2", "original_size", "crop", "target_size")
 
 
 class Request(_Strict):
-    """One generation. None means the base's own default; the receipt says what was used.
+    """One generation. None means the base's default; the receipt has the values that were used.
 
-    Two requests are equal if they would be drawn the same: pictures by their bytes, tensors by their values.
+    Requests are equal if all fields are: images by their bytes, tensors by their values.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     prompt: str
     negative_prompt: str | None = None
-    """Absent and empty differ only where diffusers makes them differ (SDXL)."""
+    """None and empty differ only for SDXL, as in diffusers."""
     base: str | None = None
     scheduler: SchedulerName | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -188,11 +186,11 @@ class Request(_Strict):
     adapters: Annotated[tuple[Adapter, ...], Field(max_length=MAX_ADAPTERS)] = ()
     options: Options = Options()
     images: Annotated[dict[InputName, bytes], Field(max_length=MAX_INPUTS)] = Field(default_factory=dict)
-    """Encoded pictures (PNG, JPEG, WebP) by the names that adapters call them."""
+    """Encoded input images (PNG, JPEG, WebP) by the names that adapters and options use."""
     tensors: Annotated[dict[InputName, SkipValidation[NDArray[Any]]], Field(max_length=MAX_INPUTS)] = Field(
         default_factory=dict
     )
-    """Embeddings that the caller has made, by the names that adapters call them."""
+    """Precomputed embeddings by the names that adapters use."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Request):
@@ -207,7 +205,7 @@ class Request(_Strict):
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> Request:
-        """Check `data` once, at the edge. Raises InvalidRequest that names every bad field."""
+        """Validate `data`. Raises InvalidRequest that names every bad field."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -215,7 +213,7 @@ class Request(_Strict):
 
 
 def parse_adapter(text: str) -> Adapter:
-    """`REF[:WEIGHT]` of the command line. A digest's own colon is not a weight.
+    """Parse `REF[:WEIGHT]` of the command line. A digest's own colon does not begin a weight. Raises InvalidRequest.
 
     >>> adapter = parse_adapter("styles/ink@2:0.8")
     >>> adapter.ref, adapter.weight

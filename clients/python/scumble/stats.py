@@ -1,4 +1,4 @@
-"""What a server has done since it started."""
+"""A server's counters since its start."""
 
 from __future__ import annotations
 
@@ -8,65 +8,65 @@ from pydantic import BaseModel, ConfigDict
 
 
 class _Counts(BaseModel):
-    """A newer server may count more."""
+    """Counters. Fields of a newer server are preserved."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
 class CacheStats(_Counts):
-    """One cache: how much is in it now, and how often it was asked."""
+    """One cache's size and use."""
 
     entries: int
     bytes: int
     held_bytes: int
-    """Of `bytes`, what running requests use."""
+    """The part of `bytes` that running requests use."""
     budget: int
-    """Bytes."""
+    """The limit of `bytes`."""
     hits: int
     misses: int
     evictions: int
     waits: int
-    """Values that had to wait until others made space."""
+    """Number of values that had to wait for space."""
 
 
 class LoopStats(_Counts):
     """The denoise loop's counters."""
 
     requests: int
-    """Accepted."""
+    """Number of accepted requests."""
     images: int
-    """Finished."""
+    """Number of finished images."""
     failed: int
-    """Requests that ended without a picture."""
+    """Number of requests that ended without images."""
     steps: int
-    """Each for all images that share it."""
+    """Number of steps; images in one batch share a step."""
     rows: int
-    """One for an image's step, two where it is guided."""
+    """Number of model rows over all steps: one for an image, two for a guided image."""
     mixed_steps: int
-    """Steps in which images with different adapters shared the batch."""
+    """Number of steps in which images with different adapters shared the batch."""
     failed_steps: int
-    """Steps that raised and were tried again image by image."""
+    """Number of steps that raised an error and were repeated image by image."""
     out_of_memory: int
-    """Steps that were tried again in smaller parts."""
+    """Number of steps that ran out of memory and were repeated in smaller batches."""
     batch_sizes: dict[int, int]
-    """Images in a step → steps."""
+    """Images in a step → number of such steps."""
     step_seconds: float
 
 
 class Stats(LoopStats):
-    """The whole server's, as `Client.stats()` gives them."""
+    """The whole server's counters, returned by `Client.stats()`."""
 
     open_requests: int
-    """That wait or run."""
+    """Number of requests that wait or run."""
     base: str
-    """For requests that name none."""
+    """The base of requests that name none."""
     bases: list[str]
     host_cache: CacheStats
     device_cache: CacheStats
     weights_cache: CacheStats
     alive: bool
-    """False once one of the server's threads has died."""
+    """False after one of the server's threads has died."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, the keys of `batch_sizes` as texts."""
+        """Return plain JSON, with the keys of `batch_sizes` as strings."""
         return self.model_dump(mode="json")

@@ -1,11 +1,11 @@
-"""The contract with Triton as data: which tensors carry a request, and which its events.
+"""The tensors of requests and events in Triton's models.
 
 Model `scumble_stream` (decoupled) answers one request with many responses, each one `Event`.
 Model `scumble` (plain) answers with one: the outputs of the last event, without `event`.
-Neither batches in Triton (`max_batch_size` 0). Only what was given is sent; the base's manifest has the rest.
+Triton batches neither (`max_batch_size` 0). Only fields that are set are sent; the base's manifest has the defaults.
 
-Laws: `tensors_to_request(request_to_tensors(r)) == r`, but for `guidance_scale`, which travels as FP32
-(7.3 arrives as 7.300000190734863; what arrived is what the receipt says, so a receipt repeats exactly).
+Laws: `tensors_to_request(request_to_tensors(r)) == r`, except for `guidance_scale`, which is sent as FP32 (7.3 arrives
+as 7.300000190734863, which the receipt has too, so a receipt repeats exactly).
 `tensors_to_event(event_to_tensors(e)) == e`. `seed` is exact. Texts are UTF-8; weights are JSON, so exact.
 """
 
@@ -31,7 +31,7 @@ from scumble.stats import Stats
 STREAM_MODEL = "scumble_stream"
 UNARY_MODEL = "scumble"
 MAX_MESSAGE_BYTES = 2**31 - 1
-"""Of one gRPC message, both ways; 16 pictures of 2048 x 2048 are 201 MB."""
+"""The largest gRPC message in both directions; 16 images of 2048 x 2048 are 201 MB."""
 
 Datatype: TypeAlias = Literal["BYTES", "FP32", "INT32", "INT64", "UINT8"]
 Tensors: TypeAlias = Mapping[str, NDArray[Any]]
@@ -68,11 +68,11 @@ INPUTS = (
     TensorSpec("guidance_scale", "FP32"),
     TensorSpec("adapters", "BYTES"),  # JSON list of request.Adapter
     TensorSpec("options", "BYTES"),  # JSON, request.Options
-    TensorSpec("images", "BYTES", (-1,)),  # name, picture, name, picture …: encoded, or a data: URL in base64
+    TensorSpec("images", "BYTES", (-1,)),  # name, image, name, image …: encoded, or a data: URL in base64
     TensorSpec("tensors", "BYTES"),  # safetensors
 )
 QUERY = TensorSpec("query", "BYTES")
-"""Of `scumble_stream` alone: `stats` asks for the counters; the prompt is then empty and nothing is drawn."""
+"""An input of `scumble_stream` alone: `stats` returns the counters; the prompt is empty and nothing is generated."""
 STREAM_INPUTS = (*INPUTS, QUERY)
 
 UNARY_OUTPUTS = (
@@ -85,7 +85,7 @@ UNARY_OUTPUTS = (
 STREAM_OUTPUTS = (
     TensorSpec("event", "BYTES"),  # JSON: {type: queued|step|preview|done|failed, position | step, steps}
     *UNARY_OUTPUTS,
-    TensorSpec("stats", "BYTES"),  # JSON, the one answer to the query
+    TensorSpec("stats", "BYTES"),  # JSON, the response to the query
 )
 
 _JSON_FIELDS: dict[str, type[list[Any] | dict[str, Any]]] = {"adapters": list, "options": dict}
@@ -94,7 +94,7 @@ _DATATYPES = {spec.name: spec.datatype for spec in STREAM_INPUTS}
 
 
 def request_to_tensors(request: Request) -> dict[str, NDArray[Any]]:
-    """The inputs that `request` sets; a field at its default is left out."""
+    """Return the inputs of `request`; a field with its default value is left out."""
     inputs = {"images", "tensors"}
     given = request.model_dump(mode="json", exclude_defaults=True, exclude=inputs) | {"prompt": request.prompt}
     tensors = {name: _to_tensor(name, value) for name, value in given.items()}
@@ -106,7 +106,7 @@ def request_to_tensors(request: Request) -> dict[str, NDArray[Any]]:
 
 
 def tensors_to_request(tensors: Tensors) -> Request:
-    """Check what arrived. Raises InvalidRequest naming the field; the server calls this once per request."""
+    """Validate the inputs; the server calls this once per request. Raises InvalidRequest naming the field."""
     given: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name == QUERY.name:
@@ -121,7 +121,7 @@ def tensors_to_request(tensors: Tensors) -> Request:
 
 
 def event_to_tensors(event: Event) -> dict[str, NDArray[Any]]:
-    """The outputs of one response of `scumble_stream`; without `event`, those of `scumble`."""
+    """Return the outputs of one response of `scumble_stream`; without `event`, those of `scumble`."""
     match event:
         case Queued(position):
             return {"event": _json_tensor({"type": "queued", "position": position})}
@@ -142,7 +142,7 @@ def event_to_tensors(event: Event) -> dict[str, NDArray[Any]]:
 
 
 def tensors_to_event(tensors: Tensors) -> Event:
-    """One response of either model. Raises ScumbleError if it is not one of ours."""
+    """Read a response of either model. Raises ScumbleError if it is not an event."""
     try:
         data = _json_value(tensors["event"]) if "event" in tensors else {"type": _result_type(tensors)}
         match data["type"]:
@@ -172,12 +172,12 @@ def stats_query() -> dict[str, NDArray[Any]]:
 
 
 def is_stats_query(tensors: Tensors) -> bool:
-    """Raises InvalidRequest for any other query."""
+    """Return whether the inputs are the query `stats`. Raises InvalidRequest for any other query."""
     if QUERY.name not in tensors:
         return False
     query = _from_tensor(QUERY.name, tensors[QUERY.name])
     if query != "stats":
-        raise InvalidRequest(f"query {query!r} is unknown; there is 'stats'", field=QUERY.name)
+        raise InvalidRequest(f"query {query!r} is unknown; the only query is 'stats'", field=QUERY.name)
     return True
 
 
@@ -186,7 +186,7 @@ def stats_to_tensors(stats: Stats) -> dict[str, NDArray[Any]]:
 
 
 def tensors_to_stats(tensors: Tensors) -> Stats:
-    """Raises what the server answered instead, or ScumbleError if it is not one of ours."""
+    """Read the response to the query. Raises the server's error, or ScumbleError if it is not a response."""
     if "error" in tensors:
         raise from_dict(_json_value(tensors["error"]))
     try:
@@ -237,16 +237,16 @@ def _parse_json(name: str, text: str) -> Any:
 
 def _from_named_tensor(tensor: NDArray[Any]) -> dict[str, bytes]:
     if tensor.size % 2:
-        raise InvalidRequest(f"images: has {tensor.size} values, takes a name and a picture in turn", field="images")
+        raise InvalidRequest(f"images: has {tensor.size} values, takes a name and an image in turn", field="images")
     pairs = tensor.reshape(-1, 2)
     names = [_from_tensor("prompt", name) for name in pairs[:, :1]]
     if len(set(names)) < len(names):
-        raise InvalidRequest("images: two pictures have the same name", field="images")
-    return {name: _picture(name, content) for name, content in zip(names, pairs[:, 1], strict=True)}
+        raise InvalidRequest("images: two images have the same name", field="images")
+    return {name: _decoded(name, content) for name, content in zip(names, pairs[:, 1], strict=True)}
 
 
-def _picture(name: str, content: Any) -> bytes:
-    """JSON over HTTP has no bytes, so a picture may also come as a data: URL."""
+def _decoded(name: str, content: Any) -> bytes:
+    """Return an image's bytes; as JSON over HTTP has no bytes, it may be a data: URL. Raises InvalidRequest."""
     encoded = content if isinstance(content, bytes) else str(content).encode()
     if not encoded.startswith(b"data:"):
         return encoded
@@ -256,7 +256,7 @@ def _picture(name: str, content: Any) -> bytes:
             raise ValueError("not base64")
         return base64.b64decode(body, validate=True)
     except ValueError as error:
-        raise InvalidRequest(f"images: {name!r} is no data: URL in base64 ({error})", field="images") from error
+        raise InvalidRequest(f"images: {name!r} is not a data: URL in base64 ({error})", field="images") from error
 
 
 def _from_safetensors(tensor: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -268,11 +268,13 @@ def _from_safetensors(tensor: NDArray[Any]) -> dict[str, NDArray[Any]]:
     try:
         return load(content)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise InvalidRequest(f"tensors: no safetensors file that numpy can hold ({error})", field="tensors") from error
+        raise InvalidRequest(
+            f"tensors: not a safetensors file with dtypes of numpy ({error})", field="tensors"
+        ) from error
 
 
 def _plain(value: NDArray[Any]) -> NDArray[Any]:
-    return np.ascontiguousarray(value)  # safetensors writes the memory as it lies
+    return np.ascontiguousarray(value)  # safetensors writes the memory without regard to strides
 
 
 def _bytes_tensor(text: str) -> NDArray[np.object_]:
@@ -285,9 +287,9 @@ def _content_tensor(content: bytes) -> NDArray[np.object_]:
     return tensor
 
 
-def _named_tensor(pictures: Mapping[str, bytes]) -> NDArray[np.object_]:
-    tensor: NDArray[np.object_] = np.empty(2 * len(pictures), np.object_)
-    for index, (name, content) in enumerate(pictures.items()):
+def _named_tensor(images: Mapping[str, bytes]) -> NDArray[np.object_]:
+    tensor: NDArray[np.object_] = np.empty(2 * len(images), np.object_)
+    for index, (name, content) in enumerate(images.items()):
         tensor[2 * index : 2 * index + 2] = name.encode(), content
     return tensor
 

@@ -1,4 +1,4 @@
-"""`inspect`: what publishing would make of a file."""
+"""`inspect`: show what publishing would derive from a file."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _MOST_MODULES = 20
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="What publish takes.", metavar="FILE-OR-DIR")],
+    path: Annotated[Path, typer.Argument(help="A file or folder, as for publish.", metavar="FILE-OR-DIR")],
     base: Annotated[
         str | None,
-        typer.Option(help="The base that it should fit: a reference, or a folder (./base).", metavar="REF-OR-DIR"),
+        typer.Option(help="The base to check it against: a reference, or a folder (./base).", metavar="REF-OR-DIR"),
     ] = None,
     trigger: Trigger = None,
     allow_leftover: AllowLeftover = False,
@@ -51,11 +51,11 @@ def inspect(
     prediction: Prediction = None,
     averaged: Averaged = False,
     shortcut: Shortcut = None,
-    every: Annotated[bool, typer.Option("--all", help="Every module, not only the first.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="List every module, not only the first 20.")] = False,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a file is, without publishing it. Exits with 4 where publishing it so would be refused."""
+    """Show what a file is, without publishing it. Exits with 4 if publishing it with these options would be refused."""
     with registry_if_there(home) or nullcontext() as registry:
         inspection = look_at(
             path,
@@ -80,7 +80,7 @@ def _print(inspection: Inspection, most: int | None) -> None:
         print()
         _print_modules(modules, most)
     if inspection.training:
-        print("\nWhat the file says of its training (nobody checked it):")
+        print("\nThe file's own statements on its training (unchecked):")
         print_rows({plain(key, 60): _value(value) for key, value in inspection.training.items()})
 
 
@@ -88,18 +88,18 @@ def _rows(inspection: Inspection) -> dict[str, object]:
     hashes = hashes_to_dict(inspection.hashes)
     fit = f"no: {plain(inspection.misfit)}" if inspection.misfit else f"{plain(inspection.base)}: fits"
     keys = inspection.leftover
-    left = f"{len(keys)} keys, which publish leaves out with --allow-leftover only: {listed(keys)}"
+    unknown = f"{len(keys)} keys, which publish accepts with --allow-leftover only: {listed(keys)}"
     others = {key: value for key, value in inspection.details.items() if key not in {"family", "modules", "training"}}
     return {
         "kind": inspection.kind,
         "dialect": plain(inspection.dialect),
         "family": inspection.compatibility.family or "?",
-        "family told by": _value(inspection.details.get("family") or ""),
+        "family by": _value(inspection.details.get("family") or ""),
         **{key: plain(value) for key, value in _shape(inspection).items()},
         **{_words(plain(key, 40)): _value(value) for key, value in others.items()},
         "trigger words": listed(inspection.trigger_words),
         "sampling": inspection.sampling and inspection.sampling.model_dump_json(),
-        "not understood": left if keys else None,
+        "unknown keys": unknown if keys else None,
         "base": fit if inspection.base else None,
         "size": f"{sum(blob.size for blob in inspection.files.values()):,} bytes in {len(inspection.files)} files",
         "sha256": hashes["sha256"],
@@ -118,9 +118,9 @@ def _published(inspection: Inspection) -> str:
 
 
 def _shape(inspection: Inspection) -> dict[str, object]:
-    """What the compatibility says in a few words: long tables are counted."""
-    said = inspection.compatibility.model_dump(mode="json", exclude={"kind", "family"}, exclude_none=True)
-    return {_words(key): _counted(value) for key, value in said.items() if value not in ({}, [], False)}
+    """Return the compatibility in a few words: long tables are counted."""
+    fields = inspection.compatibility.model_dump(mode="json", exclude={"kind", "family"}, exclude_none=True)
+    return {_words(key): _counted(value) for key, value in fields.items() if value not in ({}, [], False)}
 
 
 def _counted(value: Any) -> str:
@@ -137,11 +137,11 @@ def _counted(value: Any) -> str:
 
 
 def _print_modules(modules: Mapping[str, Any], most: int | None) -> None:
-    """One line for each module, with whatever its format says of it."""
-    columns = list(dict.fromkeys(key for about in modules.values() if isinstance(about, dict) for key in about))
+    """Print one line for each module, with its format's details."""
+    columns = list(dict.fromkeys(key for details in modules.values() if isinstance(details, dict) for key in details))
     table = Table("module", *(Column(Text(plain(column, 40))) for column in columns), box=None)
-    for name, about in list(modules.items())[:most]:
-        cells = [plain(about.get(column, ""), 60) for column in columns] if isinstance(about, dict) else []
+    for name, details in list(modules.items())[:most]:
+        cells = [plain(details.get(column, ""), 60) for column in columns] if isinstance(details, dict) else []
         table.add_row(Text(plain(name, 120)), *map(Text, cells))
     Console().print(table)
     if most is not None and len(modules) > most:
@@ -149,7 +149,7 @@ def _print_modules(modules: Mapping[str, Any], most: int | None) -> None:
 
 
 def _words(key: str) -> str:
-    """A field's name as words; a module's name stays."""
+    """Return a field's name as words, and a module's name as it is."""
     return key if "." in key else key.replace("_", " ")
 
 

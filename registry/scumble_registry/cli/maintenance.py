@@ -1,4 +1,4 @@
-"""That what is kept is whole, and no more than that."""
+"""`gc`, `fsck` and `verify`: remove unneeded files, and check the stored ones."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ app = typer.Typer()
 
 @app.command()
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
-    grace: Annotated[float, typer.Option(min=0, help="Hours for which nothing touched it.")] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be removed.")] = False,
+    grace: Annotated[float, typer.Option(min=0, help="Hours without use after which a file may be removed.")] = 24.0,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Remove blobs that no version needs, and what the cache has not been asked for. Safe while others work."""
+    """Remove blobs that no version needs and unused cache entries. Safe while other processes use the registry."""
     with open_registry(home) as registry:
         done = registry.collect(grace=grace * 3600, dry_run=dry_run)
     if as_json:
@@ -34,7 +34,7 @@ def gc(
 
 @app.command()
 def fsck(home: Home = None, as_json: Json = False) -> None:
-    """Check that database, manifests and files fit together, without hashing. What is wrong exits with 5."""
+    """Check that database, manifests and files agree, without hashing. Exits with 5 if they do not."""
     with open_registry(home) as registry:
         checked = registry.check()
     if checked.problems:
@@ -42,8 +42,8 @@ def fsck(home: Home = None, as_json: Json = False) -> None:
     if as_json:
         print_json(asdict(checked))
     else:
-        more = f"; {checked.unneeded} blobs are needed by nothing (`gc`)" if checked.unneeded else ""
-        typer.echo(f"{checked.versions} versions, {checked.blobs} blobs: all there{more}")
+        more = f"; {checked.unneeded} unneeded blobs (`gc` removes them)" if checked.unneeded else ""
+        typer.echo(f"{checked.versions} versions, {checked.blobs} blobs: complete{more}")
 
 
 @app.command()
@@ -52,7 +52,7 @@ def verify(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Hash all stored files again and compare. Damage exits with 5 and lists what is damaged."""
+    """Hash all stored files again and compare. Exits with 5 if any is damaged, and lists them."""
     with open_registry(home) as registry:
         done = registry.verify(ref)
     if as_json:

@@ -1,7 +1,6 @@
-"""How the commands answer: one JSON document for programs, lines and tables for people.
+"""The commands' output: one JSON document for programs, lines and tables for people.
 
-Whatever comes out of a file is untrusted: `plain` makes it printable and short, and tables take it as Text, never as
-markup.
+Text from a file is untrusted: `plain` makes it printable and short, and tables take it as Text, never as markup.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def say(version: Version, as_json: bool, text: str) -> None:
+def print_version(version: Version, as_json: bool, text: str) -> None:
     if as_json:
         print_json(entry(version))
         return
@@ -53,7 +52,7 @@ def entry(version: Version, aliases: dict[str, int] | None = None) -> dict[str, 
 
 
 def print_rows(rows: Mapping[str, object]) -> None:
-    """Two columns; what is empty is left out."""
+    """Print two columns; empty values are left out."""
     table = Table(show_header=False, box=None)
     for key, value in rows.items():
         if value:
@@ -62,17 +61,17 @@ def print_rows(rows: Mapping[str, object]) -> None:
 
 
 def plain(text: object, most: int = _MOST) -> str:
-    r"""On one line, without what a terminal would act on, and cut.
+    r"""Return the text on one line, without control characters, and cut.
 
     >>> plain("ink\x1b[2J")
     'ink�[2J'
     """
-    shown = "".join(character if character.isprintable() else "�" for character in " ".join(str(text).split()))
-    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+    line = "".join(character if character.isprintable() else "�" for character in " ".join(str(text).split()))
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def listed(words: Any, most: int = 8) -> str:
-    """Comma-separated and cut.
+    """Return the words separated by commas, and cut.
 
     >>> listed(["a", "b", "c"], most=2)
     'a, b and 1 more'

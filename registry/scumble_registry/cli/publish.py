@@ -1,4 +1,4 @@
-"""Commands that make versions."""
+"""`publish` and `extract`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from scumble_registry.cli.options import Alias, Home, Json, PublishedName, Ref, open_registry
-from scumble_registry.cli.printing import listed, plain, say
+from scumble_registry.cli.printing import listed, plain, print_version
 from scumble_registry.cli.publish_options import PublishOptions, with_publish_options
 from scumble_registry.extract import extract
 from scumble_registry.store.catalogue import Version
@@ -22,46 +22,46 @@ app = typer.Typer()
 def publish(
     path: Annotated[
         Path,
-        typer.Argument(help="An adapter's file, or a folder (of a base, say).", metavar="FILE-OR-DIR"),
+        typer.Argument(help="An adapter's file, or a folder (a base's, for example).", metavar="FILE-OR-DIR"),
     ],
     options: PublishOptions,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Publish a file or folder as the next version. The same content again gives the same version back."""
+    """Publish a file or folder as the next version. Content that is published already gives its existing version."""
     with open_registry(home, create=True) as registry:
         version = registry.publish(path, **options.arguments(registry))
-    say(version, as_json, f"{version.ref} ({version.status}) {version.digest}\n{derived(version)}")
+    print_version(version, as_json, f"{version.ref} ({version.status}) {version.digest}\n{derived(version)}")
 
 
 @app.command("extract")
 def extract_factors(
     ref: Ref,
-    rank: Annotated[int, typer.Option(min=1, help="Columns of the factors; more keep more.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the factors; a higher rank keeps more.")],
     name: PublishedName,
     alias: Alias = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Publish a checkpoint's differences to its base as a LoRA, and say how much of them it keeps."""
+    """Publish a checkpoint's differences to its base as a LoRA, and print how much of them it keeps."""
     with open_registry(home) as registry, tempfile.TemporaryDirectory() as work:
         version = extract(registry, ref, rank, name, Path(work), alias=alias)
     metrics = version.manifest.metrics
-    left = metrics["not_expressed"]
-    kept = f"{metrics['energy_kept']:.1%} of the change" if isinstance(metrics["energy_kept"], float) else ""
-    more = f", without {len(left)} biases and norms" if isinstance(left, list) and left else ""
-    say(version, as_json, f"{version.ref} ({version.status}) {version.digest}\nkeeps {kept}{more}")
+    others = metrics["not_expressed"]
+    share = f"{metrics['energy_kept']:.1%} of the change" if isinstance(metrics["energy_kept"], float) else ""
+    more = f", without {len(others)} biases and norms" if isinstance(others, list) and others else ""
+    print_version(version, as_json, f"{version.ref} ({version.status}) {version.digest}\nkeeps {share}{more}")
 
 
 def derived(version: Version) -> str:
-    """What the files said, in a line or two."""
+    """Return what was derived from the files, in a few lines."""
     manifest = version.manifest
-    said = [manifest.kind, plain(manifest.dialect or ""), f"for {manifest.compatibility.family}"]
-    lines = [", ".join(part for part in said if part and part != "for None")]
+    parts = [manifest.kind, plain(manifest.dialect or ""), f"for {manifest.compatibility.family}"]
+    lines = [", ".join(part for part in parts if part and part != "for None")]
     if manifest.trigger_words:
         lines.append(f"trigger words: {listed(manifest.trigger_words)}")
     if manifest.sampling is not None:
         lines.append(f"sampling: {manifest.sampling.model_dump_json()}")
     if manifest.leftover:
-        lines.append(f"left out, not understood: {len(manifest.leftover)} keys: {listed(manifest.leftover)}")
+        lines.append(f"left out: {len(manifest.leftover)} unknown keys: {listed(manifest.leftover)}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What `publish` and `import` take alike: one field an option."""
+"""The options that `publish` and `import` share: each field is one option."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scumble_registry.cli.options import (
     BaseRef,
     Description,
     ImageEncoder,
-    Licence,
+    License,
     Like,
     MaxSize,
     Prediction,
@@ -33,11 +33,13 @@ from scumble_registry.registry import Registry
 
 @dataclass(frozen=True, slots=True)
 class PublishOptions:
+    """Values of the options, as typed."""
+
     name: PublishedName
     base: BaseRef = None
     image_encoder: ImageEncoder = None
     alias: Alias = None
-    licence: Licence = None
+    license_id: License = None
     staged: Staged = False
     trigger: Trigger = None
     description: Description = ""
@@ -51,13 +53,13 @@ class PublishOptions:
     shortcut: Shortcut = None
 
     def arguments(self, registry: Registry) -> dict[str, Any]:
-        """Return what `Registry.publish` takes by keyword. Raises InvalidRequest, NotFound, Refused."""
+        """Return the keyword arguments of `Registry.publish`. Raises InvalidRequest, NotFound, Refused."""
         return {
             "name": self.name,
             "base": self.base,
             "image_encoder": self.image_encoder,
             "alias": self.alias,
-            "license": self.licence,
+            "license": self.license_id,
             "staged": self.staged,
             "trigger_words": self.trigger or (),
             "description": self.description,
@@ -70,7 +72,7 @@ class PublishOptions:
 
 
 def with_publish_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command that takes `options: PublishOptions` one that typer gives each of its fields as an option."""
+    """Give a command that takes `options: PublishOptions` one typer option for each field."""
 
     def expanded(**given: Any) -> None:
         options = PublishOptions(**{field.name: given.pop(field.name) for field in fields(PublishOptions)})

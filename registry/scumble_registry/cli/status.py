@@ -1,4 +1,4 @@
-"""Which version a name means, and which may be used."""
+"""`alias`, `approve`, `deprecate` and `quarantine`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from scumble_registry.cli.options import Home, Json, Ref, open_registry
-from scumble_registry.cli.printing import say
+from scumble_registry.cli.printing import print_version
 from scumble_registry.references import parse_version
 from scumble_registry.store.catalogue import Status
 
@@ -23,31 +23,31 @@ def alias(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Make ns/name@ALIAS mean this version from now on."""
+    """Point ns/name@ALIAS at this version."""
     with open_registry(home) as registry:
         target = registry.alias(name, alias_name, parse_version(version))
-    say(target, as_json, f"{name}@{alias_name} is now {target.ref}")
+    print_version(target, as_json, f"{name}@{alias_name} is now {target.ref}")
 
 
 @app.command()
 def approve(ref: Ref, home: Home = None, as_json: Json = False) -> None:
-    """Let a version be used; the highest approved one is what a bare ns/name means."""
+    """Approve a version. A bare ns/name resolves to the highest approved one."""
     _set_status(ref, Status.APPROVED, home, as_json)
 
 
 @app.command()
 def deprecate(ref: Ref, home: Home = None, as_json: Json = False) -> None:
-    """Advise against a version. It still resolves, and says so."""
+    """Deprecate a version. It still resolves, with a notice."""
     _set_status(ref, Status.DEPRECATED, home, as_json)
 
 
 @app.command()
 def quarantine(ref: Ref, home: Home = None, as_json: Json = False) -> None:
-    """Forbid a version: nothing resolves to it until it is approved again."""
+    """Quarantine a version: nothing resolves to it until it is approved again."""
     _set_status(ref, Status.QUARANTINED, home, as_json)
 
 
 def _set_status(ref: str, status: Status, home: Path | None, as_json: bool) -> None:
     with open_registry(home) as registry:
         version = registry.set_status(ref, status)
-    say(version, as_json, f"{version.ref} is now {version.status}")
+    print_version(version, as_json, f"{version.ref} is now {version.status}")

@@ -1,4 +1,4 @@
-"""What there is, and what a reference or a hash means."""
+"""`ls`, `show`, `export`, `find`, `resolve` and `pull`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scumble_registry.cli.options import Home, Json, Ref, open_registry
-from scumble_registry.cli.printing import entry, listed, note, plain, print_json, print_rows, say
+from scumble_registry.cli.printing import entry, listed, note, plain, print_json, print_rows, print_version
 from scumble_registry.exporting import export as write_layout
 from scumble_registry.inspection import hashes_to_dict, match_to_dict
 
@@ -50,8 +50,8 @@ def show(ref: Ref, home: Home = None, as_json: Json = False) -> None:
         hashes = hashes_to_dict(registry.hashes(version))
     record = version.manifest.record.digest if version.manifest.record else None
     if as_json:
-        said = {"record": record, "hashes": hashes, "manifest": json.loads(version.manifest.canonical())}
-        print_json(entry(version, aliases) | said)
+        details = {"record": record, "hashes": hashes, "manifest": json.loads(version.manifest.canonical())}
+        print_json(entry(version, aliases) | details)
         return
     manifest = version.manifest
     rows: dict[str, Any] = {
@@ -66,7 +66,7 @@ def show(ref: Ref, home: Home = None, as_json: Json = False) -> None:
         "image encoder": manifest.image_encoder,
         "dialect": plain(manifest.dialect or ""),
         "trigger words": listed(manifest.trigger_words, most=100),
-        "licence": plain(manifest.license or ""),
+        "license": plain(manifest.license or ""),
         "description": plain(manifest.description, 20_000),
         "defaults": manifest.defaults and manifest.defaults.model_dump_json(),
         "sampling": manifest.sampling and manifest.sampling.model_dump_json(),
@@ -85,18 +85,19 @@ def show(ref: Ref, home: Home = None, as_json: Json = False) -> None:
 @app.command()
 def export(
     ref: Ref,
-    layout: Annotated[str, typer.Option(help="Whose: diffusers, kohya, peft or webui, as far as its kind has it.")],
+    layout: Annotated[str, typer.Option(help="diffusers, kohya, peft or webui; not every kind has all.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="A new or empty folder.", metavar="DIR")],
     base: Annotated[
-        str | None, typer.Option(help="The base whose modules it is for. [default: that it was published for]")
+        str | None,
+        typer.Option(help="The base whose module names are written; by default the one that it was published for."),
     ] = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Write a version as other tools read it."""
+    """Write a version in a layout that other tools read."""
     with open_registry(home) as registry:
         version = write_layout(registry, ref, layout, out, base=base)
-    say(version, as_json, f"{version.ref} as {layout}: {out}")
+    print_version(version, as_json, f"{version.ref} as {layout}: {out}")
     note(version)
 
 
@@ -108,7 +109,7 @@ def find(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Find the versions that a hash is known by: of a file as it was published, of its tensors, of the record."""
+    """Find versions by the hash of a published file, of its tensors, of the record or of the manifest."""
     with open_registry(home) as registry:
         matches = registry.find_hash(hash_)
     if as_json:
@@ -123,10 +124,10 @@ def find(
 
 @app.command()
 def resolve(ref: Ref, home: Home = None, as_json: Json = False) -> None:
-    """Print the version that a reference means now. A quarantined one is refused."""
+    """Print the version that a reference resolves to. A quarantined one is refused."""
     with open_registry(home) as registry:
         version = registry.resolve(ref)
-    say(version, as_json, f"{version.ref} {version.digest}")
+    print_version(version, as_json, f"{version.ref} {version.digest}")
     note(version)
 
 
@@ -137,8 +138,8 @@ def pull(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Write the files of a version into a folder, checked on the way."""
+    """Write the files of a version into a folder, and check their hashes."""
     with open_registry(home) as registry:
         version = registry.pull(ref, out)
-    say(version, as_json, f"{version.ref}: {len(version.manifest.files)} files in {out}")
+    print_version(version, as_json, f"{version.ref}: {len(version.manifest.files)} files in {out}")
     note(version)

@@ -1,4 +1,4 @@
-"""What fits what, derived from the files alone: one module per kind, and the names and shapes of targets."""
+"""Which adapter fits which base, derived from the files alone: one module per kind, and names and shapes of targets."""
 
 from __future__ import annotations
 

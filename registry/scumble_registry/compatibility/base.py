@@ -1,4 +1,4 @@
-"""What a base needs of its adapters: the names and shapes of all that they may change, and its widths."""
+"""What an adapter must match in a base: names and shapes of the targets, and widths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scumble_registry.compatibility.shapes import Shape
 
 Family = Literal["sd1", "sd2", "sdxl"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-"""What the UNet says: the noise, the velocity (Salimans and Ho, 2202.00512), or the finished sample."""
+"""The UNet's output: the noise, the velocity (Salimans and Ho, 2202.00512), or the denoised sample."""
 
 
 class Compatibility(BaseModel):
@@ -33,10 +33,10 @@ class BaseCompatibility(Compatibility):
     family: Family
     prediction_type: PredictionType
     in_channels: int
-    """Of the UNet: 4 as a rule, 9 for inpainting bases."""
+    """Input channels of the UNet: 4 as a rule, 9 for inpainting bases."""
     latent_channels: int
     sample_size: int
-    """Side of the latents that the base was trained at."""
+    """Height and width of the latents that the base was trained on."""
     vae_scale: int
     """Pixels per latent: 8 as a rule."""
     cross_attention_dim: int
@@ -46,11 +46,11 @@ class BaseCompatibility(Compatibility):
 
     def fits(self, base: BaseCompatibility) -> None:  # noqa: ARG002 - it fits none
         """Raise Refused: a base is no adapter."""
-        raise Refused("this is a base, not an adapter; a base stands alone")
+        raise Refused("this is a base, not an adapter; publish it without --base")
 
     @property
     def self_attention_widths(self) -> frozenset[int]:
-        """Of the hidden states that the UNet's self-attentions read."""
+        """Widths of the hidden states that the UNet's self-attentions read."""
         ends = (".attn1.to_q", ".attn1.to_k")
         return frozenset(
             shape[1] for name, shape in self.targets.items() if name.startswith("unet.") and name.endswith(ends)

@@ -1,4 +1,4 @@
-"""What a ControlNet, T2I-Adapter, control-LoRA or LLLite needs of a base."""
+"""Compatibility of a ControlNet, T2I-Adapter, control-LoRA or LLLite with a base."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ class ControlNetCompatibility(Compatibility):
     kind: Literal["controlnet"] = "controlnet"
     form: Literal["net", "union", "t2i", "control_lora", "lllite"]
     family: Family | None
-    """The base's, if one was named; else by the width of the text context, else None."""
+    """The base's family, if a base was named; else by the width of the text context, else None."""
     widths: tuple[int, ...]
-    """Channels of each residual, the middle block's last; of a T2I-Adapter, of each feature."""
+    """Channels of each residual, the middle block's last; for a T2I-Adapter, of each feature."""
     conditioning_channels: int
-    """Of the control picture: 3, or 1 for grey."""
+    """Channels of the control image: 3, or 1 for greyscale."""
     cross_attention_dim: int | None = None
     """None for a T2I-Adapter, which reads no text."""
     in_channels: int | None = None
-    """Of the latents that it looks at; None for a T2I-Adapter, which does not."""
+    """Channels of the latents that it reads; None for a T2I-Adapter, which reads none."""
     control_types: int = 0
-    """How many kinds of control a union net knows."""
+    """Number of control types of a union net."""
     pools: bool = False
-    """Residuals are averaged over all places (shuffle nets)."""
+    """Residuals are averaged over height and width (shuffle nets)."""
     pixels_per_latent: int = 8
     parameters: int
-    """Numbers that it holds once it is loaded, beside those that it takes from the base."""
+    """Number of parameters once it is loaded, without those that it shares with the base."""
     modules: dict[str, int] = Field(default_factory=dict)
-    """Of an LLLite: each module that it changes, by its name there → the width of what it reads."""
+    """Each module that an LLLite changes, by the LLLite's name → the width of the module's input."""
 
     @model_serializer(mode="wrap")
     def _as_before_modules(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Other nets' manifests, and so their digests, are what they were before there were LLLites."""
+        """Leave `modules` out where it is empty, so that the digests of older manifests do not change."""
         data: dict[str, Any] = serialise(self)
         return data if self.modules else {key: value for key, value in data.items() if key != "modules"}
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Raises Incompatible, naming what the net has and what the base has."""
+        """Check the fit. Raises Incompatible, naming what the net has and what the base has."""
         if self.form == "lllite":
             self._match_modules(base)
             return
@@ -65,19 +65,19 @@ class ControlNetCompatibility(Compatibility):
                     target=name,
                 )
 
-    def _match(self, what: str, mine: object, its: object, base: BaseCompatibility) -> None:
-        if mine is not None and mine != its:
+    def _match(self, what: str, net: object, of_base: object, base: BaseCompatibility) -> None:
+        if net is not None and net != of_base:
             raise Incompatible(
-                f"the net has {what} {show_value(mine)}, but this {base.family} base has {show_value(its)}; "
+                f"the net has {what} {show_value(net)}, but this {base.family} base has {show_value(of_base)}; "
                 "use the base that it was trained on",
-                adapter=mine,
-                base=its,
+                adapter=net,
+                base=of_base,
             )
 
 
 def feature_widths(targets: dict[str, Shape]) -> tuple[int, ...]:
-    """Channels that a UNet takes T2I-Adapters' features in: at each level, and in SDXL (whose first level has no
-    attention, so that its feature comes behind the downsampler) in the middle block too.
+    """Return the channels of the features that a UNet takes from a T2I-Adapter: one per level, and in SDXL (whose first
+    level has no attention, so that its feature is added after the downsampler) one for the middle block too.
     """
     widths = tuple(targets[f"unet.down_blocks.{level}.resnets.0.conv1"][0] for level in range(_levels(targets)))
     has_attention = any(name.startswith("unet.down_blocks.0.attentions.") for name in targets)
@@ -85,7 +85,7 @@ def feature_widths(targets: dict[str, Shape]) -> tuple[int, ...]:
 
 
 def residual_widths(targets: dict[str, Shape]) -> tuple[int, ...]:
-    """Channels of each skip connection of a base's UNet, and of its middle block."""
+    """Return the channels of each skip connection of a base's UNet, and of its middle block."""
     names = ["unet.conv_in"]
     for level in range(_levels(targets)):
         block = f"unet.down_blocks.{level}"

@@ -1,4 +1,4 @@
-"""What a checkpoint needs of a base."""
+"""Compatibility of a checkpoint with a base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scumble_registry.compatibility.base import BaseCompatibility, Compatibility
 
 
 class DreamboothCompatibility(Compatibility):
-    """A checkpoint that the base's own graphs run, with other weights."""
+    """A checkpoint that runs in the base's graphs with its own weights."""
 
     kind: Literal["dreambooth"] = "dreambooth"
     family: Family
@@ -20,12 +20,12 @@ class DreamboothCompatibility(Compatibility):
     cross_attention_dim: int
     text_widths: tuple[int, ...]
     scheduler: dict[str, JsonValue]
-    """Its own scheduler's config."""
+    """The checkpoint's own scheduler config."""
     changed: dict[str, int]
-    """By component, how many values differ from the base's."""
+    """Component → number of values that differ from the base's."""
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Raises Incompatible. Its shapes were checked against the base that it was published for."""
+        """Check the fit. Raises Incompatible. Shapes were checked against the base that it was published for."""
         for name in ("family", "in_channels", "cross_attention_dim", "text_widths"):
             if getattr(self, name) != getattr(base, name):
                 raise Incompatible(

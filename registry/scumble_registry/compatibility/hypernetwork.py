@@ -1,4 +1,4 @@
-"""What hypernetworks of both kinds need of a base."""
+"""Compatibility of both kinds of hypernetworks with a base."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from scumble_registry.compatibility.shapes import show_widths
 
 
 class ContextNetworks(BaseModel):
-    """A hypernetwork of the webui's kind: networks on what attention reads its keys and values from."""
+    """A hypernetwork of the webui's kind: networks on the context from which attention computes keys and values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["context"] = "context"
     widths: tuple[int, ...]
-    """Of the contexts that it changes, rising: every attention that reads one of this width is changed."""
+    """Widths of the contexts that it changes, ascending: every attention that reads a context of such a width."""
     structure: tuple[float, ...]
-    """Width of each layer's input, and of the last one's output, as multiples of the context's."""
+    """Width of each layer's input, and of the last layer's output, as multiples of the context's width."""
     activation: str
     activate_output: bool
     layer_norm: bool
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Raises Incompatible, naming the widths that nothing in the base has."""
+        """Check the fit. Raises Incompatible, naming the widths that no attention in the base has."""
         selves = base.self_attention_widths
         if wrong := sorted(set(self.widths) - selves - {base.cross_attention_dim}):
             raise Incompatible(
@@ -40,21 +40,21 @@ class ContextNetworks(BaseModel):
 
 
 class WeightPredictor(BaseModel):
-    """A hypernetwork that reads a picture or a text and predicts a LoRA."""
+    """A hypernetwork that reads an image or a text and predicts a LoRA."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["predictor"] = "predictor"
     condition: Literal["image", "text"]
     condition_width: int
-    """Of the states that it reads: the image encoder's last but one, or the text encoder's last."""
+    """Width of the states that it reads: the image encoder's penultimate, or the text encoder's last."""
     encoder: str | None
-    """sha256 of the weights of the encoder that it was trained with, if its file says so."""
+    """sha256 of the weights of the encoder that it was trained with, if its file names it."""
     lora: LoraCompatibility
-    """Of what it predicts."""
+    """Compatibility of the LoRA that it predicts."""
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Raises Incompatible, naming the first target that does not match, or the widths of the text."""
+        """Check the fit. Raises Incompatible, naming the first target that does not match, or the text's widths."""
         self.lora.fits(base)
         if self.condition == "text" and self.condition_width not in base.text_widths[:1]:
             raise Incompatible(
@@ -68,9 +68,9 @@ class WeightPredictor(BaseModel):
 class HypernetworkCompatibility(Compatibility):
     kind: Literal["hypernetwork"] = "hypernetwork"
     family: Family | None
-    """The base's, if one was named; else by the width of the text context, else None."""
+    """The base's family, if a base was named; else by the width of the text context, else None."""
     network: Annotated[ContextNetworks | WeightPredictor, Field(discriminator="type")]
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Raises Incompatible, naming what does not match."""
+        """Check the fit. Raises Incompatible, naming what does not match."""
         self.network.fits(base)

@@ -1,4 +1,4 @@
-"""What an image encoder gives to IP-Adapters."""
+"""Compatibility of an image encoder with IP-Adapters: the widths of its outputs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from scumble_registry.compatibility.base import BaseCompatibility, Compatibility
 class ImageEncoderCompatibility(Compatibility):
     kind: Literal["image_encoder"] = "image_encoder"
     family: None = None
-    """Any base's pictures are pictures."""
+    """None: an image encoder works with every family."""
     hidden_size: int
-    """Of its states, which most IP-Adapters read."""
+    """Width of its hidden states, which most IP-Adapters read."""
     projection_dim: int
-    """Of its embedding, which `base` IP-Adapters read."""
+    """Width of its embedding, which `base` IP-Adapters read."""
     image_size: int
     patch_size: int
 
     def fits(self, base: BaseCompatibility) -> None:
-        """An image encoder is for IP-Adapters; it is no adapter of a base. Raises Refused."""
+        """Raises Refused: an image encoder serves IP-Adapters and is no adapter of a base."""
         raise Refused(
             f"an image encoder is no adapter of this {base.family} base; publish IP-Adapters with --image-encoder REF"
         )

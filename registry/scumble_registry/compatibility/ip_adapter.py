@@ -1,4 +1,4 @@
-"""What an IP-Adapter needs of a base, and of an image encoder."""
+"""Compatibility of an IP-Adapter with a base and an image encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scumble_registry.compatibility.image_encoder import ImageEncoderCompatibili
 from scumble_registry.compatibility.lora import LoraCompatibility
 
 IpAdapterKind = Literal["base", "full", "plus", "faceid", "faceid_plus", "face_resampler"]
-"""How a picture becomes tokens: see `formats/ip_adapter/projection.py`."""
+"""How an image becomes tokens: see `formats/ip_adapter/projection.py`."""
 
 
 class IpAdapterCompatibility(Compatibility):
@@ -18,24 +18,24 @@ class IpAdapterCompatibility(Compatibility):
     family: Family
     projection: IpAdapterKind
     shortcut: bool = False
-    """FaceID-PlusV2."""
+    """Whether a FaceID-Plus is a PlusV2, which adds the embedding's tokens to the resampler's."""
     tokens: int | None
-    """For one picture; None: as many as the image encoder has positions."""
+    """Number of tokens for one image; None: as many as the image encoder has positions."""
     context: int
-    """Width of its tokens: that of the base's text."""
+    """Width of its tokens, which is that of the base's text context."""
     picture_width: int | None
-    """What the image encoder must give: the width of its embedding (`base`) or of its states; None: no picture."""
+    """Width of the image encoder's embedding (`base`) or hidden states that it reads; None: it reads no image."""
     embedding_width: int | None
-    """Of the embedding that the caller gives with each picture (FaceID), or None."""
+    """Width of the embedding that the caller sends with each image (FaceID), or None."""
     attentions: dict[str, int]
-    """Each cross-attention of the base by canonical name → its width."""
+    """Canonical name of each cross-attention of the base → its width."""
     encoder: ImageEncoderCompatibility | None = None
-    """The image encoder in the entry's own `image_encoder/`, if there is one."""
+    """The image encoder in the adapter's own `image_encoder/`, if there is one."""
     lora: LoraCompatibility | None = None
-    """FaceID's."""
+    """The LoRA of a FaceID."""
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Raises Incompatible, naming the first cross-attention (in sorted order) that does not match."""
+        """Check the fit. Raises Incompatible, naming the first cross-attention (in sorted order) that differs."""
         if self.context != base.cross_attention_dim:
             raise Incompatible(
                 f"the IP-Adapter's tokens have width {self.context}, but text in this {base.family} base has "
@@ -55,7 +55,7 @@ class IpAdapterCompatibility(Compatibility):
             self.lora.fits(base)
 
     def check_encoder(self, encoder: ImageEncoderCompatibility) -> None:
-        """Raises Incompatible when this image encoder does not give what the projection reads, naming both widths."""
+        """Check that the encoder's output has the projection's input width. Raises Incompatible with both widths."""
         if self.picture_width is None:
             raise Incompatible("this FaceID reads embeddings, not pictures; publish it without an image encoder")
         gives = encoder.projection_dim if self.projection == "base" else encoder.hidden_size

@@ -1,4 +1,4 @@
-"""What a LoRA, or a relative of it, needs of a base."""
+"""Compatibility of a LoRA or a related algorithm (LoHa, LoKr, DoRA, IA³ …) with a base."""
 
 from __future__ import annotations
 
@@ -15,32 +15,29 @@ from scumble_registry.compatibility.targets import check_targets, is_padded
 class LoraCompatibility(Compatibility):
     kind: Literal["lora"] = "lora"
     family: Family | None
-    """The base's, if one was named; else by the width of the text context, else None."""
+    """The base's family, if a base was named; else by the width of the text context, else None."""
     requires: dict[str, Shape]
-    """Every target that it changes, norms among them, with the shape of its weight."""
+    """Every target that it changes, norms included → the shape of its weight."""
     ranks: dict[str, int]
-    """Of those that factors in a row say, how many columns they need; 0 where the weight is only stretched."""
+    """Target that is served by factors in a row → its rank columns; 0 where the base's weight is only scaled."""
     magnitudes: bool = False
-    """Rows stretch or mix weights (DoRA, IA³, GLoRA), at least in part: what it does depends on the base's."""
+    """Whether some change depends on the base's weights, which it scales or mixes (DoRA, IA³, GLoRA)."""
     merged: tuple[str, ...] = ()
-    """Targets that no factors say, sorted: they are merged into copies of the base's weights."""
+    """Targets whose change has no low-rank factors, sorted: it is merged into copies of the base's weights."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A plain LoRA's manifest, and so its digest, is what it was before there were DoRAs and others."""
+        """Leave newer fields out where they are empty, so that the digests of plain LoRAs do not change."""
         data: dict[str, Any] = serialise(self)
         later = {"magnitudes": self.magnitudes, "merged": self.merged}
         return {key: value for key, value in data.items() if later.get(key, True)}
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Raises Incompatible, naming the first target (in sorted order) that does not match, and both
-        shapes.
-        """
+        """Check the fit. Raises Incompatible with the first target (in sorted order) that differs, and both shapes."""
         check_targets(self.requires, base)
         if self.magnitudes and (padded := [name for name in self.requires if is_padded(name, self.requires, base)]):
             raise Incompatible(
-                f"the adapter stretches weights and changes {padded[0]} with {base.latent_channels} channels, of which "
-                f"this base has {base.in_channels}: its lengths mean another weight; use the base that it was "
-                "trained on",
+                f"the adapter scales the base's weights and changes {padded[0]} with {base.latent_channels} channels, "
+                f"but this base's has {base.in_channels}, so its norms differ; use the base that it was trained on",
                 target=padded[0],
             )

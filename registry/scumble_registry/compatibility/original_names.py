@@ -1,7 +1,7 @@
-"""The UNet's modules by the names of the original code (ldm, sgm), which kohya's SDXL files and single files use.
+"""Names of the UNet's modules in the original code (ldm, sgm), which kohya's SDXL files and single files use.
 
-`input_blocks` count everything that leaves a skip connection: the first convolution, then each level's resnets (with
-their attention) and its downsampler. `output_blocks` count resnets, and a level's upsampler stands in its last.
+`input_blocks` count everything with a skip connection: the first convolution, then each level's resnets (with their
+attention) and its downsampler. `output_blocks` count resnets; a level's upsampler is in its last block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-"""What a resnet's parts are called there → in diffusers."""
+"""Original name of each part of a resnet → diffusers' name."""
 MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 _DOWNSAMPLER = re.compile(r"input_blocks\.(\d+)\.0\.op\.")
 _UPSAMPLER = re.compile(r"output_blocks\.(\d+)\.[12]\.conv\.")
@@ -39,7 +39,7 @@ _IN_MIDDLE = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)\.(.+)")
 
 
 def original_names(modules: Iterable[str]) -> dict[str, str]:
-    """diffusers' name of each of a UNet's modules → its original name; those that have none are left out.
+    """Map diffusers' names of a UNet's modules to original names; modules without one are left out.
 
     >>> original_names(["down_blocks.0.resnets.0.conv1", "down_blocks.0.attentions.0.proj_in"])
     {'down_blocks.0.resnets.0.conv1': 'input_blocks.1.0.in_layers.2', \
@@ -52,12 +52,12 @@ def original_names(modules: Iterable[str]) -> dict[str, str]:
 
 
 class _Blocks:
-    """How many resnets each level of a UNet has, and which levels have attention."""
+    """The number of resnets on each level of a UNet, and which levels have attention."""
 
     def __init__(self, modules: Iterable[str]) -> None:
-        places = {match.group(1, 2, 3, 4) for match in map(_IN_BLOCK.match, modules) if match}
-        self._resnets = Counter((side, int(level)) for side, level, part, _ in places if part == "resnets")
-        self._attention = {(side, int(level)) for side, level, part, _ in places if part == "attentions"}
+        parts = {match.group(1, 2, 3, 4) for match in map(_IN_BLOCK.match, modules) if match}
+        self._resnets = Counter((side, int(level)) for side, level, part, _ in parts if part == "resnets")
+        self._attention = {(side, int(level)) for side, level, part, _ in parts if part == "attentions"}
 
     def name(self, module: str) -> str | None:
         if module in _FIXED:
@@ -81,25 +81,25 @@ class _Blocks:
         if part == "downsamplers":
             return f"input_blocks.{1 + before + self._resnets[side, level]}.0.op" if inner == "conv" else None
         last = before + self._resnets[side, level] - 1
-        place = 2 if (side, level) in self._attention else 1
-        return f"output_blocks.{last}.{place}.conv" if inner == "conv" else None
+        position = 2 if (side, level) in self._attention else 1
+        return f"output_blocks.{last}.{position}.conv" if inner == "conv" else None
 
 
 BlockPosition = tuple[int, int]
-"""Level, and which of its resnets; a downsampler stands where the next resnet would."""
+"""Level and index in it of a resnet; a downsampler has the index of the next resnet."""
 
 
 def converter(tensors: Iterable[str]) -> Callable[[str], str | None]:
-    """What gives a module of this UNet (or of its encoder alone) diffusers' name, or None to one of another model.
+    """Return a function from original to diffusers' names of a UNet (or of its encoder alone); None for other modules.
 
-    `tensors` are all names of the file: where its samplers stand, a level ends.
+    `tensors` are all names in the file: a down- or upsampler ends a level.
 
     >>> converter(["output_blocks.0.0.in_layers.2.weight"])("output_blocks.0.0.in_layers.2")
     'up_blocks.0.resnets.0.conv1'
     """
     tensors = set(tensors)
-    down = _places(tensors, "input_blocks.", _DOWNSAMPLER, 1)
-    up = _places(tensors, "output_blocks.", _UPSAMPLER, 0)
+    down = _positions(tensors, "input_blocks.", _DOWNSAMPLER, 1)
+    up = _positions(tensors, "output_blocks.", _UPSAMPLER, 0)
 
     def convert(module: str) -> str | None:
         if module in _FIXED_BACK:
@@ -108,36 +108,36 @@ def converter(tensors: Iterable[str]) -> Callable[[str], str | None]:
         if block == "middle_block" and index in MIDDLE:
             part = inner if index == "1" else RESNET.get(inner)
             return f"mid_block.{MIDDLE[index]}.{part}" if part else None
-        places = {"input_blocks": down, "output_blocks": up}.get(block, {})
-        place = places.get(int(index)) if index.isdecimal() else None
-        if place is None:
+        positions = {"input_blocks": down, "output_blocks": up}.get(block, {})
+        position = positions.get(int(index)) if index.isdecimal() else None
+        if position is None:
             return None
-        return _input_block(place, inner) if block == "input_blocks" else _output_block(place, inner)
+        return _input_block(position, inner) if block == "input_blocks" else _output_block(position, inner)
 
     return convert
 
 
-def _places(tensors: set[str], start: str, sampler: re.Pattern[str], first: int) -> dict[int, BlockPosition]:
-    """Of each block from `first` on."""
+def _positions(tensors: set[str], start: str, sampler: re.Pattern[str], first: int) -> dict[int, BlockPosition]:
+    """Return the position of each block from `first` on."""
     indices = {int(name.split(".")[1]) for name in tensors if name.startswith(start) and name.split(".")[1].isdecimal()}
     samplers = {int(match[1]) for name in tensors if (match := sampler.match(name))}
-    places: dict[int, BlockPosition] = {}
+    positions: dict[int, BlockPosition] = {}
     level = within = 0
     for index in range(first, max(indices, default=first - 1) + 1):
-        places[index] = (level, within)
+        positions[index] = (level, within)
         level, within = (level + 1, 0) if index in samplers else (level, within + 1)
-    return places
+    return positions
 
 
-def _input_block(place: BlockPosition, inner: str) -> str | None:
-    level, within = place
+def _input_block(position: BlockPosition, inner: str) -> str | None:
+    level, within = position
     if inner == "0.op":
         return f"down_blocks.{level}.downsamplers.0.conv"
     return _in_level(f"down_blocks.{level}", within, inner)
 
 
-def _output_block(place: BlockPosition, inner: str) -> str | None:
-    level, within = place
+def _output_block(position: BlockPosition, inner: str) -> str | None:
+    level, within = position
     if inner in {"1.conv", "2.conv"}:
         return f"up_blocks.{level}.upsamplers.0.conv"
     return _in_level(f"up_blocks.{level}", within, inner)

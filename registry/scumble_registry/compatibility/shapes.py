@@ -1,4 +1,4 @@
-"""Shapes of weights, and how an error message shows them."""
+"""Shapes of weights, and their form in error messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Shape = tuple[int, ...]
 
 
 def matrix_shape(shape: Shape) -> Shape:
-    """A 1x1 convolution is a matrix: SD 1's and SD 2's `proj_in` differ in nothing else."""
+    """Return the shape of a 1x1 convolution as a matrix's: SD 1's and SD 2's `proj_in` differ in nothing else."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 

@@ -15,7 +15,7 @@ from scumble_registry.compatibility.original_names import original_names
 from scumble_registry.compatibility.shapes import Shape, matrix_shape, show_shape
 
 LLLITE = "lllite_unet_"
-"""What the names of modules begin with in an LLLite."""
+"""The prefix of module names in an LLLite."""
 
 _NORMS = (
     (".conv1", ".norm1"),
@@ -28,7 +28,7 @@ _NORMS = (
     (".self_attn.q_proj", ".layer_norm1"),
     (".mlp.fc1", ".layer_norm2"),
 )
-"""How the name of a layer ends, and the name of the norm before it."""
+"""End of a layer's name, and of the name of the norm before it."""
 
 
 def canonical_name(module: str) -> str:
@@ -44,14 +44,14 @@ def canonical_name(module: str) -> str:
 
 
 def lllite_names(targets: Iterable[str]) -> dict[str, str]:
-    """Map an LLLite's names of a UNet's modules (of their original names, or diffusers') to canonical names."""
+    """Map an LLLite's names of a UNet's modules (made from original or diffusers' names) to canonical names."""
     own = [name.removeprefix("unet.") for name in targets if name.startswith("unet.")]
     names = dict(zip(own, own, strict=True)) | {original: ours for ours, original in original_names(own).items()}
     return {LLLITE + name.replace(".", "_"): f"unet.{ours}" for name, ours in names.items()}
 
 
 def check_targets(requires: Mapping[str, Shape], base: BaseCompatibility) -> None:
-    """Raises Incompatible, naming the first target (in sorted order) that does not match, and both shapes."""
+    """Check that the base has all targets. Raises Incompatible with the first that does not match and both shapes."""
     norms = norm_shapes(base) if any(len(shape) == 1 for shape in requires.values()) else {}
     for target, shape in sorted(requires.items()):
         has = base.targets.get(target) or norms.get(target)
@@ -74,8 +74,9 @@ def check_targets(requires: Mapping[str, Shape], base: BaseCompatibility) -> Non
 
 
 def is_padded(target: str, requires: Mapping[str, Shape], base: BaseCompatibility) -> bool:
-    """A change of the first convolution of a base that reads latents alone also fits one that reads a mask and a masked
-    picture behind them (inpainting): it leaves those channels as they are.
+    """Return whether a change of `unet.conv_in` for a base without mask channels also fits this inpainting base.
+
+    An inpainting base reads a mask and a masked image after the latents; the change leaves those channels as they are.
     """
     has, shape = base.targets.get(target, ()), requires[target]
     return (
@@ -87,7 +88,7 @@ def is_padded(target: str, requires: Mapping[str, Shape], base: BaseCompatibilit
 
 
 def norm_shapes(base: BaseCompatibility) -> dict[str, Shape]:
-    """Every norm of the UNet and the text encoders → (channels,), read from the layer that it stands before."""
+    """Return every norm of the UNet and the text encoders → (channels,), taken from the layer after the norm."""
     norms: dict[str, Shape] = {}
     for target, shape in base.targets.items():
         for layer, norm in _NORMS:
@@ -99,5 +100,5 @@ def norm_shapes(base: BaseCompatibility) -> dict[str, Shape]:
 
 
 def has_bias(target: str) -> bool:
-    """In these families' models every layer has one but the projections of the UNet's attention and of pooled text."""
+    """Return whether a layer has a bias: all do but the UNet's attention projections and `text_projection`."""
     return not target.endswith((".to_q", ".to_k", ".to_v", ".text_projection"))

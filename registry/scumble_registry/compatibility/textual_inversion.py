@@ -1,4 +1,4 @@
-"""What an embedding needs of a base."""
+"""Compatibility of a textual-inversion embedding with a base."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from scumble_registry.compatibility.shapes import show_shape
 class TextualInversionCompatibility(Compatibility):
     kind: Literal["textual_inversion"] = "textual_inversion"
     family: Family | None
-    """The base's, if one was named; else by the widths, else None."""
+    """The base's family, if a base was named; else by the widths, else None."""
     widths: tuple[int, ...]
-    """Of the vectors for each text encoder, in the base's order."""
+    """Width of the vectors for each text encoder, in the base's order."""
     vectors: int
-    """How many places in the prompt its token takes."""
+    """Number of positions in the prompt that its token takes."""
     token: str
-    """The word in a prompt that stands for it."""
+    """The word in a prompt that invokes the embedding."""
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Raises Incompatible, naming both widths."""
+        """Check the fit. Raises Incompatible, naming both widths."""
         if self.widths != base.text_widths:
             raise Incompatible(
                 f"the embedding has vectors of width {show_shape(self.widths)}, but the text encoders of this "

@@ -1,4 +1,4 @@
-"""What a VAE needs of a base."""
+"""Compatibility of a VAE with a base."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from scumble_registry.compatibility.base import BaseCompatibility, Compatibility
 
 
 def vae_scale(config: Mapping[str, Any]) -> int:
-    """Pixels per latent of the AutoencoderKL with this config: all its levels but the last halve the picture."""
+    """Return the pixels per latent of an AutoencoderKL's config: all levels but the last halve the image."""
     return int(2 ** (max(len(config.get("block_out_channels") or ()), 1) - 1))
 
 
 class VaeCompatibility(Compatibility):
     kind: Literal["vae"] = "vae"
     family: None = None
-    """Families share latents of one shape; that the colours are right, nobody can tell from a file."""
+    """None: families share the latents' shape, and a file does not show which family's latents it decodes."""
     latent_channels: int
     scale: int
     """Pixels per latent."""
     parameters: int
-    """Numbers that it holds."""
+    """Number of parameters."""
     float32: bool = False
-    """It overflows half precision."""
+    """Whether it must run in float32, because it overflows half precision."""
 
     def fits(self, base: BaseCompatibility) -> None:
-        """Raises Incompatible, naming what the VAE has and what the base has."""
-        for what, mine, its in (
+        """Check the fit. Raises Incompatible, naming what the VAE has and what the base has."""
+        for what, of_vae, of_base in (
             ("latents with channels", self.latent_channels, base.latent_channels),
             ("pixels per latent", self.scale, base.vae_scale),
         ):
-            if mine != its:
+            if of_vae != of_base:
                 raise Incompatible(
-                    f"the VAE has {what} {mine}, but this {base.family} base has {its}; use one of the base's family",
-                    adapter=mine,
-                    base=its,
+                    f"the VAE has {what} {of_vae}, but this {base.family} base has {of_base}; "
+                    "use a VAE of the base's family",
+                    adapter=of_vae,
+                    base=of_base,
                 )

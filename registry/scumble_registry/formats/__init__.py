@@ -1,4 +1,4 @@
-"""From files to what the registry stores, and back: one module per kind, each with its FORMAT (`format.py`).
+"""Read published files into records and export them: one module per kind, each with its FORMAT (`format.py`).
 
 A new kind is a module here and one line in FORMATS.
 """
@@ -35,9 +35,8 @@ FORMATS: tuple[Format, ...] = (
     controlnet.FORMAT,
     lora.FORMAT,
 )
-"""In the order of being asked: a base's folder that comes with a base is a checkpoint of it; an embedding of one tensor
-may bear any name, also one that speaks of LoRA, a FaceID IP-Adapter brings a LoRA of its own, and a control-LoRA speaks
-of it too."""
+"""In the order of recognition. A base's folder that is published for a base is a checkpoint of it. LoRA is last,
+as an embedding's only tensor may have any name, and keys of a FaceID IP-Adapter and a control-LoRA mention LoRA."""
 
 
 def format_of(kind: str) -> Format:
@@ -46,7 +45,10 @@ def format_of(kind: str) -> Format:
 
 
 def read(source: Source, base: BaseCompatibility | None) -> Draft:
-    """The draft of the one format that recognises `source`, whose pickles become safetensors first (`incoming.py`)."""
+    """Read `source` by the first format that recognises it, after converting pickles to safetensors (`incoming.py`).
+
+    Raises Refused for files of no kind, and what the format raises.
+    """
     source = with_safetensors(source)
     for form in FORMATS:
         if form.recognises(source):
@@ -54,7 +56,7 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
     for name, file in source.weights().items():
         refuse_known_models(read_header(file).tensors, name)
     known = "; ".join(f"{form.kind}: {form.hint}" for form in FORMATS)
-    raise Refused(f"{source.path} is none of the kinds that can be published. {known}")
+    raise Refused(f"{source.path} is none of the kinds that can be published; these can: {known}")
 
 
 __all__ = ["FORMATS", "Draft", "Format", "Source", "format_of", "read"]

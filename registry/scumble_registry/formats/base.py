@@ -1,7 +1,7 @@
 """A base: Stable Diffusion 1.x, 2.x or XL, as a diffusers folder or a single file (`checkpoint/`) that becomes one.
 
-Everything is read from configs and headers. A folder may hold its weights in one precision under that one's name
-(`….fp16.safetensors`); they are kept under the plain name, which is where they are looked for.
+Everything is read from configs and headers. Weights that a folder holds in one precision under that precision's name
+(`….fp16.safetensors`) are stored under the plain name, where diffusers looks for them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LIBRARIES = {
     "transformers",
     "stable_diffusion",
     None,
-}  # no module of the folder's own is imported
+}  # the libraries that model_index.json may name; a folder's own modules are refused
 _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _OPENCLIP_WIDTH = 1024  # SD 2's text encoder
 
@@ -39,7 +39,7 @@ def recognises(source: Source) -> bool:
 
 def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if base is not None:
-        raise InvalidRequest("a base stands alone: leave --base out", field="base")
+        raise InvalidRequest("a base is published for no other base: leave --base out", field="base")
     whole = in_diffusers_layout(source)
     compatibility, defaults = examine(whole.source)
     details = {**whole.details, "serving": "base", "family_told_by": f"text encoders {compatibility.text_widths} wide"}
@@ -54,16 +54,19 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
 
 
 def in_diffusers_layout(source: Source) -> Unpacked:
-    """Raises Refused for a single file that cannot be taken apart."""
+    """Return the source as a folder in the diffusers layout. Raises Refused for a single file that cannot be split."""
     if checkpoint.recognises(source):
         return checkpoint.unpack(source)
     if source.hints.like is not None or source.hints.ema:
-        raise InvalidRequest("a folder in the diffusers layout has all of its own: leave --like and --ema out")
+        raise InvalidRequest("a folder in the diffusers layout is complete of its own: leave --like and --ema out")
     return one_precision(source)
 
 
 def examine(source: Source) -> tuple[BaseCompatibility, Defaults]:
-    """What a folder in the diffusers layout holds. Raises Refused for what is none, or may not be in a registry."""
+    """Check a folder in the diffusers layout, and derive compatibility and defaults.
+
+    Raises Refused for another layout or model, and for files that may not be in a registry.
+    """
     check_plain(source)
     headers = {name: read_header(file) for name, file in source.weights().items()}
     for name, header in headers.items():
@@ -88,8 +91,8 @@ class _Folder:
         in_channels, latents = _integer(unet, "in_channels", "unet"), _integer(vae, "latent_channels", "vae")
         if in_channels == 2 * latents:
             raise Refused(
-                f"this UNet reads {in_channels} channels: it is InstructPix2Pix, which looks at a picture beside the "
-                "latents; it is not served here"
+                f"this UNet reads {in_channels} channels: it is InstructPix2Pix, which reads an image beside the "
+                "latents; it cannot be served"
             )
         context = _same(unet.get("cross_attention_dim"), "cross_attention_dim")
         if context != sum(widths):
@@ -116,9 +119,7 @@ class _Folder:
         )
 
     def defaults(self) -> Defaults:
-        """From `scumble.json` where the folder has one; 30 steps of DDIM at 7.5 and the trained size
-        otherwise.
-        """
+        """Return the defaults in `scumble.json`, if there is one; else 30 steps of DDIM at 7.5 and the trained size."""
         unet, vae = self.config("unet"), self.config("vae")
         side = _same(unet.get("sample_size"), "sample_size") * vae_scale(vae)
         values: dict[str, Any] = {"steps": 30, "guidance_scale": 7.5, "scheduler": "ddim"}
@@ -147,7 +148,9 @@ class _Folder:
         for name in self._text_encoders():
             loaded = index.get(name)
             if loaded not in [["transformers", encoder] for encoder in _TEXT_ENCODERS]:
-                raise Refused(f"model_index.json says {name} is {loaded}; only {' or '.join(_TEXT_ENCODERS)} can be")
+                raise Refused(
+                    f"model_index.json has {name} as {loaded}; only {' or '.join(_TEXT_ENCODERS)} can be served"
+                )
         if not any(name.startswith("tokenizer/") for name in self.source.files):
             raise Refused("the folder lacks tokenizer/; publish the whole folder")
 
@@ -180,12 +183,12 @@ class _Folder:
         prediction = _object(self.source.json(name), name).get("prediction_type", "epsilon")
         if prediction not in get_args(PredictionType):
             raise Refused(
-                f"{name} says prediction_type {prediction!r}; {', '.join(get_args(PredictionType))} can be served"
+                f"{name} has prediction_type {prediction!r}; {', '.join(get_args(PredictionType))} can be served"
             )
         return cast(PredictionType, prediction)
 
     def _weighted(self, component: str) -> Iterator[tuple[str, Shape]]:
-        """Canonical name and weight shape of every matrix and convolution of a component."""
+        """Yield canonical name and weight shape of every matrix and convolution of a component."""
         for name, header in self.headers.items():
             if name.rpartition("/")[0] != component:
                 continue
@@ -204,16 +207,16 @@ def _family(widths: tuple[int, ...]) -> Family:
 def _integer(config: dict[str, Any], key: str, component: str) -> int:
     value = config.get(key)
     if type(value) is not int or value < 1:
-        raise Refused(f"{component}/config.json says {key} = {value!r}; a positive integer is needed")
+        raise Refused(f"{component}/config.json has {key} = {value!r}; it must be a positive integer")
     return value
 
 
 def _same(value: Any, key: str) -> int:
-    """One integer, or a list that holds the same one."""
+    """Return the positive integer that `value` is, or that all items of the list `value` are. Raises Refused."""
     values = set(value) if isinstance(value, list) else {value}
     one = next(iter(values)) if len(values) == 1 else None
     if type(one) is not int or one < 1:
-        raise Refused(f"unet/config.json says {key} = {value!r}; one positive integer is needed")
+        raise Refused(f"unet/config.json has {key} = {value!r}; it must be one positive integer")
     return one
 
 

@@ -1,4 +1,4 @@
-"""The weights of an adapter's file, with what is asked of all of them alike."""
+"""Read an adapter's weights, with the checks that all kinds share: size, dtype, finite values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _BITS: dict[np.dtype[Any], np.dtype[Any]] = {
 
 
 def read_floats(file: Path, header: Header, *, what: str, max_bytes: int) -> dict[str, Array]:
-    """Finite floating point tensors, memory-mapped. `what` the file is (`a LoRA`), for messages. Raises Refused."""
+    """Return the tensors, memory-mapped and checked; messages call the file `what` (`a LoRA`).
+
+    Raises Refused for a file over `max_bytes`, a tensor that is not F32, F16 or BF16, or a value that is not finite.
+    """
     if file.stat().st_size > max_bytes:
         raise Refused(f"{file.name} is larger than {max_bytes} bytes, too large for {what}")
     for name, info in header.tensors.items():
@@ -35,14 +38,14 @@ def read_floats(file: Path, header: Header, *, what: str, max_bytes: int) -> dic
 
 
 def check_finite(tensors: Mapping[str, Array]) -> None:
-    """Raises Refused, naming the tensor that holds NaN or Inf. Reads every value once, a little at a time."""
+    """Read every value once, in chunks. Raises Refused, naming the tensor that holds NaN or Inf."""
     for name, values in tensors.items():
         if not is_finite(values):
             raise Refused(f"tensor {name} holds NaN or infinite values; the training went wrong", tensor=name)
 
 
 def is_finite(values: Array) -> bool:
-    """Of what is no float, always."""
+    """Return whether all values are finite, which integers always are."""
     if values.dtype not in _BITS:
         return values.dtype.kind != "f" or bool(np.isfinite(values).all())
     flat = values.reshape(-1)
@@ -51,16 +54,16 @@ def is_finite(values: Array) -> bool:
 
 
 def largest(values: Array, axis: int) -> NDArray[np.float64]:
-    """max |values| over `axis`; NaN counts as more than Inf."""
+    """Return max |values| over `axis`; NaN is larger than Inf."""
     if values.dtype not in _BITS:
         return np.asarray(np.abs(values).max(axis), np.float64)
-    with np.errstate(invalid="ignore"):  # some NaN say so when they are widened
+    with np.errstate(invalid="ignore"):  # widening a signalling NaN warns
         return np.asarray(_magnitudes(values).max(axis).view(values.dtype), np.float64)
 
 
 def _magnitudes(values: Array) -> NDArray[Any]:
-    """The bits without the sign. As whole numbers they are in the order of |values|, and compared ten times as fast:
-    numpy knows halves only through conversion.
+    """Return the bits without the sign, as integers. They order like |values|, and compare ten times as fast, as numpy
+    converts half precision for every comparison.
     """
     bits = _BITS[values.dtype]
     return np.bitwise_and(values.view(bits), bits.type(np.iinfo(bits).max >> 1))

@@ -1,4 +1,4 @@
-"""What every format answers. The rest of the registry asks it, and names no kind."""
+"""The interface of a format. The rest of the registry uses it and names no kind."""
 
 from __future__ import annotations
 
@@ -14,56 +14,59 @@ from scumble_registry.formats.source import Draft, Source
 from scumble_registry.formats.stored import StoredVersion, export_as_published
 
 ChangedTensors: TypeAlias = dict[str, dict[str, Array]]
-"""By component (`unet`, `text_encoder`, `vae` …), tensors by plain name."""
+"""Component (`unet`, `text_encoder`, `vae` …) → plain name → tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How a kind is kept that is stored as its difference to its base, and whole only with it.
+    """The functions of a kind that is stored as its differences to its base and needs the base to be materialised.
 
     `stored`, `base` and `target` are folders. All raise IntegrityError for a difference to another base.
     """
 
     materialise: Callable[[Path, Path, Path], None]
-    """(stored, base, target): write the whole model's files, as they were published, into the empty `target`."""
+    """(stored, base, target): write the whole model's files, as published, into the empty `target`."""
     is_whole: Callable[[Path, Path], bool]
-    """(stored, target): does `target` hold the whole model, to the byte?"""
+    """(stored, target): return whether `target` holds the whole model, to the byte."""
     published_digests: Callable[[Path], Sequence[str]]
-    """(stored): sha256, in hex, of the files that are kept as differences, as they were published."""
+    """(stored): return the sha256, in hex, that the files which are stored as differences had when published."""
     read_changed: Callable[[Path, Path], ChangedTensors]
-    """(stored, base): the tensors that differ from the base's."""
+    """(stored, base): return the tensors that differ from the base's."""
 
 
 def refuse_image_encoder(adapter: Compatibility, _encoder: Compatibility) -> None:
-    """Raises InvalidRequest: most kinds read no pictures."""
-    raise InvalidRequest(f"a {adapter.kind} reads no pictures: leave --image-encoder out", field="image_encoder")
+    """Raises InvalidRequest: most kinds use no image encoder."""
+    raise InvalidRequest(f"a {adapter.kind} uses no image encoder: leave --image-encoder out", field="image_encoder")
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    kind: str
-    """The word in the manifest."""
-    hint: str
-    """What its files look like, in a few words, for the sentence that refuses unknown ones."""
-    recognises: Callable[[Source], bool]
-    """Do these files look like this kind? Content decides, not endings."""
-    read: Callable[[Source, BaseCompatibility | None], Draft]
-    """Check everything, derive the compatibility, write the record; with the base, if one is named.
+    """How a kind is recognised, read, stored and exported."""
 
-    Raises Refused for what may not be in a registry, Incompatible for what does not fit the base.
+    kind: str
+    """The kind's name in the manifest."""
+    hint: str
+    """A short description of its files, for the message that refuses unknown files."""
+    recognises: Callable[[Source], bool]
+    """Return whether the files look like this kind, by content, not by name."""
+    read: Callable[[Source, BaseCompatibility | None], Draft]
+    """Check the files, derive the compatibility and make the record; with the base, if one is named.
+
+    Raises Refused for files that may not be in a registry, Incompatible where they do not fit the base.
     """
     layouts: tuple[str, ...] = ("diffusers",)
-    """Whose layouts `export` writes: what it wrote, published again for the same base, has the same record."""
+    """Names of the layouts that `export` writes: an export that is published again for the same base has the same
+    record."""
     export: Callable[[StoredVersion, str, Path], None] = export_as_published
-    """(version, layout, target): write it into the empty folder `target`. Raises Refused for what no layout says."""
+    """(version, layout, target): write it into the empty folder `target`. Raises Refused if the layout cannot."""
     difference: Difference | None = None
-    """None: it is stored as it was published."""
+    """None: the kind is stored as published."""
     has_sampling: bool = True
-    """May its publisher say how it is to be sampled?"""
+    """Whether a publisher may set `sampling`."""
     check_image_encoder: Callable[[Compatibility, Compatibility], None] = refuse_image_encoder
-    """(adapter, encoder): raises InvalidRequest, Refused or Incompatible where it cannot be published with this one."""
+    """(adapter, encoder): raises InvalidRequest, Refused or Incompatible if the adapter cannot use this encoder."""
 
     @property
     def needs_base(self) -> bool:
-        """Is a version of it whole only with its base?"""
+        """Whether a version can be materialised only with its base."""
         return self.difference is not None

@@ -1,7 +1,7 @@
 """An image encoder: CLIP's vision tower with its projection, for the IP-Adapters that name it.
 
-A folder as `CLIPVisionModelWithProjection.save_pretrained` writes it: `config.json`, `model.safetensors` and, if it
-was trained with another preparation than CLIP's own, `preprocessor_config.json`. One encoder serves many adapters.
+A folder as `CLIPVisionModelWithProjection.save_pretrained` writes it: `config.json`, `model.safetensors` and, if its
+preprocessing differs from CLIP's, `preprocessor_config.json`. One encoder serves many adapters.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from scumble_registry.formats.source import Draft, Source, check_plain
 
 KIND = "image_encoder"
 FOLDER = "image_encoder/"
-"""Where an IP-Adapter's own encoder is, beside its file."""
+"""The folder of an IP-Adapter's own encoder, beside its file."""
 _DEFAULTS = {"hidden_size": 768, "projection_dim": 512, "image_size": 224, "patch_size": 32}
-"""transformers' own, for what a config leaves out."""
+"""transformers' defaults for fields that a config leaves out."""
 
 
 def recognises(source: Source) -> bool:
@@ -29,17 +29,20 @@ def recognises(source: Source) -> bool:
 
 def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if base is not None:
-        raise InvalidRequest("an image encoder stands alone: leave --base out", field="base")
+        raise InvalidRequest("an image encoder is published for no base: leave --base out", field="base")
     check_plain(source)
     return Draft(source.files, inspect(source, ""))
 
 
 def inspect(source: Source, prefix: str) -> ImageEncoderCompatibility:
-    """The encoder whose files are `prefix + name`. Raises Refused where weights and config disagree."""
+    """Derive the compatibility of the encoder whose files are `prefix + name`.
+
+    Raises Refused where weights and config disagree.
+    """
     config = _config(source, prefix)
     if config.get("model_type") != "clip_vision_model":
         raise Refused(
-            f"{prefix}config.json says model_type {config.get('model_type')!r}; an image encoder is a "
+            f"{prefix}config.json has model_type {config.get('model_type')!r}; an image encoder is a "
             "CLIPVisionModelWithProjection (clip_vision_model)"
         )
     file = source.files.get(f"{prefix}model.safetensors")
@@ -49,15 +52,15 @@ def inspect(source: Source, prefix: str) -> ImageEncoderCompatibility:
     check_finite(read_tensors(file, header))
     sizes = _sizes(header)
     for name, value in sizes.items():
-        said = config.get(name, _DEFAULTS[name])
-        if said != value:
-            raise Refused(f"{prefix}config.json says {name} = {said}, but the weights have {value}")
+        stated = config.get(name, _DEFAULTS[name])
+        if stated != value:
+            raise Refused(f"{prefix}config.json has {name} = {stated}, but the weights have {value}; fix the config")
     _check_preparation(source, f"{prefix}preprocessor_config.json", sizes["image_size"])
     return ImageEncoderCompatibility.model_validate(sizes)
 
 
 def _sizes(header: Header) -> dict[str, int]:
-    """Of the weights themselves: `patch_embedding` (C, 3, p, p), `position_embedding` (1 + (S/p)², C)."""
+    """Derive the sizes from the weights: `patch_embedding` (C, 3, p, p), `position_embedding` (1 + (S/p)², C)."""
     ends = {"visual_projection.weight": 2, "patch_embedding.weight": 4, "position_embedding.weight": 2}
     shapes: dict[str, tuple[int, ...]] = {}
     for end, dimensions in ends.items():
@@ -78,7 +81,7 @@ def _check_preparation(source: Source, name: str, image_size: int) -> None:
     crop = given.get("crop_size", image_size) if isinstance(given, dict) else None
     sides = set(crop.values()) if isinstance(crop, dict) else {crop}
     if sides != {image_size}:
-        raise Refused(f"{name} crops pictures to {crop!r}, but the image encoder reads {image_size}x{image_size}")
+        raise Refused(f"{name} crops images to {crop!r}, but the image encoder reads {image_size}x{image_size}")
 
 
 def _config(source: Source, prefix: str) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""The step before formats are asked: every file of weights is safetensors, whatever it was and was called.
+"""Convert pickles to safetensors before a format is chosen, so that formats see only safetensors weights.
 
-What a file is, its content says. A pickle (torch.save's, say) is converted into `source.work`; the file that then
-stands in the source, and is stored, is the safetensors file, under the same name with the ending `.safetensors`. Its
-tensors are called by their path through the pickle, joined with '.' (`state_dict.model.weight`,
-`320.0.linear.0.weight`; a tensor alone is `tensor`), and `source.plain` has, by the file's new name, all that the
-pickle held beside tensors.
+Content decides what a file is, not its name. A pickle (torch.save's, say) is converted into `source.work`; the
+safetensors file takes its place in the source and in the store, under the same name with the ending `.safetensors`.
+A tensor's name is its path through the pickle, joined with '.' (`state_dict.model.weight`, `320.0.linear.0.weight`; a
+pickled tensor alone is `tensor`). `source.plain` has, by the new file name, the pickle's values that are not tensors.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from scumble_registry.formats.source import WEIGHTS, Source
 
 SUFFIX = ".safetensors"
 _LARGEST = 20 << 30
-"""Of any kind: a checkpoint's. The kind is not known before the file is read."""
+"""The largest limit of all kinds, a checkpoint's: the kind is not known before the file is read."""
 _PICKLES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 
 
 def with_safetensors(source: Source) -> Source:
-    """`source` with every pickle converted. Raises Refused, naming file and reason."""
+    """Return `source` with every pickle converted. Raises Refused, naming file and reason."""
     _check_size(source)
     files: dict[str, Path] = {}
     plain: dict[str, Plain] = {}
@@ -33,7 +32,7 @@ def with_safetensors(source: Source) -> Source:
         kind = kind_of(file)
         new = safetensors_name(name) if kind else name
         if new != name and (new in source.files or new in files):
-            raise Refused(f"{name} would become {new}, which is there too; publish one of the two", file=name)
+            raise Refused(f"{name} would become {new}, which exists too; publish one of the two", file=name)
         files[new] = file
         if kind == "pickle":
             if source.work is None:
@@ -47,11 +46,11 @@ def with_safetensors(source: Source) -> Source:
 def _check_size(source: Source) -> None:
     size, limit = sum(file.stat().st_size for file in source.files.values()), source.limit(_LARGEST)
     if size > limit:
-        raise Refused(f"{source.path} has {size:,} bytes, more than {limit:,}; --max-size lets more in", bytes=size)
+        raise Refused(f"{source.path} has {size:,} bytes, more than {limit:,}; --max-size raises the limit", bytes=size)
 
 
 def safetensors_name(name: str) -> str:
-    """Another ending, if the name has one.
+    """Return the name with the ending `.safetensors` in place of another ending of weights.
 
     >>> safetensors_name("sub/easy.negative.pt"), safetensors_name("style-v1.5")
     ('sub/easy.negative.safetensors', 'style-v1.5.safetensors')
@@ -62,7 +61,7 @@ def safetensors_name(name: str) -> str:
 
 
 def kind_of(file: Path) -> str:
-    """`safetensors`, `pickle` (or the zip around one), or nothing of the kind."""
+    """Return `safetensors`, `pickle` (also for a zip around one), or an empty string for another file."""
     with file.open("rb") as opened:
         start = opened.read(9)
     if len(start) == 9 and struct.unpack("<Q", start[:8])[0] <= MAX_HEADER and start[8:] == b"{":

@@ -1,4 +1,4 @@
-"""Models that are known, and refused by name: they are no Stable Diffusion 1.x, 2.x or XL, or no part of a picture."""
+"""Known models that cannot be served, refused by name: they are not Stable Diffusion 1.x, 2.x or XL."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _MARKS: tuple[tuple[str, str], ...] = (
     ("joint_blocks.", "Stable Diffusion 3, a diffusion transformer"),
     ("distilled_guidance_layer.", "Chroma, a diffusion transformer"),
     ("double_stream_modulation", "FLUX.2, a diffusion transformer"),
-    ("double_blocks.", "FLUX (or a kin of it), a diffusion transformer"),
-    ("single_transformer_blocks.", "FLUX (or a kin of it), a diffusion transformer"),
+    ("double_blocks.", "FLUX (or a relative of it), a diffusion transformer"),
+    ("single_transformer_blocks.", "FLUX (or a relative of it), a diffusion transformer"),
     ("cap_embedder.", "Lumina, a diffusion transformer"),
     ("txt_in.text_norm.", "a diffusion transformer"),
     ("adaln_single.", "PixArt, a diffusion transformer"),
@@ -27,7 +27,7 @@ _MARKS: tuple[tuple[str, str], ...] = (
     ("upscale.0.weight", "an upscaler of pixels"),
     ("conv_body.", "an upscaler of pixels"),
 )
-"""What only such a model's tensors have in their names; the first that is found counts."""
+"""Part of a tensor's name that only such a model has → the model; the first match counts."""
 
 
 def refused_model(names: Iterable[str]) -> str | None:
@@ -36,6 +36,6 @@ def refused_model(names: Iterable[str]) -> str | None:
 
 
 def refuse_known_models(names: Iterable[str], file: str) -> None:
-    """Raises Refused, naming what it is."""
+    """Raises Refused, naming the model, if the tensors' names are those of a known model."""
     if (what := refused_model(names)) is not None:
         raise Refused(f"{file} is {what}; only Stable Diffusion 1.x, 2.x and XL are served here", file=file)

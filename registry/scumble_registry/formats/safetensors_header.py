@@ -1,8 +1,8 @@
-"""safetensors, read with bounds: the header is parsed here before anything trusts it.
+"""Read and write safetensors, with limits: the header is checked here before anything uses it.
 
 Layout of a file: u64 little-endian length N, N bytes of JSON (name → dtype, shape, data_offsets;
-`__metadata__` holds strings), then the data. The library accepts a 51 MB header of 800 000 empty tensors (26
-s, 1.7 GB) and duplicate keys in silence; this parser does not.
+`__metadata__` holds strings), then the data. The safetensors library accepts a 51 MB header of 800 000 empty tensors
+(26 s, 1.7 GB) and duplicate keys without an error; this parser refuses both.
 """
 
 from __future__ import annotations
@@ -61,10 +61,9 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Raises Refused, naming the file and the fault. After it, every tensor lies inside the file, none
-    overlap.
+    """Parse a file's header, and check that every tensor is inside the file and none overlap.
 
-    Parsed once for as long as the file is not written to: publishing asks several times for thousands of tensors.
+    Cached until the file changes, as publishing reads it several times. Raises Refused, naming the file and the fault.
     """
     stats = path.stat()
     return _read_header(path, (stats.st_dev, stats.st_ino, stats.st_size, stats.st_mtime_ns, stats.st_ctime_ns))
@@ -90,7 +89,7 @@ def _read_header(path: Path, stamp: tuple[int, ...]) -> Header:
 
 
 def header_of(start: bytes) -> Header:
-    """Of a file's first bytes (length and JSON), which were checked when the file came in."""
+    """Parse a header from a file's first bytes (length and JSON), which were checked when the file was published."""
     return _header_of(_parse_json(start[8:]), len(start))
 
 
@@ -102,7 +101,7 @@ def _header_of(entries: dict[str, Any], data_start: int) -> Header:
 
 
 def read_tensors(path: Path, header: Header) -> dict[str, Array]:
-    """All tensors, memory-mapped read-only."""
+    """Return all tensors, memory-mapped read-only."""
     if path.stat().st_size == header.data_start:
         data: Array = np.empty(0, dtype=np.uint8)  # nothing can be mapped
     else:
@@ -115,13 +114,15 @@ def read_tensors(path: Path, header: Header) -> dict[str, Array]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unwritten:
-    """A safetensors file that is not written yet, with one possible form (see `layout`). Its tensors may be mapped."""
+    """The content of a safetensors file to be written; equal content has equal bytes (see `layout`). Its tensors may be
+    memory-mapped.
+    """
 
     tensors: dict[str, Array]
     metadata: dict[str, str]
 
     def chunks(self) -> Iterator[Buffer]:
-        """The file's bytes in turn; no more than one tensor is copied at a time, and none that lies in one piece."""
+        """Yield the file's bytes; at most one tensor is copied at a time, and no contiguous one."""
         names = {dtype: name for name, dtype in DTYPES.items()}
         shapes = {name: (names[array.dtype], array.shape) for name, array in self.tensors.items()}
         order, header = layout(shapes, self.metadata)
@@ -131,19 +132,20 @@ class Unwritten:
 
 
 def write(tensors: dict[str, Array], metadata: dict[str, str]) -> bytes:
-    """A whole file at once."""
+    """Return the bytes of a whole file."""
     return b"".join(Unwritten(tensors, metadata).chunks())
 
 
 def write_file(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
-    """The same into a new file, tensor by tensor."""
+    """Write a new file, tensor by tensor."""
     with path.open("xb") as file:
         file.writelines(Unwritten(tensors, metadata).chunks())
 
 
 def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[list[str], bytes]:
-    """Of dtype and shape by name: the order in the file (wider dtypes first, so all data is aligned, then by name) and
-    all bytes before the data.
+    """Return the names in the file's order and all bytes before the data, from name → dtype and shape.
+
+    Wider dtypes come first, so that all data is aligned; then names in sorted order.
     """
     order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]].itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -171,7 +173,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} stands twice in the header")
+        raise ValueError(f"the key {twice!r} is twice in the header")
     return result
 
 
@@ -202,7 +204,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _check_layout(tensors: dict[str, TensorInfo], size: int) -> None:
-    """The tensors fill the data exactly: no hole, no overlap, nothing after the end."""
+    """Check that the tensors fill the data exactly: no hole, no overlap, nothing after the end. Raises ValueError."""
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:

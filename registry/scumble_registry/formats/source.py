@@ -1,4 +1,4 @@
-"""The files that somebody publishes, and what a format makes of them."""
+"""The files that are published (`Source`), and what a format derives from them (`Draft`)."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ Stamp = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What a publisher says of files that do not say it themselves."""
+    """What a publisher states where the files do not."""
 
     like: Callable[[], Path] | None = None
-    """Where a folder in the diffusers layout is from which a single file takes configs, tokenizers, and what it
-    lacks."""
+    """Returns a folder in the diffusers layout, from which a single file takes configs, tokenizers and missing
+    components."""
     prediction_type: PredictionType | None = None
     ema: bool = False
-    """Of a checkpoint that holds averaged weights too, these are meant."""
+    """Whether to read the averaged weights (EMA) of a checkpoint that has both."""
     shortcut: bool | None = None
-    """An IP-Adapter FaceID-Plus is (not) of the second version."""
+    """Whether an IP-Adapter FaceID-Plus is a PlusV2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +51,24 @@ class Source:
     files: dict[str, Path]
     """Relative path with '/' → file, sorted; regular files only."""
     words: tuple[str, ...] = ()
-    """The trigger words that the publisher gave: some files do not hold their own."""
+    """The trigger words that the publisher gave."""
     base_folder: Callable[[], Path] | None = None
-    """Where the files of the base are that it is published for, filled when asked for; None without a base."""
+    """Returns the materialised folder of the base that it is published for; None without a base."""
     work: Path | None = None
-    """A folder for what is made of the files; gone when the version is published."""
+    """A temporary folder for converted files."""
     allow_leftover: bool = False
-    """The publisher lets keys that nobody understands be left out; the manifest then names them."""
+    """Whether unknown keys may be left out; the manifest then names them."""
     max_bytes: int | None = None
-    """How large the weights may be; None: what is sound for their kind."""
+    """The most bytes that the weights may have; None: the limit of their kind."""
     hints: Hints = field(default_factory=Hints)
     plain: Mapping[str, Plain] = field(default_factory=dict)
-    """Of each file here that was a pickle (see `incoming.py`): what it held, with a Leaf where each tensor was."""
+    """File that was a pickle (see `incoming.py`) → its content, with a Leaf in place of each tensor."""
 
     @classmethod
     def scan(cls, path: Path, words: tuple[str, ...] = ()) -> Source:
-        """Raises NotFound for nothing there; Refused for links, special files and hidden surprises."""
+        """List the files under `path`. Raises NotFound; Refused for links, special files and unsafe names."""
         if not os.path.lexists(path):
-            raise NotFound(f"there is no file or folder {path}")
+            raise NotFound(f"there is no file or folder {path}; check the path")
         path = path.resolve()  # the path itself may be a link that the publisher chose
         if path.is_dir():
             files = {file.relative_to(path).as_posix(): file for file in _walk(path)}
@@ -86,12 +86,12 @@ class Source:
         return cls(path, dict(sorted(files.items())), words)
 
     def stamps(self) -> dict[str, Stamp]:
-        """To be compared before and after: a file that changes while it is published is refused."""
+        """Return each file's stamp, to be compared before and after reading, as a file that changes is refused."""
         by_name = {name: file.stat() for name, file in self.files.items()}
         return {name: (stats.st_ino, stats.st_size, stats.st_mtime_ns) for name, stats in by_name.items()}
 
     def json(self, name: str) -> Any:
-        """Raises Refused, naming the file, when it is missing, too large or no JSON."""
+        """Parse a JSON file. Raises Refused, naming the file, when it is missing, too large or not JSON."""
         file = self.files.get(name)
         if file is None:
             raise Refused(f"{self.path} lacks {name}; publish the whole folder")
@@ -105,9 +105,9 @@ class Source:
     def weights(self) -> dict[str, Path]:
         return {name: file for name, file in self.files.items() if name.endswith(".safetensors")}
 
-    def limit(self, sound: int) -> int:
-        """The publisher's `max_bytes`, or what is `sound` where nothing was said."""
-        return sound if self.max_bytes is None else self.max_bytes
+    def limit(self, default: int) -> int:
+        """Return the publisher's `max_bytes`, or the kind's `default` limit in bytes."""
+        return default if self.max_bytes is None else self.max_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +119,17 @@ class Draft:
     record: bytes | Unwritten | None = None
     defaults: Defaults | None = None
     sampling: Sampling | None = None
-    """How the files say that they were made to be sampled; the publisher's word goes before it."""
+    """The sampling that the files state; the publisher's replaces it."""
     trigger_words: tuple[str, ...] = ()
     dialect: str = ""
-    """Whose layout it is, in a word or two (`kohya`, `PEFT folder`): for people."""
+    """The tool whose layout the files have, in a word or two (`kohya`, `PEFT folder`), for people."""
     details: Mapping[str, JsonValue] = field(default_factory=dict)
-    """What `inspect` says beyond the compatibility: ranks, alphas and serving class by module, training metadata."""
+    """What `inspect` shows beyond the compatibility: ranks, alphas and serving class by module, training metadata."""
     leftover: tuple[str, ...] = ()
-    """Keys that were left out because `Source.allow_leftover` said so, sorted."""
+    """Keys that were left out, which `Source.allow_leftover` permits, sorted."""
 
     def open_record(self) -> BinaryIO | None:
-        """The record's bytes, which may be made only while they are read."""
+        """Open the record's bytes, which may be generated while they are read."""
         if self.record is None:
             return None
         return io.BytesIO(self.record) if isinstance(self.record, bytes) else reading(self.record.chunks())
@@ -137,7 +137,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """A base or checkpoint as a folder in the diffusers layout, and what is told of the files that it was."""
+    """A base or checkpoint as a folder in the diffusers layout, with details on its original files."""
 
     source: Source
     details: Mapping[str, JsonValue] = field(default_factory=dict)
@@ -146,19 +146,19 @@ class Unpacked:
 
 
 def check_plain(source: Source) -> None:
-    """Refuse everything beside safetensors that is not plainly a text or a picture."""
+    """Raises Refused for any file that is not safetensors, text or an image."""
     for name, file in source.files.items():
         ending = PurePosixPath(name).suffix.lower()
         if ending in WEIGHTS:
             raise Refused(
-                f"{name} is neither safetensors nor a pickle that torch.save wrote: no weights that can enter the "
-                "registry. Save the model with safe_serialization=True (diffusers' default) and remove other files",
+                f"{name} is neither safetensors nor a pickle by torch.save, so its weights cannot be read. Save the "
+                "model with safe_serialization=True (diffusers' default) and remove other files",
                 file=name,
             )
         if ending == ".json":
             source.json(name)
         elif not _is_plain(name, file):
-            raise Refused(f"{name} is neither safetensors, text nor a picture; remove it and publish again", file=name)
+            raise Refused(f"{name} is neither safetensors, text nor an image; remove it and publish again", file=name)
 
 
 def _is_plain(name: str, file: Path) -> bool:
@@ -175,7 +175,7 @@ def _is_plain(name: str, file: Path) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files; hidden ones (`.git`, `.cache`, `.DS_Store`) belong to tools and are left out."""
+    """Yield all files but hidden ones (`.git`, `.cache`, `.DS_Store`)."""
     count = 0
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

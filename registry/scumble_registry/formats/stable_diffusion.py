@@ -1,7 +1,7 @@
-"""The modules of Stable Diffusion 1.x, 2.x and XL themselves, by name and shape: for files that come without their base
-and spell names that cannot be read without one.
+"""Modules of the original Stable Diffusion 1.x, 2.x and XL, by name and shape: for files that are published without a
+base and whose module names cannot be resolved without one.
 
-Bases of other sizes (ours, inpainting ones) are read from their own files; this is what the world's files are made for.
+Bases of other sizes (small ones, inpainting ones) are read from their own files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Text:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """`depths` are transformer blocks for each level on the way down, 0 where a level has no attention."""
+    """Sizes of a family. `depths` are transformer blocks for each down level, 0 where a level has no attention."""
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
@@ -103,7 +103,7 @@ def _down(sizes: _Sizes) -> Iterator[tuple[str, Shape]]:
 
 
 def _up(sizes: _Sizes) -> Iterator[tuple[str, Shape]]:
-    """Three resnets a level, each of which also reads what its counterpart on the way down left."""
+    """Yield the up blocks: three resnets a level, each of which also reads a skip connection."""
     widths, depths = sizes.widths[::-1], sizes.depths[::-1]
     before = widths[0]
     for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):

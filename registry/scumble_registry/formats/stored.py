@@ -1,4 +1,4 @@
-"""What is stored of a version, as an exporter reads it."""
+"""The interface to a stored version that exporters use."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from scumble_registry.manifest import Manifest
 
 
 class StoredVersion(Protocol):
-    """Folders and files are filled and hashed at every call. All raise IntegrityError, NotFound, Unavailable."""
+    """A version and its files, hashed at every call. All methods raise IntegrityError, NotFound, Unavailable."""
 
     @property
     def manifest(self) -> Manifest: ...
 
     @property
     def base(self) -> BaseCompatibility | None:
-        """The base that it is written for, where one is named or it was published for one."""
+        """The base whose module names are written: the one named, else the one that it was published for, if any."""
         ...
 
     def folder(self) -> Path:
-        """Return the read-only folder with what is stored of it."""
+        """Return the read-only folder with the stored files."""
         ...
 
     def record(self) -> Path:
-        """Return the normalised record as a file. Raises Refused for a kind without."""
+        """Return the path of the record. Raises Refused for a kind without record."""
         ...
 
     def base_folder(self) -> Path | None:
@@ -40,15 +40,15 @@ class StoredVersion(Protocol):
 
 
 def export_as_published(version: StoredVersion, _layout: str, target: Path) -> None:
-    """Whole models are stored as they were published, which is diffusers' layout."""
+    """Copy the files of a whole model, which is stored as published, in diffusers' layout."""
     version.copy(target)
 
 
 def header_metadata(version: StoredVersion) -> dict[str, str]:
-    """Return what the published file said of itself, but for what speaks of its old layout."""
+    """Return the published file's metadata without the entries on its layout, with the version's trigger words."""
     folder = version.folder()
     weights = [folder / name for name in version.manifest.files if name.endswith(".safetensors")]
     metadata = read_header(weights[0]).metadata if len(weights) == 1 else {}
-    said = {name: text for name, text in metadata.items() if name not in {"format", "lora_adapter_metadata"}}
+    retained = {name: text for name, text in metadata.items() if name not in {"format", "lora_adapter_metadata"}}
     words = version.manifest.trigger_words
-    return said | ({"trigger_words": json.dumps(words)} if words else {})
+    return retained | ({"trigger_words": json.dumps(words)} if words else {})

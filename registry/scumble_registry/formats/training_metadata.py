@@ -1,9 +1,7 @@
-"""What a file says of its own training, in the header of a safetensors file: kohya's `ss_…` and the model spec's
-`modelspec.…`.
+"""Training metadata in the header of a safetensors file: kohya's `ss_…` and the model spec's `modelspec.…`.
 
-All of it is untrusted text that nothing is derived from but what `inspect` shows; pictures in it may be megabytes.
-`read` bounds it, `for_manifest` is the part that a manifest holds: what people look a LoRA up by, and nothing that
-tells of the trainer's own disk.
+It is untrusted text, and only `inspect` and the manifest show it; images in it may be megabytes. `read` limits it.
+`for_manifest` selects the part that a manifest holds: what people search a LoRA by, and no paths of the trainer's disk.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ _PICTURES = frozenset({"modelspec.thumbnail", "ssmd_cover_images"})
 _MOST, _MOST_CHARACTERS, _MOST_TAGS = 200, 2000, 20
 _TAGS = "ss_tag_frequency"
 
-_KEPT = (
+_IN_MANIFEST = (
     "modelspec.architecture",
     "modelspec.author",
     "modelspec.date",
@@ -49,12 +47,13 @@ _KEPT = (
     "ss_steps",
     "ss_v2",
 )
-_MOST_KEPT_CHARACTERS = 300
+_MAX_MANIFEST_CHARACTERS = 300
 
 
 def read(weights: Mapping[str, Path]) -> dict[str, Any]:
-    """Key → text, cut where it is long; tags as the most frequent ones with their counts. {} without a header, and of
-    models of several files, whose headers say nothing.
+    """Return key → text, cut where it is long; of the tags, the most frequent with their counts.
+
+    Empty for files that are not safetensors, and for models of several files.
     """
     if len(weights) != 1:
         return {}
@@ -68,15 +67,15 @@ def read(weights: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def for_manifest(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `read` that stands in a manifest."""
-    said = {name: str(training.get(name, "")) for name in _KEPT}
-    short = {name: text[:_MOST_KEPT_CHARACTERS] for name, text in said.items() if text not in {"", "None"}}
+    """Return the part of `read` that a manifest holds."""
+    texts = {name: str(training.get(name, "")) for name in _IN_MANIFEST}
+    short = {name: text[:_MAX_MANIFEST_CHARACTERS] for name, text in texts.items() if text not in {"", "None"}}
     tags = training.get(_TAGS)
     return short | ({_TAGS: tags} if isinstance(tags, dict) and tags else {})
 
 
 def _sound(text: str) -> str:
-    """JSON can write half a character (a lone surrogate), which no UTF-8 can."""
+    """Replace lone surrogates, which JSON can encode but UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -87,7 +86,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def frequent_tags(text: str) -> dict[str, int]:
-    """kohya's tag frequencies (JSON: folder → tag → count) over all folders, the most frequent first."""
+    """Sum kohya's tag frequencies (JSON: folder → tag → count) over all folders, the most frequent first."""
     try:
         folders = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What a parser does not understand is refused by name: a key dropped in silence is a wrong picture."""
+"""Unknown keys are refused by name: a key that is dropped without a word gives a wrong image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN = 8
 
 
 def refuse_unknown_keys(keys: Collection[str], hint: str, of: str | None = None) -> None:
-    """`of`: what they are known to be (`VeRA`), where that is known."""
+    """Raises Refused if there are unknown keys; `of` names their algorithm (`VeRA`), where it is known."""
     if not keys:
         return
     names = sorted(keys)
@@ -24,7 +24,7 @@ def refuse_unknown_keys(keys: Collection[str], hint: str, of: str | None = None)
 
 
 def leave_out(source: Source, keys: Collection[str], hint: str) -> tuple[str, ...]:
-    """The keys, sorted, where the publisher lets them be left out. Raises Refused where not."""
+    """Return the keys, sorted, if the publisher allows them to be left out. Raises Refused if not."""
     if not source.allow_leftover:
         refuse_unknown_keys(keys, hint)
     return tuple(sorted(keys))

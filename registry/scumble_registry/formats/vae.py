@@ -1,4 +1,4 @@
-"""A VAE: what turns latents into pixels and back, for requests that name another than their base's.
+"""A VAE, which turns latents into pixels and back, for requests that use another VAE than their base's.
 
 A folder as `AutoencoderKL.save_pretrained` writes it: `config.json` and `diffusion_pytorch_model.safetensors`. Or its
 weights alone, in diffusers' layout or the original one (`checkpoint/lone_vae.py`).
@@ -28,9 +28,9 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source, base: BaseCompatibility | None) -> Draft:
-    """Raises InvalidRequest, or Refused where weights and config disagree."""
+    """Read a VAE. Raises InvalidRequest, and Refused where weights and config disagree."""
     if base is not None:
-        raise InvalidRequest("a VAE stands alone: leave --base out", field="base")
+        raise InvalidRequest("a VAE is published for no base: leave --base out", field="base")
     layout = lone_vae.layout_of(source)
     whole = lone_vae.in_folder(source, layout) if layout else Unpacked(source, dialect="diffusers")
     source = whole.source
@@ -41,11 +41,11 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
     check_finite(read_tensors(source.files[FILE_NAME], header))
     tensors = header.tensors
     config = _config(source)
-    entrance = tensors.get("decoder.conv_in.weight")
-    channels = entrance.shape[1] if entrance is not None and len(entrance.shape) == 4 else 0
+    conv_in = tensors.get("decoder.conv_in.weight")
+    channels = conv_in.shape[1] if conv_in is not None and len(conv_in.shape) == 4 else 0
     if channels != config.get("latent_channels", 4):
         raise Refused(
-            f"config.json says latent_channels = {config.get('latent_channels', 4)!r}, but the weights have {channels}"
+            f"config.json has latent_channels = {config.get('latent_channels', 4)!r}, but the weights have {channels}"
         )
     return Draft(
         source.files,
@@ -55,10 +55,10 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
             parameters=sum(prod(info.shape) for info in tensors.values()),
             float32=bool(
                 config.get("force_upcast")
-            ),  # SDXL's say it; where nothing is said, diffusers' pipelines do not
+            ),  # SDXL's configs set it; diffusers' pipelines take false where it is missing
         ),
         dialect=whole.dialect,
-        details={"serving": "decodes and encodes pictures", **whole.details},
+        details={"serving": "decodes and encodes images", **whole.details},
         leftover=whole.leftover,
     )
 

@@ -1,1 +1,1 @@
-"""Alembic's migrations. They lie inside the package so that they also work from a wheel."""
+"""Alembic's migrations, inside the package so that a wheel contains them."""

@@ -1,7 +1,7 @@
-"""Which addresses may be connected to when a URL comes from somebody: public ones.
+"""Restrict connections to public addresses, for URLs from untrusted sources.
 
-A name is looked up once, every address that it has is judged, and the connection goes to an address that was judged: a
-name that means something else a moment later (DNS rebinding) changes nothing. Names are never judged, only addresses.
+A name is resolved once, all its addresses are checked, and the connection goes to a checked address, so a name that
+resolves to another address a moment later (DNS rebinding) has no effect. Only addresses are checked, never names.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Rule = Callable[[Address], bool]
 
 _UNICAST = ipaddress.IPv6Network("2000::/3")
-"""All that was ever given out; what else calls itself global is old or odd."""
+"""All assigned global unicast addresses; other addresses that `ipaddress` calls global are obsolete or special."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: Address) -> bool:
-    """Not loopback, private, link-local, multicast, reserved or for documentation; nor an IPv6 address that stands for
-    an IPv4 address that is.
+    """Return whether an address is not loopback, private, link-local, multicast, reserved or for documentation.
+
+    For an IPv6 address that embeds an IPv4 address, the IPv4 address decides.
     """
     if isinstance(address, ipaddress.IPv6Address):
-        if (inner := _inner(address)) is not None:
-            return is_public(inner)
+        if (embedded := _embedded(address)) is not None:
+            return is_public(embedded)
         if address not in _UNICAST:
             return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 
-def _inner(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that it is a spelling of (mapped, 6to4, Teredo, NAT64)."""
+def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that it embeds (mapped, 6to4, Teredo, NAT64), if any."""
     if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
 
 
 class CheckedNetwork(httpcore2.NetworkBackend):
-    """Connects to addresses that `rule` allows and to nothing else."""
+    """A network backend that connects only to addresses that `rule` allows."""
 
     def __init__(self, rule: Rule = is_public) -> None:
         self._rule = rule
@@ -57,12 +58,15 @@ class CheckedNetwork(httpcore2.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.NetworkStream:
-        """Raises NotFound for a name without addresses, Refused where one of them is not allowed, httpcore's errors."""
+        """Connect to one of the host's addresses.
+
+        Raises NotFound for a name without addresses, Refused if one of them is not allowed, and httpcore's errors.
+        """
         addresses = resolve(host, port)
         for address in addresses:
             if not self._rule(ipaddress.ip_address(address)):
                 raise Refused(
-                    f"{host} is at {address}, which is no public address; nothing is fetched from inside a network. "
+                    f"{host} is at {address}, which is no public address; only public addresses are allowed. "
                     "Download the file yourself and publish it",
                     host=host,
                 )
@@ -80,7 +84,7 @@ class CheckedNetwork(httpcore2.NetworkBackend):
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a name, each once, in the system's order. Raises NotFound."""
+    """Return all addresses of a name, each once, in the system's order. Raises NotFound."""
     try:
         resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

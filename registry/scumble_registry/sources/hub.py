@@ -1,5 +1,7 @@
-"""The Hugging Face Hub, through its own client: a revision is resolved to its commit first, and only files of that
-commit are fetched. HF_TOKEN (or a token that `hf auth login` keeps) and HF_ENDPOINT are heeded as everywhere.
+"""Download from the Hugging Face Hub, by its own client.
+
+A revision is resolved to its commit first, and only files of that commit are downloaded. HF_TOKEN (or the token of
+`hf auth login`) and HF_ENDPOINT apply.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ _TIMEOUT = 30.0
 
 
 def fetch(source: HubSource, folder: Path, *, include: Collection[str] = (), max_bytes: int | None = None) -> Fetched:
-    """The needed files of a repository, in `folder`; `include` are patterns that say which instead.
+    """Download the needed files of a repository into `folder`; `include` are patterns that select other files.
 
-    Raises InvalidRequest, NotFound, Refused (gated or too large, before anything is fetched), IntegrityError,
+    Raises InvalidRequest, NotFound, Refused (gated or too large, before anything is downloaded), IntegrityError,
     Unavailable.
     """
     with _explained(source):
@@ -47,25 +49,25 @@ def fetch(source: HubSource, folder: Path, *, include: Collection[str] = (), max
         limit = LARGEST if max_bytes is None else max_bytes
         _check_size(names, sum(siblings[name].size or 0 for name in names), limit, source)
         if not info.sha:
-            raise Unavailable(f"{source.repo}: the Hub did not say which commit this is; try again later")
+            raise Unavailable(f"{source.repo}: the Hub did not name the commit; try again later")
         fetched = 0
         for name in names:
             fetched += _fetch_file(source.repo, info.sha, siblings[name], folder)
-            _check_size(names, fetched, limit, source)  # sizes need not be said, or true
+            _check_size(names, fetched, limit, source)  # the Hub's sizes may be missing or wrong
     path = folder / source.path if source.path else folder
     if len(names) == 1 and source.path not in siblings:
         path = folder / names[0]
-    return Fetched(path, _origin(source, info.sha, names, path), _licence(info))
+    return Fetched(path, _origin(source, info.sha, names, path), _license(info))
 
 
 def _fetch_file(repo: str, commit: str, sibling: RepoSibling, folder: Path) -> int:
-    """Returns its size."""
+    """Download one file, check its sha256 if the Hub has one, and return its size. Raises IntegrityError."""
     path = Path(hf_hub_download(repo, sibling.rfilename, revision=commit, local_dir=folder, endpoint=_endpoint()))
-    said = sibling.lfs.sha256 if sibling.lfs is not None else None
-    if said is not None and (actual := file_sha256(path)) != said:
+    expected = sibling.lfs.sha256 if sibling.lfs is not None else None
+    if expected is not None and (actual := file_sha256(path)) != expected:
         raise IntegrityError(
-            f"{sibling.rfilename} of {repo} came with sha256 {actual}, not {said}; try again",
-            digest=f"sha256:{said}",
+            f"{sibling.rfilename} of {repo} came with sha256 {actual}, not {expected}; try again",
+            digest=f"sha256:{expected}",
             actual=f"sha256:{actual}",
         )
     return path.stat().st_size
@@ -92,10 +94,10 @@ def _origin(source: HubSource, commit: str, names: list[str], path: Path) -> dic
     return origin | ({"file": path.name, "sha256": file_sha256(path)} if path.is_file() else {"files": names})
 
 
-def _licence(info: ModelInfo) -> str | None:
-    """As the model card states it; `other` says nothing."""
-    said = info.card_data.get("license") if info.card_data is not None else None
-    return said if isinstance(said, str) and said.isprintable() and said not in {"", "other", "unknown"} else None
+def _license(info: ModelInfo) -> str | None:
+    """Return the model card's license, if it names one."""
+    text = info.card_data.get("license") if info.card_data is not None else None
+    return text if isinstance(text, str) and text.isprintable() and text not in {"", "other", "unknown"} else None
 
 
 def _endpoint() -> str | None:
@@ -108,23 +110,27 @@ def _explained(source: HubSource) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise InvalidRequest(f"{source.repo} is no repository's name: {error}", field="source") from error
+        raise InvalidRequest(f"{source.repo} is not the name of a repository: {error}", field="source") from error
     except GatedRepoError as error:
         raise Refused(
             f"{source.repo} is gated: accept its conditions at https://huggingface.co/{source.repo} and set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
-        raise NotFound(f"{source.repo} has no revision {source.revision}", revision=source.revision) from error
+        raise NotFound(
+            f"{source.repo} has no revision {source.revision}; check its branches and tags", revision=source.revision
+        ) from error
     except RepositoryNotFoundError as error:
-        raise NotFound(f"there is no repository {source.repo}, or it is private: set HF_TOKEN then") from error
+        raise NotFound(
+            f"there is no repository {source.repo}, or it is private: check the name, or set HF_TOKEN"
+        ) from error
     except LocalEntryNotFoundError as error:
         raise Unavailable(f"{what} could not be fetched: the Hub did not answer; try again later") from error
     except EntryNotFoundError as error:
-        raise NotFound(f"{what} has no such file") from error
+        raise NotFound(f"{what} has no such file; check the path") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         raise Unavailable(
-            f"the Hub answered for {what} with status {status}; try again later", status=status
+            f"the Hub answered with status {status} for {what}; try again later", status=status
         ) from error
     except (httpx2.HTTPError, OSError) as error:
         raise Unavailable(f"{what} could not be fetched: {error}; check the network, space and permissions") from error

@@ -1,10 +1,10 @@
-"""Which files of a Hub repository are needed: people put every format, precision and picture beside each other.
+"""Choose the needed files of a Hub repository, which may hold several formats and precisions, and other files.
 
 a file                  that file
 model_index.json        a pipeline: for each component its texts and the best of its weights
-config.json             one model: likewise
-adapter_config.json     PEFT's folder
-else                    the only file of weights; of several, nobody can know which was meant
+config.json             one model: its texts and the best of its weights
+adapter_config.json     a PEFT folder: the same
+else                    the only file of weights; several are refused
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from scumble.errors import InvalidRequest, NotFound
 
 _TEXTS = (".json", ".txt", ".model")
 _ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-"""Of weights, the best first."""
+"""Endings of weights, the best first."""
 _CANONICAL = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model|pytorch_model|adapter_model)(?:\.(?P<variant>[a-z0-9_]+?))?"
     r"(?P<shard>-\d{5}-of-\d{5})?(?P<ending>\.safetensors|\.bin)"
 )
 _HALF = ("fp16", "bf16")
-_SHOWN = 12
+_MOST_LISTED = 12
 
 
 def choose(names: Collection[str], path: str, include: Collection[str] = ()) -> list[str]:
-    """The needed ones of a repository's files, sorted; `path` is a file or folder of it (empty: all), `include` are
-    patterns (`*.safetensors`) of names inside the folder, which then alone decide.
+    """Return the needed files of a repository, sorted.
 
-    Raises NotFound, and InvalidRequest listing what there is to choose from.
+    `path` is a file or folder of it (empty: all). `include` are patterns (`*.safetensors`) of names inside the folder,
+    which replace the choice. Raises NotFound, and InvalidRequest listing the files to choose from.
     """
     if path in names:
         return [path]
@@ -61,7 +61,7 @@ def _needed(names: set[str]) -> set[str]:
     best = [name for name in weights if name.endswith(".safetensors")] or weights
     if len(best) != 1:
         raise InvalidRequest(
-            f"the repository has {len(best)} files of weights; say which, as hf:owner/repo/file: {_list(best)}"
+            f"the repository has {len(best)} files of weights; name one, as hf:owner/repo/file: {_list(best)}"
             if best
             else f"the repository has no file of weights; it has {_list(names)}",
             field="source",
@@ -70,7 +70,7 @@ def _needed(names: set[str]) -> set[str]:
 
 
 def _model(names: set[str]) -> set[str]:
-    """One folder's texts and the best of its weights: safetensors before others, whole precision before half."""
+    """Return a folder's texts and the best of its weights: safetensors before others, full precision before half."""
     texts = {name for name in names if name.endswith(_TEXTS) and not name.endswith(".index.json")}
     matches = {name: match for name in names if (match := _CANONICAL.fullmatch(name.rpartition("/")[2]))}
     if not matches:
@@ -92,5 +92,5 @@ def _hidden(name: str) -> bool:
 
 
 def _list(names: Collection[str]) -> str:
-    shown = sorted(names)[:_SHOWN]
-    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    first = sorted(names)[:_MOST_LISTED]
+    return ", ".join(first) + (f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else "")

@@ -1,8 +1,8 @@
-"""One file from an https address that somebody gave: bounded, checked, and from public addresses only.
+"""Download one file from an untrusted https address: with limits, checked, and from public addresses only.
 
-No proxy is asked and nothing of the environment is heeded but certificates (SSL_CERT_FILE) and tokens. A token goes in
-a header, to its own host and no further: redirects lead to other hosts. No message and no manifest holds a query's
-values, where people put tokens and servers put signatures, except a few that are known to name files.
+Proxies are not used; of the environment only certificates (SSL_CERT_FILE) and tokens apply. A token is sent in a header
+to its own host only, not to the hosts of redirects. Messages and manifests leave out the values of a query, which may
+be tokens or signatures, except a few that are known to name files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from scumble_registry.sources import LARGEST, Fetched
 from scumble_registry.sources.addresses import CheckedNetwork, Rule, is_public
 
 TOKENS = {"civitai.com": ("CIVITAI_TOKEN", "CIVITAI_API_TOKEN")}
-"""Host (and its subdomains) → where its token may stand in the environment."""
+"""Host (and its subdomains) → environment variables that may hold its token."""
 
 _MOST_REDIRECTS = 5
 _NAMING = frozenset({"download", "file", "filename", "format", "fp", "id", "modelversionid", "size", "type", "version"})
@@ -38,21 +38,21 @@ _LONGEST_NAME = 150
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How a fetch behaves towards the network."""
+    """Permitted addresses, certificates and time limits of a download."""
 
     allowed: Rule = is_public
     context: ssl.SSLContext = field(default_factory=httpcore2.default_ssl_context)
     connect_seconds: float = 15.0
     read_seconds: float = 60.0
-    """Without a byte."""
+    """The longest time without a byte."""
     most_seconds: float = 6 * 3600.0
-    """In all."""
+    """The longest time in all."""
 
 
 def fetch(url: str, folder: Path, *, max_bytes: int | None = None, rules: Rules | None = None) -> Fetched:
-    """The file at `url`, in `folder`, under a name made safe.
+    """Download the file at `url` into `folder`, under a safe name.
 
-    Raises InvalidRequest (no URL), NotFound, Refused (address, size, no file but a page, no permission), Unavailable
+    Raises InvalidRequest (not a URL), NotFound, Refused (address, size, a web page, no permission), Unavailable
     (network, server, disk).
     """
     _check(url)
@@ -64,12 +64,12 @@ def fetch(url: str, folder: Path, *, max_bytes: int | None = None, rules: Rules 
         path = folder / file_name(headers.get("content-disposition"), url)
         with path.open("xb") as target:
             digest = _copy(response, target, limit, url, started + rules.most_seconds)
-    origin = {"url": shown(url), "sha256": digest, "modified": _modified(headers), "file": path.name}
+    origin = {"url": redacted(url), "sha256": digest, "modified": _modified(headers), "file": path.name}
     return Fetched(path, {key: value for key, value in origin.items() if value})
 
 
-def shown(url: str) -> str:
-    """The URL without what may be secret: user, password, fragment, and all of the query that does not name a file."""
+def redacted(url: str) -> str:
+    """Return the URL without user, password and fragment, and without the part of the query that may be secret."""
     parts = urlsplit(url)
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else (parts.hostname or "")
     port = f":{parts.port}" if parts.port else ""
@@ -78,7 +78,7 @@ def shown(url: str) -> str:
 
 
 def file_name(disposition: str | None, url: str) -> str:
-    """As the server calls the file (RFC 6266), else the URL's last part: one printable name, never a path.
+    """Return the server's name of the file (RFC 6266), else the URL's last part: one printable name, never a path.
 
     >>> file_name('attachment; filename="../../ink v2.safetensors"', "https://a/b")
     'ink v2.safetensors'
@@ -86,8 +86,7 @@ def file_name(disposition: str | None, url: str) -> str:
     message = Message()
     if disposition:
         message["Content-Disposition"] = disposition
-    said = message.get_filename() if disposition else None
-    name = said or unquote(urlsplit(url).path)
+    name = (message.get_filename() if disposition else None) or unquote(urlsplit(url).path)
     name = _UNSAFE.sub("_", PurePosixPath(name.replace("\\", "/")).name).strip(". ")
     stem, dot, ending = name.rpartition(".")
     if len(name) > _LONGEST_NAME:
@@ -96,7 +95,7 @@ def file_name(disposition: str | None, url: str) -> str:
 
 
 def token_for(host: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The environment's token for a host, if it has one."""
+    """Return the environment's token for a host, or None."""
     for owner, names in TOKENS.items():
         if host == owner or host.endswith(f".{owner}"):
             return next((environment[name] for name in names if environment.get(name)), None)
@@ -109,13 +108,15 @@ def _check(url: str) -> None:
         _ = parts.port
         url.encode("ascii")
     except ValueError as error:
-        raise InvalidRequest(f"the address is no URL: {error}; write https://host/path", field="source") from error
+        raise InvalidRequest(f"the address is not a URL: {error}; write https://host/path", field="source") from error
     if parts.scheme != "https":
-        raise Refused(f"{shown(url)} is not https; what comes by other ways may have been changed")
+        raise Refused(
+            f"{redacted(url)} is not https; use an https address, as files over plain http may be altered on the way"
+        )
     if not parts.hostname or any(character.isspace() or not character.isprintable() for character in url):
-        raise InvalidRequest("the address is no URL: write https://host/path", field="source")
+        raise InvalidRequest("the address is not a URL: write https://host/path", field="source")
     if parts.username is not None or parts.password is not None:
-        raise InvalidRequest(f"{shown(url)} was given with a password, which others could read; leave it out")
+        raise InvalidRequest(f"{redacted(url)} has a password, which would be stored in the manifest; leave it out")
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def _pool(rules: Rules) -> Iterator[httpcore2.ConnectionPool]:
 def _response(
     pool: httpcore2.ConnectionPool, url: str, rules: Rules
 ) -> Iterator[tuple[httpcore2.Response, dict[str, str]]]:
-    """The answer behind all redirects, each of which is judged as the first address was."""
+    """Yield the response after all redirects, each of which is checked like the first address. Raises Refused."""
     timeout = {"connect": rules.connect_seconds, "read": rules.read_seconds, "write": 30.0, "pool": 30.0}
     current = url
     for _ in range(_MOST_REDIRECTS + 1):
@@ -144,7 +145,7 @@ def _response(
                 return
         current = urljoin(current, headers["location"])
         _check(current)
-    raise Refused(f"{shown(url)} leads from one address to the next, more than {_MOST_REDIRECTS} times")
+    raise Refused(f"{redacted(url)} has more than {_MOST_REDIRECTS} redirects; use the file's own address")
 
 
 def _headers(url: str) -> list[tuple[str, str]]:
@@ -159,7 +160,7 @@ def _read_headers(response: httpcore2.Response) -> dict[str, str]:
 
 
 def _modified(headers: dict[str, str]) -> str | None:
-    """When the server says that the file was made, so that it stays the same however often it is fetched."""
+    """Return the server's Last-Modified, which does not depend on the time of the download."""
     try:
         return parsedate_to_datetime(headers["last-modified"]).isoformat()
     except (KeyError, ValueError):
@@ -169,37 +170,41 @@ def _modified(headers: dict[str, str]) -> str | None:
 def _check_answer(url: str, status: int, headers: dict[str, str], limit: int) -> None:
     if status in {401, 403}:
         names = [name for owner, names in TOKENS.items() if owner in (urlsplit(url).hostname or "") for name in names]
-        hint = f"set {names[0]} to a token that may" if names else "download it yourself and publish it"
-        raise Refused(f"{shown(url)} may not be fetched (status {status}); {hint}", status=status)
+        hint = f"set {names[0]} to a token with access" if names else "download it yourself and publish it"
+        raise Refused(f"access to {redacted(url)} is denied (status {status}); {hint}", status=status)
     if status in {404, 410}:
-        raise NotFound(f"there is nothing at {shown(url)} (status {status})", status=status)
+        raise NotFound(f"there is no file at {redacted(url)} (status {status}); check the address", status=status)
     if status != 200:
-        raise Unavailable(f"{shown(url)} answered with status {status}; try again later", status=status)
+        raise Unavailable(f"{redacted(url)} answered with status {status}; try again later", status=status)
     if headers.get("content-encoding", "identity") != "identity":
-        raise Refused(f"{shown(url)} comes as {headers['content-encoding']}, which was not asked for")
+        raise Refused(
+            f"{redacted(url)} has content encoding {headers['content-encoding']}; download it yourself and publish it"
+        )
     if headers.get("content-type", "").lower().startswith(("text/html", "application/xhtml")):
-        raise Refused(f"{shown(url)} is a page, not a file; it may want you to log in, or link to the file")
+        raise Refused(f"{redacted(url)} is a web page, not a file; it may require a login, or link to the file")
     length = headers.get("content-length", "0")
     if length.isdigit() and int(length) > limit:
         raise _too_large(url, int(length), limit)
 
 
 def _copy(response: httpcore2.Response, target: Any, limit: int, url: str, deadline: float) -> str:
-    """Counts while it writes: a server need not say how much it sends, and may lie."""
+    """Write the content and return its sha256. Sizes are counted, as the server's may be missing or wrong."""
     digest, size = hashlib.sha256(), 0
     for chunk in response.iter_stream():
         size += len(chunk)
         if size > limit:
             raise _too_large(url, size, limit)
         if time.monotonic() > deadline:
-            raise Unavailable(f"{shown(url)} came too slowly and was given up after {size:,} bytes")
+            raise Unavailable(f"{redacted(url)} came too slowly; stopped after {size:,} bytes, try again later")
         digest.update(chunk)
         target.write(chunk)
     return digest.hexdigest()
 
 
 def _too_large(url: str, size: int, limit: int) -> Refused:
-    return Refused(f"{shown(url)} has {size:,} bytes or more; at most {limit:,} are fetched (--max-size)", bytes=size)
+    return Refused(
+        f"{redacted(url)} has {size:,} bytes or more; at most {limit:,} are fetched (--max-size)", bytes=size
+    )
 
 
 @contextmanager
@@ -207,8 +212,12 @@ def _explained(url: str) -> Iterator[None]:
     try:
         yield
     except httpcore2.TimeoutException as error:
-        raise Unavailable(f"{shown(url)} did not answer in time; try again later") from error
+        raise Unavailable(f"{redacted(url)} did not answer in time; try again later") from error
     except (httpcore2.NetworkError, httpcore2.ProtocolError, ssl.SSLError, httpcore2.UnsupportedProtocol) as error:
-        raise Unavailable(f"{shown(url)} could not be fetched: {error}; check the address and the network") from error
+        raise Unavailable(
+            f"{redacted(url)} could not be fetched: {error}; check the address and the network"
+        ) from error
     except OSError as error:
-        raise Unavailable(f"{shown(url)} could not be kept: {error.strerror}; check space and permissions") from error
+        raise Unavailable(
+            f"{redacted(url)} could not be stored: {error.strerror}; check space and permissions"
+        ) from error

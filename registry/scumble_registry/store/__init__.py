@@ -1,1 +1,1 @@
-"""Where the embedded registry keeps things: blobs as files, versions and aliases in a database, a cache of folders."""
+"""The embedded registry's storage: blobs as files, versions and aliases in a database, a cache of folders."""

@@ -1,8 +1,8 @@
-"""Files that were made of a version, for some machine: an engine built of a base. They can be made again.
+"""Artifacts: files that are built from a version for a kind of machine, such as an engine, and can be built again.
 
-An artifact is bound to its version by digest and found by its *key*: everything that it was made from and for. It is
-no version: it has no name, no number and no status, and making it again under the same key takes its place. So what a
-key does not say must not change what the files do.
+An artifact refers to its version by digest and is found by its *key*: everything that it was built from and for. It is
+no version: it has no name, number or status, and a new artifact with the same key replaces it. So a key must hold
+everything that changes the files' behaviour.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class ArtifactManifest(BaseModel):
     schema_version: Literal[1] = 1
     kind: str = Field(min_length=1, max_length=32)
     of: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
-    """Digest of the version that it was made of."""
+    """Digest of the version that it was built from."""
     key: dict[str, JsonValue]
-    """All that decides what the files do, and where they run."""
+    """Everything that determines the files' behaviour and the machines that they run on."""
     files: dict[str, Blob]
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
-    """How it was made: times, memory, machine, warnings. Decides nothing."""
+    """How it was built: times, memory, machine, warnings. No part of the key."""
 
     @property
     def key_digest(self) -> str:
@@ -47,7 +47,7 @@ class ArtifactManifest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One as it is stored. `created` is UTC."""
+    """A stored artifact. `created` is UTC."""
 
     digest: str
     created: datetime
@@ -59,7 +59,7 @@ class Artifact:
 
 
 def put(connection: Connection, manifest: ArtifactManifest) -> Artifact:
-    """Take the place of what has the same key, if there is something. The caller holds the transaction."""
+    """Store an artifact and replace one with the same key. The caller holds the transaction."""
     connection.execute(delete(ARTIFACTS).where(ARTIFACTS.c.key == manifest.key_digest))
     created = datetime.now(UTC).replace(tzinfo=None)
     connection.execute(
@@ -76,7 +76,7 @@ def put(connection: Connection, manifest: ArtifactManifest) -> Artifact:
 
 
 def listed(connection: Connection, kind: str | None = None, of: str | None = None) -> tuple[Artifact, ...]:
-    """Newest first."""
+    """Return artifacts, newest first; `kind` and `of` (a version's digest) select. Raises IntegrityError, Refused."""
     query = select(ARTIFACTS).order_by(ARTIFACTS.c.id.desc())
     if kind is not None:
         query = query.where(ARTIFACTS.c.kind == kind)

@@ -1,8 +1,7 @@
-"""Bytes named by their sha256, behind one small interface. `tests/contract/test_blob_store.py` is its
-meaning.
+"""Bytes named by their sha256, behind one small interface, which `tests/contract/test_blob_store.py` specifies.
 
-A blob is immutable: its name says what it holds. So a store needs no locks, two writers of the same bytes do
-the same thing, and damage shows as soon as somebody hashes.
+A blob is immutable, as its name is the hash of its content. So a store needs no locks, two writers of the same bytes
+do the same thing, and hashing reveals damage.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ _CHUNK = 1 << 18  # stays in the cache of a core: with a megabyte, writing took 
 
 
 class BlobStore(Protocol):
-    """Safe for any number of threads and processes at once."""
+    """A store of blobs. Safe for any number of threads and processes at once."""
 
     def put(self, source: BinaryIO) -> Blob:
         """Store all bytes of `source`, durably, before this returns.
 
         Atomic: after a failure or a crash the blob is there whole or not at all. Idempotent; storing the same
-        bytes again also repairs a damaged blob. Raises Unavailable when there is no room or no permission.
+        bytes again also repairs a damaged blob. Raises Unavailable when the disk is full or not writable.
         """
         ...
 
     def open(self, blob: Blob) -> BinaryIO:
-        """The bytes, unchecked. Raises NotFound."""
+        """Open the bytes, unchecked. Raises NotFound."""
         ...
 
     def place(self, blob: Blob, target: Path) -> None:
@@ -42,17 +41,18 @@ class BlobStore(Protocol):
         ...
 
     def stored(self) -> Iterator[tuple[Blob, float]]:
-        """Every blob, and when it was put for the last time (or used since), in seconds since the epoch."""
+        """Yield every blob, and when it was put (or used) last, in seconds since the epoch."""
         ...
 
     def remove(self, blob: Blob) -> None:
-        """Forget a blob that nothing needs. Does nothing if it is not there."""
+        """Remove a blob that nothing needs. Does nothing if it is missing."""
         ...
 
 
 class FileStore:
-    """A BlobStore in a folder: `blobs/sha256/ab/ab12…`, written as temp name, fsync, rename, fsync of the
-    folder.
+    """A BlobStore in a folder, `blobs/sha256/ab/ab12…`.
+
+    A blob is written under a temporary name, fsynced and renamed; then the folder is fsynced.
     """
 
     def __init__(self, root: Path) -> None:
@@ -74,7 +74,7 @@ class FileStore:
                     target.flush()
                     os.fchmod(target.fileno(), 0o444)
                     os.fsync(target.fileno())
-                self._keep(Path(name), self.path(blob))
+                self._move(Path(name), self.path(blob))
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise
@@ -102,24 +102,24 @@ class FileStore:
             try:
                 stats = path.stat()
                 yield Blob(digest=f"sha256:{path.name}", size=stats.st_size), stats.st_mtime
-            except (FileNotFoundError, ValueError):  # removed just now, or nothing of ours
+            except (FileNotFoundError, ValueError):  # removed meanwhile, or not a blob
                 continue
 
     def remove(self, blob: Blob) -> None:
         self.path(blob).unlink(missing_ok=True)
 
-    def _keep(self, temporary: Path, final: Path) -> None:
+    def _move(self, temporary: Path, final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.replace(final)
         sync_folder(final.parent)
-        if final.parent not in self._durable:  # perhaps made just now, by us or another writer
+        if final.parent not in self._durable:  # it may be new, made here or by another writer
             for folder in (self._blobs, self._blobs.parent, self._root):
                 sync_folder(folder)
             self._durable.add(final.parent)
 
 
 def copy_and_hash(source: BinaryIO, target: BinaryIO | None = None) -> Blob:
-    """Read `source` to its end, writing it to `target` if there is one."""
+    """Read `source` to its end, write it to `target` if there is one, and return its digest and size."""
     digest, size = hashlib.sha256(), 0
     while chunk := source.read(_CHUNK):
         digest.update(chunk)

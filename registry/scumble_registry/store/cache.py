@@ -1,6 +1,4 @@
-"""Published files as files again, for whoever needs a path. May be deleted at any time; filled and checked on
-demand.
-"""
+"""Published files by path, for readers that need paths. Filled and checked on demand; may be deleted at any time."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ _ENTRY = re.compile(r"[0-9a-f]{64}(-whole)?|\.(filling|broken)-.*")
 
 
 class Files(Protocol):
-    """A manifest, as far as the cache reads one: path (with '/') → blob."""
+    """The part of a manifest that the cache reads: path (with '/') → blob."""
 
     @property
     def files(self) -> dict[str, Blob]: ...
@@ -35,21 +33,21 @@ class Files(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """`bytes` that nothing else holds: most files of the cache are the blobs themselves."""
+    """What `Cache.clean` removed. `bytes` counts only files without other links: most files are links to blobs."""
 
     entries: int
     bytes: int
 
 
 class Cache:
-    """Any thread and process may fill it at once: each works on its own copy and renames it into place."""
+    """Folders and files made from blobs. Any thread and process may fill it: each renames its own copy into place."""
 
     def __init__(self, root: Path, blobs: BlobStore) -> None:
         self._root = root
         self._blobs = blobs
 
     def folder(self, manifest: Files, digest: str) -> Path:
-        """All files of a version, read-only, hashed at every call: ask when memory is filled from them, not oftener.
+        """Return a read-only folder with all files of a version, hashed at every call, so call it once per load.
 
         A damaged copy is replaced. Raises IntegrityError, Unavailable.
         """
@@ -57,42 +55,42 @@ class Cache:
         if not _is_whole(final, manifest):
             self._fill(manifest, final)
         elif damaged := [name for name, blob in manifest.files.items() if not _is_intact(final / name, blob)]:
-            log.warning("%s in the cache is damaged (%s); it is filled again", final, ", ".join(damaged))
+            log.warning("%s in the cache is damaged (%s); copying it again", final, ", ".join(damaged))
             (final / damaged[0]).unlink()  # no longer whole, so the fill replaces it
             self._fill(manifest, final)
         _note_use(final)
         return final
 
     def made(self, name: str, fill: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:
-        """A folder that is made of others, asked at every call whether it is whole. Raises what `fill` raises."""
+        """Return a folder that `fill` makes, checked by `is_whole` at every call. Raises what `fill` raises."""
         final = self._root / name.removeprefix("sha256:")
         with explain_os_errors(self._root):
             if final.is_dir():
                 if is_whole(final):
                     _note_use(final)
                     return final
-                log.warning("%s in the cache is damaged; it is made again", final)
+                log.warning("%s in the cache is damaged; making it again", final)
                 shutil.rmtree(final, ignore_errors=True)
             with work_folder(self._root, _FILLING) as work:
                 fill(work)
                 work.chmod(0o755)
-                if not final.is_dir():  # somebody else may have been quicker
+                if not final.is_dir():  # another process may have made it meanwhile
                     work.rename(final)
         return final
 
     def blob(self, blob: Blob, what: str, suffix: str = "") -> Path:
-        """One blob as a file, hashed at every call (some 0.1 s for 100 MB), like `folder`. Raises IntegrityError."""
+        """Return a blob as a file, hashed at every call (some 0.1 s for 100 MB). Raises IntegrityError, Unavailable."""
         path = self._root / "blobs" / (blob.hex + suffix)
         if not _is_intact(path, blob):
             if path.exists():
-                log.warning("%s in the cache is damaged; it is filled again", path)
+                log.warning("%s in the cache is damaged; copying it again", path)
             with explain_os_errors(self._root):
                 self._place_checked(blob, path, what)
         _note_use(path)
         return path
 
     def copy(self, manifest: Files, target: Path) -> None:
-        """The files as the caller's own, writable copies in the new folder `target`. Raises IntegrityError."""
+        """Write the files as writable copies into the new folder `target`. Raises IntegrityError."""
         for name, blob in manifest.files.items():
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +100,7 @@ class Cache:
                 check(written, blob, name)
 
     def clean(self, before: float, *, dry_run: bool) -> Cleaned:
-        """Remove what was not used since `before` (seconds since the epoch). Nobody else may have the registry open."""
+        """Remove entries not used since `before` (seconds since the epoch). No other process may use the cache."""
         old = [path for path in self._entries() if path.lstat().st_mtime < before]
         size = sum(_bytes_held(path) for path in old)
         for path in old if not dry_run else ():
@@ -110,7 +108,7 @@ class Cache:
         return Cleaned(len(old), size)
 
     def _entries(self) -> list[Path]:
-        """What is the cache's own."""
+        """Return the cache's own entries: other files under the folder are left alone."""
         folders = [path for path in self._root.glob("*") if _ENTRY.fullmatch(path.name)]
         return sorted(folders + list((self._root / "blobs").glob("*")))
 
@@ -128,16 +126,16 @@ class Cache:
     def _place_checked(self, blob: Blob, path: Path, what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with work_folder(self._root, _FILLING) as work:
-            fresh = work / path.name
-            self._blobs.place(blob, fresh)
-            with fresh.open("rb") as source:
+            copy = work / path.name
+            self._blobs.place(blob, copy)
+            with copy.open("rb") as source:
                 check(source, blob, what)
-            fresh.replace(path)
+            copy.replace(path)
 
 
 def _note_use(path: Path) -> None:
-    """For `clean`, which goes by the time of change: reading changes nothing else."""
-    with contextlib.suppress(OSError):  # somebody else's file, or gone already
+    """Set the modification time, by which `clean` selects, as reading does not change it."""
+    with contextlib.suppress(OSError):  # another user's file, or removed meanwhile
         os.utime(path)
 
 
@@ -163,7 +161,7 @@ def _is_whole(folder: Path, manifest: Files) -> bool:
 
 
 def _swap(work: Path, final: Path, manifest: Files) -> None:
-    """`work` becomes `final`. Somebody else may have been quicker; a folder that is not whole is replaced."""
+    """Rename `work` to `final`, unless another process made it meanwhile; an incomplete folder is replaced."""
     for _ in range(3):
         try:
             os.rename(work, final)  # noqa: PTH104 - refuses a folder that is not empty, which is what we want
@@ -179,4 +177,4 @@ def _swap(work: Path, final: Path, manifest: Files) -> None:
                 shutil.rmtree(broken, ignore_errors=True)
         else:
             return
-    os.rename(work, final)  # noqa: PTH104 - say why it does not work
+    os.rename(work, final)  # noqa: PTH104 - raises the reason

@@ -1,4 +1,4 @@
-"""What the database knows: which versions there are, what they are called, and which may be used.
+"""Versions, names, aliases, statuses and hashes in the database.
 
 Functions over a connection; the caller holds the transaction. Nothing here touches blobs.
 """
@@ -23,7 +23,7 @@ from scumble_registry.store.tables import ALIASES, HASHES, NAMES, VERSIONS
 class Status(StrEnum):
     STAGED = "staged"  # resolves only when named by version, alias or digest
     APPROVED = "approved"
-    DEPRECATED = "deprecated"  # resolves, and says so
+    DEPRECATED = "deprecated"  # resolves with a notice
     QUARANTINED = "quarantined"  # does not resolve
 
 
@@ -45,7 +45,7 @@ class Version:
 
     @property
     def notice(self) -> str | None:
-        """What a user should be told about using it."""
+        """A warning for users of a deprecated or staged version."""
         if self.status in {Status.DEPRECATED, Status.STAGED}:
             return f"{self.ref} is {self.status}"
         return None
@@ -53,7 +53,7 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A version that a hash was found for; `kind` is None where it is the version's own digest."""
+    """A version that has a hash; `kind` is None for the version's own digest."""
 
     version: Version
     kind: HashKind | None
@@ -61,7 +61,7 @@ class Match:
 
 
 def find(connection: Connection, ref: Reference) -> Version:
-    """The version that `ref` names, whatever its status. Raises NotFound, naming what there is instead."""
+    """Return the version that `ref` names, whatever its status. Raises NotFound, naming the versions that exist."""
     query = _versions().where(NAMES.c.name == ref.name)
     if ref.version is not None:
         query = query.where(VERSIONS.c.version == ref.version)
@@ -78,35 +78,35 @@ def find(connection: Connection, ref: Reference) -> Version:
 
 
 def find_digest(connection: Connection, digest: str) -> tuple[Version, ...]:
-    """All versions with this digest: the same content may be published under several names. By name."""
+    """Return all versions with this digest, sorted by name: content may be published under several names."""
     query = _versions().where(VERSIONS.c.digest == digest).order_by(NAMES.c.name)
     return tuple(_version(row) for row in connection.execute(query))
 
 
 def find_hash(connection: Connection, prefix: str, kinds: Iterable[HashKind] = HashKind) -> tuple[Match, ...]:
-    """All versions that are known by a hash that begins so, whatever their status. By name and number."""
+    """Return all versions with a hash of this prefix, whatever their status, sorted by name and number."""
     known = select(HASHES.c.version_id, HASHES.c.kind, HASHES.c.hex).where(
         HASHES.c.hex.between(prefix, prefix + "g"), HASHES.c.kind.in_(list(kinds))
     )
     rows = connection.execute(known).all()
-    known_by = {(row.version_id, row.kind, row.hex) for row in rows}
+    rows_found = {(row.version_id, row.kind, row.hex) for row in rows}
     own = select(VERSIONS.c.id, VERSIONS.c.digest).where(
         VERSIONS.c.digest.between(f"sha256:{prefix}", f"sha256:{prefix}g")
     )
-    known_by |= {(row.id, None, row.digest.removeprefix("sha256:")) for row in connection.execute(own)}
+    rows_found |= {(row.id, None, row.digest.removeprefix("sha256:")) for row in connection.execute(own)}
     matches = [
         Match(
             _version(connection.execute(_versions().where(VERSIONS.c.id == version_id)).one()),
             HashKind(kind) if kind is not None else None,
             hex_,
         )
-        for version_id, kind, hex_ in known_by
+        for version_id, kind, hex_ in rows_found
     ]
     return tuple(sorted(matches, key=lambda match: (match.version.name, match.version.version, match.kind or "")))
 
 
 def add_hashes(connection: Connection, version: Version, hashes: Iterable[FileHash]) -> None:
-    """Note these beside those that are known already; from now on the version has all that there are."""
+    """Add hashes to those that the version has, and mark it as hashed."""
     version_id = connection.execute(select(_id(version))).scalar_one()
     query = select(HASHES.c.kind, HASHES.c.hex).where(HASHES.c.version_id == version_id)
     known = {FileHash(HashKind(row.kind), row.hex) for row in connection.execute(query)}
@@ -121,13 +121,13 @@ def hashes(connection: Connection, version: Version) -> tuple[FileHash, ...]:
 
 
 def not_hashed(connection: Connection) -> tuple[Version, ...]:
-    """Versions that were published before hashes were kept."""
+    """Return the versions that are not hashed, because they are older than hashes."""
     query = _versions().where(VERSIONS.c.hashed.is_(False)).order_by(VERSIONS.c.id)
     return tuple(_version(row) for row in connection.execute(query))
 
 
 def versions(connection: Connection, name: str) -> tuple[Version, ...]:
-    """Oldest first. Raises NotFound for an unknown name."""
+    """Return the versions of a name, oldest first. Raises NotFound for an unknown name."""
     rows = connection.execute(_versions().where(NAMES.c.name == name).order_by(VERSIONS.c.version)).all()
     if not rows:
         raise NotFound(_explain_missing(connection, Reference(name)), ref=name)
@@ -135,7 +135,7 @@ def versions(connection: Connection, name: str) -> tuple[Version, ...]:
 
 
 def all_versions(connection: Connection) -> tuple[Version, ...]:
-    """By name and number. Raises IntegrityError for a manifest that was altered."""
+    """Return all versions, sorted by name and number. Raises IntegrityError for a manifest that was altered."""
     query = _versions().order_by(NAMES.c.name, VERSIONS.c.version)
     return tuple(_version(row) for row in connection.execute(query))
 
@@ -156,7 +156,7 @@ def aliases(connection: Connection, name: str) -> dict[str, int]:
 
 
 def add(connection: Connection, name: str, manifest: Manifest, status: Status) -> Version:
-    """The version of `name` with this manifest: the one that is there, or the next one.
+    """Return the version of `name` with this manifest: the existing one, or a new one with the next number.
 
     A staged version that is published again without `--staged` becomes approved. Raises Refused when the name
     holds another kind, or when this very content is quarantined.
@@ -177,7 +177,10 @@ def add(connection: Connection, name: str, manifest: Manifest, status: Status) -
         row = connection.execute(query).one()
     version = _version(row)
     if version.status is Status.QUARANTINED:
-        raise Refused(f"this content is {version.ref}, which is quarantined; `approve {version.ref}` would lift that")
+        raise Refused(
+            f"this content is {version.ref}, which is quarantined; "
+            f"to use it again, `scumble registry approve {version.ref}`"
+        )
     if version.status is Status.STAGED and status is Status.APPROVED:
         return set_status(connection, version, status)
     return version
@@ -189,9 +192,9 @@ def set_status(connection: Connection, version: Version, status: Status) -> Vers
 
 
 def set_alias(connection: Connection, alias: str, version: Version) -> None:
-    """Raises Refused for a quarantined version."""
+    """Point an alias at a version. Raises Refused for a quarantined version."""
     if version.status is Status.QUARANTINED:
-        raise Refused(f"{version.ref} is quarantined; an alias to it could not be used")
+        raise Refused(f"{version.ref} is quarantined, so an alias could not resolve to it; approve it first")
     name_id = select(NAMES.c.id).where(NAMES.c.name == version.name).scalar_subquery()
     target = {"version_id": _id(version)}
     changed = connection.execute(
@@ -202,7 +205,7 @@ def set_alias(connection: Connection, alias: str, version: Version) -> None:
 
 
 def _name_id(connection: Connection, name: str, kind: str) -> int:
-    """Its row, locked until the transaction ends (SQLite locks the whole file anyway); made if new."""
+    """Return the id of the name's row, which is made if new and locked until the transaction ends. Raises Refused."""
     query = select(NAMES.c.id, NAMES.c.kind).where(NAMES.c.name == name).with_for_update()
     row = connection.execute(query).one_or_none()
     if row is None:

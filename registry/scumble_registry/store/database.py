@@ -1,4 +1,4 @@
-"""The embedded database: SQLite with write-ahead log, synchronous FULL and foreign keys, migrated on opening.
+"""The embedded database: SQLite with write-ahead log, synchronous FULL and foreign keys, migrated when opened.
 
 Each transaction either reads (BEGIN) or writes (BEGIN IMMEDIATE: the lock is taken at once, so that two
 writers queue instead of failing half-way). A writer that dies leaves nothing behind.
@@ -38,11 +38,11 @@ class Database:
                 migrate(self._reader, self._path)
 
     def reading(self) -> AbstractContextManager[Connection]:
-        """A consistent view. Raises Unavailable or IntegrityError when the file cannot be read."""
+        """Open a transaction that reads a consistent view. Raises Unavailable, or IntegrityError for a damaged file."""
         return self._transaction(self._reader)
 
     def writing(self) -> AbstractContextManager[Connection]:
-        """Commits at the end, rolls back on any error. One at a time over all processes."""
+        """Open a transaction that commits at the end, or rolls back on an error. One at a time over all processes."""
         return self._transaction(self._writer)
 
     def close(self) -> None:
@@ -55,14 +55,12 @@ class Database:
 
 
 def migrate(engine: Engine, path: Path) -> None:
-    """Bring the schema to HEAD. The caller holds the lock. Raises Unavailable for a schema of a newer
-    scumble.
-    """
+    """Bring the schema to HEAD. The caller holds the lock. Raises Unavailable for the schema of a newer scumble."""
     from alembic import command
     from alembic.config import Config
 
     with closing(engine.raw_connection()) as connection:
-        connection.cursor().execute("PRAGMA journal_mode = WAL")  # stays with the file
+        connection.cursor().execute("PRAGMA journal_mode = WAL")  # a property of the file
     with engine.execution_options(writes=True).begin() as connection:
         revision = _revision(connection)
         if revision == HEAD:
@@ -80,7 +78,7 @@ def _engine(path: Path) -> Engine:
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # BEGIN is ours, below
+        connection.isolation_level = None  # `begin` below begins transactions
         for pragma in ("foreign_keys = ON", "synchronous = FULL", f"busy_timeout = {_BUSY_MS}"):
             connection.execute(f"PRAGMA {pragma}")
 
@@ -100,7 +98,7 @@ def _revision(connection: Connection) -> str | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Held by one process or thread at a time; the system releases it when a process dies."""
+    """Hold a lock that one process or thread can have; the system releases it when a process dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,8 +1,8 @@
-"""Who may hold paths into the cache: a lock that every open registry shares, in every process.
+"""Leases on the cache: a lock that every open registry shares, in every process.
 
-Files of the cache are found by path again and again by whoever asked for them (a server reads a base's weights anew
-when they were pushed out of memory), so nothing there may go while anybody has the registry open. The system releases
-the lock of a process that dies.
+A process may read files of the cache by path at any time (a server reads a base's weights again when they were
+evicted from memory), so nothing there may be removed while any registry is open. The system releases the lock of a
+process that dies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class Lease:
-    """Shared from the beginning until `close`. One thread at a time may ask to be alone."""
+    """A shared lock, held until `close`. One thread at a time may call `alone`."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a")
@@ -22,11 +22,11 @@ class Lease:
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
-        """Is nobody else's lease open? If so, nobody's will be until the end of the `with`."""
+        """Yield whether no other lease is open; if so, none can be opened until the end of the `with`."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fcntl.flock(self._file, fcntl.LOCK_SH)  # a lock that could not be changed may be lost
+            fcntl.flock(self._file, fcntl.LOCK_SH)  # a lock whose upgrade failed may have been lost
             yield False
             return
         try:

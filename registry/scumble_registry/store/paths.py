@@ -1,12 +1,12 @@
-"""Where the embedded registry keeps things.
+"""The folders of the embedded registry.
 
 SCUMBLE_HOME/
-├── registry/                  the truth: back this up
+├── registry/                  all content: back this up
 │   ├── registry.db            SQLite: names, versions, aliases, status
 │   ├── registry.lock          held while the schema is created or migrated
-│   ├── use.lock               shared by all that have the registry open
+│   ├── use.lock               shared by all open registries
 │   ├── blobs/sha256/ab/ab12…  content-addressed files, read-only
-│   └── tmp/                   what is not finished: blobs, conversions, what is being fetched
+│   └── tmp/                   unfinished blobs, conversions and downloads
 └── cache/                     may be deleted at any time
     ├── 3f9c…/                 a version's files as published, named by the version's digest
     ├── onnx/                  exported graphs, without weights
@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 def default_home() -> Path:
-    """`SCUMBLE_HOME`, or `~/.scumble`."""
+    """Return `SCUMBLE_HOME`, or `~/.scumble`."""
     return Path(os.environ.get("SCUMBLE_HOME") or Path.home() / ".scumble").expanduser().resolve()
 
 

@@ -1,6 +1,4 @@
-"""The database's tables, in SQLAlchemy Core so that PostgreSQL can follow. Migrations make them; this says
-them.
-"""
+"""The database's tables, in SQLAlchemy Core so that they also fit PostgreSQL. Migrations create them."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ VERSIONS = Table(
     Column("manifest", Text, nullable=False),  # canonical JSON; the digest is its sha256
     Column("status", String(16), nullable=False),
     Column("created", DateTime, nullable=False),  # UTC
-    Column("hashed", Boolean, nullable=False, server_default=false()),  # HASHES has all there are of it
+    Column("hashed", Boolean, nullable=False, server_default=false()),  # HASHES has all hashes of it
     UniqueConstraint("name_id", "version"),
     UniqueConstraint("name_id", "digest"),
     CheckConstraint("version >= 1", name="version"),
@@ -77,7 +75,7 @@ ARTIFACTS = Table(
     METADATA,
     Column("id", Integer, primary_key=True),
     Column("kind", String(32), nullable=False),
-    Column("of", String(71), nullable=False),  # digest of the version that it was made of
+    Column("of", String(71), nullable=False),  # digest of the version that it was built from
     Column("key", String(71), nullable=False, unique=True),
     Column("digest", String(71), nullable=False),
     Column("manifest", Text, nullable=False),  # canonical JSON; the digest is its sha256

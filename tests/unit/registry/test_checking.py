@@ -37,8 +37,8 @@ def test_a_sound_registry_has_no_problems(filled: Registry) -> None:
         ("UPDATE versions SET version = 7 WHERE id = 4", "styles/ink has versions 1, 7, which have gaps"),
         ("UPDATE names SET kind = 'vae' WHERE name = 'styles/ink'", "styles/ink@2 is a lora under a name of kind vae"),
         ("UPDATE aliases SET version_id = 1", "the alias prod points at a version of another name"),
-        ("PRAGMA foreign_keys = OFF; UPDATE aliases SET version_id = 99", "a row of aliases belongs to nothing"),
-        ("DELETE FROM hashes; DELETE FROM versions WHERE id = 1", "demo/tuned@1 is a difference to the base"),
+        ("PRAGMA foreign_keys = OFF; UPDATE aliases SET version_id = 99", "a row of aliases refers to a missing row"),
+        ("DELETE FROM hashes; DELETE FROM versions WHERE id = 1", "demo/tuned@1 is stored as differences to the base"),
     ],
 )
 def test_what_the_database_says_wrongly_is_named(filled: Registry, home: Path, change: str, says: str) -> None:

@@ -26,11 +26,11 @@ from scumble_registry.store.blobs import FileStore
 home, file, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
-keep, put, add, alias = FileStore._keep, FileStore.put, catalogue.add, catalogue.set_alias
+keep, put, add, alias = FileStore._move, FileStore.put, catalogue.add, catalogue.set_alias
 if step == "a blob is written and not yet renamed":
-    FileStore._keep = die
+    FileStore._move = die
 if step == "the first blob is renamed":
-    FileStore._keep = lambda *args: (keep(*args), die())
+    FileStore._move = lambda *args: (keep(*args), die())
 if step == "all blobs are stored":
     catalogue.add = die
 if step == "the version is inserted and not committed":

@@ -152,7 +152,7 @@ def test_bad_input_to_the_registry_is_an_invalid_request(registry: Registry, lor
         registry.publish(lora, "styles/ink", trigger_words=["\x1b[31m"])
     assert registry.names() == ()
     registry.publish(lora, "styles/ink")
-    with pytest.raises(InvalidRequest, match="which version"):
+    with pytest.raises(InvalidRequest, match="name one version of"):
         registry.set_status("styles/ink", Status.QUARANTINED)
     with pytest.raises(InvalidRequest, match="no status"):
         registry.set_status("styles/ink@1", "burnt")

@@ -1,9 +1,9 @@
-"""Single files: a whole Stable Diffusion in the original layout, which becomes a folder in diffusers'.
+"""Single files: a whole Stable Diffusion in the original layout, converted to a folder in diffusers' layout.
 
-It is no kind of its own: what comes out is a base, or, with a base, a checkpoint of it. `parts.py` takes the file
-apart; configs come from a folder that the publisher names (`Hints.like`), from the base that it is published for, or,
-where the models are Stable Diffusion's own, from `configs.py`; the tokenizer likewise, or from `vocabulary.py`. What
-the file lacks (many come without a VAE) is that folder's too.
+This is no kind of its own: the result is a base, or, with a base, a checkpoint of it. `parts.py` splits the file.
+Configs and the tokenizer come from a folder that the publisher names (`Hints.like`) or from the base that it is
+published for; for the original sizes of Stable Diffusion, from `configs.py` and `vocabulary.py`. Components that the
+file lacks (many have no VAE) come from that folder too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _OPENCLIP_WIDTH = 1024  # SD 2's text encoder
 
 
 def recognises(source: Source) -> bool:
-    """One weights file, alone or beside texts, with a UNet by its original name."""
+    """Return whether the source is one file of weights, alone or beside texts, with a UNet by its original name."""
     if "model_index.json" in source.files or "config.json" in source.files:
         return False
     files = list(source.weights().values())
@@ -54,7 +54,10 @@ def recognises(source: Source) -> bool:
 
 
 def unpack(source: Source) -> Unpacked:
-    """Raises Refused, naming what is missing, left over or unknown, and InvalidRequest where a hint contradicts it."""
+    """Convert a single file to a folder in `source.work`.
+
+    Raises Refused, naming what is missing or unknown, and InvalidRequest where a hint contradicts the file.
+    """
     (file,) = source.weights().values()
     if file.stat().st_size > source.limit(_MAX_BYTES):
         raise Refused(f"{file.name} is larger than {source.limit(_MAX_BYTES)} bytes, too large for a checkpoint")
@@ -69,7 +72,7 @@ def unpack(source: Source) -> Unpacked:
     assert source.work is not None
     whole = source.work / "whole"
     whole.mkdir()
-    files = _take_over(like, parts, source.work) if like else {}
+    files = _files_of(like, parts, source.work) if like else {}
     files |= _write_configs(whole, parts, prediction, files)
     for component, tensors in parts.components.items():
         if not any(_component(name) == component and name.endswith(".safetensors") for name in files):
@@ -85,8 +88,8 @@ def unpack(source: Source) -> Unpacked:
         "averaged_left_out": parts.averaged,
         "of_the_folder_it_is_like": list[JsonValue](sorted(taken)),
     }
-    made = replace(source, path=whole, files=dict(sorted(files.items())))
-    return Unpacked(made, details, leftover, f"single file ({parts.family})")
+    converted = replace(source, path=whole, files=dict(sorted(files.items())))
+    return Unpacked(converted, details, leftover, f"single file ({parts.family})")
 
 
 def _family_of(like: Path) -> Family:
@@ -110,38 +113,42 @@ def _check_values(parts: CheckpointParts) -> None:
 
 
 def _prediction(source: Source, header: Header, parts: CheckpointParts, like: Path | None) -> PredictionType:
-    """The publisher's word, then the file's, then that of the folder it is like. SD 2.x's cannot be guessed."""
-    said = source.hints.prediction_type
+    """Return the publisher's prediction type, else the file's, else that of the folder `like`.
+
+    Raises Refused for an SD 2.x that none of them states, and InvalidRequest where publisher and file disagree.
+    """
+    hinted = source.hints.prediction_type
     word = header.metadata.get("modelspec.prediction_type", "").lower()
     marked = "v_prediction" if V_PREDICTION in parts.marks else _WORDS.get(word)
-    if said is not None and marked is not None and said != marked:
+    if hinted is not None and marked is not None and hinted != marked:
         raise InvalidRequest(
-            f"the file says that it predicts {marked}, not {said}: leave --prediction-type out", field="prediction_type"
+            f"the file states prediction type {marked}, not {hinted}: leave --prediction-type out",
+            field="prediction_type",
         )
-    if said or marked:
-        return said or marked or "epsilon"
+    if hinted or marked:
+        return hinted or marked or "epsilon"
     if like is not None:
         config = json.loads((like / _SCHEDULER).read_text(encoding="utf-8"))
         return _WORDS.get(config.get("prediction_type", "epsilon"), "epsilon")
     if parts.family == "sd2":
         raise Refused(
-            "a single file of SD 2.x does not say what its UNet predicts, and the wrong guess draws noise: say it, "
-            "--prediction-type v_prediction (those for 768 pixels) or epsilon (those for 512)"
+            "a single file of SD 2.x does not state what its UNet predicts, and the wrong type gives noise: add "
+            "--prediction-type v_prediction (models for 768 pixels) or epsilon (models for 512)"
         )
     return "epsilon"
 
 
-def _take_over(like: Path, parts: CheckpointParts, work: Path) -> dict[str, Path]:
-    """Files of the folder that the checkpoint is like: all but the weights that it has itself.
+def _files_of(like: Path, parts: CheckpointParts, work: Path) -> dict[str, Path]:
+    """Return the files of the folder `like` that the checkpoint uses: all but the weights that it has itself.
 
-    A component whose every weight equals that folder's stays that folder's. Raises Refused where structures differ.
+    A component whose weights all equal the folder's uses the folder's files. Raises Refused where structures differ.
     """
     files = one_precision(replace(Source.scan(like), work=work)).source.files
     for component, tensors in parts.components.items():
         own = {name for name in files if _component(name) == component and ".safetensors" in name}
         if f"{component}/config.json" not in files:
             raise Refused(
-                f"the checkpoint has a {component}, which {like.name} has not; they are of different families"
+                f"the checkpoint has a {component}, which {like.name} lacks; name a folder of its family, --like"
             )
         if component == "unet":
             _check_structure(json.loads(files["unet/config.json"].read_text(encoding="utf-8")), tensors)
@@ -168,20 +175,20 @@ def _bytes(values: Array) -> Array:
 def _check_structure(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
     structure = configs.unet_structure(_shapes(tensors))
     for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
-        said = config.get(key, 4 if key == "in_channels" else None)
-        if isinstance(said, list) != isinstance(structure[key], list):
-            continue  # written out for each level
-        if said != structure[key]:
+        stated = config.get(key, 4 if key == "in_channels" else None)
+        if isinstance(stated, list) != isinstance(structure[key], list):
+            continue  # one form lists a number per level, the other is a single number
+        if stated != structure[key]:
             raise Refused(
-                f"the checkpoint's UNet has {key} {structure[key]}, the folder that it is said to be like {said}; "
-                "name one of its own kind"
+                f"the checkpoint's UNet has {key} {structure[key]}, but the folder of --like has {stated}; "
+                "name a folder of the same architecture"
             )
 
 
 def _write_configs(
     folder: Path, parts: CheckpointParts, prediction: PredictionType, given: Mapping[str, Path]
 ) -> dict[str, Path]:
-    """What `given` lacks, and a scheduler that says what is predicted."""
+    """Write the configs that `given` lacks, and a scheduler config with the prediction type."""
     made: dict[str, dict[str, Any]] = {}
     texts = sorted(name for name in parts.components if name.startswith("text_encoder"))
     if "model_index.json" not in given:
@@ -199,11 +206,11 @@ def _write_configs(
     schedule = configs.scheduler_config(parts.family)
     if _SCHEDULER in given:
         schedule = json.loads(given[_SCHEDULER].read_text(encoding="utf-8"))
-    wanted = schedule | {"prediction_type": prediction}
+    scheduler = schedule | {"prediction_type": prediction}
     if ZERO_SNR in parts.marks:
-        wanted |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if _SCHEDULER not in given or wanted != {"prediction_type": "epsilon", **schedule}:
-        made[_SCHEDULER] = wanted
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if _SCHEDULER not in given or scheduler != {"prediction_type": "epsilon", **schedule}:
+        made[_SCHEDULER] = scheduler
     for name, config in made.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -214,8 +221,8 @@ def _check_complete(parts: CheckpointParts) -> None:
     needed = {"unet", "vae", "text_encoder", *(("text_encoder_2",) if parts.family == "sdxl" else ())}
     if missing := sorted(needed - parts.components.keys()):
         raise Refused(
-            f"the checkpoint has no {' and no '.join(missing)}; say which folder or base in the diffusers layout has "
-            "it, --like"
+            f"the checkpoint has no {' and no '.join(missing)}; name a folder in the diffusers layout, or a base, that "
+            "has it: --like DIR or REF"
         )
 
 

@@ -1,8 +1,8 @@
-"""The configs of a checkpoint whose models are Stable Diffusion's own, told from the shapes of its weights.
+"""Derive the configs of a checkpoint with the original sizes of Stable Diffusion from the shapes of its weights.
 
-What shapes cannot tell is data here, as Stable Diffusion was published: attention's heads (8 everywhere in SD 1.x, 64
-channels each in the others), activations, the schedule, the scale of latents. So a checkpoint of other widths needs a
-folder whose configs are meant (`Hints.like`).
+Shapes do not determine attention's heads (8 everywhere in SD 1.x, 64 channels each in the others), activations, the
+schedule and the latents' scaling factor. These are constants here, as Stable Diffusion was published. So a checkpoint
+of other widths needs a folder with its configs (`Hints.like`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Shapes = Mapping[str, Shape]
 
 
 def unet_config(shapes: Shapes, family: Family, prediction: PredictionType) -> dict[str, Any]:
-    """Raises Refused for a UNet that is none of Stable Diffusion's."""
+    """Return the UNet's config. Raises Refused for a UNet of other widths than the family's."""
     structure = unet_structure(shapes)
     widths = tuple(structure["block_out_channels"])
     if widths != WIDTHS[family] or structure["transformer_layers_per_block"] is None:
         raise Refused(
-            f"the checkpoint's UNet (widths {widths}) is not built as {family}'s own {WIDTHS[family]}; its config "
-            "cannot be told from its weights: say which folder in the diffusers layout, or base, has it: --like"
+            f"the checkpoint's UNet (widths {widths}) is not {family}'s original {WIDTHS[family]}, so its config "
+            "cannot be derived from its weights: name a folder in the diffusers layout, or a base, that has it: --like"
         )
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in structure["transformer_layers_per_block"]]
     up = [
@@ -63,27 +63,29 @@ def unet_config(shapes: Shapes, family: Family, prediction: PredictionType) -> d
 
 
 def unet_structure(shapes: Shapes) -> dict[str, Any]:
-    """What the shapes of a UNet say of its config, under the config's names; transformers per level (0: no attention)
-    are None where a level has attentions of several depths. Raises Refused for what is no UNet of text.
+    """Derive the part of a UNet's config that the shapes determine.
+
+    `transformer_layers_per_block` (0: no attention) is None where a level has attentions of several depths. Raises
+    Refused for a UNet without cross-attention.
     """
     text = next((shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
-    entrance = shapes.get("conv_in.weight", ())
+    conv_in = shapes.get("conv_in.weight", ())
     proj_in = next((shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")), ())
-    if text is None or len(text) != 2 or len(entrance) != 4 or not proj_in:
-        raise Refused("the checkpoint's UNet reads no text (conv_in or attn2.to_k is missing); it is not whole")
+    if text is None or len(text) != 2 or len(conv_in) != 4 or not proj_in:
+        raise Refused("the checkpoint's UNet is incomplete (conv_in or attn2.to_k is missing); get the whole file")
     depths: dict[tuple[str, int], dict[int, int]] = {}
     resnets: dict[tuple[str, int], int] = {}
     for match in filter(None, map(_BLOCK.match, shapes)):
-        place, index = (match[1], int(match[2])), int(match[4])
+        block, index = (match[1], int(match[2])), int(match[4])
         if match[3] == "resnets":
-            resnets[place] = max(resnets.get(place, 0), index + 1)
+            resnets[block] = max(resnets.get(block, 0), index + 1)
         else:
-            level = depths.setdefault(place, {})
+            level = depths.setdefault(block, {})
             level[index] = max(level.get(index, 0), int(match[5] or 0) + 1)
     levels = range(sum(side == "down" for side, _ in resnets))
     widths = [shapes.get(f"down_blocks.{level}.resnets.0.conv1.weight", (0,))[0] for level in levels]
     return {
-        "in_channels": entrance[1],
+        "in_channels": conv_in[1],
         "block_out_channels": widths,
         "layers_per_block": resnets.get(("down", 0), 0),
         "cross_attention_dim": text[1],
@@ -111,7 +113,7 @@ def vae_config(shapes: Shapes, family: Family, prediction: PredictionType) -> di
     resnets = [n for n in shapes if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight", n)]
     widths = [shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(len(levels))]
     if not widths or "decoder.conv_in.weight" not in shapes:
-        raise Refused("the checkpoint's VAE (first_stage_model) is not whole")
+        raise Refused("the checkpoint's VAE (first_stage_model) is incomplete; get the whole file")
     config = {
         "_class_name": "AutoencoderKL",
         "block_out_channels": widths,
@@ -129,12 +131,12 @@ def vae_config(shapes: Shapes, family: Family, prediction: PredictionType) -> di
 
 
 def text_config(shapes: Shapes, *, is_open_clip: bool) -> dict[str, Any]:
-    """Raises Refused for another vocabulary than CLIP's."""
+    """Return a text encoder's config. Raises Refused for another vocabulary than CLIP's."""
     rows, width = shapes.get("text_model.embeddings.token_embedding.weight", (0, 0))
     if rows != VOCABULARY:
         raise Refused(
-            f"the checkpoint's text encoder knows {rows} tokens, CLIP's has {VOCABULARY}; say which folder or base in "
-            "the diffusers layout has its tokenizer and config, --like"
+            f"the checkpoint's text encoder has {rows} tokens, CLIP's {VOCABULARY}; name a folder in the diffusers "
+            "layout, or a base, that has its tokenizer and config: --like"
         )
     layers = {name.split(".")[3] for name in shapes if name.startswith("text_model.encoder.layers.")}
     projection = shapes.get("text_projection.weight")
@@ -157,7 +159,7 @@ def text_config(shapes: Shapes, *, is_open_clip: bool) -> dict[str, Any]:
 
 
 def scheduler_config(family: Family) -> dict[str, Any]:
-    """Stable Diffusion's own schedule; without prediction type."""
+    """Return Stable Diffusion's schedule, without prediction type."""
     more = {"timestep_spacing": "leading", "interpolation_type": "linear"} if family == "sdxl" else {}
     return {
         "_class_name": "EulerDiscreteScheduler" if family == "sdxl" else "DDIMScheduler",
@@ -174,7 +176,7 @@ def scheduler_config(family: Family) -> dict[str, Any]:
 
 
 def model_index(family: Family, texts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """`texts` are the configs of the text encoders."""
+    """Return model_index.json; `texts` are the configs of the text encoders."""
     tokenizers = {name.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] for name in texts}
     more = {"force_zeros_for_empty_prompt": True} if family == "sdxl" else {}
     return {
@@ -189,7 +191,7 @@ def model_index(family: Family, texts: Mapping[str, dict[str, Any]]) -> dict[str
 
 
 def _side(family: Family, prediction: PredictionType) -> int:
-    """Of the latents that it was trained at. SD 2.x predicts velocity at 768 pixels and noise at 512."""
+    """Return the height of the latents in training: SD 2.x predicts velocity at 768 pixels and noise at 512."""
     if family == "sdxl":
         return 128
     return 96 if family == "sd2" and prediction == "v_prediction" else 64

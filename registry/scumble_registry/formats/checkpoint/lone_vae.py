@@ -1,7 +1,7 @@
-"""A VAE's weights alone, by diffusers' names or by the original ones, which become a folder of an AutoencoderKL.
+"""Convert a VAE's weights alone, by diffusers' or the original names, to a folder of an AutoencoderKL.
 
-What a config says (the scale of latents above all) no weights show, so it is that of the VAE that the publisher says
-they can stand for (`Hints.like`).
+Weights do not determine the config (above all the latents' scaling factor), so it is copied from the VAE of the folder
+that the publisher names (`Hints.like`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from scumble_registry.formats.unknown_keys import leave_out
 FILE_NAME = "diffusion_pytorch_model.safetensors"
 _PREFIX = re.compile(r"^(?:state_dict\.)?(?:first_stage_model\.)?")
 _UNUSED = re.compile(r"(?:loss|model_ema|optimizer_states|lr_schedulers|callbacks)\b.*")
-"""What only training needs."""
+"""Tensors that only training needs."""
 _MARKS = {"decoder.up.0.block.0.conv1.weight": "original", "decoder.up_blocks.0.resnets.0.conv1.weight": "diffusers"}
 _STRUCTURE = {"block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4}
-"""What shapes tell of a config, and what it is where a config leaves it out."""
+"""Fields of a config that the shapes determine → diffusers' default."""
 
 
 def layout_of(source: Source) -> str | None:
-    """Whose names the weights have, if they are a VAE's and no config stands beside them."""
+    """Return `original` or `diffusers` by the names of a VAE's weights; None with a config, or for other weights."""
     weights = list(source.weights().values())
     if len(weights) != 1 or {"config.json", "model_index.json"} & source.files.keys():
         return None
@@ -39,11 +39,14 @@ def layout_of(source: Source) -> str | None:
 
 
 def in_folder(source: Source, layout: str) -> Unpacked:
-    """Raises Refused where no VAE is named that it is like, or one of another structure; and for what is left over."""
+    """Write config and weights into `source.work`.
+
+    Raises Refused without `Hints.like` or with a VAE of another structure, and for unknown keys.
+    """
     if source.hints.like is None:
         raise Refused(
-            "a VAE's weights do not say the scale of its latents: name the folder in the diffusers layout, or the "
-            "base, whose VAE it can stand for, --like DIR or REF"
+            "a VAE's weights do not contain the scaling factor of its latents: name a folder in the diffusers layout, "
+            "or a base, whose VAE it can replace: --like DIR or REF"
         )
     (file,) = source.weights().values()
     header = read_header(file)
@@ -52,12 +55,12 @@ def in_folder(source: Source, layout: str) -> Unpacked:
     converted, unknown = convert(known) if layout == "original" else (known, [])
     leftover = leave_out(source, unknown, "in a VAE in the original layout")
     config: dict[str, Any] = json.loads((source.hints.like() / "vae/config.json").read_text(encoding="utf-8"))
-    told = configs.vae_config({name: values.shape for name, values in converted.items()}, "sd1", "epsilon")
+    derived = configs.vae_config({name: values.shape for name, values in converted.items()}, "sd1", "epsilon")
     for key, default in _STRUCTURE.items():
-        if config.get(key, default) != told[key]:
+        if config.get(key, default) != derived[key]:
             raise Refused(
-                f"the VAE has {key} {told[key]}, the one that it is said to be like {config.get(key, default)}; name "
-                "one of its own kind"
+                f"the VAE has {key} {derived[key]}, but the VAE of --like has {config.get(key, default)}; name one of "
+                "the same architecture"
             )
     assert source.work is not None
     folder = source.work / "vae"

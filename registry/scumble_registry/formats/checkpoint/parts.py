@@ -1,14 +1,14 @@
-"""A single file taken apart: which model of Stable Diffusion each tensor belongs to, by the original names.
+"""Split a single file: each tensor's component of Stable Diffusion, by the original names.
 
-| what         | SD 1.x                          | SD 2.x                    | SDXL                                   |
+| component    | SD 1.x                          | SD 2.x                    | SDXL                                   |
 |--------------|---------------------------------|---------------------------|----------------------------------------|
 | UNet         | `model.diffusion_model.`        | the same                  | the same                               |
 | VAE          | `first_stage_model.`            | the same                  | the same                               |
 | text encoder | `cond_stage_model.transformer.` | `cond_stage_model.model.` | `conditioner.embedders.0.transformer.` |
-| its second   |                                 |                           | `conditioner.embedders.1.model.`       |
+| second one   |                                 |                           | `conditioner.embedders.1.model.`       |
 
-A `.ckpt` of Lightning has all of them in its `state_dict`, and beside it what only training needs. `model_ema.` is the
-UNet averaged over training, under names without dots.
+A `.ckpt` of Lightning has all of them in its `state_dict`, beside values that only training needs. `model_ema.` is the
+UNet averaged over training (EMA), under names without dots.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _TEXTS: tuple[tuple[str, str, Family, Convert], ...] = (
     ("conditioner.embedders.1.model.", "text_encoder_2", "sdxl", open_clip),
 )
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
-"""Empty tensors that say how an SDXL checkpoint was trained."""
+"""Empty tensors that mark how an SDXL checkpoint was trained."""
 _UNUSED = re.compile(
     r"(?:alphas_cumprod(?:_prev)?|betas|log_one_minus_alphas_cumprod|logvar|lvlb_weights|posterior_.+"
     r"|sqrt_.+|scale_factor|denoiser\.(?:sigmas|log_sigmas)|first_stage_model\.loss\..+|model_ema\.(?:decay|num_updates)"
     r"|v_pred|ztsnr)"
 )
-"""Tables of the schedule, which its parameters give again, and what belongs to training."""
+"""Tables of the schedule, which are computed from its parameters, and tensors that only training needs."""
 _OF_LIGHTNING = re.compile(
     r"(?:optimizer_states|lr_schedulers|callbacks|loops|native_amp_scaling_state|hparams.*|hyper_parameters)(?:\.|$)"
 )
@@ -46,28 +46,28 @@ _OF_LIGHTNING = re.compile(
 
 @dataclass(slots=True)
 class CheckpointParts:
-    """By component (`unet`, `vae`, the text encoders): tensors by the names of the diffusers layout."""
+    """The tensors of each component (`unet`, `vae`, the text encoders) by the names of the diffusers layout."""
 
     family: Family
     components: dict[str, dict[str, Array]] = field(default_factory=dict)
     marks: frozenset[str] = frozenset()
     unused: list[str] = field(default_factory=list)
-    """What no picture depends on."""
+    """Names of tensors that sampling does not need."""
     averaged: int = 0
-    """How many tensors are averages that were not asked for."""
+    """Number of averaged tensors that were left out."""
     unknown: list[str] = field(default_factory=list)
 
 
 def is_whole(names: Iterable[str]) -> bool:
-    """Is it a checkpoint in the original layout, and no ControlNet with the one that it was trained on?"""
+    """Return whether it is a checkpoint in the original layout, and not a ControlNet with its base model."""
     plain = [name.removeprefix(LIGHTNING) for name in names]
     return any(name.startswith(UNET) for name in plain) and not any(name.startswith(_CONTROL) for name in plain)
 
 
 def take_apart(tensors: Mapping[str, Array], like: Family | None = None, *, ema: bool) -> CheckpointParts:
-    """`like` is the family of the folder that it is said to be like.
+    """Split the tensors; `like` is the family of the folder of `Hints.like`, `ema` selects the averaged UNet.
 
-    Raises Refused if averages are asked for and there are none, or if the family cannot be told.
+    Raises Refused if `ema` is set and there are no averages, or if the family is unknown.
     """
     inner = _inside(tensors)
     parts = CheckpointParts(_family(inner, like), marks=frozenset(inner.keys() & {V_PREDICTION, ZERO_SNR}))
@@ -98,7 +98,10 @@ def _family(tensors: Mapping[str, Array], like: Family | None) -> Family:
     context = next((v.shape[1] for name, v in tensors.items() if name.endswith("attn2.to_k.weight")), 0)
     families: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     if context not in families:
-        raise Refused(f"the checkpoint has no text encoder and reads text of width {context}; its family is unknown")
+        raise Refused(
+            f"the checkpoint has no text encoder and reads text of width {context}, so its family is unknown; "
+            "name a base: --like REF"
+        )
     return families[context]
 
 

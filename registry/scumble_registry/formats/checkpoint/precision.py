@@ -1,7 +1,7 @@
-"""Folders in the diffusers layout whose weights bear a precision in their name: `model.fp16.safetensors`.
+"""Rename weights with a precision in their name (`model.fp16.safetensors`) in folders in the diffusers layout.
 
-Loaders look for the plain name unless they are told otherwise, so where that is missing the weights get it. A component
-that has both keeps both, and the plain one is used.
+Loaders look for the plain name by default, so weights whose plain name is missing get it. A component that has both
+keeps both, and the plain one is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _INDEX = re.compile(r"(?P<stem>.*(?:/|^)[^/.]+\.safetensors\.index)\.(?P<word>fp
 
 
 def one_precision(source: Source) -> Unpacked:
-    """Raises Refused where a component lies there in several precisions, none of them under the plain name."""
+    """Return the source with plain names. Raises Refused for a component in several precisions and no plain name."""
     plain = {name.rpartition("/")[0] for name in source.weights() if not _FILE.fullmatch(name)}
     words: dict[str, set[str]] = {}
     renamed: dict[str, str] = {}
@@ -32,16 +32,18 @@ def one_precision(source: Source) -> Unpacked:
         renamed[name] = f"{match['stem']}{_part(match)}"
     for folder, of_folder in words.items():
         if len(of_folder) > 1:
-            raise Refused(f"{folder} holds its weights as {' and '.join(sorted(of_folder))}; keep the one to be served")
+            raise Refused(
+                f"{folder} holds its weights as {' and '.join(sorted(of_folder))}; keep only the precision to be served"
+            )
     if not renamed:
         return Unpacked(source)
     files = {renamed.get(name, name): file for name, file in source.files.items()}
     for name, new in renamed.items():
         if _INDEX.fullmatch(name):
             files[new] = _write_index(source, name, renamed)
-    said = ", ".join(sorted({word for of_folder in words.values() for word in of_folder}))
+    precisions = ", ".join(sorted({word for of_folder in words.values() for word in of_folder}))
     whole = replace(source, files=dict(sorted(files.items())))
-    return Unpacked(whole, {"renamed": dict(renamed)}, (), f"diffusers folder ({said})")
+    return Unpacked(whole, {"renamed": dict(renamed)}, (), f"diffusers folder ({precisions})")
 
 
 def _part(match: re.Match[str]) -> str:
@@ -49,7 +51,7 @@ def _part(match: re.Match[str]) -> str:
 
 
 def _write_index(source: Source, name: str, renamed: dict[str, str]) -> Path:
-    """The list of a component's shards, which speaks of their new names."""
+    """Write the index of a component's shards with their new names."""
     index = source.json(name)
     folder = name.rpartition("/")[0]
     if isinstance(index, dict) and isinstance(shards := index.get("weight_map"), dict):

@@ -1,8 +1,8 @@
-"""Text encoders of single files → transformers' names.
+"""Convert text encoders of single files to transformers' names.
 
-CLIP's (SD 1.x, SDXL's first) is transformers' own. OpenCLIP's (SD 2.x, SDXL's second) keeps query, key and value in
-one matrix and the projection transposed. SD 2.x reads the last layer but one, so that the last is left out, as its
-files in the diffusers layout do; it has no use for the projection.
+CLIP's (SD 1.x, SDXL's first) has transformers' names. OpenCLIP's (SD 2.x, SDXL's second) has query, key and value in
+one matrix and the projection transposed. SD 2.x reads the penultimate layer, so the last layer and the projection are
+left out, as in its files in the diffusers layout.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _INSIDE = {
 }
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 _UNUSED = frozenset({"logit_scale", "attn_mask", "embeddings.position_ids", "text_model.embeddings.position_ids"})
-"""What no picture depends on: it is computed again, or belongs to training."""
+"""Tensors that sampling does not need: they are computed, or belong to training."""
 
 
 @dataclass(slots=True)
 class ConvertedText:
-    """By transformers' names; what no picture depends on; what is not understood."""
+    """Tensors by transformers' names; the names of tensors that sampling does not need, and of unknown ones."""
 
     tensors: dict[str, Array]
     unused: list[str]
@@ -45,7 +45,7 @@ Convert = Callable[[Mapping[str, Array]], ConvertedText]
 
 
 def plain(name: str) -> str:
-    """transformers ≥ 5.6 leaves out what others begin a text encoder's names with."""
+    """Return a text encoder's name without the prefix `text_model.`, which transformers ≥ 5.6 leaves out."""
     return name.removeprefix(_MODEL)
 
 
@@ -64,12 +64,12 @@ def clip(tensors: Mapping[str, Array]) -> ConvertedText:
 
 
 def open_clip(tensors: Mapping[str, Array]) -> ConvertedText:
-    """With the projection and all layers (SDXL's second)."""
+    """Convert with the projection and all layers (SDXL's second)."""
     return _open_clip(tensors, layers=None)
 
 
 def open_clip_penultimate(tensors: Mapping[str, Array]) -> ConvertedText:
-    """Without the projection and the last layer (SD 2.x)."""
+    """Convert without the projection and the last layer (SD 2.x)."""
     layers = {int(match[1]) for name in tensors if (match := _BLOCK.fullmatch(name))}
     return _open_clip(tensors, layers=max(layers, default=0))
 
@@ -97,7 +97,7 @@ def _is_last(match: re.Match[str] | None, layers: int) -> bool:
 
 
 def _of_block(inner: str, values: Array) -> dict[str, Array]:
-    """One tensor of a layer, or the three that are joined in it; {} for another tensor."""
+    """Return one tensor of a layer, or the three that are joined in it; {} for an unknown tensor."""
     if inner in {"attn.in_proj_weight", "attn.in_proj_bias"} and len(values) % 3 == 0:
         role, width = inner.rpartition("_")[2], len(values) // 3
         return {

@@ -1,4 +1,4 @@
-"""The VAE's modules by the original names (`first_stage_model.…` without that) → diffusers'.
+"""Convert the VAE's original names (without `first_stage_model.`) to diffusers' names.
 
 The original counts the decoder's levels from the pixels, diffusers from the latents; attention's matrices are 1x1
 convolutions in the original.
@@ -20,7 +20,7 @@ _ALONE = frozenset({"quant_conv", "post_quant_conv"})
 
 
 def convert(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]:
-    """By diffusers' names, and what has none."""
+    """Return the tensors by diffusers' names, and the unknown names."""
     levels = _levels(tensors)
     renamed: dict[str, Array] = {}
     unknown: list[str] = []
@@ -49,8 +49,8 @@ def _module(module: str, levels: int) -> str | None:
         return f"{match[1]}.mid_block.{_MIDDLE_PARTS[match[2]]}.{part}" if part else None
     if match := _SIDE.fullmatch(module):
         side, way, level, part, rest = match.groups()
-        place = int(level) if way == "down" else levels - 1 - int(level)
-        block = f"{side}.{way}_blocks.{place}"
+        index_of_block = int(level) if way == "down" else levels - 1 - int(level)
+        block = f"{side}.{way}_blocks.{index_of_block}"
         if part == "block":
             index, _, inner = rest.partition(".")
             return f"{block}.resnets.{index}.{_resnet(inner)}"

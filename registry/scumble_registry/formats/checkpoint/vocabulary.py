@@ -1,7 +1,7 @@
-"""CLIP's tokenizer, which single files leave out: every Stable Diffusion checkpoint reads text with the same one.
+"""Write CLIP's tokenizer, which single files leave out: every Stable Diffusion checkpoint uses the same one.
 
-`bpe_merges.txt.gz` holds OpenAI's byte pair merges, one pair a line, in the order of their rank. The vocabulary is made
-of them: each byte, each byte at the end of a word, each merge, and the two signs for begin and end.
+`bpe_merges.txt.gz` holds OpenAI's byte pair merges, one pair a line, in the order of their rank. The vocabulary is
+each byte, each byte at the end of a word, each merge, and the tokens for start and end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_tokenizer(folder: Path, *, pad: str = _END) -> None:
-    """The files of a CLIPTokenizer; SD 2.x and SDXL's second encoder pad with `!`."""
+    """Write the files of a CLIPTokenizer; SD 2.x and SDXL's second encoder pad with `!`."""
     folder.mkdir(parents=True, exist_ok=True)
     merges = gzip.decompress(_MERGES.read_bytes()).decode("utf-8").splitlines()
     letters = _letters()
@@ -30,6 +30,6 @@ def write_tokenizer(folder: Path, *, pad: str = _END) -> None:
 
 
 def _letters() -> list[str]:
-    """A letter for each byte, printable ones first, the others from code point 256 on (Radford et al., GPT-2)."""
+    """Return a letter for each byte, printable ones first, others from code point 256 on (Radford et al., GPT-2)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]

@@ -1,17 +1,17 @@
-"""ControlNet and its kin: nets that look at a picture and steer the UNet.
+"""ControlNet and related nets, which read a control image and add to the UNet's states.
 
-| form           | files                                                        | known by                      |
+| form           | files                                                        | recognised by                 |
 |----------------|--------------------------------------------------------------|-------------------------------|
 | `net`          | diffusers' ControlNetModel: config.json and weights          | config.json                   |
 | `net`          | its weights alone                                            | `controlnet_cond_embedding`   |
-| `net`          | the original (cldm) file, also of differences to the base    | `zero_convs`                  |
+| `net`          | the original (cldm) file, also as differences to the base    | `zero_convs`                  |
 | `union`        | diffusers' ControlNetUnionModel, with or without config.json | config.json, `task_embedding` |
 | `t2i`          | diffusers' T2IAdapter, with or without config.json           | config.json, `adapter.body`   |
 | `t2i`          | the original file: full, light, XL                           | `body.0.block1`, …            |
 | `control_lora` | Stability's control-LoRA                                     | `lora_controlnet`             |
 | `lllite`       | kohya's ControlNet-LLLite (`lllite.py`)                      | `lllite_unet_`                |
 
-There is no record: the server reads the files, through `read_weights` where they are not diffusers' own.
+There is no record: the server reads the stored files, those that are not in diffusers' layout by `read_weights`.
 (Zhang et al., 2302.05543; Mou et al., 2302.08453 for T2I-Adapter.)
 """
 
@@ -36,13 +36,13 @@ from scumble_registry.formats.source import Draft, Source, check_plain
 
 KIND = "controlnet"
 FILE_NAME = "diffusion_pytorch_model.safetensors"
-"""What the weights are called inside the registry (diffusers' own default)."""
+"""The weights' name inside the registry, which is diffusers' default."""
 
 _MAX_BYTES = 8 << 30
 
 
 def recognises(source: Source) -> bool:
-    """By the class in config.json, or by keys that only these nets have."""
+    """Recognise a net by the class in config.json, or by keys that only these nets have."""
     if "model_index.json" in source.files:
         return False
     name = _class_name(source)
@@ -68,18 +68,18 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if source.path.is_dir():
         check_plain(source)
     if (what := refused_model((), _class_name(source))) is not None:
-        raise Refused(f"this is {what}; it is not served here")
+        raise Refused(f"this is {what}; it cannot be served")
     files = list(source.weights().values())
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise Refused(f"one file of weights is needed, found {names}; keep the one to be served")
+        raise Refused(f"one file of weights is needed, not {names}; keep only the one to be served")
     (file,) = files
     if file.stat().st_size > source.limit(_MAX_BYTES):
         raise Refused(f"{file.name} is larger than {source.limit(_MAX_BYTES)} bytes, too large for a ControlNet")
     header = read_header(file)
     name = "" if is_original(header) or t2i.is_original(header.tensors) else _class_name(source)
     if (what := refused_model(header.tensors, name)) is not None:
-        raise Refused(f"this is {what}; it is not served here")
+        raise Refused(f"this is {what}; it cannot be served")
     converted = Converted(file, "diffusers", source.json("config.json")) if name else convert_file(source, file, header)
     header = read_header(converted.file)
     _check_values(converted.file, header)
@@ -99,8 +99,8 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
 
 def _details(compatibility: ControlNetCompatibility, converted: Converted, *, has_base: bool) -> dict[str, JsonValue]:
     served = {
-        "t2i": "features of a picture, once per request",
-        "lllite": "networks on what attention's matrices read, every step",
+        "t2i": "features of a control image, once per request",
+        "lllite": "networks on the inputs of attention's projections, every step",
     }
     return {
         "serving": served.get(compatibility.form, "residuals of a net, every step"),
@@ -117,7 +117,7 @@ def _check_values(file: Path, header: Header) -> None:
 
 
 def is_original(header: Header) -> bool:
-    """Is it in the original layout, for `read_weights`? Else it is diffusers' own, with a config.json."""
+    """Return whether it is in the original layout, for `read_weights`; else it is diffusers', with a config.json."""
     return CONTROL_LORA in header.tensors or ldm.is_ldm(header.tensors)
 
 

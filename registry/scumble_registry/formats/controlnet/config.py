@@ -1,4 +1,4 @@
-"""The `config.json` of diffusers' nets: which fields must say what, and what they must agree with in the weights."""
+"""The `config.json` of diffusers' nets: the values that can be served."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Config(BaseModel):
 
 
 class NetConfig(_Config):
-    """Of a ControlNetModel or a ControlNetUnionModel. What Stable Diffusion's nets never set must not be set."""
+    """The config of a ControlNetModel or ControlNetUnionModel; other fields' values must be those of known nets."""
 
     in_channels: int = _Width
     conditioning_channels: int = Field(default=3, ge=1, le=16)
@@ -50,7 +50,7 @@ class NetConfig(_Config):
 
 
 class T2IConfig(_Config):
-    """Of a T2IAdapter."""
+    """The config of a T2IAdapter."""
 
     in_channels: int = Field(default=3, ge=1, le=16)
     channels: tuple[int, ...] = Field(default=(320, 640, 1280, 1280), min_length=1, max_length=8)
@@ -65,7 +65,7 @@ class T2IConfig(_Config):
 
 
 def parse_net(config: dict[str, Any]) -> NetConfig:
-    """Raises Refused naming every field that cannot be served."""
+    """Validate a config. Raises Refused naming every field that cannot be served."""
     try:
         return NetConfig.model_validate(config)
     except ValidationError as error:
@@ -73,7 +73,7 @@ def parse_net(config: dict[str, Any]) -> NetConfig:
 
 
 def parse_t2i(config: dict[str, Any]) -> T2IConfig:
-    """Raises Refused naming every field that cannot be served."""
+    """Validate a config. Raises Refused naming every field that cannot be served."""
     try:
         return T2IConfig.model_validate(config)
     except ValidationError as error:

@@ -1,9 +1,9 @@
-"""Files of the family in other layouts than are served, on their way to these.
+"""Convert files of ControlNets and T2I-Adapters to the layouts that are served.
 
-A `.pth` of the original ControlNet may hold the whole Stable Diffusion that it was trained on: the net alone is kept. A
-diffusers net without config.json gets one (`inferred_config.py`), a T2I-Adapter in the original layout becomes
-diffusers' (`t2i.py`). Shuffle nets average their residuals over all places; in the original layout only the file's name
-says so, so that it is written into the file's header.
+A `.pth` of the original ControlNet may hold the whole Stable Diffusion that it was trained on: only the net is stored.
+A diffusers net without config.json gets one (`inferred_config.py`), a T2I-Adapter in the original layout is converted
+to diffusers' (`t2i.py`). Shuffle nets average their residuals over height and width; in the original layout only the
+file's name shows it, so it is written into the file's header.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from scumble_registry.formats.source import Source
 from scumble_registry.formats.unknown_keys import leave_out
 
 POOLS = "global_pool_conditions"
-"""In the header of a net in the original layout: `true` of a shuffle net."""
+"""The key in the header of a net in the original layout that is `true` for a shuffle net."""
 _LIGHTNING = "state_dict."
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """`file` holds the weights; `config` stands beside it in config.json, if there is any."""
+    """A converted net: `file` has the weights, `config` is the content of config.json, if there is one."""
 
     file: Path
     dialect: str
     config: Mapping[str, Any] | None = None
     of_base: int = 0
-    """How many tensors are of the Stable Diffusion that it was trained on, and not kept."""
+    """Number of tensors of the Stable Diffusion that it was trained on, which are not stored."""
     leftover: tuple[str, ...] = ()
 
 
 def convert_file(source: Source, file: Path, header: Header) -> Converted:
-    """For a file without config.json. Raises Refused for what is left over or cannot be told."""
+    """Convert a file without config.json. Raises Refused for unknown keys, or a config that shapes do not determine."""
     if inferred_config.is_diffusers_net(header.tensors):
         return _with_config(source, file, header)
     if t2i.is_original(header.tensors):
@@ -54,23 +54,23 @@ def convert_file(source: Source, file: Path, header: Header) -> Converted:
 def _original(source: Source, file: Path, header: Header) -> Converted:
     own = {name: name.removeprefix(_LIGHTNING) for name in header.tensors}
     prefixed = any(short.startswith(ldm.PREFIX) for short in own.values())
-    kept = {name: short for name, short in own.items() if not prefixed or short.startswith((ldm.PREFIX, *ldm.MARKS))}
-    convert = ldm.converter(kept.values())
-    unknown = {n for n, short in kept.items() if ldm.strip(short) not in ldm.MARKS and convert(short) is None}
+    net = {name: short for name, short in own.items() if not prefixed or short.startswith((ldm.PREFIX, *ldm.MARKS))}
+    convert = ldm.converter(net.values())
+    unknown = {n for n, short in net.items() if ldm.strip(short) not in ldm.MARKS and convert(short) is None}
     leftover = leave_out(source, unknown, "in a ControlNet in the original layout")
-    kept = {name: short for name, short in kept.items() if name not in unknown}
+    net = {name: short for name, short in net.items() if name not in unknown}
     pools = header.metadata.get(POOLS) == "true" or "shuffle" in file.stem.lower()
-    marks = {short.removeprefix(ldm.PREFIX) for short in kept.values()} & set(ldm.MARKS)
+    marks = {short.removeprefix(ldm.PREFIX) for short in net.values()} & set(ldm.MARKS)
     dialect = {"lora_controlnet": "control-LoRA", "difference": "original, differences"}.get(
         next(iter(marks), ""), "original"
     )
-    is_alone = kept.keys() == header.tensors.keys() and not any(name.startswith(_LIGHTNING) for name in kept)
+    is_alone = net.keys() == header.tensors.keys() and not any(name.startswith(_LIGHTNING) for name in net)
     if is_alone and (not pools or POOLS in header.metadata):
         return Converted(file, dialect)
     tensors = read_tensors(file, header)
     metadata = header.metadata | ({POOLS: "true"} if pools else {})
-    written = _write(source, {short: tensors[name] for name, short in kept.items()}, metadata)
-    return Converted(written, dialect, of_base=len(own) - len(kept) - len(unknown), leftover=leftover)
+    written = _write(source, {short: tensors[name] for name, short in net.items()}, metadata)
+    return Converted(written, dialect, of_base=len(own) - len(net) - len(unknown), leftover=leftover)
 
 
 def _with_config(source: Source, file: Path, header: Header) -> Converted:

@@ -1,4 +1,4 @@
-"""What a ControlNet fits, read from the shapes of its weights; its config must say the same."""
+"""Derive a ControlNet's compatibility from the shapes of its weights; its config must agree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EMBEDDED = "controlnet_cond_embedding.blocks."
 def derive(
     header: Header, name: str, config: dict[str, Any], base: BaseCompatibility | None
 ) -> ControlNetCompatibility:
-    """`name` is the class in config.json, or "" where there is none. Raises Refused."""
+    """Derive the compatibility; `name` is the class in config.json, or "" without one. Raises Refused."""
     if lllite.is_lllite(header.tensors):
         return _of_lllite(header, base)
     shapes = shapes_of(header)
@@ -50,8 +50,8 @@ def _of_net(
     residuals = [*(f"controlnet_down_blocks.{i}" for i in range(count)), "controlnet_mid_block"]
     types = _control_types(shapes, config) if form == "union" else 0
     if config is not None:
-        said = config.addition_embed_type is not None
-        _agree("addition_embed_type text_time (SDXL)", said, "add_embedding.linear_1.weight" in shapes)
+        is_sdxl = config.addition_embed_type is not None
+        _agree("addition_embed_type text_time (SDXL)", is_sdxl, "add_embedding.linear_1.weight" in shapes)
     convolutions = [key for key in shapes if key.startswith(_EMBEDDED) and key.endswith(".weight")]
     return ControlNetCompatibility(
         form=form,
@@ -60,7 +60,7 @@ def _of_net(
         in_channels=_shape(shapes, "conv_in.weight")[1],
         conditioning_channels=_shape(shapes, "controlnet_cond_embedding.conv_in.weight")[1],
         widths=tuple(_shape(shapes, f"{name}.weight")[0] for name in residuals),
-        pixels_per_latent=2 ** (len(convolutions) // 2),  # every other one halves the picture
+        pixels_per_latent=2 ** (len(convolutions) // 2),  # every second one halves the image
         control_types=types,
         pools=pools,
         parameters=_count(shapes),
@@ -68,14 +68,14 @@ def _of_net(
 
 
 def _control_types(shapes: dict[str, Shape], config: NetConfig | None) -> int:
-    """How many kinds of control a union net knows, once its parts are found to be of one width."""
+    """Return the number of control types of a union net, after checking that its parts have one width."""
     types, width = _shape(shapes, "task_embedding")[:2]
     _agree("num_trans_channel and num_proj_channel", (width, width), _shape(shapes, "spatial_ch_projs.weight"))
     _agree("num_trans_channel", width, _shape(shapes, "conv_in.weight")[0])
     if config is not None:
         _agree("num_control_type", config.num_control_type, types)
         if config.controlnet_conditioning_channel_order != "rgb":
-            raise Refused("config.json: a union net reads pictures as rgb, not bgr")
+            raise Refused("config.json: a union net reads images as rgb, not bgr")
     return types
 
 
@@ -94,7 +94,7 @@ def _of_t2i(
         family=_family(base, None),
         conditioning_channels=parsed.in_channels,
         widths=widths,
-        # Those for SDXL begin at the second level, where the latents are halved.
+        # an adapter for SDXL begins at the second level, where height and width of the latents are halved
         pixels_per_latent=parsed.downscale_factor // (2 if parsed.adapter_type == "full_adapter_xl" else 1),
         parameters=_count(shapes),
     )
@@ -119,17 +119,17 @@ def _family(base: BaseCompatibility | None, context: int | None) -> Family | Non
 
 
 def _shape(shapes: dict[str, Shape], name: str) -> Shape:
-    """Of a tensor with two axes at least."""
+    """Return the shape of a tensor with at least two axes. Raises Refused."""
     shape = shapes.get(name, ())
     if len(shape) < 2 or 0 in shape:
-        raise Refused(f"tensor {name} is missing or has shape {shape}; the file is not whole", tensor=name)
+        raise Refused(f"tensor {name} is missing or has shape {shape}; the file is incomplete", tensor=name)
     return shape
 
 
-def _agree(field: str, said: object, actual: object) -> None:
-    if said != actual:
+def _agree(field: str, stated: object, actual: object) -> None:
+    if stated != actual:
         raise Refused(
-            f"config.json says {field} {said}, but the weights have {actual}; these files do not belong together"
+            f"config.json has {field} {stated}, but the weights have {actual}; publish the config of these weights"
         )
 
 

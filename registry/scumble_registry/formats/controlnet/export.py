@@ -1,4 +1,4 @@
-"""Stored files back into what other tools read.
+"""Export a stored net in a layout that other tools read.
 
 diffusers    `config.json` and weights by diffusers' names
 webui        one file of weights; its extension reads the original layout, diffusers' names and control-LoRAs
@@ -29,9 +29,9 @@ def export_version(version: StoredVersion, layout: str, target: Path) -> None:
 
 
 def export(stored: Path, unet: dict[str, Any] | None, layout: str, folder: Path) -> None:
-    """`stored` is the folder of the registry, `unet` the config of the base's, where one is known.
+    """Write the layout into `folder`. `stored` is the registry's folder, `unet` the base's UNet config, if known.
 
-    Raises Refused for what diffusers has no layout for.
+    Raises Refused for a net that diffusers has no layout for.
     """
     weights = stored / _WEIGHTS
     if layout == "webui" or (stored / _CONFIG).is_file():
@@ -42,7 +42,8 @@ def export(stored: Path, unet: dict[str, Any] | None, layout: str, folder: Path)
     net = read_weights(weights)
     if net.needs_base:
         raise Refused(
-            "this net is a difference to its base, which diffusers has no layout for; export it as webui", layout=layout
+            "this net is stored as differences to its base, for which diffusers has no layout; export it as webui",
+            layout=layout,
         )
     header = read_header(weights)
     shapes = {name: values.shape for name, values in net.full.items()}

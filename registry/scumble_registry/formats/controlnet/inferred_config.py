@@ -1,7 +1,7 @@
-"""A diffusers net without its config.json: what the shapes of its weights say of it.
+"""Derive the config of a diffusers net without config.json from the shapes of its weights.
 
-Attention's heads they do not say. These are the base's own where the net is published for one of the same widths, and
-Stable Diffusion's (8 in SD 1.x, 64 channels each in the others) where its widths are those.
+Shapes do not determine attention's heads. They are the base's where the net is published for a base of the same
+widths, and Stable Diffusion's (8 in SD 1.x, 64 channels each in the others) where its widths are Stable Diffusion's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scumble_registry.formats.checkpoint.configs import WIDTHS
 EMBEDDING = "controlnet_cond_embedding."
 UNION_MARK = "task_embedding"
 _BLOCK = re.compile(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(?:transformer_blocks\.(\d+)\.)?")
-_HEADS = 8  # of a union net's own attention over pictures, in all that are known
+_HEADS = 8  # of a union net's attention over control images, in all known nets
 
 
 def is_diffusers_net(names: Mapping[str, object]) -> bool:
@@ -25,7 +25,7 @@ def is_diffusers_net(names: Mapping[str, object]) -> bool:
 
 
 def net_config(shapes: Mapping[str, Shape], unet: Mapping[str, Any] | None, *, pools: bool) -> dict[str, Any]:
-    """`unet` is the config of the base's UNet. Raises Refused where heads cannot be told, or parts are missing."""
+    """Return the config; `unet` is the base's. Raises Refused where the heads are unknown or tensors are missing."""
     text = next((shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), ())
     proj_in = next((shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")), ())
     if len(text) != 2 or not proj_in or len(shapes.get("conv_in.weight", ())) != 4:
@@ -54,7 +54,7 @@ def net_config(shapes: Mapping[str, Shape], unet: Mapping[str, Any] | None, *, p
 
 
 def _levels(shapes: Mapping[str, Shape]) -> tuple[list[int], int]:
-    """Transformers per level (0: no attention), and resnets per level."""
+    """Return the number of transformers on each level (0: no attention), and of resnets per level."""
     depths: dict[int, int] = {}
     layers = 0
     for match in filter(None, map(_BLOCK.match, shapes)):
@@ -78,8 +78,8 @@ def _heads(widths: list[int], context: int, unet: Mapping[str, Any] | None) -> d
         return {key: unet[key] for key in named if unet.get(key) is not None}
     if tuple(widths) not in WIDTHS.values():
         raise Refused(
-            f"the net (widths {widths}) has no config.json, and is not built as Stable Diffusion's own; publish the "
-            "folder that holds both, or name its base: --base REF"
+            f"the net (widths {widths}) has no config.json and not the widths of Stable Diffusion; publish the folder "
+            "with weights and config, or name its base: --base REF"
         )
     return {"attention_head_dim": 8 if context == 768 else [width // 64 for width in widths]}
 

@@ -1,7 +1,7 @@
-"""Names of the original (ldm) ControlNet's weights → names of diffusers' ControlNetModel.
+"""Convert names of the original (ldm) ControlNet's weights to names of diffusers' ControlNetModel.
 
-The encoder's are those of a UNet (`compatibility/original_names.py`). A residual leaves behind each of the
-`input_blocks` through `zero_convs`.
+The encoder has the names of a UNet (`compatibility/original_names.py`). The residual after each of the `input_blocks`
+passes through one of the `zero_convs`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from scumble_registry.compatibility import original_names
 
 PREFIX = "control_model."
 MARKS = ("lora_controlnet", "difference")
-"""Tensors that say what a file is: a control-LoRA, or differences to the base's weights."""
+"""Tensors that mark a control-LoRA, or differences to the base's weights."""
 _FIXED = {
     "middle_block_out.0": "controlnet_mid_block",
-    # Convolutions of the picture's embedding stand at even places, activations between them.
+    # the control image's embedding has convolutions at even indices, with activations between them
     "input_hint_block.0": "controlnet_cond_embedding.conv_in",
     **{f"input_hint_block.{2 * i + 2}": f"controlnet_cond_embedding.blocks.{i}" for i in range(6)},
     "input_hint_block.14": "controlnet_cond_embedding.conv_out",
@@ -28,14 +28,14 @@ def strip(name: str) -> str:
 
 
 def is_ldm(names: Iterable[str]) -> bool:
-    """Only these nets have `zero_convs`."""
+    """Return whether there are `zero_convs`, which only these nets have."""
     return any(strip(name).startswith("zero_convs.") for name in names)
 
 
 def converter(names: Iterable[str]) -> Callable[[str], str | None]:
-    """What renames one tensor of this file, e.g. `input_blocks.1.0.in_layers.2.weight` or `….up`; None: no net's.
+    """Return a function that renames a tensor, e.g. `input_blocks.1.0.in_layers.2.weight`; None for an unknown name.
 
-    The last word of a name stays: `weight`, `bias`, or a factor's.
+    The last part of a name does not change: `weight`, `bias`, or a factor's `up` or `down`.
     """
     of_encoder = original_names.converter(strip(name) for name in names)
 

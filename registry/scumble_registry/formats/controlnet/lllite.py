@@ -1,15 +1,15 @@
-"""ControlNet-LLLite: small networks on what attention's matrices read (kohya-ss, sd-scripts' control_net_lllite).
+"""ControlNet-LLLite: small networks on the inputs of attention's projections (kohya-ss, control_net_lllite).
 
-For each matrix W that it changes, by its original name with `_` for `.`:
+For each matrix W whose input it changes, by its original name with `_` for `.`:
 
-    lllite_unet_<module>.conditioning1.{0,2[,4]}   convolutions: the picture (-1…1) → an embedding of each place
+    lllite_unet_<module>.conditioning1.{0,2[,4]}   convolutions: control image (-1…1) → embedding of each position (e)
     lllite_unet_<module>.down.0                    (d, in)
     lllite_unet_<module>.mid.0                     (d, d + e)
     lllite_unet_<module>.up.0                      (in, d)
 
-    W reads    x + strength · up(relu(mid([embedding, relu(down(x))])))
+    input of W = x + weight · up(relu(mid([embedding, relu(down(x))])))
 
-Its convolutions step as far as their kernels reach, so their kernels say how often the picture is halved.
+The stride of each convolution equals its kernel size, so the kernels determine how often the image is halved.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def unknown_keys(names: Iterable[str]) -> set[str]:
 
 
 def parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Each module → its own names of tensors (`down.0.weight`) → theirs in the file."""
+    """Return module → tensor's name in it (`down.0.weight`) → its name in the file."""
     by_module: dict[str, dict[str, str]] = {}
     for name in names:
         if match := _KEY.fullmatch(name):
@@ -42,7 +42,7 @@ def parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def modules(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Each module's name → the width of what it reads. Raises Refused where parts are missing or do not fit."""
+    """Return module → width of its input. Raises Refused where tensors are missing or do not fit."""
     return {
         module: _width(module, {own: shapes[name] for own, name in names.items()})
         for module, names in sorted(parts(shapes).items())
@@ -55,7 +55,7 @@ def _width(name: str, shapes: Mapping[str, Shape]) -> int:
     first = shapes.get("conditioning1.0.weight", ())
     biases = {key.replace(".weight", ".bias") for key in shapes if key.endswith(".weight")}
     if len(down) != 2 or len(first) != 4 or len(last) != 4 or biases - shapes.keys():
-        raise Refused(f"{name} is not whole, or changes a convolution; only matrices are served", tensor=name)
+        raise Refused(f"{name} is incomplete, or changes a convolution; only matrices can be served", tensor=name)
     inner, width = down
     expected = {"mid": (inner, inner + last[0]), "up": (width, inner)}
     if {"mid": mid, "up": up} != expected or first[1] != 3:

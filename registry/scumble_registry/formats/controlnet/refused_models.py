@@ -1,4 +1,4 @@
-"""Kin of ControlNet that are known, and refused by name: what they need is not an input of our graphs."""
+"""Known nets related to ControlNet that cannot be served, refused by name: the graphs have no inputs for them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _NETS = ("controlnet_cond_embedding.", "input_hint_block.", "zero_convs.", "cont
 _MARKS = {
     "temporal_res_block": "a ControlNet for Stable Video Diffusion",
     "motion_modules": "SparseCtrl, a ControlNet for videos",
-    "lora_layer": "CtrlLoRA, whose LoRA stands on a base ControlNet",
+    "lora_layer": "CtrlLoRA, whose LoRA needs a base ControlNet",
     "base_to_ctrl": "ControlNet-XS, which runs inside the UNet",
 }
 
 
 def refused_model(names: Iterable[str], class_name: str) -> str | None:
-    """What files with these tensors, and this class in config.json (or ""), are, if they are of such a kind."""
+    """Return the name of a refused model from its tensors and its class in config.json (or ""), or None."""
     names = list(names)
     if class_name in _CLASSES:
         return _CLASSES[class_name]

@@ -1,13 +1,13 @@
-"""T2I-Adapters in the original layout (Mou et al., 2302.08453) → diffusers' names and config.
+"""Convert T2I-Adapters in the original layout (Mou et al., 2302.08453) to diffusers' names and config.
 
 | kind  | the original                                              | diffusers                             |
 |-------|-----------------------------------------------------------|---------------------------------------|
 | full  | `conv_in`, `body.{i}.block{1,2}`, `body.{i}.in_conv`      | `adapter.body.{level}.resnets.{j}. …` |
-| XL    | the same; the picture is folded 16 times, not 8           | the same                              |
+| XL    | the same; the image is unshuffled by 16, not 8            | the same                              |
 | light | `body.{level}.body.{j}.block{1,2}`, `.in_conv`, `.out_conv` | likewise                              |
 
-The original of the full kind counts all resnets in one row: a level begins where the width changes, and has as many as
-the first.
+The original full adapter numbers all resnets in one sequence: a new level begins where the width changes, and all
+levels have as many resnets as the first.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from scumble_registry.compatibility import Shape
 _PREFIX = "adapter."
 _FULL = re.compile(r"body\.(\d+)\.(block[12]|in_conv)\.(weight|bias)")
 _LIGHT = re.compile(r"body\.(\d+)\.(?:body\.(\d+)\.(block[12])|(in_conv|out_conv))\.(weight|bias)")
-_FOLDS = {192: (3, 8), 64: (1, 8), 768: (3, 16), 256: (1, 16)}
-"""Channels of the folded picture → its own, and how often its side is folded."""
+_UNSHUFFLED = {192: (3, 8), 64: (1, 8), 768: (3, 16), 256: (1, 16)}
+"""Channels after pixel unshuffling → channels of the control image, and the factor of the unshuffling."""
 
 
 def is_original(names: Mapping[str, object]) -> bool:
@@ -32,12 +32,12 @@ def is_original(names: Mapping[str, object]) -> bool:
 
 
 def is_diffusers(names: Mapping[str, object]) -> bool:
-    """diffusers' own, without a config.json."""
+    """Return whether the names are diffusers' (for weights without a config.json)."""
     return any(name.startswith(f"{_PREFIX}body.0.resnets.0.block1.") for name in names)
 
 
 def rename(shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """The original's tensor → diffusers' name. Strangers are left out."""
+    """Map original names to diffusers' names; unknown names are left out."""
     plain = {name: name.removeprefix(_PREFIX) for name in shapes}
     per_level = _resnets_per_level(plain.values())
     renamed: dict[str, str] = {}
@@ -55,32 +55,32 @@ def rename(shapes: Mapping[str, Shape]) -> dict[str, str]:
 
 
 def _resnets_per_level(names: Any) -> int:
-    """Of the full kind: the second level begins with the first change of width."""
-    places = [int(match[1]) for name in names if (match := _FULL.fullmatch(name)) and match[2] == "in_conv"]
-    later = [place for place in places if place > 0]
+    """Return the resnets per level of a full adapter: the second level begins with the first change of width."""
+    indices = [int(match[1]) for name in names if (match := _FULL.fullmatch(name)) and match[2] == "in_conv"]
+    later = [index for index in indices if index > 0]
     return min(later, default=2)
 
 
 def config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Of diffusers' names and shapes. Raises Refused where the first layer reads no folded picture."""
+    """Derive the config from diffusers' names and shapes. Raises Refused for an unknown first layer."""
     levels = sorted({int(name.split(".")[2]) for name in shapes if name.startswith(f"{_PREFIX}body.")})
     light = f"{_PREFIX}body.0.out_conv.weight" in shapes
-    entrance = shapes.get(f"{_PREFIX}body.0.in_conv.weight" if light else f"{_PREFIX}conv_in.weight", (0, 0))[1]
-    if entrance not in _FOLDS:
+    unshuffled = shapes.get(f"{_PREFIX}body.0.in_conv.weight" if light else f"{_PREFIX}conv_in.weight", (0, 0))[1]
+    if unshuffled not in _UNSHUFFLED:
         raise Refused(
-            f"the T2I-Adapter's first layer reads {entrance} channels; a picture folded 8 or 16 times has "
-            f"{', '.join(map(str, sorted(_FOLDS)))}"
+            f"the T2I-Adapter's first layer reads {unshuffled} channels; an image unshuffled by 8 or 16 has "
+            f"{', '.join(map(str, sorted(_UNSHUFFLED)))}; is the file incomplete?"
         )
-    channels, fold = _FOLDS[entrance]
+    channels, factor = _UNSHUFFLED[unshuffled]
     end = "out_conv" if light else "resnets.0.block1"
     widths = [shapes.get(f"{_PREFIX}body.{level}.{end}.weight", (0,))[0] for level in levels]
     resnets = {name.split(".")[4] for name in shapes if name.startswith(f"{_PREFIX}body.0.resnets.")}
-    full = "full_adapter_xl" if fold == 16 else "full_adapter"
+    full = "full_adapter_xl" if factor == 16 else "full_adapter"
     return {
         "_class_name": "T2IAdapter",
         "in_channels": channels,
         "channels": widths[:-1] if light else widths,
         "num_res_blocks": len(resnets),
-        "downscale_factor": fold,
+        "downscale_factor": factor,
         "adapter_type": "light_adapter" if light else full,
     }

@@ -1,4 +1,4 @@
-"""A ControlNet's weights in one spelling, diffusers' own, whatever the file's was."""
+"""Read a ControlNet's weights by diffusers' names, whatever the file's layout."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from scumble_registry.formats.safetensors_header import Array, Header, read_head
 CONTROL_LORA = "lora_controlnet"
 """The key that marks a control-LoRA; its tensor is empty."""
 DIFFERENCE = "difference"
-"""The key that says: the encoder's weights are differences to the base's."""
+"""The key that marks a file whose encoder weights are differences to the base's."""
 _MARKS = frozenset({CONTROL_LORA, DIFFERENCE})
 _OWN = ("controlnet_", "input_hint_block", "zero_convs", "middle_block_out")
-"""What a ControlNet has that a UNet's encoder has not."""
+"""Modules of a ControlNet that a UNet's encoder does not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """By the names of diffusers' ControlNetModel.
+    """A net's weights by the names of diffusers' ControlNetModel.
 
-    `full` are as they are; to the base's weight `factors` add up @ down (both flattened behind the first axis), and
-    `differences` themselves. What stands nowhere is the base's own.
+    `full` are whole weights. `factors` (up, down) add up @ down to the base's weight, both flattened after the first
+    axis; `differences` are added to it as they are. A weight in none of them is the base's.
     """
 
     full: dict[str, Array] = field(default_factory=dict)
@@ -37,17 +37,17 @@ class Weights:
 
 
 def names_of(header: Header) -> dict[str, str]:
-    """Tensor → its name in diffusers' spelling, without the marks. Raises Refused for a tensor of no ControlNet."""
+    """Map tensors, without the marks, to diffusers' names. Raises Refused for an unknown tensor."""
     names = [name for name in header.tensors if name.removeprefix(ldm.PREFIX) not in _MARKS]
     convert = ldm.converter(names) if ldm.is_ldm(names) else str
     renamed = {name: convert(name) for name in names}
     if unknown := [name for name, new in renamed.items() if new is None]:
-        raise Refused(f"tensor {unknown[0]} belongs to no ControlNet; is it another kind of file?")
+        raise Refused(f"tensor {unknown[0]} is not a ControlNet's; is it another kind of file?")
     return {name: new for name, new in renamed.items() if new is not None}
 
 
 def shapes_of(header: Header) -> dict[str, Shape]:
-    """Of the whole weights that these tensors are or make, as far as the file says them."""
+    """Return the shapes of the weights that the file holds whole or as factors. Raises Refused for unpaired factors."""
     tensors = {new: header.tensors[old].shape for old, new in names_of(header).items()}
     shapes = {name: shape for name, shape in tensors.items() if not name.endswith((".up", ".down"))}
     for name, shape in tensors.items():
@@ -62,7 +62,7 @@ def shapes_of(header: Header) -> dict[str, Shape]:
 
 
 def read_weights(path: Path) -> Weights:
-    """Arrays are read-only views of the mapped file. Raises Refused."""
+    """Read the weights as read-only views of the mapped file. Raises Refused."""
     header = read_header(path)
     tensors = read_tensors(path, header)
     differences = any(name.removeprefix(ldm.PREFIX) == DIFFERENCE for name in tensors)

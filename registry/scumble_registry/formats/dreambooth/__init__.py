@@ -1,8 +1,8 @@
-"""DreamBooth and other full fine-tunings: a checkpoint of a base, kept as its difference to it.
+"""DreamBooth and other full fine-tunings: a checkpoint of a base, stored as its differences to the base.
 
-A folder in the diffusers layout, or a single file, that is published *for* a base (`--base`) is a checkpoint;
-published alone, a base.
-Files that equal the base's are the same blobs; other weights are kept as deltas (`delta.py`), the rest as it is.
+A folder in the diffusers layout, or a single file, is a checkpoint if it is published *for* a base (`--base`), else a
+base. Files that equal the base's are the same blobs; other weights are stored as deltas (`delta.py`), other files as
+they are.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from scumble_registry.formats.source import Draft, Source
 
 KIND = "dreambooth"
 _SCHEDULER = "scheduler/scheduler_config.json"
-_PIECE = 1 << 18
+_CHUNK = 1 << 18
 
 
 def recognises(source: Source) -> bool:
-    """A base's folder that comes with a base."""
+    """Return whether the source is a base's folder or file that is published for a base."""
     return source.base_folder is not None and base_format.recognises(source)
 
 
 def read(source: Source, base: BaseCompatibility | None) -> Draft:
-    """Raises Incompatible, naming what differs, if the base's graphs cannot run these weights."""
+    """Read a checkpoint and write its deltas. Raises Incompatible, naming what differs, if the architectures differ."""
     assert base is not None and source.base_folder is not None and source.work is not None
     whole = base_format.in_diffusers_layout(source)
     own, _ = base_format.examine(whole.source)
@@ -71,7 +71,7 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
 
 
 def write_folder(stored: Path, base_folder: Path, target: Path) -> None:
-    """The folder as it was published, from what is stored of it. Raises IntegrityError."""
+    """Write the folder as published, from the stored differences. Raises IntegrityError."""
     for file in sorted(path for path in stored.rglob("*") if path.is_file()):
         name = file.relative_to(stored)
         (target / name.parent).mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def write_folder(stored: Path, base_folder: Path, target: Path) -> None:
 
 
 def keep_differences(folder: Path, base_folder: Path) -> None:
-    """Makes `folder` what is left of it without the base: files that differ, weights as deltas. `restore` undoes it."""
+    """Replace the weights in `folder` by deltas and remove files that equal the base's. `restore` undoes it."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder)
         if not _is_same(file, base_folder / name):
@@ -100,7 +100,7 @@ def is_difference(folder: Path) -> bool:
 
 
 def restore(difference: Path, base_folder: Path, target: Path) -> None:
-    """The folder that `keep_differences` had. Raises IntegrityError where this is not the base that it was made for."""
+    """Write the folder that `keep_differences` had. Raises IntegrityError if the differences are to another base."""
     own = {file.relative_to(difference) for file in difference.rglob("*") if file.is_file()}
     replaced = {name.with_suffix("") if name.suffix == SUFFIX else name for name in own}
     for file in sorted(path for path in base_folder.rglob("*") if path.is_file()):
@@ -112,7 +112,7 @@ def restore(difference: Path, base_folder: Path, target: Path) -> None:
 
 
 def is_folder(stored: Path, folder: Path) -> bool:
-    """Is `folder` what was published, to the byte?"""
+    """Return whether `folder` holds the published files, to the byte."""
     files = [path for path in stored.rglob("*") if path.is_file()]
     return all(
         is_expanded(file, folder / file.relative_to(stored).with_suffix(""))
@@ -123,12 +123,12 @@ def is_folder(stored: Path, folder: Path) -> bool:
 
 
 def published_digests(stored: Path) -> list[str]:
-    """sha256 of the weights files that are kept as deltas, as they were published. Raises IntegrityError."""
+    """Return the sha256, as published, of the weights files that are stored as deltas. Raises IntegrityError."""
     return [published_sha256(delta) for delta in sorted(stored.rglob(f"*{SUFFIX}"))]
 
 
 def read_changed(stored: Path, base_folder: Path) -> dict[str, dict[str, Array]]:
-    """By component (`unet`, `text_encoder`, `vae` …): the tensors that differ from the base's, by plain name.
+    """Return component (`unet`, `vae` …) → plain name → tensor, for tensors that differ from the base's.
 
     Raises IntegrityError.
     """
@@ -154,7 +154,7 @@ def _check_architecture(own: BaseCompatibility, base: BaseCompatibility) -> None
 
 
 def _tensors(component: Path) -> dict[str, Array]:
-    """A component's tensors by plain name, memory-mapped."""
+    """Return a component's tensors by plain name, memory-mapped."""
     return {
         plain(name): values
         for file in sorted(component.glob("*.safetensors"))
@@ -163,13 +163,13 @@ def _tensors(component: Path) -> dict[str, Array]:
 
 
 def _is_same(file: Path, other: Path) -> bool:
-    """To the byte, read piece by piece."""
+    """Compare two files byte by byte, in chunks."""
     try:
         if file.stat().st_size != other.stat().st_size:
             return False
         with file.open("rb") as one, other.open("rb") as two:
-            while piece := one.read(_PIECE):
-                if piece != two.read(_PIECE):
+            while chunk := one.read(_CHUNK):
+                if chunk != two.read(_CHUNK):
                     return False
     except FileNotFoundError:
         return False

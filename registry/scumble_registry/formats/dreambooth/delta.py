@@ -1,13 +1,13 @@
-"""A weights file as its difference to the base's: lossless, and as small as the fine-tuning was gentle.
+"""Store a weights file as its differences to the base's: lossless, and smaller the less the weights changed.
 
 A delta is a safetensors file of bytes:
 
-    header         the published file's own header, as it was, so that the file comes back byte for byte
-    xor:<tensor>   of the words of a tensor that the base has in the same type and shape
-    new:<tensor>   of a tensor that it has not
+    header         the published file's header, so that the file can be restored byte for byte
+    xor:<tensor>   XOR with the base's tensor of the same dtype and shape
+    new:<tensor>   a tensor that the base does not have in this dtype and shape
 
-Both are taken apart into byte planes (all first bytes, all second bytes …), where small changes leave long runs of
-zeros, and deflated. A tensor that equals the base's is not there at all. Metadata: the published file's sha256.
+Both are split into byte planes (all first bytes, all second bytes …), in which small changes leave long runs of zeros,
+and compressed with zlib. A tensor that equals the base's is left out. Metadata: the published file's sha256.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _FORMAT = "scumble.delta.1"
 
 
 def write_delta(published: Path, base: Mapping[str, Array], target: Path) -> int:
-    """`base` are the base's tensors by plain name; `target` is new. Returns how many values differ or are new."""
+    """Write a delta to the new file `target`; `base` are the base's tensors by plain name.
+
+    Return the number of values that differ or are new.
+    """
     header = read_header(published)
     with published.open("rb") as file:
         parts: dict[str, Array] = {"header": np.frombuffer(file.read(header.data_start), np.uint8)}
@@ -49,7 +52,7 @@ def write_delta(published: Path, base: Mapping[str, Array], target: Path) -> int
 
 
 def read_delta(path: Path, base: Mapping[str, Array]) -> dict[str, Array]:
-    """The tensors that differ from the base's or are new, by their names in the published file.
+    """Return the tensors that differ from the base's or are new, by their names in the published file.
 
     Raises IntegrityError if this is no delta to this base.
     """
@@ -57,18 +60,20 @@ def read_delta(path: Path, base: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def expand(path: Path, base: Mapping[str, Array], target: Path) -> None:
-    """Write the published file again. Raises IntegrityError if it does not come out as it was."""
+    """Write the published file again. Raises IntegrityError if its sha256 differs."""
     parts, digest = _open(path)
     with target.open("xb") as file:
         file.write(parts["header"].tobytes())
         for _, values, _ in _tensors(path, base):
             file.write(_bytes(values).tobytes())
     if not is_expanded(path, target):
-        raise IntegrityError(f"{path.name} and the base do not make the file that was published", digest=digest)
+        raise IntegrityError(
+            f"{path.name} and the base do not give the published file; publish it again", digest=digest
+        )
 
 
 def is_expanded(path: Path, target: Path) -> bool:
-    """Is `target` the file that was published?"""
+    """Return whether `target` has the published file's sha256."""
     try:
         with target.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == _open(path)[1]
@@ -77,19 +82,21 @@ def is_expanded(path: Path, target: Path) -> bool:
 
 
 def published_sha256(path: Path) -> str:
-    """Hexadecimal, of the file that `expand` would write. Raises IntegrityError if this is no delta."""
+    """Return the sha256, in hex, of the file that `expand` writes. Raises IntegrityError if this is no delta."""
     return _open(path)[1]
 
 
 def _tensors(path: Path, base: Mapping[str, Array]) -> Iterator[tuple[str, Array, bool]]:
-    """Name, values and whether they differ from the base's, in the order of the published file."""
+    """Yield name, values and whether they differ from the base's, in the order of the published file."""
     parts, _ = _open(path)
     for name, info in sorted(header_of(parts["header"].tobytes()).tensors.items(), key=lambda item: item[1].begin):
         dtype, old = DTYPES[info.dtype], base.get(plain(name))
         if f"new:{name}" in parts:
             values = _unpack(parts[f"new:{name}"], dtype.itemsize)
         elif old is None:
-            raise IntegrityError(f"{path.name} builds on {name}, which this base does not have")
+            raise IntegrityError(
+                f"{path.name} needs {name}, which this base does not have; use the base that it was made for"
+            )
         elif f"xor:{name}" in parts:
             values = _unpack(parts[f"xor:{name}"], dtype.itemsize) ^ _bytes(old)
         else:
@@ -104,7 +111,7 @@ def _open(path: Path) -> tuple[dict[str, Array], str]:
     except Refused as error:
         raise IntegrityError(f"{path.name} is not a delta: {error}") from error
     if header.metadata.get("format") != _FORMAT:
-        raise IntegrityError(f"{path.name} is not a delta of ours: {header.metadata}")
+        raise IntegrityError(f"{path.name} is not a delta ({_FORMAT}): {header.metadata}")
     return read_tensors(path, header), header.metadata["sha256"]
 
 

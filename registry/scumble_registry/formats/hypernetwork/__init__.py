@@ -1,8 +1,8 @@
-"""Hypernetworks, of two kinds that share a name in the field:
+"""Hypernetworks, of two kinds that share the name:
 
-* `context.py`: the webui's, small networks that change what attention reads its keys and values from (`webui.py`
+* `context.py`: the webui's, small networks on the context from which attention computes keys and values (`webui.py`
   reads its .pt);
-* `predictor.py`: a network that reads a picture or a text and predicts a LoRA.
+* `predictor.py`: a network that reads an image or a text and predicts a LoRA.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from scumble_registry.formats.unknown_keys import leave_out
 
 KIND = "hypernetwork"
 FILE_NAME = "hypernetwork.safetensors"
-"""What a single file is called inside the registry: its name on disk is no content."""
+"""The name of a single file inside the registry, whatever its name on disk."""
 
 HypernetworkRecord: TypeAlias = ContextRecord | PredictorRecord
 
@@ -36,7 +36,7 @@ _MAX_BYTES = 1 << 30
 
 
 def recognises(source: Source) -> bool:
-    """One file of weights, alone or in a folder, of one of the two kinds."""
+    """Return whether there is one file of weights, alone or in a folder, of one of the two kinds."""
     weights = list(source.weights().values())
     return len(weights) == 1 and (webui.recognises(header := read_header(weights[0])) or _form(header) is not None)
 
@@ -51,7 +51,7 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
         header = read_header(file)
     tensors = read_floats(file, header, what="a hypernetwork", max_bytes=source.limit(_MAX_BYTES))
     form = _form(header)
-    assert form is not None  # `recognises` has seen to it
+    assert form is not None  # `recognises` checked it
     leftover = leave_out(source, form.unknown_keys(header), "beside a hypernetwork's own")
     known = {key: values for key, values in tensors.items() if key not in leftover}
     record, network, family = form.parse(known, header.metadata)
@@ -81,7 +81,7 @@ def _details(
 
 
 def read_record(path: Path) -> HypernetworkRecord:
-    """Arrays are read-only views of the mapped file. Raises IntegrityError if this is no record."""
+    """Read a record as read-only views of the mapped file. Raises IntegrityError if this is no record."""
     try:
         header = read_header(path)
         tensors = read_tensors(path, header)

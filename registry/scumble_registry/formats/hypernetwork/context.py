@@ -1,23 +1,23 @@
-"""The webui's hypernetworks: for each width of a context a network for keys and one for values.
+"""The webui's hypernetworks: for each context width a network for keys and one for values.
 
-The safetensors layout to which a `.pt` is converted and which trainers write:
+The safetensors layout of converted `.pt` files and of the trainers:
 
     <width>.k.linear.<i>.weight|bias      <width>.v.linear.<i>.weight|bias
 
 `i` counts as in the .pt: linear layers (out, in), activations, layer norms (out,) and dropouts each take the next
-number, though only the first and third have tensors. The header says the rest, as strings, under the .pt's own names:
+number, though only linear layers and norms have tensors. The header has the settings as strings, by the .pt's names:
 
 | field             | default     | meaning                                                                  |
 |-------------------|-------------|--------------------------------------------------------------------------|
 | `layer_structure` | `[1, 2, 1]` | widths as multiples of the context's; the first and the last must be 1   |
-| `activation_func` | `linear`    | behind each linear layer                                                 |
-| `activate_output` | `True`      | behind the last one too                                                  |
-| `is_layer_norm`   | `False`     | a layer norm behind each activation, the last one's too                  |
+| `activation_func` | `linear`    | activation after each linear layer                                       |
+| `activate_output` | `True`      | an activation after the last layer too                                   |
+| `is_layer_norm`   | `False`     | a layer norm after each activation, the last one's too                   |
 
 | `use_dropout`     | `False`     | or a `dropout_structure` that is not all 0: dropouts may take numbers    |
 
-Everything else there (`step`, `name`, `sd_checkpoint` …) changes no picture. The defaults are those of the webui; what
-the numbers tell of activations, norms and dropouts must agree with the header.
+All other fields (`step`, `name`, `sd_checkpoint` …) have no effect on images. The defaults are the webui's. The
+activations, norms and dropouts that the layer numbers imply must agree with the header.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _MAX_LAYERS, _MAX_MULTIPLE = 32, 64
 _FAMILIES: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 _Numbered: TypeAlias = dict[int, dict[str, Array]]
-"""Number in the file → `weight` and `bias`, rising."""
+"""Layer number in the file → `weight` and `bias`, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """What the header says."""
+class _Settings:
+    """The settings in the header."""
 
     structure: tuple[float, ...]
     activation: str
@@ -70,64 +70,64 @@ def recognises(header: Header) -> bool:
 
 
 def unknown_keys(header: Header) -> set[str]:
-    """Keys that are none of such a network's."""
+    """Return the keys that are not a network's."""
     return {name for name in header.tensors if not _KEY.fullmatch(name)}
 
 
 def parse(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[bytes, ContextNetworks, Family | None]:
-    """The record and what is derived. Raises Refused, naming the tensor or the field that is wrong."""
+    """Return record, compatibility and family. Raises Refused, naming the tensor or the field that is wrong."""
     networks: dict[int, dict[str, _Numbered]] = {}
     for name in sorted(tensors):
         if match := _KEY.fullmatch(name):
             of_side = networks.setdefault(int(match[1]), {}).setdefault(match[2], {})
             of_side.setdefault(int(match[3]), {})[match[4]] = tensors[name]
-    said = _read_metadata(metadata)
+    settings = _read_metadata(metadata)
     record: ContextRecord = {}
     for width, sides in sorted(networks.items()):
         if missing := [side for side in SIDES if side not in sides]:
             raise Refused(f"the hypernetwork has {width}.{next(iter(sides))}, but no {width}.{missing[0]}")
-        record[width] = Sides(*(_layers(f"{width}.{side}", width, sides[side], said) for side in SIDES))
+        record[width] = Sides(*(_layers(f"{width}.{side}", width, sides[side], settings) for side in SIDES))
     compatibility = ContextNetworks(
         widths=tuple(record),
-        structure=said.structure,
-        activation=said.activation,
-        activate_output=said.activate_output,
-        layer_norm=said.layer_norm,
+        structure=settings.structure,
+        activation=settings.activation,
+        activate_output=settings.activate_output,
+        layer_norm=settings.layer_norm,
     )
     families = {_FAMILIES[width] for width in record if width in _FAMILIES}
     return write(record), compatibility, families.pop() if len(families) == 1 else None
 
 
-def _layers(name: str, width: int, numbered: _Numbered, said: _Said) -> tuple[Layer, ...]:
-    """The layers of one side. Raises Refused where the tensors and the header do not agree."""
-    places = sorted(numbered)
-    for place in places:
-        _check_pair(f"{name}.linear.{place}", numbered[place])
-    step = 2 if said.layer_norm else 1
-    count = len(said.structure) - 1
-    if len(places) != step * count:
+def _layers(name: str, width: int, numbered: _Numbered, settings: _Settings) -> tuple[Layer, ...]:
+    """Return the layers of one side. Raises Refused where the tensors and the header do not agree."""
+    numbers = sorted(numbered)
+    for number in numbers:
+        _check_pair(f"{name}.linear.{number}", numbered[number])
+    step = 2 if settings.layer_norm else 1
+    count = len(settings.structure) - 1
+    if len(numbers) != step * count:
         raise Refused(
-            f"{name} has {len(places)} layers with weights, but layer_structure {list(said.structure)} with "
-            f"is_layer_norm {said.layer_norm} says {step * count}; correct the header"
+            f"{name} has {len(numbers)} layers with weights, but layer_structure {list(settings.structure)} with "
+            f"is_layer_norm {settings.layer_norm} has {step * count}; correct the header"
         )
     layers: list[Layer] = []
     expected: tuple[int, ...] = (0,)
     for i in range(count):
-        place, *norms = places[step * i : step * (i + 1)]
-        shape = int(width * said.structure[i + 1]), int(width * said.structure[i])  # cut off, as the webui does
-        linear = numbered[place]
-        _check_place(name, place, expected)
-        _check_shape(f"{name}.linear.{place}", linear, shape)
-        word = said.activation_of(i)
-        behind = place + (1 if word == "linear" else 2)
+        number, *norms = numbers[step * i : step * (i + 1)]
+        shape = int(width * settings.structure[i + 1]), int(width * settings.structure[i])  # truncated, as in the webui
+        linear = numbered[number]
+        _check_number(name, number, expected)
+        _check_shape(f"{name}.linear.{number}", linear, shape)
+        activation = settings.activation_of(i)
+        following = number + (1 if activation == "linear" else 2)
         norm: tuple[Array, Array] | None = None
-        for place_of_norm in norms:
-            _check_place(name, place_of_norm, (behind,))
-            _check_shape(f"{name}.linear.{place_of_norm}", numbered[place_of_norm], shape[:1])
-            norm = numbered[place_of_norm]["weight"], numbered[place_of_norm]["bias"]
-            behind = place_of_norm + 1
-        layers.append(Layer(linear["weight"], linear["bias"], norm, word))
-        expected = (behind, behind + 1) if said.dropout else (behind,)
+        for norm_number in norms:
+            _check_number(name, norm_number, (following,))
+            _check_shape(f"{name}.linear.{norm_number}", numbered[norm_number], shape[:1])
+            norm = numbered[norm_number]["weight"], numbered[norm_number]["bias"]
+            following = norm_number + 1
+        layers.append(Layer(linear["weight"], linear["bias"], norm, activation))
+        expected = (following, following + 1) if settings.dropout else (following,)
     return tuple(layers)
 
 
@@ -136,11 +136,11 @@ def _check_pair(name: str, pair: Mapping[str, Array]) -> None:
         raise Refused(f"{name}.{missing.pop()} is missing", tensor=name)
 
 
-def _check_place(name: str, place: int, expected: tuple[int, ...]) -> None:
-    if place not in expected:
+def _check_number(name: str, number: int, expected: tuple[int, ...]) -> None:
+    if number not in expected:
         raise Refused(
-            f"{name}.linear.{place} stands where {' or '.join(map(str, expected))} is expected: before it stand other "
-            "layers than activation_func, activate_output, is_layer_norm and use_dropout say; correct the header"
+            f"{name}.linear.{number} has another number than {' or '.join(map(str, expected))}, which follows from "
+            "activation_func, activate_output, is_layer_norm and use_dropout; correct the header"
         )
 
 
@@ -148,18 +148,18 @@ def _check_shape(name: str, pair: Mapping[str, Array], shape: tuple[int, ...]) -
     actual = pair["weight"].shape
     if actual != shape or pair["bias"].shape != shape[:1]:
         raise Refused(
-            f"{name} has shape {actual} with a bias of {pair['bias'].shape}; layer_structure and is_layer_norm say "
-            f"{shape} and {shape[:1]}",
+            f"{name} has shape {actual} with a bias of {pair['bias'].shape}; by layer_structure and is_layer_norm it "
+            f"should be {shape} and {shape[:1]}",
             tensor=name,
         )
 
 
-def _read_metadata(metadata: Mapping[str, str]) -> _Said:
+def _read_metadata(metadata: Mapping[str, str]) -> _Settings:
     activation = metadata.get("activation_func", "linear").strip().lower()
     activation = "linear" if activation in {"", "none", "null"} else activation
     if activation not in ACTIVATIONS:
         raise Refused(f"activation_func is {activation!r}; known are {', '.join(sorted(ACTIVATIONS))}")
-    return _Said(
+    return _Settings(
         _structure(metadata.get("layer_structure", "[1, 2, 1]")),
         activation,
         _truth(metadata, "activate_output", default=True),

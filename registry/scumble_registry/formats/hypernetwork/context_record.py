@@ -1,14 +1,14 @@
-"""The normalised hypernetwork of the webui's kind: what the server reads.
+"""The record of a hypernetwork of the webui's kind, which the server reads.
 
 A canonical safetensors file. For each width of a context, side (`k`, `v`) and layer i from 0:
 
     <width>.<side>.<i>.weight         (out, in)   dtype as published
     <width>.<side>.<i>.bias           (out,)
-    <width>.<side>.<i>.norm.weight    (out,)      of the layer norm behind it, if there is one
+    <width>.<side>.<i>.norm.weight    (out,)      of the layer norm after it, if there is one
     <width>.<side>.<i>.norm.bias      (out,)
 
-and in the header `activations`, a JSON list with a word for each layer (`linear` is none). With n the layers of one
-side, each `norm(activation(weight x + bias))`, a context c becomes c + strength · n(c).
+and in the header `activations`, a JSON list with a name for each layer (`linear` is none). With n the layers of one
+side, each `norm(activation(weight x + bias))`, a context c becomes c + w · n(c), where w is the adapter's weight.
 
 Laws: `read(write(r)) == r` bit for bit, and equal records have equal bytes.
 """
@@ -54,13 +54,13 @@ ACTIVATIONS = frozenset(
         "tanhshrink",
     )
 )
-"""The webui's words: torch's activations by class in lower case, and `swish`, which there is Hardswish. Those that have
-weights, change the width or mix rows of a batch are not among them."""
+"""The webui's names: torch's activation classes in lower case, and `swish`, which is Hardswish in the webui. Those that
+have parameters, change the width or mix rows of a batch are left out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """norm(activation(weight x + bias)): weight (out, in), bias (out,), norm's scale and shift (out,) or None."""
+    """norm(activation(weight x + bias)): weight (out, in), bias (out,), the norm's weight and bias (out,) or None."""
 
     weight: Array
     bias: Array
@@ -74,14 +74,14 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sides:
-    """What keys are read from and what values are read from, each through its own layers."""
+    """The layers on the context of the keys, and on that of the values."""
 
     k: tuple[Layer, ...]
     v: tuple[Layer, ...]
 
 
 ContextRecord: TypeAlias = dict[int, Sides]
-"""Width of the context → its layers, rising."""
+"""Width of the context → its layers, ascending."""
 
 
 def write(record: ContextRecord) -> bytes:
@@ -99,7 +99,7 @@ def write(record: ContextRecord) -> bytes:
 
 
 def read(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> ContextRecord:
-    """Raises KeyError, ValueError or Refused if this is no record."""
+    """Read a record. Raises KeyError, ValueError or Refused if this is no record."""
     activations = json.loads(metadata["activations"])
     if not ACTIVATIONS.issuperset(activations):
         raise Refused(f"its activations are {activations}")

@@ -1,6 +1,6 @@
-"""The webui's `.pt`, the only file of hypernetworks that the webui reads: the reverse of `webui.py`.
+"""Export the webui's `.pt`, the only hypernetwork file that the webui reads: the inverse of `webui.py`.
 
-It is a pickle, which torch writes; torch is imported here and nowhere else in the registry.
+It is a pickle by torch, which is imported only here in the registry.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scumble_registry.formats.stored import StoredVersion
 
 LAYOUTS = ("webui",)
 _KEY = re.compile(r"(\d+)\.([kv])\.(.+)")
-_SAID_AS_JSON = frozenset(
+_JSON_SETTINGS = frozenset(
     {
         "activate_output",
         "dropout_structure",
@@ -37,27 +37,29 @@ def export_version(version: StoredVersion, _layout: str, target: Path) -> None:
 
 
 def export(stored: Path, folder: Path) -> None:
-    """`stored` is the safetensors file of the registry. Raises Refused for a predictor, Unavailable without torch."""
+    """Write the .pt of the safetensors file `stored`. Raises Refused for a predictor, Unavailable without torch."""
     settings = read_header(stored).metadata
     if "scumble.predictor" in settings:
-        raise Refused("no other tool reads a hypernetwork that predicts a LoRA; `scumble registry pull` gives its file")
+        raise Refused(
+            "no other tool reads a hypernetwork that predicts a LoRA; get its file with `scumble registry pull`"
+        )
     try:
         import torch
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
         raise Unavailable("the webui's .pt is written by torch: pip install 'scumble[build]'") from error
     networks: dict[int, tuple[OrderedDict[str, Any], OrderedDict[str, Any]]] = {}
-    for name, values in load_file(stored).items():
+    for name, tensor in load_file(stored).items():
         if match := _KEY.fullmatch(name):
             pair = networks.setdefault(int(match[1]), (OrderedDict(), OrderedDict()))
-            pair["kv".index(match[2])][match[3]] = values
-    said = {key: _value(key, text) for key, text in settings.items() if key != "format"}
-    content: dict[Any, Any] = {**networks, **said}
+            pair["kv".index(match[2])][match[3]] = tensor
+    values = {key: _value(key, text) for key, text in settings.items() if key != "format"}
+    content: dict[Any, Any] = {**networks, **values}
     torch.save(content, folder / "hypernetwork.pt")
 
 
 def _value(key: str, text: str) -> Any:
-    if key not in _SAID_AS_JSON:
+    if key not in _JSON_SETTINGS:
         return text
     try:
         return json.loads(text.replace("True", "true").replace("False", "false"))

@@ -1,31 +1,31 @@
-"""Hypernetworks that read a picture or a text and predict a LoRA (after HyperDreamBooth, Ruiz et al., 2307.06949).
+"""Hypernetworks that read an image or a text and predict a LoRA (after HyperDreamBooth, Ruiz et al., 2307.06949).
 
 One safetensors file, which trainers write and the server reads. Its header holds `scumble.predictor`, a JSON object:
 
 | field       | meaning                                                                                              |
 |-------------|------------------------------------------------------------------------------------------------------|
-| `condition` | `image`: the states of the base's image encoder, last layer but one; `text`: of its text encoder     |
+| `condition` | `image`: penultimate hidden states of the base's image encoder; `text`: last ones of its text encoder |
 | `encoder`   | sha256 of that encoder's weights file, `sha256:…`, or null                                           |
-| `width`     | of the network's own states; `heads` divides it                                                      |
+| `width`     | of the decoder's states; `heads` divides it                                                          |
 | `depth`     | layers of the decoder                                                                                |
-| `passes`    | how often it looks, its last coefficients fed back (the paper does so about four times)              |
+| `passes`    | number of runs, each with the last coefficients fed back (about four in the paper)                   |
 | `rank`      | r of the predicted factors                                                                           |
-| `a`, `b`    | sides of what is predicted: A (a, r) and B (r, b) for each target                                    |
+| `a`, `b`    | sizes of the predicted A (a, r) and B (r, b) of each target                                          |
 | `alpha`     | of the predicted LoRA                                                                                |
 | `targets`   | canonical name of each target (a linear layer or a 1x1 convolution), in the order of the queries     |
 
-With T targets, D the width, C that of the condition and n = r (a + b), its tensors are
+With T targets, D the width, C the condition's width and n = r (a + b), its tensors are
 
     condition.weight (D, C), condition.bias     queries (T, D)     feedback.weight (D, n), feedback.bias
     head.weight (n, D), head.bias               decoder.…          as torch.nn.TransformerDecoder names them
     aux.<target>.up (out, a)                    aux.<target>.down (b, in)
 
-and what it predicts for a target, from coefficients c (n,) = (A row by row, then B row by row), is
+and the prediction for a target, from coefficients c (n,) = (A row by row, then B row by row), is
 
     ΔW = alpha / r · up @ down        up = aux.up @ A  (out, r)        down = B @ aux.down  (r, in)
 
-The auxiliaries are random and frozen. They are stored, not drawn again from a seed: what a generator and an orthogonal
-decomposition make of one differs between versions and machines. The record is the same file in its one possible form.
+The auxiliaries are random and frozen. They are stored rather than generated from a seed, as random generators and
+orthogonal decompositions differ between versions and machines. The record is the same file in canonical form.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ class PredictorConfig(BaseModel):
 
     @property
     def coefficients(self) -> int:
-        """n: what is predicted for each target."""
+        """n, the number of coefficients for each target."""
         return self.rank * (self.a + self.b)
 
     def network_shapes(self, condition_width: int) -> dict[str, Shape]:
-        """Every tensor but the auxiliaries."""
+        """Return the shape of every tensor but the auxiliaries."""
         width, n = self.width, self.coefficients
         shapes: dict[str, Shape] = {"queries": (len(self.targets), width)}
         for name, out, in_ in (
@@ -102,7 +102,7 @@ class PredictorConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PredictorRecord:
-    """`network` has every tensor but the auxiliaries, which are `up` and `down` by target."""
+    """A predictor: `network` has every tensor but the auxiliaries, which are `up` and `down` by target."""
 
     config: PredictorConfig
     network: dict[str, Array]
@@ -115,7 +115,7 @@ class PredictorRecord:
 
     @property
     def values(self) -> int:
-        """How many numbers it holds."""
+        """Number of parameters."""
         return sum(array.size for array in (*self.network.values(), *self.up.values(), *self.down.values()))
 
 
@@ -124,12 +124,12 @@ def recognises(header: Header) -> bool:
 
 
 def unknown_keys(_: Header) -> set[str]:
-    """None that may be left out: this layout is ours alone, and `parse` refuses what it does not know."""
+    """Return an empty set: no key may be left out, and `parse` refuses unknown ones."""
     return set()
 
 
 def parse(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[bytes, WeightPredictor, Family | None]:
-    """The record and what is derived. Raises Refused, naming the tensor or the field that is wrong."""
+    """Return record, compatibility and family. Raises Refused, naming the tensor or the field that is wrong."""
     record = make_record(tensors, _config(metadata[CONFIG]))
     requires: dict[str, Shape] = {
         name: (len(record.up[name]), int(record.down[name].shape[1])) for name in sorted(record.up)
@@ -145,7 +145,7 @@ def parse(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[by
 
 
 def make_record(tensors: Mapping[str, Array], config: PredictorConfig) -> PredictorRecord:
-    """A checked record. Raises Refused."""
+    """Check the tensors and return a record. Raises Refused."""
     up = {name: _tensor(tensors, f"aux.{name}.up", (None, config.a)) for name in config.targets}
     down = {name: _tensor(tensors, f"aux.{name}.down", (config.b, None)) for name in config.targets}
     condition_width = _tensor(tensors, "condition.weight", (config.width, None)).shape[1]
@@ -157,7 +157,7 @@ def make_record(tensors: Mapping[str, Array], config: PredictorConfig) -> Predic
 
 
 def write_record(record: PredictorRecord) -> bytes:
-    """Equal records have equal bytes. A file with these bytes can be published."""
+    """Return a record's bytes, which can be published as a file. Equal records have equal bytes."""
     aux = {f"aux.{name}.up": values for name, values in record.up.items()}
     aux |= {f"aux.{name}.down": values for name, values in record.down.items()}
     config = json.dumps(record.config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
@@ -165,7 +165,7 @@ def write_record(record: PredictorRecord) -> bytes:
 
 
 def read(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> PredictorRecord:
-    """Raises KeyError or Refused if this is no record."""
+    """Read a record. Raises KeyError or Refused if this is no record."""
     if metadata["format"] != FORMAT:
         raise Refused(f"its format is {metadata['format']!r}, not {FORMAT}")
     return make_record(tensors, _config(metadata[CONFIG]))
@@ -180,21 +180,24 @@ def _config(text: str) -> PredictorConfig:
 
 
 def _tensor(tensors: Mapping[str, Array], name: str, shape: tuple[int | None, ...]) -> Array:
-    """None in `shape` is any size but 0."""
+    """Return a tensor after checking its shape, in which None is any size but 0. Raises Refused."""
     if name not in tensors:
         raise Refused(f"{name} is missing, though the header's {CONFIG} describes it", tensor=name)
     values = tensors[name]
     fits = len(values.shape) == len(shape) and all(
-        has == wanted if wanted is not None else has > 0 for has, wanted in zip(values.shape, shape, strict=True)
+        size == expected if expected is not None else size > 0
+        for size, expected in zip(values.shape, shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise Refused(f"{name} has shape {values.shape}; the header's {CONFIG} says ({wanted})", tensor=name)
+        expected_shape = ", ".join("any" if size is None else str(size) for size in shape)
+        raise Refused(
+            f"{name} has shape {values.shape}; by the header's {CONFIG} it is ({expected_shape})", tensor=name
+        )
     return values
 
 
 def _decoder_layer(width: int) -> dict[str, Shape]:
-    """What torch.nn.TransformerDecoderLayer holds."""
+    """Return the shapes of a torch.nn.TransformerDecoderLayer."""
     shapes: dict[str, Shape] = {}
     for attention in ("self_attn", "multihead_attn"):
         shapes |= {

@@ -1,7 +1,7 @@
-"""The webui's .pt: whole numbers → a pair of networks, for keys and values; its settings stand beside them.
+"""Read the webui's .pt: context width → a pair of networks, for keys and values, with settings beside them.
 
-It becomes the safetensors layout of `context.py`, with these settings in the header. Files older than layer numbers
-call the layers `linear1` and `linear2`.
+It is converted to the safetensors layout of `context.py`, with the settings in the header. Old files have the layers
+`linear1` and `linear2` instead of numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def recognises(header: Header) -> bool:
 
 
 def convert(source: Source, name: str) -> Path:
-    """A file of the safetensors layout in `source.work`; tensors that are no network's keep their names."""
+    """Write the safetensors layout into `source.work`; tensors of no network keep their names."""
     assert source.work is not None
     file = source.work / "hypernetwork.safetensors"
     path = source.files[name]
@@ -44,7 +44,7 @@ def _rename(key: str) -> str:
 
 
 def _metadata(settings: Mapping[str, Plain]) -> dict[str, str]:
-    """As text, under the .pt's own names; what is None is left out, which means the webui's default."""
+    """Return the settings as text, by the .pt's names; None, which means the webui's default, is left out."""
     return {
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in settings.items()

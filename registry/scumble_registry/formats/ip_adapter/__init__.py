@@ -1,15 +1,15 @@
-"""IP-Adapter: pictures as prompts, by keys and values of their own in every cross-attention (2308.06721).
+"""IP-Adapter: image prompts, by additional keys and values in every cross-attention (Ye et al., 2308.06721).
 
-A file in the layout of h94's repositories: `image_proj.*` (`projection.py` tells the kinds apart) and
-`ip_adapter.{k}.to_k_ip.weight`, `.to_v_ip.weight` for k = 1, 3, 5… (`attentions.py` says which attention that is);
-training checkpoints call the two halves `image_proj_model` and `adapter_modules`. FaceID files also bring a LoRA,
+A file in the layout of h94's repositories: `image_proj.*` (its kinds are in `projection.py`) and
+`ip_adapter.{k}.to_k_ip.weight`, `.to_v_ip.weight` for k = 1, 3, 5… (`attentions.py` maps k to an attention). Training
+checkpoints name the two halves `image_proj_model` and `adapter_modules`. FaceID files also have a LoRA,
 `ip_adapter.{k}.to_{q,k,v,out}_lora.{down,up}.weight`, for every k; its scale is 1.
 
-FaceID-PlusV2 (a shortcut around the resampler) has the very keys of FaceID-Plus. It is told by the publisher
-(`Hints.shortcut`), by `"shortcut": "true"` (or `"false"`) in the file's header metadata, or by `plusv2` in its name;
-the first of these that says anything counts.
+FaceID-PlusV2 (with a shortcut around the resampler) has the same keys as FaceID-Plus. A file is one if the publisher
+states it (`Hints.shortcut`), else if its header has `"shortcut": "true"` (`"false"`: it is not), else if its name
+contains `plusv2`.
 
-Beside the file, in a folder, there may be `image_encoder/` (see `formats/image_encoder.py`).
+A folder may have `image_encoder/` beside the file (see `formats/image_encoder.py`).
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from scumble_registry.formats.unknown_keys import leave_out, refuse_unknown_keys
 
 KIND = "ip_adapter"
 FILE_NAME, FILE_NAME_V2 = "ip-adapter.safetensors", "ip-adapter-plusv2.safetensors"
-"""What a single file is called inside the registry: what was pulled publishes as what it was."""
+"""Names of a single file inside the registry; a pulled file is published again as the same kind."""
 
 _MAX_BYTES = 4 << 30
-_PICTURE = ("image_proj.", "image_proj_model.")
+_PROJECTION = ("image_proj.", "image_proj_model.")
 _ATTENTION = ("ip_adapter.", "adapter_modules.")
 _KV = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
 _LORA = re.compile(r"(\d+)\.to_([qkv]|out)_lora\.(down|up)\.weight")
-_RESAMPLER = re.compile(r"^(layers\.\d+)\.attn\.")  # diffusers writes so what others call `.0.`
+_RESAMPLER = re.compile(r"^(layers\.\d+)\.attn\.")  # diffusers' name for `.0.`
 _LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 
 
 def recognises(source: Source) -> bool:
-    """At least one safetensors file outside `image_encoder/` with `image_proj` in it."""
+    """Return whether a safetensors file outside `image_encoder/` has an `image_proj`."""
     return bool(_adapter_files(source))
 
 
@@ -64,12 +64,12 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
         check_plain(source)
     if base is None:
         raise Refused(
-            "an IP-Adapter counts the attention layers of its base, and can only be read with the base at hand: "
+            "an IP-Adapter numbers the attention layers of its base, so it can only be read with the base: "
             "publish it with --base REF"
         )
     header = read_header(file)
     tensors = read_floats(file, header, what="an IP-Adapter", max_bytes=source.limit(_MAX_BYTES))
-    unknown = {name for name in tensors if not name.startswith((*_PICTURE, *_ATTENTION))}
+    unknown = {name for name in tensors if not name.startswith((*_PROJECTION, *_ATTENTION))}
     leftover = leave_out(source, unknown, "or belong to a training checkpoint's UNet; keep image_proj and ip_adapter")
     projection_part, attention_part = _split(tensors)
     projection = inspect({name: values.shape for name, values in projection_part.items()})
@@ -99,7 +99,7 @@ def _dialect(names: Iterable[str]) -> str:
 def _details(compatibility: IpAdapterCompatibility) -> dict[str, JsonValue]:
     lora = compatibility.lora
     return {
-        "serving": "keys and values of pictures" + (", and a LoRA" if lora is not None else ""),
+        "serving": "keys and values of image prompts" + (", and a LoRA" if lora is not None else ""),
         "cross_attentions": len(compatibility.attentions),
         "lora_ranks": list[JsonValue](sorted(set(lora.ranks.values()))) if lora is not None else [],
         "family_told_by": "the base",
@@ -108,7 +108,7 @@ def _details(compatibility: IpAdapterCompatibility) -> dict[str, JsonValue]:
 
 def _adapter_files(source: Source) -> list[Path]:
     outside = [file for name, file in source.weights().items() if not name.startswith(image_encoder.FOLDER)]
-    return [file for file in outside if any(key.startswith(_PICTURE) for key in read_header(file).tensors)]
+    return [file for file in outside if any(key.startswith(_PROJECTION) for key in read_header(file).tensors)]
 
 
 def _single(source: Source) -> Path:
@@ -127,11 +127,11 @@ def _single(source: Source) -> Path:
 
 
 def _split(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The two halves, without their prefixes."""
+    """Return the tensors of the projection and of the attentions, without their prefixes."""
     halves: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
     for name, values in sorted(tensors.items()):
         first, _, rest = name.partition(".")
-        if f"{first}." in _PICTURE:
+        if f"{first}." in _PROJECTION:
             halves[0][_RESAMPLER.sub(r"\1.0.", rest)] = values
         elif f"{first}." in _ATTENTION:
             halves[1][rest] = values
@@ -143,12 +143,12 @@ def _parse(projection: dict[str, Array], attention: dict[str, Array], base: Base
     keys: dict[str, Array] = {}
     values: dict[str, Array] = {}
     factors: dict[str, dict[str, Array]] = {}
-    leftover = set[str]()
+    unknown = set[str]()
     for key, array in attention.items():
         match = _KV.fullmatch(key) or _LORA.fullmatch(key)
         index = int(match[1]) if match else len(names)
         if match is None or (match.re is _KV and index % 2 == 0):
-            leftover.add(f"ip_adapter.{key}")
+            unknown.add(f"ip_adapter.{key}")
         elif index >= len(names):
             raise Incompatible(
                 f"the IP-Adapter has keys for attention {index}, but this {base.family} base has only "
@@ -158,14 +158,14 @@ def _parse(projection: dict[str, Array], attention: dict[str, Array], base: Base
             (keys if match[2] == "k" else values)[names[index]] = array
         else:
             factors.setdefault(f"{names[index]}.{_LAYERS[match[2]]}", {})[match[3]] = array
-    refuse_unknown_keys(leftover, hint="or name no attention")
+    refuse_unknown_keys(unknown, hint="or name no attention")
     lora: dict[str, LoraModule] = {}
     for target, pair in sorted(factors.items()):
         if len(pair) != 2:
-            raise Refused(f"{target}: its LoRA has only one of down and up; the file is not whole", target=target)
+            raise Refused(f"{target}: its LoRA has only one of down and up; the file is incomplete", target=target)
         lora[target] = make_module(target, pair["down"], pair["up"], None)
     if keys.keys() != values.keys():
-        raise Refused("some attentions have only one of to_k_ip and to_v_ip; the file is not whole")
+        raise Refused("some attentions have only one of to_k_ip and to_v_ip; the file is incomplete")
     return IpAdapterRecord(projection, dict(sorted(keys.items())), dict(sorted(values.items())), lora)
 
 
@@ -181,8 +181,8 @@ def _derive(
         shape = record.values[name].shape
         if array.ndim != 2 or array.shape != shape or array.shape[1] != projection.context:
             raise Refused(
-                f"{name}: to_k_ip {array.shape} and to_v_ip {shape} do not read the picture's tokens, which have "
-                f"width {projection.context}"
+                f"{name}: to_k_ip {array.shape} and to_v_ip {shape} do not fit the image's tokens, which have "
+                f"width {projection.context}; the file is damaged"
             )
     requires = {target: module.shape for target, module in record.lora.items()}
     ranks = {target: module.rank for target, module in record.lora.items()}
@@ -212,20 +212,23 @@ def _no_shortcut(source: Source) -> bool:
 def _has_shortcut(source: Source, header: Header, file: Path) -> bool:
     if source.hints.shortcut is not None:
         return source.hints.shortcut
-    said = header.metadata.get("shortcut")
-    if said not in {None, "true", "false"}:
-        raise Refused(f"the header's metadata says shortcut {said!r}; it may be 'true' or 'false'")
-    return said == "true" if said else "plusv2" in file.name.lower()
+    stated = header.metadata.get("shortcut")
+    if stated not in {None, "true", "false"}:
+        raise Refused(f"the header's metadata has shortcut {stated!r}; it may be 'true' or 'false'")
+    return stated == "true" if stated else "plusv2" in file.name.lower()
 
 
 def check_image_encoder(adapter: Compatibility, encoder: Compatibility) -> None:
-    """Raises InvalidRequest where it has an image encoder of its own, Refused for what is none, Incompatible."""
+    """Check that the adapter can use this encoder.
+
+    Raises InvalidRequest if the adapter has its own encoder, Refused for another kind, Incompatible for other widths.
+    """
     assert isinstance(adapter, IpAdapterCompatibility)
     if not isinstance(encoder, ImageEncoderCompatibility):
         raise Refused(f"a {encoder.kind} is not an image encoder; name a version of kind image_encoder")
     if adapter.encoder is not None:
         raise InvalidRequest(
-            "the folder holds an image encoder of its own: leave --image-encoder out, or remove image_encoder/",
+            "the folder has an image encoder of its own: leave --image-encoder out, or remove image_encoder/",
             field="image_encoder",
         )
     adapter.check_encoder(encoder)

@@ -1,17 +1,17 @@
-"""The projections of a picture into tokens, told apart by their keys: `image_proj.*` without that prefix.
+"""The projections of an image into tokens, recognised by their keys: `image_proj.*` without that prefix.
 
-X is the width of the tokens, T their number for one picture, E what the projection reads.
+X is the width of the tokens, T their number for one image, E the width of the projection's input.
 
 | kind             | has                                     | T              | reads                                |
 |------------------|-----------------------------------------|----------------|--------------------------------------|
 | `base`           | `proj.weight` (T·X, E), `norm`          | 4 as a rule    | the encoder's embedding              |
-| `full`           | `proj.{0,2}`, the norm is `proj.3`      | the encoder's  | its states of the last layer but one |
+| `full`           | `proj.{0,2}`, the norm is `proj.3`      | the encoder's  | its penultimate hidden states        |
 | `plus`           | `latents` (1, T, D), a resampler        | 16 as a rule   | likewise                             |
 | `faceid`         | `proj.{0,2}` (T·X, …), `norm`           | 4; Portrait 16 | an embedding of a face               |
 | `faceid_plus`    | the same, and `perceiver_resampler.*`   | 4              | such an embedding, and the states    |
-| `face_resampler` | `plus`, reading at a width of 512       | 16             | an embedding of a face (InstantID)   |
+| `face_resampler` | `plus` with an input of width 512       | 16             | an embedding of a face (InstantID)   |
 
-A width of 512 is ArcFace's, and no image encoder's: that is how InstantID's file is told from a `plus`.
+A width of 512 is ArcFace's and no image encoder's, which distinguishes InstantID's file from a `plus`.
 
 (Ye et al., IP-Adapter, 2308.06721, and its repository's later models.)
 """
@@ -31,21 +31,21 @@ _HEAD = 64  # channels of one head of a resampler: fixed in all of them
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """What the shapes of a projection say."""
+    """What the shapes of a projection determine."""
 
     kind: IpAdapterKind
     tokens: int | None
-    """For one picture; None: as many as the image encoder has positions."""
+    """Number of tokens for one image; None: as many as the image encoder has positions."""
     context: int
-    """X."""
+    """X, the width of the tokens."""
     picture_width: int | None
-    """Of what the image encoder gives: its embedding for `base`, its states otherwise. None: it reads no picture."""
+    """Width of the image encoder's embedding for `base`, else of its hidden states; None: it reads no image."""
     embedding_width: int | None
-    """Of what the caller gives (a face recogniser's embedding), or None."""
+    """Width of the embedding that the caller sends (of a face recogniser), or None."""
 
 
 def inspect(shapes: Mapping[str, Shape]) -> Projection:
-    """Raises Refused, naming what is missing, left over or of the wrong shape."""
+    """Recognise a projection. Raises Refused, naming a tensor that is missing, unknown or of the wrong shape."""
     given = _Given(shapes)
     if "proj.weight" in shapes:
         return _base(given)
@@ -61,7 +61,7 @@ def inspect(shapes: Mapping[str, Shape]) -> Projection:
 
 
 class _Given:
-    """Tensors are ticked off one by one; what nobody asked for is refused at the end."""
+    """The shapes of a file's tensors. Each is checked as it is taken; `done` refuses those that were not taken."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self._shapes = shapes
@@ -77,7 +77,7 @@ class _Given:
     def take(self, name: str, dimensions: int) -> Shape:
         shape = self._shapes.get(name)
         if shape is None:
-            raise Refused(f"the IP-Adapter lacks image_proj.{name}; it is not whole", tensor=name)
+            raise Refused(f"the IP-Adapter lacks image_proj.{name}; the file is incomplete", tensor=name)
         if len(shape) != dimensions or 0 in shape:
             raise Refused(f"image_proj.{name} has shape {shape}, not {dimensions} dimensions", tensor=name)
         self._used.add(name)
@@ -88,12 +88,12 @@ class _Given:
             raise Refused(f"image_proj.{name} has shape {self._shapes[name]}, {shape} would fit the others")
 
     def vectors(self, name: str, width: int) -> None:
-        """Weight and bias of a norm."""
+        """Take weight and bias of a norm. Raises Refused."""
         self.expect(f"{name}.weight", width)
         self.expect(f"{name}.bias", width)
 
     def linear(self, name: str) -> tuple[int, int]:
-        """(out, in) of a layer with a bias."""
+        """Take a layer with a bias and return (out, in). Raises Refused."""
         out, into = self.matrix(f"{name}.weight")
         self.expect(f"{name}.bias", out)
         return out, into
@@ -143,12 +143,14 @@ def _faceid_plus(given: _Given) -> Projection:
     context, picture_width = _resampler(given, "perceiver_resampler.", inner)
     given.done()
     if context != inner:
-        raise Refused(f"the resampler works at width {inner} and gives {context}; a FaceID-Plus needs both equal")
+        raise Refused(
+            f"the resampler's latents have width {inner} and its output {context}; in a FaceID-Plus both are equal"
+        )
     return Projection("faceid_plus", tokens, context, picture_width, width)
 
 
 def _face(given: _Given) -> tuple[int, int, int]:
-    """Tokens, their width and the embedding's."""
+    """Return the number of tokens, their width and the embedding's. Raises Refused."""
     (context,) = given.take("norm.weight", 1)
     given.vectors("norm", context)
     inner, width = given.linear("proj.0")
@@ -158,23 +160,25 @@ def _face(given: _Given) -> tuple[int, int, int]:
 
 
 def _resampler(given: _Given, prefix: str, inner: int) -> tuple[int, int]:
-    """(width of what it gives, of what it reads); `inner` is the width that it works at."""
+    """Return the widths of its output and its input; `inner` is the width of its latents. Raises Refused."""
     into, width = given.linear(f"{prefix}proj_in")
     context, out = given.linear(f"{prefix}proj_out")
     given.vectors(f"{prefix}norm_out", context)
     if not inner == into == out:
-        raise Refused(f"the resampler reads into {into} and out of {out}, but works at width {inner}")
+        raise Refused(
+            f"the resampler's proj_in gives {into} and its proj_out reads {out}, but its latents have width {inner}"
+        )
     depth = 0
     while f"{prefix}layers.{depth}.0.to_q.weight" in given:
         _layer(given, f"{prefix}layers.{depth}.", inner)
         depth += 1
     if depth == 0:
-        raise Refused("the resampler has no layers; the file is not whole")
+        raise Refused("the resampler has no layers; the file is incomplete")
     return context, width
 
 
 def _layer(given: _Given, prefix: str, inner: int) -> None:
-    """Attention, then a feed-forward network; linear layers without bias."""
+    """Check attention, then a feed-forward network, of linear layers without bias. Raises Refused."""
     given.vectors(f"{prefix}0.norm1", inner)
     given.vectors(f"{prefix}0.norm2", inner)
     heads, _ = given.matrix(f"{prefix}0.to_q.weight")

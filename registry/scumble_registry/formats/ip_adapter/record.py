@@ -1,8 +1,8 @@
-"""The normalised IP-Adapter: what every layout becomes and the server reads.
+"""The record of an IP-Adapter, made from every layout and read by the server.
 
 A canonical safetensors file, dtypes as published:
 
-    image_proj.<name>           the projection of pictures into tokens, under the names of `projection.py`
+    image_proj.<name>           the projection of images into tokens, by the names of `projection.py`
     <attention>.to_k_ip         (width, X)   for every cross-attention of the base, by canonical name
     <attention>.to_v_ip         (width, X)
     <target>.down, .up, .alpha  FaceID's LoRA, if there is one, as in a LoRA's record
@@ -27,19 +27,19 @@ _PROJECTION, _KEY, _VALUE, _ALPHA = "image_proj.", ".to_k_ip", ".to_v_ip", ".alp
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IpAdapterRecord:
-    """X is the width of the picture's tokens."""
+    """An IP-Adapter's tensors; X is the width of the image's tokens."""
 
     projection: dict[str, Array]
     """Name in `image_proj` → tensor, sorted."""
     keys: dict[str, Array]
     """Canonical name of a cross-attention → (width, X), sorted."""
     values: dict[str, Array]
-    """The same attentions."""
+    """The same attentions → (width, X), sorted."""
     lora: dict[str, LoraModule] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
-        """How many values it has beside the LoRA."""
+        """Number of parameters without the LoRA."""
         return sum(a.size for a in (*self.projection.values(), *self.keys.values(), *self.values.values()))
 
 
@@ -48,7 +48,7 @@ def write_record(record: IpAdapterRecord) -> bytes:
 
 
 def unwritten(record: IpAdapterRecord) -> Unwritten:
-    """What `write_record` writes, for whoever need not hold it whole."""
+    """Return the record's content, to be written tensor by tensor."""
     tensors = {_PROJECTION + name: values for name, values in record.projection.items()}
     tensors |= {name + _KEY: values for name, values in record.keys.items()}
     tensors |= {name + _VALUE: values for name, values in record.values.items()}
@@ -59,28 +59,28 @@ def unwritten(record: IpAdapterRecord) -> Unwritten:
 
 
 def read_record(path: Path) -> IpAdapterRecord:
-    """Arrays are read-only views of the mapped file. Raises IntegrityError if this is no record."""
+    """Read a record as read-only views of the mapped file. Raises IntegrityError if this is no record."""
     try:
         header = read_header(path)
         if header.metadata != _METADATA:
             raise Refused(f"its metadata is {header.metadata}, not {_METADATA}")
         tensors = dict(sorted(read_tensors(path, header).items()))
         record = IpAdapterRecord(
-            projection=_ending(tensors, _PROJECTION, ""),
-            keys=_ending(tensors, "unet.", _KEY, keep_start=True),
-            values=_ending(tensors, "unet.", _VALUE, keep_start=True),
+            projection=_select(tensors, _PROJECTION, ""),
+            keys=_select(tensors, "unet.", _KEY, keep_start=True),
+            values=_select(tensors, "unet.", _VALUE, keep_start=True),
             lora=_lora(tensors),
         )
         known = len(record.projection) + 2 * len(record.keys) + 3 * len(record.lora)
         if record.keys.keys() != record.values.keys() or known != len(tensors):
-            raise Refused("it has tensors that belong to nothing")
+            raise Refused("it has unknown tensors")
         return record
     except (Refused, KeyError) as error:
         raise IntegrityError(f"{path} is not an IP-Adapter's record: {error}; clear the cache and try again") from error
 
 
-def _ending(tensors: dict[str, Array], start: str, end: str, *, keep_start: bool = False) -> dict[str, Array]:
-    """Those whose name begins and ends so, without these."""
+def _select(tensors: dict[str, Array], start: str, end: str, *, keep_start: bool = False) -> dict[str, Array]:
+    """Return the tensors whose name has this start and end, by the name without them."""
     skip = 0 if keep_start else len(start)
     return {
         name[skip : len(name) - len(end)]: values

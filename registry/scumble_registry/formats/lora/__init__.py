@@ -1,9 +1,9 @@
-"""LoRA and its family: for some modules of the base, what becomes of their weights.
+"""LoRA and related algorithms, which change the weights of some modules of the base.
 
-A file is read key by key (`names.py`: whose spelling), module by module (`algorithms.py`: which algorithm), into one
-record (`record.py`). What is exactly of low rank becomes factors (`algebra.py`). `peft.py` reads the configs that give
-the numbers of PEFT's files, `metadata.py` what a header tells people, `sampling_hints.py` how it is to be sampled;
-`serving.py` says how each module is served, `export.py` writes back.
+A file is read key by key (`names.py` recognises the layout) and module by module (`algorithms.py` recognises the
+algorithm) into one record (`record.py`). Changes that are exactly of low rank become factors (`algebra.py`). `peft.py`
+reads ranks and alphas from PEFT's configs, `metadata.py` trigger words from a header, and `sampling_hints.py` the
+sampling from a name; `serving.py` classifies each module, `export.py` writes files.
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ from scumble_registry.formats.unknown_keys import refuse_unknown_keys
 
 KIND = "lora"
 FILE_NAME = "pytorch_lora_weights.safetensors"
-"""What a single file is called inside the registry (diffusers' own default): its name on disk is no content.
-"""
+"""The name of a single file inside the registry (diffusers' default), whatever its name on disk."""
 CONFIG_NAME = "adapter_config.json"
-"""Beside the weights of a PEFT folder."""
+"""The config beside the weights of a PEFT folder."""
 
 _MAX_BYTES = 2 << 30
 _CONTEXT_FAMILY: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
@@ -56,8 +55,9 @@ _FLAT = ("lora_unet_", "lora_te", "oft_unet_", "lycoris_")
 
 
 def recognises(source: Source) -> bool:
-    """One safetensors file, alone or in a folder, with at least one key that speaks of LoRA or a relative; or a folder
-    of PEFT's, which has such a file for each component.
+    """Return whether there is one safetensors file with a key of LoRA or a related algorithm, or a PEFT folder.
+
+    A PEFT folder has such a file for each component.
     """
     weights = list(source.weights().values()) or ([source.path] if source.path.is_file() else [])
     if len(weights) != 1 and not _configs(source):
@@ -69,25 +69,25 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if source.path.is_dir():
         check_plain(source)
     tensors, scalings, metadata = _read_all(source)
-    likely = _fitting_families(tensors, scalings) if base is None else []
-    of_base = likely[0] if likely else base
-    parsed = parse(tensors, scalings, of_base)
-    _check_leftover(parsed, source, of_base)
-    family = base.family if base is not None else likely[0].family if len(likely) == 1 else None
+    fitting = _fitting_families(tensors, scalings) if base is None else []
+    naming_base = fitting[0] if fitting else base
+    parsed = parse(tensors, scalings, naming_base)
+    _check_leftover(parsed, source, naming_base)
+    family = base.family if base is not None else fitting[0].family if len(fitting) == 1 else None
     return Draft(
         files=source.files if source.path.is_dir() else {FILE_NAME: next(iter(_weights(source).values()))},
-        compatibility=_derive(parsed.record, of_base, family),
+        compatibility=_derive(parsed.record, naming_base, family),
         record=unwritten(parsed.record),
         sampling=sampling_of(metadata, source.path.name),
         trigger_words=header_metadata.trigger_words(metadata),
         dialect=parsed.dialect,
-        details=_details(parsed, metadata, "the base" if base else "its modules" if likely else "the width of text"),
+        details=_details(parsed, metadata, "the base" if base else "its modules" if fitting else "the width of text"),
         leftover=parsed.leftover,
     )
 
 
 def _read_all(source: Source) -> tuple[dict[str, Array], Mapping[str, Scaling], dict[str, str]]:
-    """Tensors, the numbers that configs give by component, and the header's metadata."""
+    """Return the tensors, component → ranks and alphas by its config, and the header's metadata."""
     configs = _configs(source)
     tensors: dict[str, Array] = {}
     scalings: dict[str, Scaling] = {}
@@ -95,7 +95,7 @@ def _read_all(source: Source) -> tuple[dict[str, Array], Mapping[str, Scaling], 
     for name, file in _weights(source).items():
         header = read_header(file)
         metadata |= header.metadata
-        of_file = _read_numbers(file, header, source.limit(_MAX_BYTES))
+        of_file = _read_tensors(file, header, source.limit(_MAX_BYTES))
         config = configs.get(name.rpartition("/")[0])
         if config is None:
             scalings |= parse_metadata(header.metadata)
@@ -112,26 +112,26 @@ def _read_all(source: Source) -> tuple[dict[str, Array], Mapping[str, Scaling], 
     return {keys[key]: values for key, values in tensors.items()}, scalings, metadata
 
 
-def _read_numbers(file: Path, header: Header, max_bytes: int) -> dict[str, Array]:
-    """Floating point tensors, and single whole numbers beside them (`alpha`, `on_input`)."""
-    whole = {
+def _read_tensors(file: Path, header: Header, max_bytes: int) -> dict[str, Array]:
+    """Read floating-point tensors, and single integers beside them (`alpha`, `on_input`). Raises Refused."""
+    integers = {
         name: info
         for name, info in header.tensors.items()
         if DTYPES[info.dtype].kind in "iub" and math.prod(info.shape) == 1
     }
-    rest = {name: info for name, info in header.tensors.items() if name not in whole}
+    rest = {name: info for name, info in header.tensors.items() if name not in integers}
     floats = read_floats(file, Header(rest, header.metadata, header.data_start), what="a LoRA", max_bytes=max_bytes)
-    return floats | read_tensors(file, Header(whole, header.metadata, header.data_start))
+    return floats | read_tensors(file, Header(integers, header.metadata, header.data_start))
 
 
 def _configs(source: Source) -> dict[str, Scaling]:
-    """Folder inside the source → what PEFT's config in it says."""
+    """Return folder inside the source → ranks and alphas by PEFT's config in it."""
     names = [name for name in source.files if name.rpartition("/")[2] == CONFIG_NAME]
     return {name.rpartition("/")[0]: parse_config(source.json(name)) for name in names}
 
 
 def _component(folder: str, keys: Mapping[str, object]) -> str:
-    """PEFT's keys name no component: the folder does, or else the modules."""
+    """Return the component of PEFT's keys, which do not name it: by the folder's name, else by the modules."""
     name = folder.rpartition("/")[2]
     if name in {"unet", "text_encoder", "text_encoder_2"}:
         return name
@@ -148,23 +148,26 @@ def _weights(source: Source) -> dict[str, Path]:
 
 
 def _check_leftover(parsed: Parsed, source: Source, base: BaseCompatibility | None) -> None:
-    """Raises Refused, unless the publisher lets what is not understood be left out and something is left."""
+    """Raises Refused for unknown keys, unless the publisher allows to leave them out and there are known ones."""
     if base is None and (flat := [key for key in parsed.leftover if key.startswith(_FLAT)]):
         refused = refused_model(flat)
         refuse_unknown_keys(flat if refused else (), "", of=refused)
         raise Refused(
-            "this LoRA is in kohya's layout, whose names can only be read with the base at hand, and it is for none of "
-            "Stable Diffusion's own sizes: publish it with --base REF"
+            "this LoRA is in kohya's layout, whose names can only be read with the base, and it does not fit the "
+            "original sizes of Stable Diffusion: publish it with --base REF"
         )
     if source.allow_leftover and parsed.record:
         return
-    hint = f"or they name no module of this {base.family} base" if base else "or are no whole module of a known layout"
+    hint = (
+        f"or they name no module of this {base.family} base" if base else "or are no complete module of a known layout"
+    )
     refuse_unknown_keys(parsed.leftover, hint, of=refused_model(parsed.leftover))
 
 
 def _fitting_families(tensors: Mapping[str, Array], scalings: Mapping[str, Scaling]) -> list[BaseCompatibility]:
-    """Stable Diffusion's own families that a file fits whose names cannot be read without a base: often one, none for a
-    file that is made for another size, two where only shapes that SD 1.x and 2.x share are changed.
+    """Return the original families that a file fits whose names cannot be read without a base.
+
+    Often one; none for a file for another size; two where it only changes shapes that SD 1.x and 2.x share.
     """
     keys = [key for key in tensors if key.startswith((*_FLAT, "diffusion_model."))]
     fitting = []
@@ -179,13 +182,13 @@ def _fitting_families(tensors: Mapping[str, Array], scalings: Mapping[str, Scali
 
 
 def _derive(record: LoraRecord, base: BaseCompatibility | None, family: Family | None) -> LoraCompatibility:
-    """`base` has the shapes that a file does not tell; None where they are all told."""
+    """Derive the compatibility; `base` has the shapes that the file does not determine. Raises Refused without them."""
     shapes = {**norm_shapes(base), **base.targets} if base is not None else {}
     requires = {}
     for target, module in record.items():
         shape = module.shape or shapes.get(target)
         if shape is None:
-            raise Refused(f"{target}: only the base tells the shape of its weight; publish it with --base REF")
+            raise Refused(f"{target}: the shape of its weight is known from the base only; publish it with --base REF")
         requires[target] = shape
     in_rows = {
         target: columns for target, module in record.items() if (columns := row_columns(target, module)) is not None
@@ -200,7 +203,7 @@ def _derive(record: LoraRecord, base: BaseCompatibility | None, family: Family |
 
 
 def _guess_family(requires: Mapping[str, tuple[int, ...]]) -> Family | None:
-    """By the width of the text that cross-attention reads: 768, 1024 or 2048."""
+    """Return the family by the width of the text context in cross-attention: 768, 1024 or 2048."""
     for target, shape in requires.items():
         if target.startswith("unet.") and target.endswith((".attn2.to_k", ".attn2.to_v")):
             return _CONTEXT_FAMILY.get(shape[1])
@@ -211,7 +214,7 @@ def _details(parsed: Parsed, metadata: Mapping[str, str], rests_on: str) -> dict
     return {
         "counts": count_modules(parsed.record, parsed.algorithms),
         "modules": describe_modules(parsed.record, parsed.algorithms),
-        "family": {"rests_on": rests_on, "header_says": header_metadata.family_said(metadata)},
+        "family": {"rests_on": rests_on, "header_says": header_metadata.stated_family(metadata)},
     }
 
 

@@ -1,7 +1,7 @@
-"""From the parts that a file holds for one module to what becomes of its weight: one reader for each algorithm.
+"""Read one module's tensors into a record's module: one reader for each algorithm.
 
-α, the rank r and their scale α/r: a missing α and α = 0 mean α = r; `.scale` goes before both. A reader takes the parts
-that it understands; what is left is for the caller to refuse.
+The scale of a change is α/r with the rank r; a missing α and α = 0 mean α = r; `.scale` replaces both. A reader takes
+the parts that it knows; the caller refuses the others.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from scumble_registry.formats.lora.record import (
 from scumble_registry.formats.lora.rotation import cayley, neumann, packed_skew, unshuffled
 from scumble_registry.formats.safetensors_header import Array
 
-_ROOM, _LARGEST = 4, 1 << 27
-"""How much larger than a weight what is computed of its parts may be, and how large where the base is not known."""
+_MAX_RATIO, _MAX_VALUES = 4, 1 << 27
+"""The most values of a computed product: relative to the base's weight, or in all where the base is not known."""
 
 
 @dataclass(slots=True)
 class ModuleTensors:
-    """What a file holds for one target; `taken` are those that were read so far."""
+    """A file's tensors for one target; `taken` are the parts that were read so far."""
 
     target: str
     values: Mapping[str, Array]
     shape: Shape | None
-    """Of the base's weight, if the base is known."""
+    """Shape of the base's weight, if the base is known."""
     scaling: Scaling
     clamped: bool = False
-    """kohya's OFT: α limits the rotation even where it is 0."""
+    """Whether it is kohya's OFT, where α limits the rotation even if it is 0."""
     taken: set[str] = field(default_factory=set)
 
     @property
     def module(self) -> str:
-        """Without its component."""
+        """The target without its component."""
         return self.target.partition(".")[2]
 
     def has(self, *names: str) -> bool:
@@ -79,7 +79,7 @@ class ModuleTensors:
         return float(values.reshape(()))
 
     def alpha(self, rank: int) -> float | None:
-        """None: the rank."""
+        """Return α; None means the rank."""
         own, scale = self.number("alpha"), self.number("scale")
         if scale is not None:
             return scale * rank
@@ -92,24 +92,24 @@ class ModuleTensors:
         return scale
 
     def check_size(self, *shape: int) -> None:
-        """Before something of this shape is computed: a small file may speak of a large product. Raises Refused."""
-        room = _ROOM * int(np.prod(self.shape)) if self.shape is not None else _LARGEST
-        if math.prod(shape) > room:
-            said = "x".join(map(str, shape))
-            raise Refused(f"{self.target}: its parts make {said}, more than its weight can be", target=self.target)
+        """Check a product before it is computed, as a small file may describe a large one. Raises Refused."""
+        limit = _MAX_RATIO * int(np.prod(self.shape)) if self.shape is not None else _MAX_VALUES
+        if math.prod(shape) > limit:
+            size = "x".join(map(str, shape))
+            raise Refused(f"{self.target}: its parts make {size}, more than its weight can be", target=self.target)
 
     def weight(self) -> Shape:
-        """Raises Refused where only the base could tell, and is not known."""
+        """Return the shape of the base's weight. Raises Refused without a base."""
         if self.shape is None:
             raise Refused(
-                f"{self.target}: only the base tells the shape of its weight; publish it with --base REF",
+                f"{self.target}: the shape of its weight is known from the base only; publish it with --base REF",
                 target=self.target,
             )
         return self.shape
 
 
 def build(parts: ModuleTensors) -> tuple[Module, str] | None:
-    """The module and its algorithm's name; None where the parts make no whole. Raises Refused naming the target."""
+    """Return the module and its algorithm's name; None for incomplete parts. Raises Refused naming the target."""
     for needed, name, read in _READERS:
         if parts.has(*needed):
             module = read(parts)
@@ -131,7 +131,7 @@ def _lora(parts: ModuleTensors) -> Module:
     bias = _bias(parts)
     if bias is None and parts.has("up_bias") and has_bias(parts.target):
         scale = 1.0 if alpha is None else alpha / max(rank, 1)
-        bias = algebra.wide(_vector(parts, "up_bias")) * np.float32(scale)
+        bias = algebra.as_float32(_vector(parts, "up_bias")) * np.float32(scale)
     magnitude = _magnitude(parts, up.shape[0], down.shape[1]) if min(down.ndim, up.ndim) > 1 else None
     return make_module(parts.target, down, up, alpha, magnitude, bias=bias)
 
@@ -139,7 +139,7 @@ def _lora(parts: ModuleTensors) -> Module:
 def _tucker(parts: ModuleTensors, down: Array, mid: Array) -> Array:
     target = parts.target
     if mid.ndim != 4 or down.ndim not in {2, 4} or mid.shape[1] != down.shape[0] or down.shape[2:] not in {(), (1, 1)}:
-        raise Refused(f"{target}: mid {mid.shape} does not go behind down {down.shape}", target=target)
+        raise Refused(f"{target}: mid {mid.shape} does not fit after down {down.shape}", target=target)
     parts.check_size(mid.shape[0], down.shape[1], *mid.shape[2:])
     return algebra.tucker(down, mid)
 
@@ -150,7 +150,7 @@ def _loha(parts: ModuleTensors) -> Module:
         up, down, mid = parts.need(f"hada_w{half}_a"), parts.need(f"hada_w{half}_b"), parts.take(f"hada_t{half}")
         if mid is not None:
             _check_halves(parts, up.T, mid, down)
-            up, down = algebra.tucker_halves(mid, up, down)
+            up, down = algebra.tucker_factors(mid, up, down)
         _check_product(parts.target, up, down)
         pairs.append((up, down))
     (up1, down1), (up2, down2) = pairs
@@ -163,7 +163,7 @@ def _loha(parts: ModuleTensors) -> Module:
         raise Refused(f"{parts.target}: the halves of its product are of different shapes", target=parts.target)
     parts.check_size(*shape)
     scale, magnitude, bias = parts.scale(rank), _magnitude(parts, out, into), _bias(parts)
-    if not algebra.worth_it(rank * up2.shape[1], shape):
+    if not algebra.fit_row(rank * up2.shape[1], shape):
         return Product(Pair(up1, flat1), Pair(up2, flat2), float(np.float32(scale * rank)), shape, magnitude, bias)
     up, down = algebra.hadamard_factors(up1, flat1, up2, flat2)
     return _factors(parts.target, up, down.reshape(len(down), into, *kernel), scale, magnitude, bias)
@@ -176,17 +176,17 @@ def _lokr(parts: ModuleTensors) -> Module:
     right, rank_right = _half(parts, "lokr_w2", columns=left[1].shape[1])
     rank = rank_right or rank_left
     if rank is None:
-        # Both whole: α says nothing, but for PEFT, which divides it by the rank in its config.
+        # both sides whole: α has no effect, except in PEFT, which divides it by the config's rank
         parts.take("alpha")
-        said = parts.scaling.rank_of(parts.module)
-        scale = parts.scale(said) if said is not None else 1.0
+        config_rank = parts.scaling.rank_of(parts.module)
+        scale = parts.scale(config_rank) if config_rank is not None else 1.0
     else:
         scale = parts.scale(rank)
     (up1, down1), (up2, down2) = left, right
     shape = (len(up1) * len(up2), down1.shape[1] * down2.shape[1], *down2.shape[2:])
     parts.check_size(*shape)
     magnitude, bias = _magnitude(parts, shape[0], shape[1]), _bias(parts)
-    if algebra.worth_it(len(down1) * len(down2), shape):
+    if algebra.fit_row(len(down1) * len(down2), shape):
         up, down = algebra.kronecker_factors(up1, down1, up2, down2)
         return _factors(parts.target, up, down, scale, magnitude, bias)
     whole = (up2 @ down2.reshape(len(down2), -1)).reshape(len(up2), *down2.shape[1:])
@@ -194,32 +194,32 @@ def _lokr(parts: ModuleTensors) -> Module:
 
 
 def _half(parts: ModuleTensors, name: str, columns: int | None = None) -> tuple[tuple[Array, Array], int | None]:
-    """One side of a Kronecker product as factors, and its rank, None where it stands there whole.
+    """Return one side of a Kronecker product as factors, and its rank; None for a side that is stored whole.
 
-    `columns` of the other side, which with the base's shape tell a flattened kernel.
+    `columns` are the other side's, which with the base's shape determine a flattened kernel.
     """
     whole = parts.take(name)
     if whole is not None:
         if whole.ndim not in ({2} if name == "lokr_w1" else {2, 4}) or 0 in whole.shape:
             raise Refused(f"{parts.target}: {name} of shape {whole.shape} is no matrix", target=parts.target)
-        return algebra.halves(whole), None
+        return algebra.identity_factors(whole), None
     up, down = parts.need(f"{name}_a"), parts.need(f"{name}_b")
     mid = parts.take("lokr_t2") if name == "lokr_w2" else None
     if mid is not None:
         _check_halves(parts, up.T, mid, down)
-        up, down = algebra.tucker_halves(mid, up, down)
+        up, down = algebra.tucker_factors(mid, up, down)
     _check_product(parts.target, up, down)
     rank = int(down.shape[0])
     if down.ndim == 2 and columns is not None and (kernel := _kernel(parts, columns * down.shape[1])):
         down = down.reshape(rank, -1, *kernel)
     if rank > min(len(up), down.size // rank):
-        product = (algebra.wide(up) @ algebra.wide(down).reshape(rank, -1)).reshape(len(up), *down.shape[1:])
-        return algebra.halves(product), rank
-    return (algebra.wide(up), algebra.wide(down)), rank
+        product = algebra.as_float32(up) @ algebra.as_float32(down).reshape(rank, -1)
+        return algebra.identity_factors(product.reshape(len(up), *down.shape[1:])), rank
+    return (algebra.as_float32(up), algebra.as_float32(down)), rank
 
 
 def _kernel(parts: ModuleTensors, flat: int) -> Shape:
-    """The kernel of the base's convolution, where a width of `flat` is that of its channels and taps together."""
+    """Return the kernel shape of the base's convolution if `flat` is its channels times taps, else ()."""
     shape = parts.shape or ()
     return shape[2:] if len(shape) == 4 and shape[2:] != (1, 1) and flat == int(np.prod(shape[1:])) else ()
 
@@ -246,7 +246,7 @@ def _check_halves(parts: ModuleTensors, up: Array, mid: Array, down: Array) -> N
 def _full(parts: ModuleTensors) -> Module:
     delta = parts.need("diff")
     if delta.ndim not in {1, 2, 4} or 0 in delta.shape:
-        raise Refused(f"{parts.target}: a difference of shape {delta.shape} is that of no weight", target=parts.target)
+        raise Refused(f"{parts.target}: a difference of shape {delta.shape} fits no weight", target=parts.target)
     magnitude = _magnitude(parts, delta.shape[0], delta.shape[1]) if delta.ndim > 1 else None
     return Dense(delta, magnitude, _bias(parts))
 
@@ -257,7 +257,7 @@ def _ia3(parts: ModuleTensors) -> Module:
 
 
 def _peft_ia3(parts: ModuleTensors) -> Module:
-    """PEFT holds the factor itself, on what a feed-forward layer reads and on what others give, their bias too."""
+    """Read PEFT's IA³: factors on a feed-forward layer's input, and on other layers' output with their bias."""
     factor = parts.need("peft_ia3")
     into = parts.scaling.reads_input(parts.module)
     values = np.asarray(factor, dtype=np.float32).reshape(-1) - 1
@@ -275,7 +275,7 @@ def _gain(parts: ModuleTensors, values: Array, axis: int, *, with_bias: bool = F
 
 
 def _glora(parts: ModuleTensors) -> Module:
-    """ΔW = α/r (W a₁ a₂ + b₁ b₂). Old files have the indices of each pair the other way round."""
+    """Read ΔW = α/r (W a₁ a₂ + b₁ b₂). Old files have the indices of each pair swapped."""
     a1, a2, b1, b2 = (parts.need(f"glora_{name}") for name in ("a1", "a2", "b1", "b2"))
     for values in (a1, a2, b1, b2):
         if values.ndim not in {2, 4} or 0 in values.shape:
@@ -296,16 +296,16 @@ def _oft(parts: ModuleTensors) -> Module:
     blocks = _blocks(parts, "oft_blocks")
     alpha = parts.number("alpha") or 0.0
     limit = alpha * blocks.shape[-3] * blocks.shape[-2]
-    turned = cayley(blocks, limit if alpha > 0 or parts.clamped else None)
-    # OFT multiplies from the other side than a butterfly's stages do, and shuffles nothing.
+    rotations = cayley(blocks, limit if alpha > 0 or parts.clamped else None)
+    # OFT multiplies from the other side than a butterfly's stages, and does not shuffle rows
     if blocks.ndim == 4 and len(blocks) == 1 and blocks.shape[-1] % 2 == 0:
-        turned = unshuffled(turned)
-    return _rotation(parts, turned.swapaxes(1, 2)[None] if blocks.ndim == 3 else turned, axis=0)
+        rotations = unshuffled(rotations)
+    return _rotation(parts, rotations.swapaxes(1, 2)[None] if blocks.ndim == 3 else rotations, axis=0)
 
 
 def _oft_diag(parts: ModuleTensors) -> Module:
-    """Old LyCORIS: the rotation itself."""
-    blocks = algebra.wide(_blocks(parts, "oft_diag"))
+    """Read the rotations of old LyCORIS."""
+    blocks = algebra.as_float32(_blocks(parts, "oft_diag"))
     parts.take("alpha")
     return _rotation(parts, blocks.swapaxes(1, 2)[None] if blocks.ndim == 3 else blocks, axis=0)
 
@@ -313,30 +313,32 @@ def _oft_diag(parts: ModuleTensors) -> Module:
 def _blocks(parts: ModuleTensors, name: str) -> Array:
     blocks = parts.need(name)
     if blocks.ndim not in {3, 4} or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
-        raise Refused(f"{parts.target}: blocks of shape {blocks.shape} are no square ones", target=parts.target)
+        raise Refused(f"{parts.target}: blocks of shape {blocks.shape} are not square", target=parts.target)
     parts.check_size(*blocks.shape[-2:])
     return blocks
 
 
 def _peft_oft(parts: ModuleTensors) -> Module:
-    """On what the layer reads; blocks as upper triangles."""
+    """Read PEFT's OFT on a layer's input, with blocks as upper triangles."""
     packed, shape, config = parts.need("peft_oft"), parts.weight(), parts.scaling
     if packed.ndim != 2 or shape[2:] not in {(), (1, 1)}:
         raise Refused(
-            f"{parts.target}: PEFT's OFT of a {'x'.join(map(str, shape[2:]))} convolution does not do what it merges; "
-            "only linear layers and 1x1 convolutions can be served",
+            f"{parts.target}: PEFT's OFT of a {'x'.join(map(str, shape[2:]))} convolution differs from its own merged "
+            "weight; only linear layers and 1x1 convolutions can be served",
             target=parts.target,
         )
     block = round((1 + (1 + 8 * packed.shape[1]) ** 0.5) / 2)
     if block * (block - 1) != 2 * packed.shape[1]:
-        raise Refused(f"{parts.target}: rows of {packed.shape[1]} make no triangle", target=parts.target)
+        raise Refused(
+            f"{parts.target}: {packed.shape[1]} values a row are no upper triangle of a block", target=parts.target
+        )
     parts.check_size(block, block)
     skew = packed_skew(packed, block)
-    # Cayley's (I − Q)(I + Q)⁻¹, of Q that counts once.
-    turned = neumann(skew, config.neumann_terms) if config.neumann_terms else cayley(skew / -2)
-    if len(turned) == 1 < shape[1] // block:
-        turned = np.repeat(turned, shape[1] // block, 0)  # shared by all blocks
-    return _rotation(parts, turned.swapaxes(1, 2)[None], axis=1)
+    # Cayley's (I − Q)(I + Q)⁻¹; `cayley` subtracts the transpose, which doubles Q
+    rotations = neumann(skew, config.neumann_terms) if config.neumann_terms else cayley(skew / -2)
+    if len(rotations) == 1 < shape[1] // block:
+        rotations = np.repeat(rotations, shape[1] // block, 0)  # shared by all blocks
+    return _rotation(parts, rotations.swapaxes(1, 2)[None], axis=1)
 
 
 def _peft_boft(parts: ModuleTensors) -> Module:
@@ -347,9 +349,9 @@ def _peft_boft(parts: ModuleTensors) -> Module:
             f"be served, these are {blocks.shape}",
             target=parts.target,
         )
-    # Q = (B − Bᵀ)/2 and (I − Q)(I + Q)⁻¹.
-    turned = cayley(np.asarray(blocks, dtype=np.float64) / -2).swapaxes(2, 3)
-    return _rotation(parts, turned, axis=1, rescale=rescale)
+    # Q = (B − Bᵀ)/2 and (I − Q)(I + Q)⁻¹
+    rotations = cayley(np.asarray(blocks, dtype=np.float64) / -2).swapaxes(2, 3)
+    return _rotation(parts, rotations, axis=1, rescale=rescale)
 
 
 def _rotation(parts: ModuleTensors, blocks: Array, axis: int, rescale: Array | None = None) -> Module:
@@ -359,7 +361,7 @@ def _rotation(parts: ModuleTensors, blocks: Array, axis: int, rescale: Array | N
     reach = 2 ** max(stages - 1, 0) * size
     if blocks.ndim != 4 or blocks.shape[3] != size or count * size != shape[axis] or (stages > 1 and size % 2):
         raise Refused(
-            f"{parts.target}: blocks of shape {blocks.shape} do not turn {shape[axis]} "
+            f"{parts.target}: blocks of shape {blocks.shape} do not rotate {shape[axis]} "
             f"{('rows', 'columns')[axis]} of its weight",
             target=parts.target,
         )
@@ -373,8 +375,9 @@ def _rotation(parts: ModuleTensors, blocks: Array, axis: int, rescale: Array | N
 
 
 def _magnitude(parts: ModuleTensors, out: int, into: int) -> Magnitude | None:
-    """(out,), (out, 1[, 1, 1]), (1, in[, 1, 1]); four dimensions that begin with 1 are PEFT's (1, out, 1, 1), or
-    kohya's (1, in, 1, 1).
+    """Read a DoRA's magnitudes (out,), (out, 1[, 1, 1]) or (1, in[, 1, 1]).
+
+    Four dimensions that begin with 1 are PEFT's (1, out, 1, 1) or kohya's (1, in, 1, 1). Raises Refused.
     """
     for name, of_convolution in (("dora_scale", 1), ("magnitude_vector", 0)):
         values = parts.take(name)
@@ -413,4 +416,4 @@ _READERS: tuple[tuple[tuple[str, ...], str, Callable[[ModuleTensors], Module]], 
     (("diff",), "full", _full),
     (("down", "up"), "LoRA", _lora),
 )
-"""In the order of being asked: what a module must have, the algorithm's name, its reader."""
+"""In the order of recognition: the parts that a module must have, the algorithm's name, its reader."""

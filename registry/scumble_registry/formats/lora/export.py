@@ -1,11 +1,12 @@
-"""A record back into files that other tools read. What a layout cannot say is refused by name.
+"""Export a record in layouts that other tools read. A module that a layout cannot hold is refused by name.
 
-diffusers       one file, PEFT's names with each component's prefix, the numbers in the header; factors, DoRA by rows
+diffusers       one file, PEFT's names with each component's prefix, ranks and alphas in the header; factors, DoRA by
+                rows
 kohya, webui    one file, flat names, `.alpha`; every algorithm but rotations in several stages or of columns
 peft            `adapter_config.json` and `adapter_model.safetensors`, in a folder for each component if there are
                 several; factors, DoRA by rows
 
-Law: what is exported and published again for the same base has the same record.
+Law: an export that is published again for the same base has the same record.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def export(
 ) -> None:
     """Write `record` into the existing `folder`; `metadata` goes into the header. kohya's names need the base.
 
-    Raises Refused, naming the module, for what the layout cannot say; InvalidRequest for a layout without its base.
-    Nothing is written then.
+    Raises Refused, naming a module that the layout cannot hold, and InvalidRequest for kohya's layout without a base;
+    then nothing is written.
     """
     metadata = dict(metadata or {})
     if layout == "diffusers":
@@ -72,7 +73,9 @@ def export(
         _peft(record, folder, metadata)
     else:
         if base is None:
-            raise InvalidRequest("kohya's names come from the base's: name the base that the LoRA is for", field="base")
+            raise InvalidRequest(
+                "kohya's names are made from the base's: name the base that the LoRA is for", field="base"
+            )
         _write(folder / FILE, _kohya(record, base), metadata)
 
 
@@ -85,7 +88,7 @@ def _diffusers(record: LoraRecord) -> tuple[dict[str, Array], dict[str, Any]]:
     numbers: dict[str, Any] = {}
     for component, modules in _by_component(record, "diffusers").items():
         numbers |= {f"{component}.{name}": value for name, value in _config(modules).items()}
-        # diffusers overlooks a text encoder's magnitudes unless they are called so.
+        # diffusers ignores a text encoder's magnitudes without this suffix
         suffix = "" if component == "unet" else ".weight"
         for name, module in modules.items():
             tensors |= _pair(f"{component}.{name}", module, f"lora_magnitude_vector{suffix}")
@@ -95,15 +98,15 @@ def _diffusers(record: LoraRecord) -> tuple[dict[str, Array], dict[str, Any]]:
 def _peft(record: LoraRecord, folder: Path, metadata: dict[str, str]) -> None:
     components = _by_component(record, "peft")
     for component, modules in components.items():
-        with_lengths = [name for name, module in modules.items() if module.magnitude is not None]
-        if with_lengths and len(with_lengths) < len(modules):
+        doras = [name for name, module in modules.items() if module.magnitude is not None]
+        if doras and len(doras) < len(modules):
             raise Refused(
-                f"{component} is a DoRA in part only ({with_lengths[0]}), which PEFT's config cannot say; "
+                f"{component} is a DoRA in part only ({doras[0]}), which PEFT's config cannot express; "
                 "export it as diffusers or kohya"
             )
     for component, modules in components.items():
-        place = folder / component if len(components) > 1 else folder
-        place.mkdir(exist_ok=True)
+        target = folder / component if len(components) > 1 else folder
+        target.mkdir(exist_ok=True)
         config = {
             **_config(modules),
             "peft_type": "LORA",
@@ -114,25 +117,25 @@ def _peft(record: LoraRecord, folder: Path, metadata: dict[str, str]) -> None:
         tensors: dict[str, Array] = {}
         for name, module in modules.items():
             tensors |= _pair(f"base_model.model.{name}", module, "lora_magnitude_vector")
-        (place / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        _write(place / "adapter_model.safetensors", tensors, metadata)
+        (target / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _write(target / "adapter_model.safetensors", tensors, metadata)
 
 
 def _by_component(record: LoraRecord, layout: str) -> dict[str, dict[str, LoraModule]]:
-    """Modules without their component's name. Raises Refused for all but plain factors and DoRA by rows."""
+    """Return component → module's name in it → module. Raises Refused for all but plain factors and DoRA by rows."""
     by_component: dict[str, dict[str, LoraModule]] = {}
     for target, module in record.items():
         if not isinstance(module, LoraModule) or module.inner is not None or module.bias is not None:
             raise _cannot(target, module, layout)
         if module.magnitude is not None and module.magnitude.axis != 0:
-            raise Refused(f"{target} is a DoRA by columns, which {layout}'s layout cannot say; export it as kohya")
+            raise Refused(f"{target} is a DoRA by columns, which {layout}'s layout cannot hold; export it as kohya")
         component, _, name = target.partition(".")
         by_component.setdefault(component, {})[name] = module
     return by_component
 
 
 def _config(modules: Mapping[str, LoraModule]) -> dict[str, Any]:
-    """LoraConfig's modules and numbers: the most frequent ones, and patterns for all others."""
+    """Return LoraConfig's fields: the most frequent rank and alpha, and patterns for all others."""
     ranks = {_any_transformers(name): module.rank for name, module in modules.items()}
     alphas = {_any_transformers(name): module.alpha for name, module in modules.items()}
     (rank, _), *_ = Counter(ranks.values()).most_common(1)
@@ -148,7 +151,7 @@ def _config(modules: Mapping[str, LoraModule]) -> dict[str, Any]:
 
 
 def _any_transformers(name: str) -> str:
-    """PEFT matches the ends of names: so it is found with `text_model.` (before transformers 5.6) and without."""
+    """Return the name without `text_model.`: PEFT matches ends of names, so it fits every version of transformers."""
     return name.removeprefix("text_model.")
 
 
@@ -161,7 +164,7 @@ def _pair(name: str, module: LoraModule, lengths: str) -> dict[str, Array]:
 
 
 def _kohya(record: LoraRecord, base: BaseCompatibility) -> dict[str, Array]:
-    """SDXL's UNet by its original names, as kohya's own tools have it, others by diffusers'."""
+    """Return tensors by kohya's names: SDXL's UNet by original names, as in kohya's tools, others by diffusers'."""
     originals = original_targets(base) if base.family == "sdxl" else {}
     known = {*base.targets, *norm_shapes(base)}
     tensors: dict[str, Array] = {}
@@ -176,7 +179,7 @@ def _kohya(record: LoraRecord, base: BaseCompatibility) -> dict[str, Array]:
 
 
 def _parts(target: str, module: Module) -> dict[str, Array]:
-    parts = _body(target, module)
+    parts = _change(target, module)
     if module.magnitude is not None:
         parts["dora_scale"] = _lengths(module.magnitude, module.shape or ())
     if module.bias is not None:
@@ -184,7 +187,7 @@ def _parts(target: str, module: Module) -> dict[str, Array]:
     return parts
 
 
-def _body(target: str, module: Module) -> dict[str, Array]:
+def _change(target: str, module: Module) -> dict[str, Array]:
     if isinstance(module, LoraModule):
         return _factors(module)
     match module:
@@ -223,4 +226,4 @@ def _number(value: float) -> Array:
 def _cannot(target: str, module: Module, layout: str) -> Refused:
     kind = "GLoRA" if isinstance(module, LoraModule) and module.inner is not None else type(module).__name__.lower()
     kind = {"loramodule": "LoRA with a bias", "dense": "full difference", "product": "LoHa"}.get(kind, kind)
-    return Refused(f"{target} is changed by a {kind}, which {layout}'s layout cannot say", target=target)
+    return Refused(f"{target} is changed by a {kind}, which {layout}'s layout cannot hold", target=target)

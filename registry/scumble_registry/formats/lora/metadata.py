@@ -1,6 +1,6 @@
-"""What a file's header tells people: its trigger words, and the family that it names.
+"""Trigger words and family in a file's header.
 
-A header is untrusted text: cut, without what cannot be printed, and never followed.
+A header is untrusted text: it is cut and reduced to printable characters, and nothing else depends on it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ _ARCHITECTURES = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "s
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """From the header: `trigger_words` (JSON list or comma-separated) or `modelspec.trigger_phrase`; else the tags that
-    `ss_tag_frequency` counts most, where few enough share that place to mean something.
+    """Return `trigger_words` (JSON list or comma-separated) or `modelspec.trigger_phrase` of the header.
+
+    Without them, the most frequent tags of `ss_tag_frequency`, if at most three tags share the highest count.
     """
     text = metadata.get("trigger_words") or metadata.get("modelspec.trigger_phrase") or ""
     if not text:
@@ -28,8 +29,8 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return _printable(words if isinstance(words, list) else text.split(","))
 
 
-def family_said(metadata: Mapping[str, str]) -> str | None:
-    """`sd1`, `sd2`, `sdxl`, as the header says; what fits is derived from the shapes alone."""
+def stated_family(metadata: Mapping[str, str]) -> str | None:
+    """Return the family that the header names: `sd1`, `sd2`, `sdxl`. Compatibility depends on the shapes alone."""
     base, architecture = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
     for text, table in ((base, _FAMILIES), (architecture, _ARCHITECTURES)):
         if named := [family for start, family in table.items() if text.startswith(start)]:

@@ -1,13 +1,13 @@
-"""Whose spelling a key is in: key → the module of the base, and what part of which algorithm it is.
+"""Read keys of all layouts: key → the base's module, and the part of an algorithm.
 
-Keys are read one by one, so a file may mix spellings. Two families of them:
+Keys are read one by one, so a file may mix layouts. There are two families of names:
 
 flat      `<prefix><module with '.' as '_'>.<part>`: kohya's `lora_unet_`, `lora_te_`, `lora_te1_`, `lora_te2_`,
           kohya's OFT `oft_unet_`, LyCORIS' own `lycoris_`. The UNet's modules by diffusers' or original (sgm) names.
-          '_' cannot be undone by rule: names are looked up in a dictionary made of the base's targets (no two of SD
-          1.5's 391 or SDXL's 1050 collide), so the base must be known.
-dotted    `<prefix><module>.<part>`: diffusers' `unet.`, `text_encoder.`, `text_encoder_2.`, none at all for a UNet (the
-          oldest), PEFT's `base_model.model.`; and the webui forks' `diffusion_model.<original name>`,
+          '_' has no unique inverse, so names are looked up in a dictionary of the base's targets (no two of SD 1.5's
+          391 or SDXL's 1050 collide), and the base must be known.
+dotted    `<prefix><module>.<part>`: diffusers' `unet.`, `text_encoder.`, `text_encoder_2.`, or no prefix for a UNet (in
+          the oldest files), PEFT's `base_model.model.`; and the webui forks' `diffusion_model.<original name>`,
           `text_encoders.clip_l.transformer.…`, whose modules are looked up in the base too.
 """
 
@@ -53,7 +53,7 @@ PARTS: dict[str, str] = {
     "boft_s": "peft_boft_s",
     "ia3_l": "peft_ia3",
 }
-"""How a key ends → what it is, in all spellings."""
+"""End of a key, in all layouts → the part."""
 _DOTTED = re.compile(rf"(?P<module>.+?)\.(?P<part>{'|'.join(sorted(map(re.escape, PARTS), key=len, reverse=True))})")
 _PROCESSOR = re.compile(r"(?P<module>.+?)(?:\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<part>down|up)\.weight")
 _PROCESSOR_ALPHA = re.compile(r"(?P<module>.+?)(?:\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<part>alpha)")
@@ -69,7 +69,7 @@ _IN_TEXT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 
 @dataclass(frozen=True, slots=True)
 class NamedKey:
-    """Where a key belongs; `dialect` is whose spelling it was."""
+    """The target and part of a key; `dialect` names the tool whose layout it has."""
 
     target: str
     part: str
@@ -84,7 +84,7 @@ class Names:
         self._original = _original(base) if base is not None else {}
 
     def read(self, key: str) -> NamedKey | None:
-        """None for a key that is in no spelling known here."""
+        """Return the key's target and part; None for a key of no known layout."""
         return self._read_flat(key) or self._read_processor(key) or self._read_dotted(key)
 
     def _read_flat(self, key: str) -> NamedKey | None:
@@ -126,7 +126,7 @@ class Names:
 
 
 def without_adapter_names(keys: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """PEFT's dumps name the adapter in every key (`lora_A.default.weight`): key → key without, and the names."""
+    """Map keys to keys without the adapter's name (PEFT's `lora_A.default.weight`), and return the names too."""
     short: dict[str, str] = {}
     names: set[str] = set()
     for key in keys:
@@ -137,7 +137,7 @@ def without_adapter_names(keys: Iterable[str]) -> tuple[dict[str, str], tuple[st
 
 
 def flat_names(base: BaseCompatibility) -> dict[str, tuple[str, str]]:
-    """Flat name → target and whose spelling it is, for every layer and norm of the base."""
+    """Return flat name → target and dialect, for every layer and norm of the base."""
     names: dict[str, tuple[str, str]] = {}
     for target in (*base.targets, *norm_shapes(base)):
         component, _, module = target.partition(".")
@@ -153,14 +153,14 @@ def flat_names(base: BaseCompatibility) -> dict[str, tuple[str, str]]:
 
 
 def text_prefixes(base: BaseCompatibility, component: str) -> tuple[str, ...]:
-    """kohya's, of a text encoder; the first is what its own tools write."""
+    """Return kohya's prefixes of a text encoder; kohya's tools write the first."""
     if component == "text_encoder_2":
         return ("lora_te2_",)
     return ("lora_te1_",) if base.family == "sdxl" else ("lora_te_", "lora_te1_")
 
 
 def original_targets(base: BaseCompatibility) -> Mapping[str, str]:
-    """Target → its original name, of the UNet's."""
+    """Return target → its original name, for the UNet's targets."""
     targets = (*base.targets, *norm_shapes(base))
     modules = [target.removeprefix("unet.") for target in targets if target.startswith("unet.")]
     return {f"unet.{module}": name for module, name in original_names(modules).items()}
@@ -171,7 +171,7 @@ def _original(base: BaseCompatibility) -> dict[str, str]:
 
 
 def _with_component(module: str) -> tuple[str | None, str]:
-    """`down_blocks.…` → `unet.down_blocks.…`, and whose spelling it was; None for what is in no component."""
+    """Return `unet.down_blocks.…` for `down_blocks.…`, and the dialect; None for a module of no component."""
     component, _, rest = module.partition(".")
     if component in _COMPONENTS and rest:
         return module, "diffusers"

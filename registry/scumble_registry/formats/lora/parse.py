@@ -1,4 +1,4 @@
-"""A file's tensors → the record: keys are read by their spelling, gathered by module, each module by its algorithm."""
+"""Read a file's tensors into a record: keys by layout, grouped by module, and each module by its algorithm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_SCALING = Scaling()
 
 @dataclass(slots=True)
 class Parsed:
-    """`leftover` are keys that nobody understands; `rank` and `alpha` as the file has them, not as they are served."""
+    """A file's record, the dialect and algorithms that it was read from, and its unknown keys (`leftover`)."""
 
     record: LoraRecord
     dialect: str
@@ -31,28 +31,28 @@ class Parsed:
 
 @dataclass(slots=True)
 class _Group:
-    """All of one target: part → the key that it came from, and its values."""
+    """The tensors of one target: part → its key in the file, part → values."""
 
     keys: dict[str, str] = field(default_factory=dict)
     values: dict[str, Array] = field(default_factory=dict)
     scaled: bool = True
-    """Its numbers are PEFT's, so PEFT's config counts."""
+    """Whether PEFT's config applies, because all its keys are PEFT's."""
     clamped: bool = False
 
 
 def parse(tensors: Mapping[str, Array], scalings: Mapping[str, Scaling], base: BaseCompatibility | None) -> Parsed:
-    """`scalings` by component. Raises Refused for a module that is not sound, or that stands there twice."""
+    """Read all tensors; `scalings` are by component. Raises Refused for an invalid or duplicate module."""
     names = Names(base)
     groups: dict[str, _Group] = {}
     dialects: Counter[str] = Counter()
     leftover = []
     for key in sorted(tensors):
-        place = names.read(key)
-        if place is None:
+        named = names.read(key)
+        if named is None:
             leftover.append(key)
             continue
-        dialects[place.dialect] += 1
-        _put(groups, place, key, tensors[key])
+        dialects[named.dialect] += 1
+        _put(groups, named, key, tensors[key])
     shapes = {**norm_shapes(base), **base.targets} if base is not None else {}
     record: LoraRecord = {}
     algorithms: dict[str, str] = {}
@@ -68,13 +68,13 @@ def parse(tensors: Mapping[str, Array], scalings: Mapping[str, Scaling], base: B
     return Parsed(record, dialect, algorithms, tuple(sorted(leftover)))
 
 
-def _put(groups: dict[str, _Group], place: NamedKey, key: str, values: Array) -> None:
-    group = groups.setdefault(place.target, _Group())
-    if place.part in group.keys:
+def _put(groups: dict[str, _Group], named: NamedKey, key: str, values: Array) -> None:
+    group = groups.setdefault(named.target, _Group())
+    if named.part in group.keys:
         raise Refused(
-            f"{place.target} stands in the file twice, as {group.keys[place.part]} and as {key}; keep one of them",
-            target=place.target,
+            f"{named.target} is in the file twice, as {group.keys[named.part]} and as {key}; keep one of them",
+            target=named.target,
         )
-    group.keys[place.part], group.values[place.part] = key, values
-    group.scaled &= place.dialect.startswith(_PEFT)
+    group.keys[named.part], group.values[named.part] = key, values
+    group.scaled &= named.dialect.startswith(_PEFT)
     group.clamped |= key.startswith("oft_unet_")

@@ -1,8 +1,8 @@
-"""What PEFT's configs say of a file's numbers: in diffusers' files in the header, in PEFT's folders in a file beside.
+"""Read ranks and alphas from PEFT's configs: in the header of diffusers' files, in a file of PEFT's folders.
 
 diffusers puts a JSON object into the header's `lora_adapter_metadata`, LoraConfig's fields with each component's prefix
 (`unet.r`, `unet.lora_alpha`, `unet.rank_pattern`, `unet.alpha_pattern`, `unet.use_rslora`). Without it: scale 1. A PEFT
-folder has `adapter_config.json` for its one component, and `peft_type` says what its tensors are.
+folder has `adapter_config.json` for its one component, whose `peft_type` is the algorithm of its tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_TERMS = 50
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """One component's part of the metadata."""
+    """Ranks, alphas and options of one component."""
 
     rank: int | None = None
     alpha: float | None = None
@@ -33,12 +33,12 @@ class Scaling:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
     feedforward: tuple[str, ...] | str = ()
-    """IA³: modules whose input is scaled, by the end of their names, or as one pattern."""
+    """For IA³: modules whose input is scaled, by the end of their names, or as one regular expression."""
     neumann_terms: int = 0
-    """OFT: of the series that stands for Cayley's transform; 0: the transform itself."""
+    """For OFT: number of terms of the series that replaces Cayley's transform; 0: the transform itself."""
 
     def rank_of(self, module: str) -> int | None:
-        """What the config says; None without one."""
+        """Return the rank by the config; None without one."""
         rank: int | None = match_pattern(self.rank_pattern, module, self.rank)
         return rank
 
@@ -48,12 +48,10 @@ class Scaling:
         return any(f".{module}".endswith(f".{name}") for name in self.feedforward)
 
     def alpha_of(self, module: str, rank: int) -> float | None:
-        """alpha such that the scale is alpha/rank; None without metadata. Raises Refused if the rank
-        disagrees.
-        """
-        said = self.rank_of(module)
-        if said is not None and said != rank:
-            raise Refused(f"{module}: the metadata says rank {said}, the tensors have rank {rank}")
+        """Return α such that the scale is α/rank; None without metadata. Raises Refused if the rank disagrees."""
+        stated = self.rank_of(module)
+        if stated is not None and stated != rank:
+            raise Refused(f"{module}: the metadata has rank {stated}, but the tensors have rank {rank}")
         alpha: float | None = match_pattern(self.alpha_pattern, module, self.alpha)
         if alpha == 0:
             raise Refused(f"{module}: lora_alpha is 0, which switches the adapter off; set it and save again")
@@ -61,7 +59,7 @@ class Scaling:
 
 
 def parse_metadata(metadata: dict[str, str]) -> dict[str, Scaling]:
-    """Scaling of each component; no metadata means scale 1 everywhere."""
+    """Return the scaling of each component; no metadata means scale 1 everywhere. Raises Refused."""
     try:
         config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
     except (ValueError, RecursionError) as error:
@@ -72,17 +70,15 @@ def parse_metadata(metadata: dict[str, str]) -> dict[str, Scaling]:
 
 
 def parse_config(config: object) -> Scaling:
-    """Of a PEFT folder. Raises Refused for a method that is not served, by its name, and for options that are not."""
+    """Read a PEFT folder's config. Raises Refused for a `peft_type` or an option that cannot be served."""
     if not isinstance(config, dict):
         raise Refused("adapter_config.json is not a JSON object")
     kind = config.get("peft_type")
     if kind not in _SERVED:
-        raise Refused(
-            f"adapter_config.json says peft_type {kind!r}; {', '.join(_SERVED)} can be served", peft_type=kind
-        )
+        raise Refused(f"adapter_config.json has peft_type {kind!r}; {', '.join(_SERVED)} can be served", peft_type=kind)
     for option in ("fan_in_fan_out", "coft"):
         if config.get(option):
-            raise Refused(f"adapter_config.json says {option}, which cannot be served", option=option)
+            raise Refused(f"adapter_config.json sets {option}, which cannot be served", option=option)
     if kind in {"LOHA", "LOKR"}:
         config = {**config, "lora_alpha": config.get("alpha")}
     if kind in {"OFT", "BOFT", "IA3"}:
@@ -91,7 +87,7 @@ def parse_config(config: object) -> Scaling:
 
 
 def match_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the whole name, or the end of it after a dot."""
+    """Return the value of the first pattern that matches the whole name, or its end after a dot: PEFT's rule."""
     spellings = {module, module.removeprefix("text_model."), f"text_model.{module}"}
     for pattern, value in patterns.items():
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in spellings):
@@ -105,7 +101,7 @@ def _scaling(config: dict[str, Any], prefix: str) -> Scaling:
         if value is None:
             return default
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise Refused(f"{where} says {prefix}{name} = {value!r}, which is of the wrong type")
+            raise Refused(f"{where} has {prefix}{name} = {value!r}, which is of the wrong type")
         return value
 
     where = "lora_adapter_metadata" if prefix else "adapter_config.json"
@@ -128,7 +124,7 @@ def _scaling(config: dict[str, Any], prefix: str) -> Scaling:
 
 def _terms(count: int) -> int:
     if not 1 <= count <= _MAX_TERMS:
-        raise Refused(f"adapter_config.json says num_cayley_neumann_terms = {count}; 1 to {_MAX_TERMS} can be")
+        raise Refused(f"adapter_config.json has num_cayley_neumann_terms = {count}; it may be 1 to {_MAX_TERMS}")
     return count
 
 
@@ -137,17 +133,17 @@ def _feedforward(names: list[Any] | str) -> tuple[str, ...] | str:
         _check_pattern(names, 0)
         return names
     if not all(isinstance(name, str) for name in names):
-        raise Refused("adapter_config.json says feedforward_modules that are no names")
+        raise Refused("adapter_config.json has feedforward_modules that are not names")
     return tuple(names)
 
 
 def _check_pattern(pattern: str, value: Any) -> None:
-    """Patterns come from strangers: none may take long to match, and each gives a number."""
+    """Check an untrusted pattern: it must match in little time, and its value must be a number. Raises Refused."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Refused(f"pattern {pattern!r} gives {value!r}, not a number")
     repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
     if len(pattern) > _MAX_PATTERN or repeats > _MAX_REPEATS or re.search(r"\)[*+?{]|\\[1-9]", pattern):
-        raise Refused(f"pattern {pattern[:80]!r} is too involved; name the modules instead")
+        raise Refused(f"pattern {pattern[:80]!r} is too complex; name the modules instead")
     try:
         re.compile(pattern)
     except re.error as error:

@@ -1,24 +1,25 @@
-"""The normalised LoRA: what every dialect and every algorithm becomes, module by module, and what the server reads.
+"""The record of a LoRA: every layout and algorithm, module by module, in the form that the server reads.
 
-A canonical safetensors file. For each target (`compatibility/targets.py` says what a target's name is) it holds the
-parts of one of these, which say what the base's weight W (out, in[, k, k]) becomes at strength 1:
+A canonical safetensors file. For each target (named as in `compatibility/targets.py`) it holds the tensors of one of
+these changes of the base's weight W (out, in[, k, k]), here at weight 1:
 
     factors    .down (r, in[, k, k])  .up (out, r[, 1, 1])  .alpha ()       W + alpha / r · up @ down
-               and of a GLoRA .inner.down (r, in)  .inner.up (in, r)        … + alpha / r · W (inner.up @ inner.down)
+               and for GLoRA .inner.down (r, in)  .inner.up (in, r)         … + alpha / r · W (inner.up @ inner.down)
     product    .first.up (out, r) .first.down (r, in·k·k) .second.up …      W + alpha / r · (u₁ d₁) ∘ (u₂ d₂)
                .product.alpha () .shape
     kronecker  .left (l, m)  .right (p, q[, k, k])                          W + left ⊗ right
-    dense      .delta, like W; of a norm (channels,)                        W + delta
+    dense      .delta, like W; for a norm (channels,)                       W + delta
     gain       .gain.out (out,) or .gain.in (in,); .gain.bias (out,)        W, rows or columns times 1 + gain
-    rotation   .rotation.out or .rotation.in (m, n, b, b); .rescale (out,)  W, turned block by block (`rotation.py`)
+    rotation   .rotation.out or .rotation.in (m, n, b, b); .rescale (out,)  W, rotated block by block (`rotation.py`)
 
-Beside any but a gain and a rotation may stand, of a DoRA (Liu et al., 2402.09353), the length that each row or each
-column of the changed weight is brought to, and beside any a change of the layer's bias:
+A DoRA (Liu et al., 2402.09353) adds the norm to which each row or column of the changed weight is scaled, to any change
+but a gain and a rotation; any change may have a change of the layer's bias:
 
     .magnitude.out (out,)  or  .magnitude.in (in,)         .bias (out,)
 
-Factors are what a row of a batch carries; gains and magnitudes stretch the weight in the row (`Module.columns`). All
-else is merged into copies of the weights. Published tensors keep their dtype, computed ones are F32, scalars F32.
+Factors are applied row by row of a batch, and so are gains and magnitudes, which scale the weight (`Module.columns`).
+All other changes are merged into copies of the weights. Published tensors keep their dtype; computed ones and scalars
+are F32.
 
 Laws: `read_record(write_record(r)) == r` bit for bit, and equal records have equal bytes.
 """
@@ -45,7 +46,7 @@ _AXES = ("out", "in")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Magnitude:
-    """lengths (out,) on axis 0, (in,) on axis 1."""
+    """A DoRA's norms of rows (axis 0; lengths (out,)) or columns (axis 1; lengths (in,))."""
 
     lengths: Array
     axis: int
@@ -63,14 +64,14 @@ class Pair:
 class LoraModule:
     """ΔW = alpha / rank · up @ down, at weight 1. `down` (r, in[, k, k]), `up` (out, r[, 1, 1]).
 
-    With a magnitude W + ΔW is also brought to that length, by row (axis 0) or by column (axis 1). `inner`, a GLoRA's,
-    adds alpha / rank · W (inner.up @ inner.down).
+    With a magnitude the rows (axis 0) or columns (axis 1) of W + ΔW are scaled to its norms. `inner`, for GLoRA, adds
+    alpha / rank · W (inner.up @ inner.down).
     """
 
     down: Array
     up: Array
     alpha: float
-    """Representable in fp32, so that storing it changes nothing."""
+    """Exactly representable in float32, so that storing it loses nothing."""
     magnitude: Magnitude | None = None
     inner: Pair | None = None
     bias: Array | None = None
@@ -85,12 +86,12 @@ class LoraModule:
 
     @property
     def shape(self) -> Shape:
-        """Of the weight that it changes: (out, in) or (out, in, k, k)."""
+        """Shape of the weight that it changes: (out, in) or (out, in, k, k)."""
         return (int(self.up.shape[0]), *(int(size) for size in self.down.shape[1:]))
 
     @property
     def columns(self) -> int | None:
-        """A k×k convolution after W's input is mixed is no k×k convolution to few channels."""
+        """Rank columns in a row; None with a bias, and for `inner` with a magnitude or k×k kernel: no factors fit."""
         if self.bias is not None or (self.inner is not None and (self.shape[2:] not in {(), (1, 1)} or self.magnitude)):
             return None
         return self.rank if self.inner is None else 2 * self.rank
@@ -137,7 +138,7 @@ class Kronecker:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """ΔW itself, of a layer or of a norm; None where only the bias changes."""
+    """ΔW itself, of a layer or a norm; `delta` is None where only the bias changes."""
 
     delta: Array | None
     magnitude: Magnitude | None = None
@@ -152,7 +153,7 @@ class Dense:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gain:
-    """W times 1 + values, by row (axis 0) or by column (axis 1); `of_bias` (out,) likewise the layer's bias."""
+    """W times 1 + values, by row (axis 0) or column (axis 1); the layer's bias times 1 + `of_bias` (out,)."""
 
     values: Array
     axis: int
@@ -169,7 +170,7 @@ class Gain:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotation:
-    """W turned on its rows (axis 0) or columns (axis 1) by m stages of n blocks (m, n, b, b); then rows rescaled."""
+    """Rows (axis 0) or columns (axis 1) of W rotated by m stages of n blocks (m, n, b, b); then rows rescaled."""
 
     blocks: Array
     axis: int
@@ -182,15 +183,14 @@ class Rotation:
 
 
 Module: TypeAlias = LoraModule | Product | Kronecker | Dense | Gain | Rotation
-"""`shape` is that of W, None where the file does not tell. `columns` are what factors need in a row, 0 for a gain
-alone; None: it is merged into copies of the weights.
-"""
+"""One target's change. `shape` is W's, None where the file does not determine it. `columns` are the rank columns in a
+row, 0 for a gain alone; None: the change is merged into copies of the weights."""
 LoraRecord: TypeAlias = dict[str, Module]
 """Canonical target name → module, sorted."""
 
 
 def row_columns(target: str, module: Module) -> int | None:
-    """`columns`, and None for a layer that takes no factors in any graph: the projection of pooled text."""
+    """Return `columns`, or None for a layer that takes no factors in any graph: the projection of pooled text."""
     return None if target.endswith(".text_projection") else module.columns
 
 
@@ -203,7 +203,7 @@ def make_module(
     inner: Pair | None = None,
     bias: Array | None = None,
 ) -> LoraModule:
-    """A checked module; no alpha means alpha = rank. Raises Refused, naming the target."""
+    """Check the factors and return a module; no alpha means alpha = rank. Raises Refused, naming the target."""
     if not (down.ndim == up.ndim and down.ndim in {2, 4} and down.shape[0] == up.shape[1]):
         raise Refused(f"{target}: down {down.shape} and up {up.shape} are no factors of one matrix", target=target)
     if 0 in down.shape or 0 in up.shape:
@@ -215,7 +215,7 @@ def make_module(
     check_scale(target, alpha / rank, f"alpha {alpha} at rank {rank}; alpha/rank")
     if inner is not None and (inner.up.shape, inner.down.shape) != ((down.shape[1], rank), (rank, down.shape[1])):
         raise Refused(
-            f"{target}: {inner.up.shape} and {inner.down.shape} do not mix an input of {down.shape[1]} channels "
+            f"{target}: {inner.up.shape} and {inner.down.shape} do not fit an input of {down.shape[1]} channels "
             f"at rank {rank}",
             target=target,
         )
@@ -226,15 +226,15 @@ def make_module(
 
 
 def check_scale(target: str, scale: float, what: str = "its scale") -> None:
-    """Raises Refused."""
+    """Raises Refused, naming the target, for a scale that is 0, not finite or too large."""
     if not math.isfinite(scale) or not 0 < abs(scale) <= _MAX_SCALE:
         raise Refused(f"{target}: {what} must be within ±{_MAX_SCALE:g}, not 0", target=target)
 
 
 def check_module(target: str, module: Module, shape: Shape | None = None) -> None:
-    """Magnitudes and bias have the length of what they belong to; `shape` is the base's where the module has none.
+    """Check the lengths of magnitudes and bias; `shape` is the base's, for a module without shape.
 
-    Raises Refused.
+    Raises Refused, naming the target.
     """
     shape = module.shape or shape
     if module.magnitude is not None and shape is not None:
@@ -250,13 +250,13 @@ def check_module(target: str, module: Module, shape: Shape | None = None) -> Non
 
 
 def _check_size(target: str, down: Array, up: Array, scale: float) -> None:
-    """Half precision must hold what is added: a bound on it, without multiplying it out."""
+    """Check that half precision can hold ΔW, by an upper bound, without computing ΔW. Raises Refused."""
     with np.errstate(over="ignore"):
         columns = largest(up.reshape(len(up), -1), 0)
         rows = largest(down.reshape(len(down), -1), 1)
     if not columns @ rows * scale <= _MAX_CHANGE:
         raise Refused(
-            f"{target}: what it adds to the weight may be as large as {columns @ rows * scale:g}, beyond half "
+            f"{target}: its change of the weight may be as large as {columns @ rows * scale:g}, beyond half "
             "precision; the training went wrong",
             target=target,
         )
@@ -267,7 +267,7 @@ def write_record(record: LoraRecord) -> bytes:
 
 
 def unwritten(record: LoraRecord) -> Unwritten:
-    """What `write_record` writes, for whoever need not hold it whole."""
+    """Return the record's content, to be written tensor by tensor."""
     tensors: dict[str, Array] = {}
     for target, module in record.items():
         tensors |= {f"{target}.{part}": values for part, values in _parts(module).items()}
@@ -303,11 +303,11 @@ _PARTS = (
     *("product.alpha", "alpha", "shape", "left", "right", "delta", "gain.bias", "bias", "gain.out", "gain.in"),
     *("rotation.out", "rotation.in", "rescale", "magnitude.out", "magnitude.in"),
 )
-"""Longer ones before those that they end with: `inner.down` before `down`."""
+"""Names of parts; a name comes before its own ends: `inner.down` before `down`."""
 
 
 def read_record(path: Path) -> LoraRecord:
-    """Arrays are read-only views of the mapped file. Raises IntegrityError if this is no record."""
+    """Read a record as read-only views of the mapped file. Raises IntegrityError if this is no record."""
     try:
         header = read_header(path)
         if header.metadata != _METADATA:
@@ -316,7 +316,7 @@ def read_record(path: Path) -> LoraRecord:
         for name, values in read_tensors(path, header).items():
             part = next((part for part in _PARTS if name.endswith(f".{part}")), None)
             if part is None:
-                raise Refused("it has tensors that belong to no target")
+                raise Refused("it has unknown tensors")
             by_target.setdefault(name.removesuffix(f".{part}"), {})[part] = values
         return {target: _module(target, by_target[target]) for target in sorted(by_target)}
     except (Refused, KeyError, StopIteration, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Relatives that are known by their keys and not served: refused by their names, so that nobody looks for a mistake."""
+"""Related algorithms that are recognised by their keys but cannot be served: they are refused by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _REFUSED = (
         r"motion_modules|temporal_transformer|temporal_res_block",
         "a video model's (AnimateDiff, SVD), which is not served",
     ),
-    (r"^(unet|text_encoder):\d+:", "in the first LoRA tool's layout, which numbers its modules and does not name them"),
+    (r"^(unet|text_encoder):\d+:", "in the first LoRA tool's layout, which numbers its modules instead of naming them"),
     (
         r"\.(lambda_layer|[qp]_layer\.weight)$",
-        "T-LoRA's, which changes with the time step and needs what is in no file",
+        "T-LoRA's, which changes with the timestep and needs values that are in no file",
     ),
     (r"\.vera_|^base_model\.vera_", "VeRA's, which is not served"),
     (r"\.fourierft_", "FourierFT's, which is not served"),
@@ -28,7 +28,7 @@ _REFUSED = (
         r"^bundle_emb\.",
         "embeddings bundled with the LoRA; publish each as an embedding of its own, and the LoRA without them",
     ),
-    (r"\.set_weight$", "weights that replace the base's and are no change of them; publish a checkpoint"),
+    (r"\.set_weight$", "weights that replace the base's instead of changing them; publish a checkpoint"),
     (r"\.bias_(indices|values|size)$", "a sparse remainder of an extraction, which is not served"),
     (r"^lllite_", "a ControlNet-LLLite's"),
     (r"modules_to_save|\.original_module\.", "whole layers that PEFT saved beside the adapter, which are not served"),
@@ -36,7 +36,7 @@ _REFUSED = (
 
 
 def refused_model(keys: Iterable[str]) -> str | None:
-    """What these keys are known to be, for a sentence that begins with "They are"."""
+    """Return what these keys are, as the end of a sentence that begins with "They are"; None if unknown."""
     keys = list(keys)
     for pattern, kind in _REFUSED:
         if any(re.search(pattern, key) for key in keys):

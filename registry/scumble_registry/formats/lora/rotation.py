@@ -1,9 +1,9 @@
-"""Weights turned by orthogonal blocks: OFT (Qiu et al., 2306.07280) and BOFT (Liu et al., 2311.06243).
+"""Weights rotated by orthogonal blocks: OFT (Qiu et al., 2306.07280) and BOFT (Liu et al., 2311.06243).
 
-A file holds skew-symmetric blocks, of which Cayley's transform makes rotations; a record holds the rotations
-themselves, (m, n, b, b), so that what the dialects do differently is done once. With one stage, for each block of rows:
-W'ᵢ = Mᵢ Wᵢ; of columns: W'ᵢ = Wᵢ Mᵢ. With several (BOFT, rows only), stage i first shuffles rows so that those 2ⁱ·b/2
-apart come together, and back after it.
+A file holds skew-symmetric blocks, which Cayley's transform turns into rotations. A record holds the rotations,
+(m, n, b, b), so that only reading depends on the tool that wrote the file. With one stage, a block of rows becomes
+W'ᵢ = Mᵢ Wᵢ, a block of columns W'ᵢ = Wᵢ Mᵢ. With several (BOFT, rows only), stage i shuffles rows so that those 2ⁱ·b/2
+apart are neighbours, and shuffles back after it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from scumble_registry.formats.safetensors_header import Array
 
 
 def cayley(skew: Array, limit: float | None = None) -> Array:
-    """(…, b, b) with Q = skew − skewᵀ → (I + Q)(I − Q)⁻¹; Q is first cut to the Frobenius norm `limit`, over all
-    blocks together.
+    """Return (I + Q)(I − Q)⁻¹ for Q = skew − skewᵀ (…, b, b).
+
+    Q is first scaled down to the Frobenius norm `limit`, taken over all blocks together.
     """
     wide = np.asarray(skew, dtype=np.float64)
     q = wide - wide.swapaxes(-1, -2)
@@ -27,7 +28,7 @@ def cayley(skew: Array, limit: float | None = None) -> Array:
 
 
 def packed_skew(values: Array, block: int) -> Array:
-    """(n, b(b−1)/2), the upper triangles row by row → (n, b, b), antisymmetric."""
+    """Return antisymmetric blocks (n, b, b) from their upper triangles, row by row (n, b(b−1)/2)."""
     skew = np.zeros((len(values), block, block))
     rows, columns = np.triu_indices(block, 1)
     skew[:, rows, columns] = np.asarray(values, dtype=np.float64)
@@ -35,8 +36,9 @@ def packed_skew(values: Array, block: int) -> Array:
 
 
 def neumann(skew: Array, terms: int) -> Array:
-    """PEFT's stand-in for Cayley's transform of antisymmetric blocks (n, b, b): I + 2Q + 2Q² + … + Qᵗ⁻¹, and at least
-    to Q³ where there are more than two terms.
+    """Return PEFT's approximation of Cayley's transform of antisymmetric blocks (n, b, b): I + 2Q + 2Q² + … + Qᵗ⁻¹.
+
+    With more than two terms the series goes at least to Q³.
     """
     last = max(terms - 1, 3) if terms > 2 else terms - 1
     power = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape)
@@ -48,6 +50,6 @@ def neumann(skew: Array, terms: int) -> Array:
 
 
 def unshuffled(blocks: Array) -> Array:
-    """A butterfly's only stage (1, n, b, b), which shuffles the rows of each block → the same without shuffling."""
-    place = np.arange(blocks.shape[-1]).reshape(-1, 2).T.reshape(-1)
-    return np.ascontiguousarray(blocks[..., place[:, None], place[None, :]])
+    """Return the only stage (1, n, b, b) of a butterfly, which shuffles the rows of each block, without the shuffle."""
+    order = np.arange(blocks.shape[-1]).reshape(-1, 2).T.reshape(-1)
+    return np.ascontiguousarray(blocks[..., order[:, None], order[None, :]])

@@ -1,4 +1,4 @@
-"""How each module of a LoRA is served, and what `inspect` says of it."""
+"""The serving class of each module of a LoRA, and its description for `inspect`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from scumble_registry.formats.lora.record import Gain, LoraModule, LoraRecord, M
 
 
 def serving(target: str, module: Module) -> str:
-    """`row`: factors that rows carry; `row with gain`: they stretch or mix the weight too; `variant`: merged into
-    copies of the weights.
+    """Return a module's serving class.
+
+    `row`: factors, applied row by row; `row with gain`: with a scaling or mixing of the weight too; `variant`: merged
+    into copies of the weights.
     """
     if row_columns(target, module) is None:
         return "variant"
@@ -20,12 +22,12 @@ def serving(target: str, module: Module) -> str:
 
 
 def describe_modules(record: LoraRecord, algorithms: Mapping[str, str]) -> dict[str, JsonValue]:
-    """By target: algorithm, rank and alpha of factors, serving class."""
+    """Return target → algorithm, rank and alpha of factors, serving class."""
     return {target: _module(target, module, algorithms[target]) for target, module in record.items()}
 
 
 def count_modules(record: LoraRecord, algorithms: Mapping[str, str]) -> dict[str, JsonValue]:
-    """How many modules each component, algorithm and serving class has."""
+    """Count the modules of each component, algorithm and serving class."""
 
     def count(words: Iterable[str]) -> JsonValue:
         return dict(sorted(Counter(words).items()))

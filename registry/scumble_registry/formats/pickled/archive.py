@@ -1,7 +1,7 @@
-"""torch.save's file since 1.6: a zip of stored entries, `<name>/data.pkl` and `<name>/data/<key>`.
+"""Read torch.save's files since 1.6: a zip of stored entries, `<name>/data.pkl` and `<name>/data/<key>`.
 
-Read by the central directory at the very end, strictly: nothing deflated or encrypted, no name twice, no path that
-leads elsewhere, no entry upon another. So the sizes add up to no more than the file, and only one reading is possible.
+Read strictly by the central directory at the end: no compressed or encrypted entry, no name twice, no path that leaves
+the archive, no overlapping entries. So the sizes add up to no more than the file, and there is only one reading.
 (APPNOTE.TXT 6.3.10, 4.3 and 4.5.3.)
 """
 
@@ -26,7 +26,7 @@ _IGNORED = frozenset({"version", "byteorder", ".format_version", ".storage_align
 class Archive:
     pickle: bytes
     storages: dict[str, tuple[int, int]]
-    """Key → where its bytes begin and end in the file."""
+    """Storage key → its first byte and its end in the file."""
     big_endian: bool
 
 
@@ -34,21 +34,21 @@ class Archive:
 class _Entry:
     name: str
     begin: int
-    """Of its local header."""
+    """Offset of its local header."""
     size: int
 
 
 def read_archive(data: memoryview) -> Archive:
-    """Raises Unsound."""
+    """Parse the zip. Raises Unsound."""
     spans: dict[str, tuple[int, int]] = {}
     position = 0
     for entry in sorted(_directory(data), key=lambda entry: entry.begin):
         if entry.begin < position:
-            raise Unsound(f"an entry, {entry.name!a}, that lies upon another")
+            raise Unsound(f"an entry, {entry.name!a}, that overlaps another")
         begin = _data_of(data, entry)
         position = begin + entry.size
         if position > len(data):
-            raise Unsound(f"an entry, {entry.name!a}, that ends behind the file")
+            raise Unsound(f"an entry, {entry.name!a}, that ends after the file")
         spans[entry.name] = begin, position
     return _of_torch(data, spans)
 
@@ -78,12 +78,12 @@ def _of_torch(data: memoryview, spans: dict[str, tuple[int, int]]) -> Archive:
 
 
 def _directory(data: memoryview) -> Iterator[_Entry]:
-    """The entries of the central directory."""
+    """Yield the entries of the central directory."""
     count, size, begin, limit = _end(data)
     if count > MAX_ENTRIES or size > _MAX_DIRECTORY:
         raise Unsound(f"{count} entries in {size} bytes of directory (at most {MAX_ENTRIES} in {_MAX_DIRECTORY})")
     if begin + size != limit:
-        raise Unsound("a directory that does not stand at its end")
+        raise Unsound("a directory that is not at its end")
     position, names = begin, set[str]()
     for _ in range(count):
         if position + _ENTRY.size > limit:
@@ -120,7 +120,7 @@ def _entry(name: str, fields: tuple[int, ...], extra: bytes) -> _Entry:
 
 
 def _wide(extra: bytes) -> Iterator[int]:
-    """The numbers of zip64's extra field, if there is one."""
+    """Yield the numbers of zip64's extra field, if there is one."""
     position = 0
     while position + 4 <= len(extra):
         kind, size = struct.unpack_from("<2H", extra, position)
@@ -142,19 +142,19 @@ def _name(raw: bytes) -> str:
 
 
 def _data_of(data: memoryview, entry: _Entry) -> int:
-    """Where the bytes begin behind the local header, which must say the same as the directory."""
+    """Return the offset of the entry's data after its local header, which must agree with the directory."""
     start = entry.begin + _LOCAL.size
     if start > len(data):
-        raise Unsound(f"an entry, {entry.name!a}, that begins behind the file")
+        raise Unsound(f"an entry, {entry.name!a}, that begins after the file")
     fields = _LOCAL.unpack_from(data, entry.begin)
     begin = start + fields[9]
     if fields[0] != MAGIC or fields[3] != 0 or bytes(data[start:begin]) != entry.name.encode():
-        raise Unsound(f"an entry, {entry.name!a}, that the directory tells otherwise")
+        raise Unsound(f"an entry, {entry.name!a}, whose local header differs from the directory")
     return int(begin + fields[10])
 
 
 def _end(data: memoryview) -> tuple[int, int, int, int]:
-    """How many entries, in how many bytes, from where; and where the directory must end."""
+    """Return the number of entries, the size and offset of the directory, and where it must end. Raises Unsound."""
     place = len(data) - _END.size
     if place < 0:
         raise Unsound("no end, as if it were cut off; fetch it again")
@@ -165,11 +165,11 @@ def _end(data: memoryview) -> tuple[int, int, int, int]:
     if place >= _LOCATOR.size + _END64.size and bytes(data[place - _LOCATOR.size :][:4]) == b"PK\x06\x07":
         _, _, limit, _ = _LOCATOR.unpack_from(data, place - _LOCATOR.size)
         if limit != place - _LOCATOR.size - _END64.size:
-            raise Unsound("a zip64 directory that does not stand at its end")
+            raise Unsound("a zip64 directory that is not at its end")
         magic, _, _, _, *wide = _END64.unpack_from(data, limit)
         said = zip(fields, wide, (0xFFFF,) * 4 + (0xFFFFFFFF,) * 2, strict=True)
         if magic != b"PK\x06\x06" or any(narrow not in {other, none} for narrow, other, none in said):
-            raise Unsound("two directories that tell it differently")
+            raise Unsound("two directories that differ")
         fields = wide
     disk, disk_of, here, count, size, begin = fields
     if disk or disk_of or here != count:

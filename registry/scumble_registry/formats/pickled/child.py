@@ -1,8 +1,8 @@
-"""The process that reads a stranger's pickle: `python -I` without the registry's imports, under limits.
+"""The process that reads an untrusted pickle: `python -I` without the registry's imports, under limits.
 
-It is handed two open files, reads one, writes safetensors to the other, and says one line of JSON: `{"tree": …}`,
-`{"unsound": why}` or `{"failed": why}` (no room on the disk). Once its limits are set it can open no file and no
-socket, start no process, and take no more memory and time than its parent grants.
+It inherits two open files, reads one, writes safetensors to the other, and prints one line of JSON: `{"tree": …}`,
+`{"unsound": why}` or `{"failed": why}` (disk full). Once its limits are set it can open no file and no socket, start no
+process, and use no more memory and time than its parent allows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from io import BytesIO
 from typing import Any, BinaryIO
 
-import numpy as np  # noqa: F401 - before the limits: nothing can be opened behind them
+import numpy as np  # noqa: F401 - imported before the limits, after which no file can be opened
 
 from scumble_registry.formats.pickled import archive, legacy, meaning, tensors
 from scumble_registry.formats.pickled.machine import Global, Machine, Storage, Unsound
@@ -26,25 +26,29 @@ _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 def main(source: int, target: int, memory: int, seconds: int, size: int) -> None:
-    """`source` and `target`: open files; `memory` in bytes beside the mapped file; `size`: of what may be written."""
+    """Convert one file and print the answer as JSON.
+
+    `source` and `target` are file descriptors; `memory` is the limit in bytes beside the mapped file; `seconds` of CPU
+    time; `size` is the most bytes that may be written.
+    """
     mapped = mmap.mmap(source, 0, access=mmap.ACCESS_READ)
     _restrict(memory + len(mapped), seconds, size)
     with os.fdopen(target, "wb") as out:
         try:
-            said: dict[str, Any] = {"tree": read(tensors.Input(source, memoryview(mapped)), out)}
+            answer: dict[str, Any] = {"tree": read(tensors.Input(source, memoryview(mapped)), out)}
         except Unsound as error:
-            said = {"unsound": str(error)}
+            answer = {"unsound": str(error)}
         except MemoryError:
-            said = {"unsound": f"need of more than {memory} bytes of memory"}
+            answer = {"unsound": f"need of more than {memory} bytes of memory"}
         except RecursionError:
-            said = {"unsound": "lists in lists without end"}
+            answer = {"unsound": "lists in lists without end"}
         except OSError as error:
-            said = {"failed": error.strerror or "the file cannot be read"}
-    sys.stdout.write(json.dumps(said))
+            answer = {"failed": error.strerror or "the file cannot be read"}
+    sys.stdout.write(json.dumps(answer))
 
 
 def read(source: tensors.Input, out: BinaryIO) -> Any:
-    """Write the tensors of `source` to `out` and give the encoded tree. Raises Unsound, OSError."""
+    """Write the tensors of `source` to `out` and return the encoded tree. Raises Unsound, OSError."""
     storages: dict[str, Storage] = {}
     if bytes(source.data[:4]) == archive.MAGIC:
         zipped = archive.read_archive(source.data)

@@ -1,10 +1,10 @@
-"""torch.save's file before 1.6 (and with `_use_new_zipfile_serialization=False`), and bare pickles.
+"""Read torch.save's files before 1.6 (and with `_use_new_zipfile_serialization=False`), and bare pickles.
 
-    pickle of a magic number, pickle of 1001, pickle of a dict that says `little_endian`,
+    pickle of a magic number, pickle of 1001, pickle of a dict with `little_endian`,
     pickle of the object, pickle of the list of its storages' keys,
     and for each key: how many numbers (8 bytes), then the numbers
 
-A bare pickle is one object and nothing behind it: it can hold no tensor, for torch pickles those only through its own.
+A bare pickle is one object and nothing after it. It holds no tensor, as torch pickles tensors only in its own formats.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from scumble_registry.formats.pickled.machine import MAX_PICKLE, Storage, Unsoun
 _MAGIC_NUMBER, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 RunPickle = Callable[[BytesIO], Any]
-"""Runs one pickle from where the file stands."""
+"""Runs one pickle from the file's current position."""
 
 
 def read_legacy(
     data: memoryview, run: RunPickle, storages: dict[str, Storage], sizes: dict[str, int]
 ) -> tuple[Any, dict[str, tuple[int, int]], bool]:
-    """The object, where each storage's bytes begin and end, and whether they are big-endian. Raises Unsound.
+    """Return the object, storage key → first byte and end in the file, and whether numbers are big-endian.
 
-    `storages` is what `run` has met so far; `sizes` the bytes of a number of each dtype.
+    Raises Unsound. `run` adds each storage that it meets to `storages`; `sizes` are bytes per number of each dtype.
     """
     file = BytesIO(bytes(data[: MAX_PICKLE + 1]))
     first = run(file)
     if first != _MAGIC_NUMBER or isinstance(first, bool):
         if file.tell() != len(data):
-            raise Unsound("bytes behind its end, as no pickle has")
+            raise Unsound("bytes after its end, as no pickle has")
         return first, {}, False
     if run(file) != _PROTOCOL:
         raise Unsound("an unknown version of torch.save's old format")
     system = run(file)
     if not isinstance(system, dict) or not isinstance(system.get("little_endian"), bool):
-        raise Unsound("no word of its byte order")
+        raise Unsound("no byte order")
     root = run(file)
     keys = run(file)
     spans, end = _spans(data, file.tell(), keys, storages, sizes, big_endian=not system["little_endian"])
     if end != len(data):
-        raise Unsound(f"{len(data) - end} bytes behind its last tensor")
+        raise Unsound(f"{len(data) - end} bytes after its last tensor")
     return root, spans, not system["little_endian"]
 
 
@@ -65,7 +65,7 @@ def _spans(
         begin = position + 8
         position = begin + count * sizes[storages[key].dtype]
         if count != storages[key].size or position > len(data):
-            raise Unsound(f"a storage of {count} numbers where {storages[key].size} are said, or too few bytes for it")
+            raise Unsound(f"a storage of {count} numbers instead of {storages[key].size}, or too few bytes for it")
         spans[key] = begin, position
     return spans, position
 

@@ -1,8 +1,8 @@
-"""Pickle's stack machine without its hands: it builds data, imports nothing, calls nothing.
+"""Pickle's stack machine, restricted to building data: it imports nothing and calls nothing.
 
-`pickletools.genops` splits the bytes into opcodes and their arguments; each opcode that is known here has one method.
-(https://docs.python.org/3/library/pickletools.html; protocols 0 to 5.) What an opcode would have called is looked up in
-`meaning.py`, which answers with data or refuses.
+`pickletools.genops` splits the bytes into opcodes and their arguments; each known opcode has one method.
+(https://docs.python.org/3/library/pickletools.html; protocols 0 to 5.) A function that an opcode would call is looked
+up in `meaning.py`, which returns data or refuses.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from io import BytesIO
 from typing import Any, ClassVar
 
 MAX_OPCODES = 1_000_000  # 20 000 tensors take 700 000
-MAX_PICKLE = 32 << 20  # bytes; that of an SDXL checkpoint has some 600 KB
+MAX_PICKLE = 32 << 20  # bytes; an SDXL checkpoint's has some 600 KB
 
 
 class Unsound(Exception):
-    """What is wrong with a pickle: the end of a sentence that begins `it has`."""
+    """A pickle that is refused; the message completes a sentence that begins `it has`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """What GLOBAL names, never imported."""
+    """The name of a class or function in a GLOBAL opcode, never imported."""
 
     name: str
-    """Module and name, `torch.FloatStorage`."""
+    """Module and name, such as `torch.FloatStorage`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A flat run of numbers that lies outside the pickle."""
+    """A flat array of numbers outside the pickle."""
 
     key: str
     dtype: str
-    """As safetensors calls it; U8 if it is bytes without a type."""
+    """safetensors' name of the dtype; U8 for untyped bytes."""
     size: int
     """Numbers of `dtype`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """A tensor: where its numbers lie in a storage, all counted in numbers of `dtype`. Nothing is checked yet."""
+    """A tensor as a strided view of a storage; offset and strides count numbers of `dtype`. Not checked yet."""
 
     storage: Storage
     dtype: str
@@ -53,14 +53,14 @@ class View:
 
 @dataclass(slots=True, eq=False)
 class Inert:
-    """An object of a class that is not rebuilt, with whatever was given to it."""
+    """An object of a class that is not rebuilt, with the values that were passed to it."""
 
     name: str
     parts: list[Any] = field(default_factory=list)
 
 
 class _Mark:
-    """Where MARK was."""
+    """The marker that the MARK opcode pushes."""
 
 
 _MARK = _Mark()
@@ -71,7 +71,7 @@ Fetch = Callable[[Any], Storage | Global]
 
 
 class Machine:
-    """One run over one pickle. `find`, `call` and `fetch` say what GLOBAL, REDUCE and BINPERSID mean."""
+    """One run over one pickle. `find`, `call` and `fetch` evaluate GLOBAL, REDUCE and BINPERSID."""
 
     def __init__(self, find: Find, call: Call, fetch: Fetch) -> None:
         self._find, self._call, self._fetch = find, call, fetch
@@ -79,7 +79,7 @@ class Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, file: BytesIO) -> Any:
-        """Reads from where `file` stands to behind the STOP. Raises Unsound."""
+        """Run from the current position of `file` to after STOP, and return the object. Raises Unsound."""
         for name, argument in _opcodes(file):
             if name == "STOP":
                 return self._pop()
@@ -98,10 +98,10 @@ class Machine:
         return self._stack.pop()
 
     def _pop_to_mark(self) -> list[Any]:
-        for place in range(len(self._stack) - 1, -1, -1):
-            if self._stack[place] is _MARK:
-                values = self._stack[place + 1 :]
-                del self._stack[place:]
+        for index in range(len(self._stack) - 1, -1, -1):
+            if self._stack[index] is _MARK:
+                values = self._stack[index + 1 :]
+                del self._stack[index:]
                 return values
         raise Unsound("an opcode that looks for a mark where none is")
 
@@ -114,7 +114,7 @@ class Machine:
         return [self._pop() for _ in range(count)][::-1]
 
     def _ignore(self, _: Any) -> None:
-        """PROTO and FRAME."""
+        """Ignore PROTO and FRAME."""
 
     def _constant(self, value: Any) -> None:
         self._push(value)
@@ -128,7 +128,7 @@ class Machine:
         self._push(value)
 
     def _old_text(self, value: str) -> None:
-        """Python 2's bytes, which genops reads as Latin-1 and torch as UTF-8."""
+        """Push Python 2's bytes, which genops reads as Latin-1 and torch as UTF-8."""
         try:
             self._push(value.encode("latin-1").decode())
         except UnicodeError as error:
@@ -152,10 +152,10 @@ class Machine:
         self._push(self._top())
 
     def _remember(self, index: Any) -> None:
-        place = len(self._memo) if index is None else int(index)
-        if not 0 <= place < 2**32:
-            raise Unsound(f"a memo of {place.bit_length()} bits")
-        self._memo[place] = self._top()
+        key = len(self._memo) if index is None else int(index)
+        if not 0 <= key < 2**32:
+            raise Unsound(f"a memo of {key.bit_length()} bits")
+        self._memo[key] = self._top()
 
     def _recall(self, index: Any) -> None:
         if int(index) not in self._memo:
@@ -215,7 +215,7 @@ class Machine:
         self._push(Inert(_as_global(cls).name, [*_as_tuple(arguments), named]))
 
     def _build(self, _: Any) -> None:
-        """State that changes no value: an OrderedDict's `_metadata`, a tensor's attributes."""
+        """Drop state that changes no value: an OrderedDict's `_metadata`, a tensor's attributes."""
         (state,) = self._pop_n(1)
         target = self._top()
         if isinstance(target, Inert):
@@ -286,9 +286,9 @@ def _dict(flat: list[Any]) -> dict[Any, Any]:
 
 
 def as_key(key: Any) -> Any:
-    """What may be a key of a dict: nothing whose hash its author chooses, or a dict of thousands takes hours to fill.
+    """Return `key` if it may be a dict's key: its hash must not be the author's choice, as collisions make a dict slow.
 
-    Text is hashed with a secret; whole numbers are their own hash, but beyond 61 bits they begin again.
+    Python hashes text with a secret; an integer is its own hash, but from 61 bits on integers collide. Raises Unsound.
     """
     is_number = isinstance(key, int) and key.bit_length() <= 61
     is_words = isinstance(key, tuple) and all(isinstance(word, str) for word in key)

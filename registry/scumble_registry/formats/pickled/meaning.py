@@ -1,8 +1,8 @@
-"""What the globals of a weights file mean: an allow-list. Nothing is imported, nothing called.
+"""The allow-list of globals in weights files, and how each is read. Nothing is imported or called.
 
-Observed in files of torch.save, the webui, textual inversion and Lightning. Three answers are possible:
+From files of torch.save, the webui, textual inversion and Lightning. There are three cases:
 
-* a function of torch that rebuilds a tensor is read as what it would have made, a View;
+* a function of torch that rebuilds a tensor is read as its result, a View;
 * a class that is not rebuilt (a callback, a path, a config) becomes an Inert placeholder;
 * all else is refused by name: every function, and the standard library's classes but for a few that hold data.
 """
@@ -41,7 +41,7 @@ _DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as Python 2 and protocol 2 call them
+_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's and protocol 2's names
 _CLASS = re.compile(r"_*[A-Z]\w{0,99}(\.[A-Z]\w{0,99})*", re.ASCII)
 _MODULE = re.compile(r"[A-Za-z_]\w{0,99}(\.[A-Za-z_]\w{0,99}){0,20}", re.ASCII)
 _HARMLESS = frozenset(
@@ -71,7 +71,7 @@ _HARMLESS = frozenset(
 
 
 def find(module: str, name: str) -> Global:
-    """Raises Unsound, naming it, for what has no place in a weights file."""
+    """Return the global if it is allowed. Raises Unsound, naming it, if not."""
     module = _OLD_MODULES.get(module, module)
     word = f"{module}.{name}"
     if word in _HARMLESS or word in _CALLS:
@@ -84,7 +84,7 @@ def find(module: str, name: str) -> Global:
 
 
 def call(function: Global, arguments: tuple[Any, ...]) -> Any:
-    """What `function(*arguments)` would have made, as data. Raises Unsound."""
+    """Return the result of `function(*arguments)` as data, without calling it. Raises Unsound."""
     meaning = _CALLS.get(function.name)
     if meaning is None:
         return Inert(function.name, list(arguments))
@@ -95,8 +95,9 @@ def call(function: Global, arguments: tuple[Any, ...]) -> Any:
 
 
 def fetch(words: Any) -> Storage | Global:
-    """A persistent id: ('storage', type, key, device, size), and in the old format a view, which is None; or there
-    ('module', class, its file, its source code).
+    """Read a persistent id: ('storage', type, key, device, size[, None]) or ('module', class, file, source code).
+
+    The sixth item of a storage (its view, always None) and modules are in the old format only. Raises Unsound.
     """
     match words:
         case ("module", Global() as cls, _, _):
@@ -117,7 +118,7 @@ def fetch(words: Any) -> Storage | Global:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> View:
-    """`_rebuild_tensor(_v2)`; `more`: requires_grad, hooks, and bits that would change the values."""
+    """Read `_rebuild_tensor(_v2)`; `more` are requires_grad, hooks, and the negation and conjugation bits."""
     if len(more) > 2 and more[2]:
         raise Unsound("a tensor with a negation or conjugation that is not carried out yet; save a clone of it")
     dtype = storage.dtype if isinstance(storage, Storage) else ""
@@ -127,7 +128,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> 
 def _tensor_with_dtype(
     storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, bits: Any = None
 ) -> View:
-    """`_rebuild_tensor_v3`, whose storage is bytes."""
+    """Read `_rebuild_tensor_v3`, whose storage is untyped bytes."""
     name = dtype.name if isinstance(dtype, Global) else "nothing"
     known = _DTYPES.get(name.removeprefix("torch."))
     if known is None or bits:
@@ -150,7 +151,7 @@ def _parameter(data: Any, *_: Any) -> View:
 
 
 def _of_type(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
-    """`_rebuild_from_type_v2`: a tensor with attributes of its own, or of a class of its own."""
+    """Read `_rebuild_from_type_v2`: a tensor with attributes, or of a subclass."""
     if not isinstance(function, Global) or function.name not in _TENSORS or not isinstance(arguments, tuple):
         raise Unsound("a tensor of a class that is not known")
     return call(function, arguments)

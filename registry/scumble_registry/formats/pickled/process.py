@@ -1,4 +1,4 @@
-"""The parent's side: one process per file, and nothing believed but a JSON document and a safetensors file."""
+"""The parent process: it starts one reader per file and reads only a JSON document and a safetensors file from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scumble.errors import Refused, Unavailable
 from scumble_registry.formats.pickled.tree import Plain, decode
 
 _MEMORY = 384 << 20
-"""Address space of the reader beside the file that it maps: Python and numpy alone take half of it."""
+"""Bytes of address space of the reader beside the file that it maps; Python and numpy take half of it."""
 _SECONDS, _BYTES_PER_SECOND = 20, 20 << 20  # a slow disk
 _MAX_ANSWER = 128 << 20
 
@@ -23,27 +23,27 @@ for name, folder in zip(("scumble_registry", "scumble_registry.formats"), sys.ar
 from scumble_registry.formats.pickled.child import main
 main(*map(int, sys.argv[3:]))
 """
-"""The two packages by name only: of the registry, the reader imports nothing beside itself."""
+"""Registers the two packages as empty modules, so that the reader imports nothing else of the registry."""
 
 
 def to_safetensors(file: Path, target: Path, max_bytes: int) -> Plain:
-    """Write the tensors of the pickled `file` to `target` (new), named by their path; the rest comes back.
+    """Write the tensors of the pickled `file` to the new file `target`, named by their path; return the other values.
 
-    Raises Refused, saying what was found, for what is no pickle of plain weights, or is larger than `max_bytes`;
-    Unavailable if there is no room. After an error there is no `target`.
+    Raises Refused, naming the problem, for a file that is no pickle of plain weights or is larger than `max_bytes`;
+    Unavailable if the disk is full. After an error there is no `target`.
     """
     if file.stat().st_size > max_bytes:
-        raise Refused(f"{file.name} is larger than {max_bytes} bytes; --max-size lets more in", file=file.name)
+        raise Refused(f"{file.name} is larger than {max_bytes} bytes; --max-size raises the limit", file=file.name)
     try:
         with file.open("rb") as source, target.open("xb") as out:
-            answer = _ask(file.name, source.fileno(), out.fileno(), file.stat().st_size, max_bytes)
+            values = _run_reader(file.name, source.fileno(), out.fileno(), file.stat().st_size, max_bytes)
     except BaseException:
         target.unlink(missing_ok=True)
         raise
-    return answer
+    return values
 
 
-def _ask(name: str, source: int, target: int, size: int, max_bytes: int) -> Plain:
+def _run_reader(name: str, source: int, target: int, size: int, max_bytes: int) -> Plain:
     seconds = _SECONDS + size // _BYTES_PER_SECOND
     formats = Path(__file__).parent.parent
     command = [sys.executable, "-I", "-c", _BOOTSTRAP, str(formats.parent), str(formats)]
@@ -62,8 +62,8 @@ def _ask(name: str, source: int, target: int, size: int, max_bytes: int) -> Plai
     except subprocess.TimeoutExpired as error:
         raise _refusal(name, f"more to read than {3 * seconds} seconds are enough for") from error
     try:
-        said = json.loads(done.stdout) if done.returncode == 0 and len(done.stdout) < _MAX_ANSWER else {}
-        match said:
+        answer = json.loads(done.stdout) if done.returncode == 0 and len(done.stdout) < _MAX_ANSWER else {}
+        match answer:
             case {"tree": tree}:
                 return decode(tree)
             case {"unsound": str(why)}:
@@ -72,7 +72,7 @@ def _ask(name: str, source: int, target: int, size: int, max_bytes: int) -> Plai
                 raise Unavailable(f"cannot convert {name}: {why}; check space and permissions")
     except (ValueError, RecursionError):
         pass
-    raise _refusal(name, f"something on which its reader stopped (exit status {done.returncode})")
+    raise _refusal(name, f"something that ended its reader (exit status {done.returncode})")
 
 
 def _refusal(name: str, why: str) -> Refused:

@@ -1,7 +1,7 @@
-"""Views of storages become tensors of a safetensors file: checked first, then written one after another.
+"""Write views of storages as the tensors of a safetensors file, after checking them.
 
-A view is numbers of a storage at `offset + Σ index·stride`. What lies outside the storage, or is larger than it (an
-expanded view: a kilobyte that says it is a terabyte), is refused before anything is written.
+A view reads a storage at `offset + Σ index·stride`. A view that reaches outside its storage, or is larger than it (an
+expanded view: a kilobyte with the shape of a terabyte), is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from scumble_registry.formats.pickled.machine import Storage, Unsound, View
 from scumble_registry.formats.safetensors_header import DTYPES, MAX_DIMS, MAX_HEADER, layout
 
 Spans = Mapping[str, tuple[int, int]]
-"""Storage key → where its bytes begin and end in the file."""
+"""Storage key → its first byte and its end in the file."""
 
 _CHUNK = 1 << 18
-_MAX_COPIES = 4  # of what several tensors share: safetensors shares nothing
+_MAX_COPIES = 4  # of numbers that several tensors share, as safetensors shares none
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An open file, and the same mapped. Copies are read past the mapping, whose pages count as memory."""
+    """An open file, and its mapping. Copies read the file, as pages of the mapping count as memory."""
 
     file: int
     data: memoryview
 
 
 def write(views: Mapping[str, View], spans: Spans, source: Input, target: BinaryIO, *, big_endian: bool) -> None:
-    """Raises Unsound before the first byte is written, OSError where there is no room."""
+    """Check all views and write the file. Raises Unsound before the first byte is written, OSError on a full disk."""
     if not views:
         raise Unsound("no tensors: there are no weights in it")
     for name, view in views.items():
         _check(name, view, spans)
     total = sum(_size(view) for view in views.values())
-    held = sum(end - begin for begin, end in spans.values())
-    if total > _MAX_COPIES * held + _CHUNK:
-        raise Unsound(f"tensors that share numbers and would take {total} bytes apart, of {held}")
+    stored = sum(end - begin for begin, end in spans.values())
+    if total > _MAX_COPIES * stored + _CHUNK:
+        raise Unsound(f"tensors that share numbers and would take {total} bytes apart, of {stored}")
     order, header = layout({name: (view.dtype, view.shape) for name, view in views.items()}, {"format": "pt"})
     if len(header) - 8 > MAX_HEADER:
         raise Unsound(f"names and shapes of {len(header)} bytes (at most {MAX_HEADER})")
@@ -62,7 +62,7 @@ def _check(name: str, view: View, spans: Spans) -> None:
         raise Unsound(f"a tensor, {name!a}, of {len(view.shape)} dimensions (at most {MAX_DIMS})")
     begin, end = spans.get(view.storage.key, (0, -1))
     if end - begin != _bytes_of(view.storage):
-        raise Unsound(f"a tensor, {name!a}, whose numbers are not there, or not as many as it says")
+        raise Unsound(f"a tensor, {name!a}, whose numbers are missing or of another count")
     count = math.prod(view.shape)
     if count == 0:
         return
@@ -98,7 +98,7 @@ def _copy(source: Input, target: BinaryIO, begin: int, size: int) -> None:
 
 
 def _gather(view: View, spans: Spans, source: Input, target: BinaryIO, *, big_endian: bool) -> None:
-    """In the order of the tensor, turned to little-endian; a little at a time."""
+    """Write a strided or big-endian view in the tensor's order as little-endian, in chunks."""
     if math.prod(view.shape) == 0:
         return
     begin, end = spans[view.storage.key]

@@ -1,4 +1,4 @@
-"""What a pickle held beside its tensors: plain values, with a Leaf in each place where a tensor was."""
+"""A pickle's content without its tensors: plain values, with a Leaf in place of each tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scumble_registry.formats.pickled.machine import Global, Inert, Unsound, Vie
 from scumble_registry.formats.safetensors_header import MAX_TENSORS
 
 RAW = "tensor"
-"""The name of a tensor that was pickled alone, in no dict and no list."""
+"""The name of a tensor that was pickled alone, outside a dict or list."""
 
 _MAX_DEPTH, _MAX_NODES, _MAX_TEXT, _MAX_NAME = 60, 150_000, 16 << 20, 1024
 _CONTAINERS = frozenset({"torch.nn.modules.container.ParameterDict", "torch.nn.modules.container.ParameterList"})
@@ -18,18 +18,18 @@ _CONTAINERS = frozenset({"torch.nn.modules.container.ParameterDict", "torch.nn.m
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A tensor stood here; `name` is what it is called in the safetensors file."""
+    """The place of a tensor; `name` is its name in the safetensors file."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
-    """An object of another class stood here (`pathlib.PosixPath`, or `bytes`); of it, only this is known."""
+    """The place of an object that is not rebuilt; `name` is its class (`pathlib.PosixPath`, or `bytes`)."""
 
     name: str
     tensors: int = 0
-    """How many tensors it held: they are in no file, so whoever needs such a thing must refuse it."""
+    """Number of tensors that it held. They are not converted, so a reader that needs the object must refuse it."""
 
 
 Plain: TypeAlias = (
@@ -38,7 +38,7 @@ Plain: TypeAlias = (
 
 
 class Flattening:
-    """One walk over a machine's result. `tensors`: by path, joined with '.'. `encode` gives JSON for `decode`."""
+    """Encodes a machine's result as JSON for `decode` and collects the tensors by path, joined with '.'."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, View] = {}
@@ -46,7 +46,7 @@ class Flattening:
         self._text = 0
 
     def encode(self, value: Any, path: tuple[str, ...] = ()) -> Any:
-        """Raises Unsound for what is too deep or too much: a memo lets a short pickle name one list 2⁶⁰ times."""
+        """Encode a value. Raises Unsound beyond limits of depth and size: a short pickle can name a list 2⁶⁰ times."""
         self._count(path)
         if value is None or isinstance(value, bool | float):
             return value
@@ -129,7 +129,7 @@ class Flattening:
 
 
 def decode(encoded: Any) -> Plain:
-    """From what `encode` made, checked: it comes out of a process that read a stranger's file. Raises ValueError."""
+    """Check and decode the result of `encode` from the process that read an untrusted file. Raises ValueError."""
     if encoded is None or isinstance(encoded, str | int | float):
         return encoded
     match encoded:
@@ -152,7 +152,7 @@ def decode(encoded: Any) -> Plain:
 
 
 def _content(container: Inert) -> Any:
-    """Of a ParameterDict, {name: parameter}; of a ParameterList, [parameter …]."""
+    """Return {name: parameter} of a ParameterDict, or [parameter …] of a ParameterList. Raises Unsound."""
     state = next((part for part in reversed(container.parts) if isinstance(part, dict)), {})
     parameters = state.get("_parameters")
     if not isinstance(parameters, dict):

@@ -1,7 +1,7 @@
-"""Textual inversion: vectors that stand in a prompt where a token of their own is written (Gal et al., 2208.01618).
+"""Textual inversion: vectors that replace a token of their own in a prompt (Gal et al., 2208.01618).
 
-`layouts.py` tells the layouts apart. The first trigger word that the publisher gives goes before the token that a file
-says; a tensor alone has no other. Embeddings that pictures carry are refused by name.
+`layouts.py` recognises the layouts. The publisher's first trigger word replaces the file's token; a tensor alone has no
+token. Embeddings inside an image file are refused by name.
 """
 
 from __future__ import annotations
@@ -31,40 +31,40 @@ from scumble_registry.formats.unknown_keys import leave_out
 
 KIND = "textual_inversion"
 FILE_NAME = "learned_embeds.safetensors"
-"""What a single file is called inside the registry (diffusers' own default) if its token is no file's name."""
+"""The name of a single file inside the registry (diffusers' default) if its token cannot be a file's name."""
 
 _MAX_BYTES = 4 << 20
 _FAMILIES: dict[tuple[int, ...], Family] = {(768,): "sd1", (1024,): "sd2", (768, 1280): "sdxl"}
-_PICTURES = (b"\x89PNG", b"RIFF")
+_IMAGES = (b"\x89PNG", b"RIFF")
 
 
 def recognises(source: Source) -> bool:
-    """One file of weights, alone or in a folder, whose keys are those of one layout; or a picture alone."""
+    """Return whether it is one file of weights with the keys of a layout, or an image file (which `read` refuses)."""
     weights = source.weights()
     if len(weights) != 1:
-        return _is_picture(source)
+        return _is_image(source)
     ((name, file),) = weights.items()
     return _find(read_header(file), source.plain.get(name)) is not None
 
 
 def read(source: Source, base: BaseCompatibility | None) -> Draft:
-    if _is_picture(source):
+    if _is_image(source):
         raise Refused(
-            "a picture that may carry an embedding is not read here; let the webui save the embedding as a file, and "
-            "publish that"
+            "embeddings inside an image file cannot be read; save the embedding as a file with the webui, and publish "
+            "that"
         )
     ((name, file),) = source.weights().items()
     if source.path.is_dir():
         check_plain(source)
     header = read_header(file)
     layout = _find(header, source.plain.get(name))
-    assert layout is not None  # `recognises` has seen to it
+    assert layout is not None  # `recognises` checked it
     leftover = leave_out(source, layout.leftover, "beside an embedding")
     vectors = replace(header, tensors={key: header.tensors[key] for key in layout.encoders})
     tensors = read_floats(file, vectors, what="an embedding", max_bytes=source.limit(_MAX_BYTES))
     record = make_record({layout.encoders[key]: values for key, values in tensors.items()})
     token = _token(source, layout, file)
-    inside = f"{token}.safetensors" if layout.token is None and _can_name_a_file(token) else FILE_NAME
+    file_name = f"{token}.safetensors" if layout.token is None and _can_name_a_file(token) else FILE_NAME
     if layout.must_be_named:
         file = _as_nameless(source, record)
     compatibility = _derive(record, token, base)
@@ -76,7 +76,7 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
         "family_told_by": "the base" if base is not None else "the widths of its vectors",
     }
     return Draft(
-        files=source.files if source.path.is_dir() else {inside: file},
+        files=source.files if source.path.is_dir() else {file_name: file},
         compatibility=compatibility,
         record=write_record(record),
         trigger_words=(token,),
@@ -90,15 +90,15 @@ def _find(header: Header, plain: Plain) -> Embedding | None:
     return find({name: info.shape for name, info in header.tensors.items()}, plain)
 
 
-def _is_picture(source: Source) -> bool:
+def _is_image(source: Source) -> bool:
     if source.path.is_dir() or source.weights():
         return False
     with source.path.open("rb") as file:
-        return file.read(4).startswith(_PICTURES)
+        return file.read(4).startswith(_IMAGES)
 
 
 def _as_nameless(source: Source, record: TextualInversionRecord) -> Path:
-    """A tensor alone as other tools know it, so that what is pulled is published again as what it was."""
+    """Write a tensor alone in kohya's layout, so that a pulled file can be published again."""
     assert source.work is not None
     file = source.work / "emb_params.safetensors"
     write_file(file, {"emb_params": record["text_encoder"]}, {})
@@ -107,10 +107,10 @@ def _as_nameless(source: Source, record: TextualInversionRecord) -> Path:
 
 def _token(source: Source, layout: Embedding, file: Path) -> str:
     if layout.must_be_named and not source.words:
-        raise Refused("the file holds a tensor and no name; say how prompts call it: --trigger WORD")
+        raise Refused("the file holds a tensor without a token; name the token that prompts use: --trigger WORD")
     token = (source.words[0] if source.words else layout.token or file.stem).strip()
     if not token:
-        raise Refused("the embedding's token is empty; say how prompts call it: --trigger WORD")
+        raise Refused("the embedding's token is empty; name the token that prompts use: --trigger WORD")
     return token
 
 
@@ -126,7 +126,7 @@ def _derive(
 
 
 def _can_name_a_file(token: str) -> bool:
-    """Where the file's name is its token, it keeps it: other tools read it from there."""
+    """Return whether the token can be a file's name, from which other tools read it."""
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,99}", token) is not None
 
 

@@ -1,9 +1,9 @@
-"""A record back into files that other tools read.
+"""Export a record in layouts that other tools read.
 
-diffusers       `learned_embeds.safetensors`, one tensor called by its token; SDXL's pair as below
-kohya, webui    a file called by its token, with `emb_params`; SDXL's pair: `clip_l` and `clip_g`
+diffusers       `learned_embeds.safetensors`, one tensor named by its token; SDXL's pair as below
+kohya, webui    a file named by its token, with `emb_params`; SDXL's pair: `clip_l` and `clip_g`
 
-Where a file's name is its token, a token that is no file's name is published again with `--trigger`.
+A token with characters that a file's name cannot have needs `--trigger` when such a file is published again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def export_version(version: StoredVersion, layout: str, target: Path) -> None:
 def export(
     record: TextualInversionRecord, token: str, layout: str, folder: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """One file in the existing `folder`; `metadata` goes into its header."""
+    """Write one file into the existing `folder`; `metadata` goes into its header."""
     header = dict(metadata or {})
     if len(record) > 1:
         tensors = {_PAIR[encoder]: vectors for encoder, vectors in record.items()}
@@ -44,7 +44,7 @@ def export(
 
 
 def file_name(token: str) -> str:
-    """The token without what file systems and shells take amiss.
+    """Return the token as a file name, without characters that file systems or shells treat specially.
 
     >>> file_name("<my cat>"), file_name("…")
     ('my cat.safetensors', 'embedding.safetensors')

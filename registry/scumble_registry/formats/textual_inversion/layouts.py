@@ -1,16 +1,16 @@
-"""Whose layout an embedding's file has, and which of its tensors are vectors for which text encoder.
+"""Recognise the layout of an embedding's file, and the text encoder of each of its tensors.
 
 | layout            | keys                                        | token                           |
 |-------------------|---------------------------------------------|---------------------------------|
 | diffusers         | exactly one, (n, D) or (D,)                 | the key                         |
-| kohya, the webui  | `emb_params` (n, D); `clip_l` alone too     | the file's name without its end |
-| SDXL              | `clip_l` (n, D) and `clip_g` (n, D')        | the file's name without its end |
-| SDXL, diffusers   | `text_encoders_0` and `text_encoders_1`     | the file's name without its end |
-| the webui's .pt   | `string_to_param.*` (n, D), and its `name`  | the file's name without its end |
-| the original .pt  | the same, and tokens' numbers beside it     | the file's name without its end |
+| kohya, the webui  | `emb_params` (n, D); `clip_l` alone too     | the file's name without ending  |
+| SDXL              | `clip_l` (n, D) and `clip_g` (n, D')        | the file's name without ending  |
+| SDXL, diffusers   | `text_encoders_0` and `text_encoders_1`     | the file's name without ending  |
+| the webui's .pt   | `string_to_param.*` (n, D), and its `name`  | the file's name without ending  |
+| the original .pt  | the same, and the tokens' numbers           | the file's name without ending  |
 | a tensor alone    | none                                        | must be given                   |
 
-(The webui finds its embeddings by their files' names, not by the `name` inside.)
+(The webui finds embeddings by their files' names, not by the `name` inside.)
 """
 
 from __future__ import annotations
@@ -37,21 +37,23 @@ _DIALECTS = {
     frozenset({"text_encoders_0", "text_encoders_1"}): "SDXL pair of diffusers' trainer",
 }
 _PARAM, _TOKEN = "string_to_param.", "string_to_token."
-_PARAMETERS = frozenset({"weight", "bias"})  # a layer's own tensors: no token ends so
+_PARAMETERS = frozenset({"weight", "bias"})  # ends of a layer's tensors, which no token has
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
+    """The layout of an embedding's file."""
+
     encoders: Mapping[str, str]
-    """Tensor → the text encoder that it is for."""
+    """Tensor → its text encoder."""
     dialect: str
     token: str | None
-    """As the file says it; None: it does not."""
+    """The token in the file, or None."""
     leftover: Collection[str] = ()
 
     @property
     def must_be_named(self) -> bool:
-        """Not even the file's name is meant as its token."""
+        """Whether the publisher must name the token, because not even the file's name is one."""
         return self.dialect == _ALONE
 
 
@@ -59,7 +61,7 @@ _ALONE = "tensor alone"
 
 
 def find(shapes: Mapping[str, Shape], plain: Plain) -> Embedding | None:
-    """`plain` is what a pickle held beside the tensors. None for what is no embedding. Raises Refused."""
+    """Return the layout, or None for another file; `plain` is a pickle's content without tensors. Raises Refused."""
     names = frozenset(shapes)
     for keys, dialect in _DIALECTS.items():
         if keys <= names and not (names - keys) & _ENCODERS.keys():
@@ -86,5 +88,5 @@ def _of_pickle(params: list[str], names: frozenset[str], plain: Plain) -> Embedd
 
 
 def is_negative(metadata: Mapping[str, str]) -> bool:
-    """Meant for the negative prompt, as its file says."""
+    """Return whether the header marks it as an embedding for the negative prompt."""
     return metadata.get("modelspec.is_negative_embedding", "").strip().lower() in {"true", "1"}

@@ -1,12 +1,12 @@
-"""The normalised embedding: what every layout becomes and the server reads.
+"""The record of an embedding, made from every layout and read by the server.
 
 A canonical safetensors file with one tensor for each text encoder:
 
     vectors.text_encoder      (n, D)     dtype as published
     vectors.text_encoder_2    (n, D')    SDXL's second, if there is one
 
-Laws: `read_record(write_record(r)) == r` bit for bit, and equal records have equal bytes. The token stands in
-the manifest: it is a name, and another name makes the same vectors no other.
+Laws: `read_record(write_record(r)) == r` bit for bit, and equal records have equal bytes. The token is in the manifest,
+as it is a name that does not change the vectors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scumble.errors import IntegrityError, Refused
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors, write
 
 MAX_VECTORS = 75
-"""What one prompt holds between its first and last token."""
+"""The most tokens of a prompt between its start and end tokens."""
 
 _METADATA = {"format": "scumble.textual_inversion.1"}
 _PREFIX = "vectors."
@@ -30,18 +30,18 @@ TextualInversionRecord: TypeAlias = dict[str, Array]
 
 
 def make_record(vectors: dict[str, Array]) -> TextualInversionRecord:
-    """A checked record; one vector may come as (D,). Raises Refused, naming what is wrong."""
+    """Check the vectors and return a record; a single vector may be (D,). Raises Refused, naming what is wrong."""
     record = {name: values[None] if values.ndim == 1 else values for name, values in sorted(vectors.items())}
     for values in record.values():
         if values.ndim != 2 or 0 in values.shape:
-            raise Refused(f"the embedding has shape {values.shape}; (vectors, width) or (width,) is needed")
+            raise Refused(f"the embedding has shape {values.shape}; it must be (vectors, width) or (width,)")
         if len(values) > MAX_VECTORS:
-            raise Refused(f"the embedding has {len(values)} vectors; a prompt has room for {MAX_VECTORS}")
+            raise Refused(f"the embedding has {len(values)} vectors; a prompt holds at most {MAX_VECTORS}")
         if not np.isfinite(values).all():
             raise Refused("the embedding holds NaN or infinite values; the training went wrong")
     if len({len(values) for values in record.values()}) != 1:
         counts = ", ".join(f"{len(values)} for {name}" for name, values in record.items())
-        raise Refused(f"the embedding has {counts} vectors; all text encoders need as many")
+        raise Refused(f"the embedding has {counts} vectors; every text encoder needs the same number")
     return record
 
 
@@ -50,7 +50,7 @@ def write_record(record: TextualInversionRecord) -> bytes:
 
 
 def read_record(path: Path) -> TextualInversionRecord:
-    """Arrays are read-only views of the mapped file. Raises IntegrityError if this is no record."""
+    """Read a record as read-only views of the mapped file. Raises IntegrityError if this is no record."""
     try:
         header = read_header(path)
         if header.metadata != _METADATA:

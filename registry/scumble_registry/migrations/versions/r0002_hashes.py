@@ -1,7 +1,7 @@
 """Hashes by which a file is found, and whether a version has all of them.
 
-What the manifests say is filled in here. What only the stored files can tell (`Registry.hash_older`) waits until
-somebody asks: a migration reads no gigabytes.
+Hashes in the manifests are filled in here. Hashes that need the stored files are computed on demand
+(`Registry.hash_older`), as a migration should not read gigabytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def upgrade() -> None:
     op.create_index("ix_hashes_hex", "hashes", ["hex"])
     connection = op.get_bind()
     for version, manifest in connection.execute(sa.text("SELECT id, manifest FROM versions")).all():
-        if rows := [{"version_id": version, "kind": kind, "hex": hex_} for kind, hex_ in _said_by(manifest)]:
+        if rows := [{"version_id": version, "kind": kind, "hex": hex_} for kind, hex_ in _hashes_in(manifest)]:
             connection.execute(sa.insert(hashes), rows)
 
 
@@ -41,9 +41,9 @@ def downgrade() -> None:
     op.drop_column("versions", "hashed")
 
 
-def _said_by(manifest: str) -> list[tuple[str, str]]:
+def _hashes_in(manifest: str) -> list[tuple[str, str]]:
     data: dict[str, Any] = json.loads(manifest)
-    found = {("file", blob["digest"]) for name, blob in data["files"].items() if name.endswith(".safetensors")}
+    hashes = {("file", blob["digest"]) for name, blob in data["files"].items() if name.endswith(".safetensors")}
     if record := data.get("record"):
-        found.add(("record", record["digest"]))
-    return sorted((kind, digest.removeprefix("sha256:")) for kind, digest in found)
+        hashes.add(("record", record["digest"]))
+    return sorted((kind, digest.removeprefix("sha256:")) for kind, digest in hashes)

@@ -1,4 +1,4 @@
-"""Artifacts: what was made of a version for some machine."""
+"""Artifacts: files that are built from a version for a kind of machine."""
 
 from __future__ import annotations
 

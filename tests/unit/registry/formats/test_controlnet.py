@@ -127,7 +127,7 @@ def test_a_config_that_says_otherwise(
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        ({"lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight": (2, 2)}, "is not whole"),
+        ({"lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight": (2, 2)}, "is incomplete"),
         ({"control_model.zero_convs.0.0.weight": (2, 2), "control_model.a.lora_layer.up.weight": (2, 2)}, "CtrlLoRA"),
         ({"controlnet_cond_embedding.a.weight": (2,), "down_blocks.0.motion_modules.a.weight": (2,)}, "SparseCtrl"),
         ({"controlnet_cond_embedding.a.weight": (2,), "d.temporal_res_block.a": (2,)}, "Stable Video Diffusion"),

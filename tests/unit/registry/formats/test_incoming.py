@@ -79,7 +79,7 @@ def test_only_the_endings_of_weights_are_replaced(name: str, becomes: str) -> No
 def test_two_files_that_would_have_one_name_are_refused(tmp_path: Path) -> None:
     for name in ("model.bin", "model.ckpt"):
         (tmp_path / name).write_bytes(saved({"a": VECTOR}))
-    with pytest.raises(Refused, match=r"model.ckpt would become model.safetensors, which is there too"):
+    with pytest.raises(Refused, match=r"model.ckpt would become model.safetensors, which exists too"):
         incoming(tmp_path, tmp_path / "work")
 
 
@@ -111,5 +111,5 @@ def test_what_would_be_run_is_named_and_nothing_is_published(
 def test_the_publishers_limit_goes_before_the_sound_one(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(saved(VECTOR))
     source = replace(Source.scan(tmp_path / "a.pt"), work=tmp_path / "work", max_bytes=100)
-    with pytest.raises(Refused, match="more than 100; --max-size lets more in"):
+    with pytest.raises(Refused, match="more than 100; --max-size raises the limit"):
         with_safetensors(source)

@@ -226,7 +226,7 @@ ODD = np.ones((3, 5), np.float32)
         ({"ip_adapter.2.to_k_ip.weight": ODD}, r"ip_adapter\.2\.to_k_ip"),
         ({"unet.conv_in.weight": ODD}, r"unet\.conv_in\.weight"),
         ({"ip_adapter.99.to_k_ip.weight": ODD}, "attention 99, but this sd1 base has only 8"),
-        ({"ip_adapter.1.to_k_ip.weight": ODD}, "do not read the picture's tokens"),
+        ({"ip_adapter.1.to_k_ip.weight": ODD}, "do not fit the image's tokens"),
         ({"ip_adapter.1.to_v_ip.weight": None}, "only one of to_k_ip and to_v_ip"),
         ({"ip_adapter.1.to_k_ip.weight": None, "ip_adapter.1.to_v_ip.weight": None}, "None in the IP-Adapter"),
         ({"ip_adapter.0.to_q_lora.down.weight": ODD}, "only one of down and up"),
@@ -294,7 +294,7 @@ def test_an_image_encoder_that_does_not_fit(
         publish(based, folder, image_encoder="vision/vit")
     with pytest.raises(Incompatible, match="reads embeddings, not pictures"):
         publish(based, face, image_encoder="vision/vit")
-    with pytest.raises(InvalidRequest, match="a lora reads no pictures"):
+    with pytest.raises(InvalidRequest, match="a lora uses no image encoder"):
         based.publish(lora, "ip/a", image_encoder="vision/vit")
     with pytest.raises(Refused, match="a base is not an image encoder"):
         publish(based, file, image_encoder="tiny/base")
@@ -309,7 +309,7 @@ def test_an_image_encoder_that_does_not_fit(
     [
         ("config.json", {"hidden_size": 64}, "hidden_size = 64, but the weights have 48"),
         ("config.json", {"image_size": 224}, "image_size = 224, but the weights have 32"),
-        ("preprocessor_config.json", {"crop_size": 224}, "crops pictures to 224"),
+        ("preprocessor_config.json", {"crop_size": 224}, "crops images to 224"),
     ],
 )
 def test_an_image_encoder_whose_parts_disagree(

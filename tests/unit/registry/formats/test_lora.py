@@ -130,13 +130,13 @@ def test_patterns_match_the_end_of_a_name_and_the_first_one_wins(patterns: dict[
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"unet__r": 8}, "says rank 8, the tensors have rank 2"),
+        ({"unet__r": 8}, "has rank 8, but the tensors have rank 2"),
         ({"unet__lora_alpha": 0}, "lora_alpha is 0"),
         ({"unet__lora_alpha": "4"}, "wrong type"),
         ({"unet__lora_alpha": True}, "wrong type"),
         ({"unet__lora_alpha": 1e9}, "alpha/rank"),
-        ({"unet__alpha_pattern": {"(a+)+$": 4}}, "too involved"),
-        ({"unet__alpha_pattern": {".*.*.*x": 4}}, "too involved"),
+        ({"unet__alpha_pattern": {"(a+)+$": 4}}, "too complex"),
+        ({"unet__alpha_pattern": {".*.*.*x": 4}}, "too complex"),
         ({"unet__alpha_pattern": {"(": 4}}, "no regular expression"),
         ({"unet__alpha_pattern": {"to_q": "4"}}, "not a number"),
         ({"unet__alpha_pattern": [4]}, "wrong type"),

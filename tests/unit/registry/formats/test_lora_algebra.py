@@ -50,7 +50,7 @@ def test_a_kronecker_product_of_products_is_one_product(
 @given(data=st.data(), rows=SIZE, columns=SIZE)
 def test_any_matrix_is_a_product_with_its_shorter_side(data: st.DataObject, rows: int, columns: int) -> None:
     matrix = data.draw(arrays(rows, columns))
-    up, down = algebra.halves(matrix)
+    up, down = algebra.identity_factors(matrix)
     assert up.shape[1] == min(rows, columns)
     np.testing.assert_array_equal(up @ down, matrix)
 

@@ -97,11 +97,11 @@ def test_norms_and_biases_are_merged(published: Any, registry: Registry) -> None
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        ({f"{KOHYA_TO_Q}.oft_blocks": draw(3, 2, 2)}, "do not turn 4 rows"),
-        ({f"{KOHYA_TO_Q}.oft_blocks": draw(2, 2, 3)}, "no square ones"),
+        ({f"{KOHYA_TO_Q}.oft_blocks": draw(3, 2, 2)}, "do not rotate 4 rows"),
+        ({f"{KOHYA_TO_Q}.oft_blocks": draw(2, 2, 3)}, "are not square"),
         ({f"{KOHYA_TO_Q}.oft_blocks": draw(2, 2, 2), f"{KOHYA_TO_Q}.rescale": draw(3)}, "3 scales for 4 rows"),
         ({f"{KOHYA_TO_Q}.weight": draw(3), f"{KOHYA_TO_Q}.on_input": np.asarray(0)}, "3 gains for 4 rows"),
-        ({f"{KOHYA_TO_Q}.diff": draw(4, 4, 2)}, "that of no weight"),
+        ({f"{KOHYA_TO_Q}.diff": draw(4, 4, 2)}, "fits no weight"),
         ({f"{CONV}.diff": draw(4, 4, 3, 3), f"{CONV}.diff_b": draw(5)}, "a bias of shape"),
         ({**loha(2), f"{KOHYA_TO_Q}.hada_w2_b": draw(2, 5)}, "of different shapes"),
         ({**loha(2), f"{KOHYA_TO_Q}.hada_w1_b": draw(3, 4)}, "no factors of one matrix"),
@@ -125,7 +125,7 @@ def test_norms_and_biases_are_merged(published: Any, registry: Registry) -> None
         (
             {f"{CONV}.lora_down.weight": draw(2, 4, 3, 3), f"{CONV}.lora_up.weight": draw(4, 3, 1, 1)}
             | {f"{CONV}.lora_mid.weight": draw(3, 2, 3, 3)},
-            "does not go behind",
+            "does not fit after",
         ),
         ({f"{KOHYA_TO_Q}.{n}.weight": draw(2, 2) for n in ("a1", "a2", "b1", "b2")}, "as 2x2"),
         (
@@ -135,7 +135,7 @@ def test_norms_and_biases_are_merged(published: Any, registry: Registry) -> None
         (
             {f"{KOHYA_TO_Q}.a1.weight": draw(4, 3), f"{KOHYA_TO_Q}.a2.weight": draw(3, 4)}
             | {f"{KOHYA_TO_Q}.b1.weight": draw(2, 4), f"{KOHYA_TO_Q}.b2.weight": draw(4, 2)},
-            "do not mix an input|no factors of one matrix",
+            "do not fit an input|no factors of one matrix",
         ),
         (
             {f"{KOHYA_TO_Q}.lora_down.weight": draw(2, 4) * 1e3, f"{KOHYA_TO_Q}.lora_up.weight": draw(4, 2) * 1e3},

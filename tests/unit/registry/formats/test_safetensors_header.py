@@ -93,10 +93,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda p: file_of(p, {str(i): entry("U8", [0], [0, 0]) for i in range(MAX_TENSORS + 1)}),
         "20001 tensors",
     ),
-    "duplicate key": (duplicate, "stands twice"),
+    "duplicate key": (duplicate, "is twice"),
     "half a million keys, the last twice": (
         lambda p: file_of(p, b"{" + b"".join(b'"%d":0,' % i for i in range(500_000)) + b'"x":0,"x":0}'),
-        "'x' stands twice",
+        "'x' is twice",
     ),
     "nine dimensions": (lambda p: file_of(p, {"a": entry(shape=[1] * 9)}, b"0000"), "at most 8 dimensions"),
     "negative size": (lambda p: file_of(p, {"a": entry(shape=[-1])}, b"0000"), "no sound shape"),

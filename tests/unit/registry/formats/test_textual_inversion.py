@@ -140,7 +140,7 @@ def test_another_width_does_not_fit(registry: Registry, base: Path, tmp_path: Pa
         ({"a": np.ones(WIDTH, np.int64)}, "I64"),
         ({"a": ones(0, WIDTH)}, "shape"),
         ({"emb_params": ones(1, 1, WIDTH)}, "shape"),
-        ({"clip_l": ones(1, WIDTH), "clip_g": ones(2, WIDTH)}, "as many"),
+        ({"clip_l": ones(1, WIDTH), "clip_g": ones(2, WIDTH)}, "every text encoder needs the same number"),
         ({" ": ones(WIDTH)}, "token is empty"),
         ({"a": ones(75, 20_000)}, "too large"),
         ({"proj.weight": ones(WIDTH, WIDTH)}, "none of the kinds"),
@@ -210,7 +210,7 @@ def test_a_tensor_alone_must_be_named(registry: Registry, tmp_path: Path) -> Non
 
 def test_a_picture_that_may_carry_an_embedding_is_refused_by_name(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(60))
-    with pytest.raises(Refused, match="carry an embedding"):
+    with pytest.raises(Refused, match="embeddings inside an image file"):
         registry.publish(tmp_path / "a.png", "e/x")
 
 

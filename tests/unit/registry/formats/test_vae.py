@@ -47,7 +47,7 @@ def test_other_weights_are_refused(folder: Path) -> None:
 
 
 def test_it_stands_alone(folder: Path) -> None:
-    with pytest.raises(InvalidRequest, match="stands alone"):
+    with pytest.raises(InvalidRequest, match="published for no base"):
         read(Source.scan(folder), object())  # type: ignore[arg-type]
 
 

@@ -148,7 +148,7 @@ def test_bytes_that_are_not_those_of_the_commit_are_not_published(registry: Regi
 
 def test_a_digest_that_one_expects_is_checked(registry: Registry, hub: Hub, lora: Path) -> None:
     with at(hub):
-        with pytest.raises(IntegrityError, match="not the file that you mean"):
+        with pytest.raises(IntegrityError, match="check the URL and the digest"):
             import_from(registry, "hf:ann/ink", "styles/ink", sha256="0" * 64)
         import_from(registry, "hf:ann/ink", "styles/ink", sha256=sha256(lora.read_bytes()).upper())
 
@@ -178,10 +178,10 @@ def test_a_gated_repository_says_what_to_do(registry: Registry, hub: Hub) -> Non
         ("hf:ann/oil", NotFound, "no repository ann/oil"),
         ("hf:ann/ink@v9", NotFound, "no revision v9"),
         ("hf:ann/ink/nothing.safetensors", NotFound, "no 'nothing.safetensors'"),
-        ("hf:ann/ink/../x", InvalidRequest, "no path"),
-        ("hf:ink", InvalidRequest, "no repository"),
-        ("hf:an n/ink", InvalidRequest, "no repository"),
-        ("hf:-ann/ink--x", InvalidRequest, "no repository"),
+        ("hf:ann/ink/../x", InvalidRequest, "is not a path inside a repository"),
+        ("hf:ink", InvalidRequest, "is not a repository"),
+        ("hf:an n/ink", InvalidRequest, "is not a repository"),
+        ("hf:-ann/ink--x", InvalidRequest, "is not the name of a repository"),
     ],
 )
 def test_what_is_not_there_is_named(

@@ -40,9 +40,9 @@ def test_sources_are_read_as_people_copy_them(text: str, source: object) -> None
     [
         ("ink.safetensors", "scumble registry publish"),
         ("http://example.org/a", "plain http"),
-        ("ftp://example.org/a", "is no source"),
-        ("file:///etc/passwd", "is no source"),
-        ("hf:ann/ink/a//b", "no path"),
+        ("ftp://example.org/a", "is not a source"),
+        ("file:///etc/passwd", "is not a source"),
+        ("hf:ann/ink/a//b", "is not a path inside a repository"),
         ("https://civitai.com/models/5", "modelVersionId"),
         ("https://civitai.com/models/5/ink?modelVersionId=7/../8", "modelVersionId"),
     ],

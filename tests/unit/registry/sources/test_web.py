@@ -22,7 +22,7 @@ from scumble_registry import Registry
 from scumble_registry.importing import import_from
 from scumble_registry.sources import addresses
 from scumble_registry.sources.addresses import is_public
-from scumble_registry.sources.web import Rules, fetch, file_name, shown, token_for
+from scumble_registry.sources.web import Rules, fetch, file_name, redacted, token_for
 from support.stand_ins import Answer, reply, serving, sha256
 
 HOSTS = ("localhost", "files.example", "civitai.com", "storage.example", "127.0.0.1")
@@ -90,7 +90,7 @@ def test_it_is_published_and_twice_is_once(serve: Any, rules: Rules, registry: R
         url = f"https://files.example:{port}/ink.safetensors"
         first = import_from(registry, url, "styles/ink", sha256=sha256(data), rules=rules)
         assert import_from(registry, url, "styles/ink", rules=rules) == first
-        with pytest.raises(IntegrityError, match="not the file that you mean"):
+        with pytest.raises(IntegrityError, match="check the URL and the digest"):
             import_from(registry, url, "styles/oil", sha256="0" * 64, rules=rules)
         with pytest.raises(InvalidRequest, match="64 hexadecimal"):
             import_from(registry, url, "styles/oil", sha256="abc", rules=rules)
@@ -201,7 +201,7 @@ def test_redirects_are_followed_and_tokens_are_not_passed_on(
         ("https://[::ffff:10.0.0.1]/a", Refused, "no public address"),
         ("file:///etc/passwd", Refused, "is not https"),
         ("https://user:pass@files.example/a", InvalidRequest, "password"),
-        ("/again", Refused, "more than 5 times"),
+        ("/again", Refused, "more than 5 redirects"),
     ],
 )
 def test_every_redirect_is_judged_again(
@@ -275,10 +275,10 @@ def test_a_server_that_drips_is_given_up(serve: Any, rules: Rules, tmp_path: Pat
 @pytest.mark.parametrize(
     ("answer", "error", "says"),
     [
-        (send(status=404), NotFound, "nothing at"),
-        (send(status=401), Refused, "may not be fetched"),
+        (send(status=404), NotFound, "there is no file at"),
+        (send(status=401), Refused, "access to .* is denied"),
         (send(status=503), Unavailable, "status 503"),
-        (send(b"<html>", Content_Type="text/html; charset=utf-8"), Refused, "is a page"),
+        (send(b"<html>", Content_Type="text/html; charset=utf-8"), Refused, "is a web page, not a file"),
         (send(Content_Encoding="gzip"), Refused, "gzip"),
         (send(b"", 302), Unavailable, "status 302"),
     ],
@@ -318,7 +318,7 @@ def test_tokens_go_to_their_own_host_only() -> None:
 
 def test_no_secret_of_a_url_is_shown() -> None:
     url = "https://ann:pass@[::1]:8443/a%20b?token=secret&type=Model&sig=secret#secret"
-    assert shown(url) == "https://[::1]:8443/a%20b?type=Model"
+    assert redacted(url) == "https://[::1]:8443/a%20b?type=Model"
 
 
 @pytest.mark.parametrize(

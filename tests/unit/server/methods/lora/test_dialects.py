@@ -235,7 +235,7 @@ def test_four_channels_on_an_inpainting_base(bench: Bench, tmp_path: Path, inpai
     stretched = load_file(file) | {"lora_unet_conv_in.dora_scale": torch.ones(len(up), 1, 1, 1)}
     save_file(stretched, tmp_path / "dora.safetensors")
     dora = bench.publish("sd1", tmp_path / "dora.safetensors")
-    with pytest.raises(Incompatible, match="stretches weights"):
+    with pytest.raises(Incompatible, match="scales the base's weights"):
         bench.draw("inpainting", Adapter(ref=dora.ref), **pictures)
 
 

@@ -116,7 +116,7 @@ def folder(tmp_path: Path) -> Path:
     [
         (peft.VeraConfig(r=4, target_modules=["attn1.to_q"]), "peft_type 'VERA'"),
         (peft.OFTConfig(r=0, oft_block_size=4, coft=True, target_modules=["attn1.to_q"]), "coft"),
-        (peft.OFTConfig(r=0, oft_block_size=4, target_modules=["conv1"]), "does not do what it merges"),
+        (peft.OFTConfig(r=0, oft_block_size=4, target_modules=["conv1"]), "differs from its own merged"),
     ],
     ids=["VeRA", "constrained OFT", "OFT of convolutions"],
 )
