@@ -25,12 +25,12 @@ from scumble_server.executors.protocol import NetModel
 from scumble_server.executors.torch.executor import TorchExecutor
 from support.control_nets import load_unet, make_net, make_union
 from support.paging import some_factors
+from support.places import DEMO_BASE
 from support.tiny_families import make_tiny_sdxl
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
 """Of the largest value: half precision, rounded at other places."""
-DEMO = Path(__file__).parents[5] / "demo" / "base"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def test_a_step_of_every_kind_equals_torch(sd1: Pair, kind: str) -> None:
 )
 def test_a_step_of_the_demo_base_equals_torch(graph_cache: Path, kind: str, precision: str, tolerance: float) -> None:
     torch.manual_seed(11)
-    pair = make_pair(DEMO, "sd1", graph_cache, precision)
+    pair = make_pair(DEMO_BASE, "sd1", graph_cache, precision)
     for rows, size in ((1, (16, 16)), (3, (12, 20))):
         assert difference(pair, step_inputs(pair, rows, size, kind), size) <= tolerance
 
