@@ -32,3 +32,12 @@ def _make_tiny_base() -> Callable[..., Path]:
     from support.tiny_sd import make_tiny_base
 
     return make_tiny_base
+
+
+@pytest.fixture(scope="session")
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported graphs of all tests, of all of pytest-xdist's workers: to trace one takes seconds."""
+    mine = tmp_path_factory.getbasetemp()
+    folder = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "graphs"
+    folder.mkdir(exist_ok=True)
+    return folder

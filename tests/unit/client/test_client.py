@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.client.conftest import ScriptedServer, a_picture
 
 import scumble
 from scumble import wire
 from scumble.client import MAX_RETRIES, Client
 from scumble.events import Done, Event, Failed, Queued, Step
 from support.receipts import a_receipt
+from support.scripted_server import ScriptedServer, a_picture
 
 
 def no_wait(client: Client) -> list[float]:

@@ -16,9 +16,9 @@ from typer.main import get_command
 from scumble.cli import main  # noqa: F401 - the command that the container runs is there
 from scumble_build.engines import profiles
 from scumble_server.cli.serve import serve
+from support.places import REPOSITORY
 
-ROOT = Path(__file__).parents[3]
-DEPLOY = ROOT / "deploy"
+DEPLOY = REPOSITORY / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
 
@@ -47,7 +47,7 @@ def test_the_dockerfile_passes_hadolint() -> None:
 def test_what_the_dockerfile_copies_is_there() -> None:
     sources = [name for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.MULTILINE) for name in line.split()[:-1]]
     assert sources
-    assert [name for name in sources if not (ROOT / name).exists()] == []
+    assert [name for name in sources if not (REPOSITORY / name).exists()] == []
 
 
 def test_the_dockerfile_and_compose_start_the_server_with_options_that_it_has(

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from scumble.cli import run
 from scumble_registry import Registry
 from scumble_registry.formats.safetensors_header import Array, write
+from support.commands import Scumble
 
 settings.register_profile("registry", deadline=None, max_examples=25)
 settings.load_profile("registry")  # machines are shared; a test never times
@@ -128,3 +130,20 @@ def write_lora(tmp_path: Path) -> LoraWriter:
 @pytest.fixture
 def lora(write_lora: LoraWriter) -> Path:
     return write_lora()
+
+
+@pytest.fixture
+def scumble(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Scumble:
+    """`status, stdout, stderr = scumble("ls", "--json")`, with SCUMBLE_HOME set and a wide terminal."""
+    monkeypatch.setenv("SCUMBLE_HOME", str(home))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = run(["registry", *map(str, arguments)])
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -39,15 +38,6 @@ def published(
             files[name] = make_lora(tiny_base, tmp_path_factory.mktemp("lora"), **how)  # type: ignore[operator]
             registry.publish(files[name], name=name, base="tiny/base")
     return home, files
-
-
-@pytest.fixture(scope="session")
-def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Exported graphs of all tests, of all of pytest-xdist's workers: to trace one takes seconds."""
-    mine = tmp_path_factory.getbasetemp()
-    folder = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "graphs"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 @pytest.fixture(scope="session")

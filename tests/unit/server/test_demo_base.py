@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from scumble.events import Done, Event, Failed, Preview
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_trainers.results.result import publish_result
+from support.places import DEMO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from support.running import Running
 
 pytestmark = pytest.mark.every_executor
-DEMO = Path(__file__).parents[3] / "demo"
 STYLES = ("openmoji", "ink")
 
 

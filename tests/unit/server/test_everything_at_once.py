@@ -36,6 +36,7 @@ from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from support.every_kind import EveryKind, publish_every_kind, request_for
 from support.oracle import changed_weights, diffusers_scheduler
+from support.places import DEMO_BASE
 from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
 from support.tiny_hypernetwork import WebuiHypernetwork
 
@@ -54,9 +55,6 @@ VISIBLE = 50 * TOLERANCE
 SCHEDULERS = ("ddim", "euler_a", "dpmpp_2m_karras", "unipc")
 SEEN_AMONG_OTHERS = 10 * TOLERANCE
 PLAIN = {"seed": 7, "steps": 10, "guidance_scale": 5.0, "width": 64, "height": 64}
-
-
-DEMO_BASE = Path(__file__).parents[3] / "demo" / "base"
 
 
 @pytest.fixture(scope="module", params=["tiny", "demo", "sd2", "sdxl"])

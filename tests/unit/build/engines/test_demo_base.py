@@ -17,12 +17,12 @@ from scumble_build.engines.profiles import Profile, Range
 from scumble_build.export.command import find_base, open_base
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_build.export.write import write_graphs
+from support.places import DEMO_BASE
 from support.tensorrt_here import check_parses, needs_rtx
 from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
 from support.tiny_sd import make_tiny_base
 
 pytestmark = needs_rtx
-DEMO = Path(__file__).parents[4] / "demo" / "base"
 SMALL = Profile({"rows": Range(1, 2, 8), "resident": Range(1, 8, 64), "rank_pages": Range(1, 2, 8)})
 LARGEST = ("unet.full", "unet.every")
 
@@ -44,8 +44,8 @@ def check_build(folder: Path, manifests: list[GraphManifest]) -> None:
 
 
 def test_the_demo_bases_parts_build_for_two_generations_of_gpu(tmp_path: Path) -> None:
-    every = open_base(find_base(str(DEMO), tmp_path), "fp16").names
-    manifests = exported(DEMO, tmp_path, tuple(name for name in every if name not in LARGEST), "fp16")
+    every = open_base(find_base(str(DEMO_BASE), tmp_path), "fp16").names
+    manifests = exported(DEMO_BASE, tmp_path, tuple(name for name in every if name not in LARGEST), "fp16")
     assert {"text_encoder", "kv_projection", "denoiser", "vae_decoder", "vae_encoder", "image_encoder"} == {
         manifest.part for manifest in manifests
     }

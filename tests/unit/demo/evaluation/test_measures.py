@@ -18,9 +18,9 @@ from scumble_demo.evaluation.trial import COUNT, known_prompts, some_concepts
 from scumble_demo.scorer import Scorer
 from scumble_trainers.base import find_base
 from scumble_trainers.results.result import Result
+from support.places import DEMO_BASE
 
 SIDE = 128
-DEMO = Path(__file__).parents[4] / "demo/base"
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 
 
@@ -36,7 +36,7 @@ def edges(picture: Image.Image) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
-    return Scorer.load(DEMO)
+    return Scorer.load(DEMO_BASE)
 
 
 def test_edges_of_a_picture_are_its_own() -> None:
@@ -80,7 +80,7 @@ def test_prompts_are_of_concepts_that_the_base_knows() -> None:
 def test_without_a_scorer_nothing_is_measured(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="needs a scorer"):
         check_measurable(find_base(str(tiny_base), tmp_path))
-    check_measurable(find_base(str(DEMO), tmp_path))
+    check_measurable(find_base(str(DEMO_BASE), tmp_path))
 
 
 def test_one_concept_and_its_word_must_be_known(tmp_path: Path) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-TESTS = Path(__file__).parents[3]
+from support.places import REPOSITORY
 
 
 def test_mutated_files_are_refused_or_read_as_others_read_them() -> None:
+    environment = {"PYTHONPATH": str(REPOSITORY / "tests")}
     command = [sys.executable, "-W", "ignore", "tests/support/fuzz_incoming.py", "--files", "400", "--seed", "1"]
     done = subprocess.run(
-        command, cwd=TESTS.parent, env={"PYTHONPATH": str(TESTS)}, capture_output=True, text=True, check=False
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

@@ -12,9 +12,8 @@ import pytest
 from scumble.cli import run
 from scumble.errors import Incompatible, IntegrityError, InvalidRequest, NotFound, Refused
 from scumble_registry import Registry, Version
-from scumble_registry.compatibility import BaseCompatibility, ImageEncoderCompatibility, IpAdapterCompatibility
+from scumble_registry.compatibility import ImageEncoderCompatibility, IpAdapterCompatibility
 from scumble_registry.formats.ip_adapter import read_record, write_record
-from scumble_registry.formats.ip_adapter.attentions import attentions
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors, write
 from scumble_registry.formats.source import Hints
 
@@ -97,28 +96,6 @@ def test_indices_are_diffusers_order(based: Registry, tiny_base: Path, tmp_path:
     assert found.attentions == {f"unet.{name}": unet.get_submodule(name).to_k.out_features for name in names[1::2]}
     assert found.lora is not None
     assert len(found.lora.ranks) == 4 * len(names)
-
-
-def test_the_order_is_that_of_sd_15_too() -> None:
-    """16 cross-attentions on three levels; more than ten attentions, so that names must not be sorted as words."""
-    torch = pytest.importorskip("torch")
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
-    targets = {f"unet.{name}": m.weight.shape for name, m in unet.named_modules() if hasattr(m, "in_features")}
-    base = BaseCompatibility(
-        family="sd1",
-        prediction_type="epsilon",
-        in_channels=4,
-        latent_channels=4,
-        sample_size=64,
-        vae_scale=8,
-        cross_attention_dim=768,
-        text_widths=(768,),
-        targets=dict(sorted(targets.items(), reverse=True)),
-    )
-    expected = [f"unet.{name.removesuffix('.processor')}" for name in unet.attn_processors]
-    assert attentions(base) == expected
-    assert (len(expected), expected[31]) == (32, "unet.mid_block.attentions.0.transformer_blocks.0.attn2")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

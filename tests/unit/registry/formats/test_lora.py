@@ -1,4 +1,4 @@
-"""The two dialects and the record. PEFT itself is asked in `test_lora_oracle.py`."""
+"""The two dialects and the record. PEFT itself is asked in `lora/test_peft.py`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from scumble.errors import Incompatible, IntegrityError, Refused
+from scumble.errors import Incompatible, Refused
 from scumble_registry import Registry
-from scumble_registry.formats.lora import LoraModule, LoraRecord, read_record, write_record
-from scumble_registry.formats.lora.peft import match_pattern
-from scumble_registry.formats.lora.record import make_module
+from scumble_registry.formats.lora import LoraRecord, read_record
 from scumble_registry.formats.safetensors_header import write
 
 LoraWriter = Callable[..., Path]
@@ -27,43 +22,6 @@ Q_PROJ = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 KOHYA_TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 KOHYA_CONV = "lora_unet_conv_in"
 DTYPES = [np.dtype("<f4"), np.dtype("<f2"), np.dtype(ml_dtypes.bfloat16)]
-
-
-@st.composite
-def modules(draw: st.DrawFn) -> LoraModule:
-    rank, out, width, side = (draw(st.integers(1, 4)) for _ in range(4))
-    kernel: tuple[int, ...] = draw(st.sampled_from([(), (side, side)]))
-    dtype = draw(st.sampled_from(DTYPES))
-    values = st.floats(-4, 4, width=16)
-    down = draw(hnp.arrays(np.float32, (rank, width, *kernel), elements=values)).astype(dtype)
-    up = draw(hnp.arrays(np.float32, (out, rank, *(1 for _ in kernel)), elements=values)).astype(dtype)
-    return make_module("a", down, up, draw(st.floats(0.015625, 512, width=32)))
-
-
-RECORDS = st.dictionaries(st.from_regex(r"unet\.[a-z0-9.]{1,8}", fullmatch=True), modules(), max_size=4)
-
-
-def same(one: LoraRecord, other: LoraRecord) -> bool:
-    def bits(module: LoraModule) -> tuple[Any, ...]:
-        arrays = [(a.dtype, a.shape, a.tobytes()) for a in (module.down, module.up)]
-        return (*arrays, module.alpha)
-
-    return {n: bits(m) for n, m in one.items()} == {n: bits(m) for n, m in other.items()}
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(record=RECORDS)
-def test_a_record_survives_being_written_and_read_and_has_one_spelling(record: LoraRecord, tmp_path: Path) -> None:
-    path = tmp_path / "record.safetensors"
-    path.write_bytes(write_record(record))
-    assert same(read_record(path), record)
-    assert write_record(read_record(path)) == path.read_bytes()
-    assert write_record(dict(reversed(record.items()))) == path.read_bytes()
-
-
-def test_a_file_that_is_no_record_is_an_integrity_error(lora: Path) -> None:
-    with pytest.raises(IntegrityError, match="not a LoRA record"):
-        read_record(lora)
 
 
 def published(registry: Registry, file: Path, **options: Any) -> LoraRecord:
@@ -110,21 +68,6 @@ def test_both_spellings_of_the_text_encoder_are_one_target(
     assert list(published(registry, path)) == [Q_PROJ]
     with pytest.raises(Refused, match="twice"):
         published(registry, write_lora("both.safetensors", tensors=flat))
-
-
-@pytest.mark.parametrize(
-    ("patterns", "expected"),
-    [
-        ({"to_q": 1}, 1),
-        ({"q": 1}, 0),
-        ({"attn1.to_q": 1, "to_q": 2}, 1),
-        ({"to_k": 1, ".*": 2}, 2),
-        ({r"^down\.attn1\.to_q": 3}, 3),
-        ({"attn1": 1}, 0),
-    ],
-)
-def test_patterns_match_the_end_of_a_name_and_the_first_one_wins(patterns: dict[str, int], expected: int) -> None:
-    assert match_pattern(patterns, "down.attn1.to_q", 0) == expected
 
 
 @pytest.mark.parametrize(

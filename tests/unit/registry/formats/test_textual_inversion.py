@@ -5,21 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from scumble.errors import Incompatible, IntegrityError, Refused
+from scumble.errors import Incompatible, Refused
 from scumble_registry import Registry
 from scumble_registry.compatibility import TextualInversionCompatibility
 from scumble_registry.formats.safetensors_header import Array, write
-from scumble_registry.formats.textual_inversion import make_record, read_record, write_record
+from scumble_registry.formats.textual_inversion import make_record, read_record
 
 WIDTH = 8  # of the text encoder of the base in conftest.py
-DTYPES = [np.dtype("<f4"), np.dtype("<f2"), np.dtype(ml_dtypes.bfloat16)]
 
 
 def save(path: Path, **tensors: Array) -> Path:
@@ -35,28 +30,6 @@ def published(registry: Registry, file: Path, **options: Any) -> TextualInversio
     compatibility = registry.publish(file, f"e/{len(registry.names())}", **options).manifest.compatibility
     assert isinstance(compatibility, TextualInversionCompatibility)
     return compatibility
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    values=st.tuples(st.integers(1, 5), st.integers(1, 5)).flatmap(
-        lambda shape: hnp.arrays(np.float32, shape, elements=st.floats(-4, 4, width=16))
-    ),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_a_record_survives_being_written_and_read(values: Array, dtype: np.dtype[Any], tmp_path: Path) -> None:
-    path = tmp_path / "record.safetensors"
-    vectors = values.astype(dtype)
-    path.write_bytes(write_record({"text_encoder": vectors}))
-    read = read_record(path)
-    assert list(read) == ["text_encoder"]
-    assert (read["text_encoder"].dtype, read["text_encoder"].tobytes()) == (vectors.dtype, vectors.tobytes())
-    assert write_record(read) == path.read_bytes()
-
-
-def test_a_file_that_is_no_record_is_an_integrity_error(tmp_path: Path) -> None:
-    with pytest.raises(IntegrityError, match="not an embedding's record"):
-        read_record(save(tmp_path / "a.safetensors", cat=ones(3)))
 
 
 @pytest.mark.parametrize(

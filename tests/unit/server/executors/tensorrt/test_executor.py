@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +27,6 @@ from scumble_build.export.command import find_base, open_base
 from scumble_build.export.control import NetGraphs
 from scumble_build.export.manifest import GraphManifest
 from scumble_build.export.provenance import code_digest
-from scumble_build.export.write import write_graphs
 from scumble_build.graphs.families import FAMILIES
 from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
@@ -39,6 +37,7 @@ from scumble_server.executors.tensorrt.executor import TensorRTExecutor
 from scumble_server.executors.tensorrt.fitting import pull_base
 from scumble_server.executors.torch.executor import TorchExecutor
 from support.control_nets import load_unet, make_net
+from support.engines import make_engines
 from support.every_kind import coarse_png
 from support.fake_tensorrt import FakeTensorRT, make_plan
 from support.tiny_variant import make_checkpoint
@@ -50,16 +49,10 @@ SIX_ROWS = Profile({"rows": Range(1, 2, 6), "resident": Range(1, 8, 20)})
 
 
 @pytest.fixture(scope="module")
-def pulled(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pulled]:
+def pulled(tiny_base: Path, graph_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pulled]:
     folder = tmp_path_factory.mktemp("graphs")
     base = find_base(str(tiny_base), folder)
-    found = {}
-    for manifest in write_graphs(open_base(base, "fp32"), GRAPHS, folder, base=base.digest, family=base.family):
-        plan = folder / f"{manifest.graph}.plan"
-        make_plan(folder / manifest.onnx.name, manifest, (SIX_ROWS,), plan)
-        key = EngineKey(manifest.graph, "g", base.digest, Flavour.TENSORRT, "11", (89,), "fp32", "l", [], {})
-        found[manifest.graph] = Pulled(Stored(key, None), manifest, plan)  # type: ignore[arg-type]
-    return found
+    return make_engines(open_base(base, "fp32"), GRAPHS, folder, graph_cache, of=base.digest, profile=SIX_ROWS)
 
 
 NARROW = Profile(
@@ -180,8 +173,8 @@ def test_merged_weights_are_refused(tiny_base: Path, pulled: dict[str, Pulled]) 
 class Shop:
     """A registry with a base, a net and a checkpoint, and their engines, which the executor takes from it."""
 
-    def __init__(self, base: Path, folder: Path) -> None:
-        self.home = folder / "home"
+    def __init__(self, base: Path, folder: Path, graph_cache: Path) -> None:
+        self.home, self._graph_cache = folder / "home", graph_cache
         make_net(load_unet(base), 1).save_pretrained(folder / "net")
         make_checkpoint(base, folder / "tuned", seed=3, components=("unet",))
         with Registry.open(self.home, create=True) as registry:
@@ -196,12 +189,9 @@ class Shop:
         self._build(folder / "graphs", open_base(replace(found, folder=whole), "fp32"), self.tuned, ON_UNET)
 
     def _build(self, folder: Path, graphs: Any, of: Version, names: tuple[str, ...] = ()) -> None:
-        for manifest in write_graphs(graphs, names or graphs.names, folder, base=of.digest, family="sd1"):
-            plan = folder / f"{manifest.graph}.plan"
-            make_plan(folder / manifest.onnx.name, manifest, (WHOLE,), plan)
-            key = EngineKey(manifest.graph, "g", of.digest, Flavour.TENSORRT, "11", (89,), "fp32", "l", [], {})
-            stored = Stored(key, SimpleNamespace(digest=f"sha256:{of.name}"))  # type: ignore[arg-type]
-            self.engines.setdefault(of.digest, {})[manifest.graph] = Pulled(stored, manifest, plan)
+        self.engines[of.digest] = make_engines(
+            graphs, names or graphs.names, folder, self._graph_cache, of=of.digest, artifact=of.name
+        )
 
     def executor(self, folder: Path) -> TensorRTExecutor:
         weights = TorchExecutor.load(folder, FAMILIES["sd1"])
@@ -218,8 +208,8 @@ ON_BASE = ("text_encoder", "vae_decoder", "vae_encoder", *ON_UNET)
 
 
 @pytest.fixture(scope="module")
-def shop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(tiny_base, tmp_path_factory.mktemp("shop"))
+def shop(tiny_base: Path, graph_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tiny_base, tmp_path_factory.mktemp("shop"), graph_cache)
 
 
 @pytest.fixture

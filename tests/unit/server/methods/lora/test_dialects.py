@@ -19,11 +19,10 @@ from scumble.errors import Incompatible
 from scumble.request import Adapter
 from scumble_registry.compatibility.original_names import original_names
 from support.formats_table import note
-
-from .conftest import PLAIN
+from support.lora_bench import PLAIN
 
 if TYPE_CHECKING:
-    from .conftest import Bench
+    from support.lora_bench import Bench
 
 pytestmark = pytest.mark.oracle
 RANK, SCALE = 3, 1.5

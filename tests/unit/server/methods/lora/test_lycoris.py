@@ -12,7 +12,7 @@ from scumble_registry.compatibility.original_names import original_names
 from support.tiny_lycoris import ALGORITHMS, CONVOLUTIONS, LINEAR, TEXT, adapt, layers, save, state
 
 if TYPE_CHECKING:
-    from .conftest import Bench
+    from support.lora_bench import Bench
 
 pytestmark = pytest.mark.oracle
 FAMILIES = ("sd1", "sd2", "sdxl")

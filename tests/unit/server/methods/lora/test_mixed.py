@@ -18,7 +18,7 @@ from support.tiny_lycoris import ALGORITHMS, adapt, save, state
 from support.tiny_variant import make_checkpoint
 
 if TYPE_CHECKING:
-    from .conftest import Bench
+    from support.lora_bench import Bench
 
 pytestmark = pytest.mark.oracle
 LAYERS = {

@@ -12,7 +12,7 @@ import torch
 from scumble.errors import Refused
 
 if TYPE_CHECKING:
-    from .conftest import Bench
+    from support.lora_bench import Bench
 
 pytestmark = pytest.mark.oracle
 TARGETS = ["attn1.to_q", "attn1.to_out.0", "attn2.to_k", "attn2.to_v", "ff.net.2", "proj_in"]

@@ -118,13 +118,3 @@ def test_threads_that_publish_at_once_leave_no_gap(registry: Registry, write_lor
         versions = list(pool.map(lambda file: registry.publish(file, "styles/ink"), files))
     assert versions[:6] == versions[6:]
     assert sorted(version.version for version in versions[:6]) == [1, 2, 3, 4, 5, 6]
-
-
-def test_callers_that_materialise_at_once_get_the_same_whole_folder(
-    registry: Registry, write_base: BaseWriter, home: Path
-) -> None:
-    version = registry.publish(write_base(), "demo/base")
-    with ThreadPoolExecutor(8) as pool:
-        folders = set(pool.map(lambda _: registry.materialise(version), range(16)))
-    assert len(folders) == 1
-    assert [path.name for path in (home / "cache").iterdir()] == [folders.pop().name]

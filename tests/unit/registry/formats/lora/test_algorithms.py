@@ -13,10 +13,8 @@ import pytest
 from scumble.errors import Incompatible, Refused
 from scumble_registry import Registry, formats
 from scumble_registry.formats.lora import LoraModule, LoraRecord, read_record
-from scumble_registry.formats.lora import metadata as header_metadata
 from scumble_registry.formats.lora.export import export
 from scumble_registry.formats.lora.record import Dense, Gain, Kronecker, Product, Rotation, make_module
-from scumble_registry.formats.lora.sampling_hints import sampling_of
 from scumble_registry.formats.safetensors_header import write
 from scumble_registry.formats.source import Source
 from scumble_registry.formats.stable_diffusion import stable_diffusion
@@ -257,61 +255,6 @@ def test_two_spellings_of_one_module_are_refused(published: Any) -> None:
         tensors |= {f"{key}.lora_down.weight": draw(2, 4, 3, 3), f"{key}.lora_up.weight": draw(4, 2, 1, 1)}
     with pytest.raises(Refused, match="twice"):
         published(tensors)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "words"),
-    [
-        ({"trigger_words": '["ink", "wash"]'}, ("ink", "wash")),
-        ({"modelspec.trigger_phrase": "ink, wash"}, ("ink", "wash")),
-        ({"ss_tag_frequency": json.dumps({"10_ink": {"sks ink": 20, "tree": 7}})}, ("sks ink",)),
-        ({"ss_tag_frequency": json.dumps({"1_a": {f"tag{i}": 5 for i in range(9)}})}, ()),
-        ({"ss_tag_frequency": "{"}, ()),
-        ({"ss_tag_frequency": '{"a": {"b": "c"}}'}, ()),
-        ({"trigger_words": "a" * 300 + ", in\x07k, wash"}, ("wash",)),
-        ({}, ()),
-    ],
-)
-def test_trigger_words(metadata: dict[str, str], words: tuple[str, ...]) -> None:
-    assert header_metadata.trigger_words(metadata) == words
-
-
-@pytest.mark.parametrize(
-    ("metadata", "name", "expected"),
-    [
-        ({}, "lcm-lora-sdv1-5.safetensors", {"scheduler": "lcm", "steps": 4, "guidance_scale": 1.0}),
-        ({}, "LCM_LoRA_Weights_SD15.safetensors", {"scheduler": "lcm", "steps": 4, "guidance_scale": 1.0}),
-        (
-            {},
-            "sdxl_lightning_8step_lora.safetensors",
-            {"scheduler": "euler", "steps": 8, "guidance_scale": 1.0, "timestep_spacing": "trailing"},
-        ),
-        (
-            {},
-            "Hyper-SDXL-8steps-CFG-lora.safetensors",
-            {"scheduler": "ddim", "steps": 8, "timestep_spacing": "trailing"},
-        ),
-        (
-            {},
-            "Hyper-SD15-1step-lora.safetensors",
-            {"scheduler": "tcd", "steps": 1, "guidance_scale": 1.0, "eta": 1.0},
-        ),
-        (
-            {"ss_output_name": "TCD-SDXL-LoRA"},
-            "pytorch_lora_weights.safetensors",
-            {"scheduler": "tcd", "steps": 4, "guidance_scale": 1.0, "eta": 0.3},
-        ),
-        ({}, "dmd2_sdxl_4step_lora.safetensors", {"scheduler": "lcm", "steps": 4, "guidance_scale": 1.0}),
-        ({}, "lightning-bolts-style.safetensors", None),
-        ({}, "hyper_realistic.safetensors", None),
-        ({}, "ink.safetensors", None),
-    ],
-)
-def test_speed_loras_are_known_by_their_makers_names(
-    metadata: dict[str, str], name: str, expected: dict[str, Any] | None
-) -> None:
-    found = sampling_of(metadata, name)
-    assert (found.model_dump() if found is not None else None) == expected
 
 
 def test_a_butterfly_of_one_stage_is_a_rotation_of_blocks(published: Any) -> None:

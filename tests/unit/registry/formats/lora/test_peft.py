@@ -12,6 +12,7 @@ import pytest
 from scumble_registry import Registry
 from scumble_registry.compatibility import BaseCompatibility
 from scumble_registry.formats.lora import LoraModule, read_record
+from scumble_registry.formats.lora.peft import match_pattern
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -137,3 +138,18 @@ def test_the_targets_of_a_saved_base_are_the_modules_of_the_models(
         return {f"{prefix}.{n}": tuple(m.weight.shape) for n, m in modules if isinstance(m, kinds)}
 
     assert found.targets == shapes(unet, "unet") | shapes(text_encoder, "text_encoder.text_model")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ({"to_q": 1}, 1),
+        ({"q": 1}, 0),
+        ({"attn1.to_q": 1, "to_q": 2}, 1),
+        ({"to_k": 1, ".*": 2}, 2),
+        ({r"^down\.attn1\.to_q": 3}, 3),
+        ({"attn1": 1}, 0),
+    ],
+)
+def test_patterns_match_the_end_of_a_name_and_the_first_one_wins(patterns: dict[str, int], expected: int) -> None:
+    assert match_pattern(patterns, "down.attn1.to_q", 0) == expected
