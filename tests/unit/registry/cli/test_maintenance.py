@@ -27,10 +27,10 @@ def test_gc_and_fsck_say_what_they_found(scumble: Scumble, home: Path, lora: Pat
     scumble("publish", lora, "--name", "styles/ink")
     FileStore(home / "registry").put(io.BytesIO(b"left behind"))
     assert as_json(scumble("fsck", "--json"))["unneeded"] == 1
-    assert "1 blobs are needed by nothing" in scumble("fsck")[1]
+    assert "1 unneeded blobs" in scumble("fsck")[1]
     assert as_json(scumble("gc", "--grace", "0", "--dry-run", "--json"))["blobs"] == 1
     assert scumble("gc", "--grace", "0")[1].startswith("1 blobs, 0 entries of the cache, 0 unfinished: 11 bytes freed")
-    assert "all there\n" in scumble("fsck")[1]
+    assert "complete\n" in scumble("fsck")[1]
     for file in (home / "registry/blobs/sha256").glob("??/*"):
         file.unlink()
     status, out, _ = scumble("fsck", "--json")

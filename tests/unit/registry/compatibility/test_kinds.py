@@ -10,8 +10,8 @@ from pydantic import TypeAdapter
 from scumble.errors import Incompatible, Refused
 from scumble_registry.compatibility import (
     BaseCompatibility,
-    Compatibility,
     LoraCompatibility,
+    StoredCompatibility,
     TextualInversionCompatibility,
     VaeCompatibility,
 )
@@ -34,7 +34,7 @@ VAE = VaeCompatibility(latent_channels=4, scale=8, parameters=1)
 
 @pytest.mark.parametrize("compatibility", [BASE, LORA, EMBEDDING, VAE], ids=lambda each: each.kind)
 def test_its_kind_tells_what_is_read(compatibility: Any) -> None:
-    adapter: TypeAdapter[Any] = TypeAdapter(Compatibility)
+    adapter: TypeAdapter[Any] = TypeAdapter(StoredCompatibility)
     assert adapter.validate_json(adapter.dump_json(compatibility)) == compatibility
 
 
@@ -51,7 +51,7 @@ def test_what_fits_says_nothing(compatibility: Any) -> None:
         (VAE.model_copy(update={"scale": 4}), "pixels per latent 4, but this sd1 base has 8"),
         (
             LORA.model_copy(update={"magnitudes": True}),
-            "unet.conv_in with 4 channels, of which this base has 9",
+            "unet.conv_in with 4 channels, but this base.s has 9",
         ),
         (LORA.model_copy(update={"requires": {"unet.a": (2, 2)}}), "unet.a 2x2, which this sd1 base does not have"),
     ],

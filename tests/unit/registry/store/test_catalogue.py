@@ -59,7 +59,7 @@ def test_what_is_quarantined_cannot_be_published_or_named_again(
     bad = catalogue.set_status(connection, version, Status.QUARANTINED)
     with pytest.raises(Refused, match="is styles/ink@1, which is quarantined"):
         catalogue.add(connection, NAME, manifests[0], Status.APPROVED)
-    with pytest.raises(Refused, match="an alias to it could not be used"):
+    with pytest.raises(Refused, match="an alias could not resolve to it"):
         catalogue.set_alias(connection, "prod", bad)
 
 
