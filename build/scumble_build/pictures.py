@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Pixels: TypeAlias = NDArray[np.uint8]
-WHITE: Literal[255] = 255
-BLACK: Literal[0] = 0
+Ground: TypeAlias = Literal[0, 255]
+"""The grey that is behind what is transparent."""
+WHITE: Ground = 255
+BLACK: Ground = 0
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 """Pillow's modes of 16-bit grey, whose own conversion cuts everything above 255 to white."""
@@ -42,7 +44,7 @@ def _from_sixteen_bits(picture: Image.Image) -> Image.Image:
     return grey
 
 
-def lay_on(pixels: Pixels, ground: Literal[0, 255]) -> Pixels:
+def lay_on(pixels: Pixels, ground: Ground) -> Pixels:
     """Lay pixels `(H, W, 3 or 4)` on a white or black ground: `(H, W, 3)`.
 
     White is for what is looked at (originals, references, data sets, what is preprocessed); black for ready control

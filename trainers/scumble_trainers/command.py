@@ -62,9 +62,9 @@ def train_and_publish(entry: MethodEntry, common: Common, settings: TrainSetting
     from scumble_registry import Registry, default_home
     from scumble_trainers.base import find_base
     from scumble_trainers.evaluation import installed_evaluation
+    from scumble_trainers.progress import progress_bars
     from scumble_trainers.results.result import publish_result
     from scumble_trainers.run import train
-    from scumble_trainers.steps.progress import progress_bars
 
     home, publish = default_home(), common["publish"]
     base = find_base(common["base"], home)

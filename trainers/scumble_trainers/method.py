@@ -18,11 +18,11 @@ from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.captions import Captions, TextEncoders, TextStates
 from scumble_trainers.data.dataset import Example, hold_out
 from scumble_trainers.data.latents import Latents
+from scumble_trainers.draws import Draw
+from scumble_trainers.losses import Schedule, denoising_loss
+from scumble_trainers.progress import ProgressReport
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import Settings, StoredType
-from scumble_trainers.steps.draws import Draw
-from scumble_trainers.steps.losses import Schedule, denoising_loss
-from scumble_trainers.steps.progress import ProgressReport
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
 MOST_HELD_OUT = 64

@@ -16,7 +16,9 @@ from scumble_trainers.data.buckets import Size, choose_sizes
 from scumble_trainers.data.captions import read_captions
 from scumble_trainers.data.dataset import Example, data_digest, read_examples, with_captions
 from scumble_trainers.data.latents import cached_latents
+from scumble_trainers.losses import noise_schedule
 from scumble_trainers.method import Material, TrainingMethod
+from scumble_trainers.progress import ProgressReport, silent
 from scumble_trainers.results.card import write_card
 from scumble_trainers.results.provenance import provenance
 from scumble_trainers.results.result import CARD, GRID, Result, read_result, write_result
@@ -26,8 +28,6 @@ from scumble_trainers.settings import TrainSettings
 from scumble_trainers.steps.allocator import keep_freed_memory
 from scumble_trainers.steps.checkpoints import Checkpoint, latest_checkpoint
 from scumble_trainers.steps.loop import Run
-from scumble_trainers.steps.losses import noise_schedule
-from scumble_trainers.steps.progress import ProgressReport, silent
 
 SAMPLE_ROWS = 4
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from scumble_demo.pretraining.device import mixed_precision, step_generator
 from scumble_demo.pretraining.scheduler import new_scheduler
 from scumble_trainers.data.latents import Latents
-from scumble_trainers.steps.losses import denoising_loss, noise_schedule, validation_loss
+from scumble_trainers.losses import denoising_loss, noise_schedule, validation_loss
 
 CHANNELS = (64, 128, 128)
 HEADS = (2, 4, 4)

@@ -20,9 +20,9 @@ from scumble.errors import InvalidRequest
 from scumble_trainers.base import TrainingBase, find_base
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
+from scumble_trainers.progress import silent
 from scumble_trainers.run import train
 from scumble_trainers.steps.loop import Run
-from scumble_trainers.steps.progress import silent
 
 FILE = "pytorch_lora_weights.safetensors"
 

@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from scumble.errors import InvalidRequest, NotFound
-from scumble_trainers.steps.draws import generator
+from scumble_build.pictures import WHITE, Ground, lay_on, to_eight_bits
+from scumble_trainers.draws import generator
 
 METADATA = "metadata.jsonl"
 PICTURE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -121,13 +123,11 @@ def _filled(example: Example, templates: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def load_picture(path: Path, size: tuple[int, int]) -> Image.Image:
-    """Load an RGB picture of `size` (width, height): upright, transparency on white, resized, centre cropped."""
+def load_picture(path: Path, size: tuple[int, int], ground: Ground = WHITE) -> Image.Image:
+    """Load an RGB picture of `size` (width, height): upright, laid on `ground`, resized, centre cropped."""
     with Image.open(path) as opened:
-        picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    flat = Image.alpha_composite(white, picture).convert("RGB")
-    return ImageOps.fit(flat, size, Image.Resampling.LANCZOS)
+        pixels = np.asarray(to_eight_bits(ImageOps.exif_transpose(opened)))
+    return ImageOps.fit(Image.fromarray(lay_on(pixels, ground)), size, Image.Resampling.LANCZOS)
 
 
 def _lines(metadata: Path) -> str:
@@ -209,8 +209,7 @@ def _check_picture(path: Path, name: str, resolution: int) -> tuple[int, int]:
     """Check a picture and return its width and height, upright. Raises ValueError."""
     try:
         with Image.open(path) as picture:
-            picture.load()
-            width, height = ImageOps.exif_transpose(picture).size
+            width, height = to_eight_bits(ImageOps.exif_transpose(picture)).size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is broken or not a picture ({error})") from error
     if min(width, height) < resolution:

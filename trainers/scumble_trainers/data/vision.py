@@ -15,7 +15,7 @@ from scumble.errors import Incompatible
 from scumble_build.graphs.vision import PREPARATION, ImageEncoder
 from scumble_trainers.base import TrainingBase
 from scumble_trainers.data.dataset import Example, load_picture
-from scumble_trainers.steps.progress import ProgressReport
+from scumble_trainers.progress import ProgressReport
 
 Reads = Literal["embedding", "states"]
 """The tower's projected output (n, E), or the states of its last layer but one (n, N, C)."""

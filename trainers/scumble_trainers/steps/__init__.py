@@ -1,1 +1,1 @@
-"""The training loop: random draws, losses, checkpoints, progress."""
+"""The training loop and its checkpoints."""

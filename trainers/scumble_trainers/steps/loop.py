@@ -17,14 +17,14 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from scumble.errors import Refused
+from scumble_trainers.draws import Draw, draw_step, pictures_of_step
+from scumble_trainers.losses import validation_loss
 from scumble_trainers.method import TrainingMethod
+from scumble_trainers.progress import ProgressReport
 from scumble_trainers.results.provenance import Cost, device_name, peak_memory
 from scumble_trainers.results.sampling import add_column
 from scumble_trainers.settings import TrainSettings
 from scumble_trainers.steps.checkpoints import Checkpoint, restore_optimizer, restore_parameters, write_checkpoint
-from scumble_trainers.steps.draws import Draw, draw_step, pictures_of_step
-from scumble_trainers.steps.losses import validation_loss
-from scumble_trainers.steps.progress import ProgressReport
 
 LEVELS = 8  # noise levels of the validation loss
 MOST_MEASURED = 64  # training pictures for the training loss beside it

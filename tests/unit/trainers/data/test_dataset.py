@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from scumble.errors import InvalidRequest, NotFound
+from scumble_build.pictures import BLACK
 from scumble_trainers.data.dataset import data_digest, hold_out, load_picture, read_examples, with_captions
 
 
@@ -136,3 +138,18 @@ def test_captions_in_place_of_the_datas_own(make_data: Any) -> None:
 def test_a_caption_cannot_say_a_style_that_nothing_tells(make_data: Any) -> None:
     with pytest.raises(InvalidRequest, match='has no "style"'):
         with_captions(read_examples(make_data(1), resolution=16), ("a {style} thing",))
+
+
+def test_grey_of_16_bits_is_no_white_and_transparency_has_a_ground(tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16), 257 * 90, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    loaded = {
+        "deep": load_picture(tmp_path / "deep.png", (16, 16)),
+        "on white": load_picture(tmp_path / "clear.png", (16, 16)),
+        "on black": load_picture(tmp_path / "clear.png", (16, 16), BLACK),
+    }
+    assert {name: picture.getextrema() for name, picture in loaded.items()} == {
+        "deep": ((90, 90),) * 3,
+        "on white": ((255, 255),) * 3,
+        "on black": ((0, 0),) * 3,
+    }

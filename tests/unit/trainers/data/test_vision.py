@@ -15,7 +15,7 @@ from scumble_trainers.base import TrainingBase
 from scumble_trainers.data import vision
 from scumble_trainers.data.dataset import read_examples
 from scumble_trainers.data.vision import PictureStates
-from scumble_trainers.steps.progress import silent
+from scumble_trainers.progress import silent
 
 
 @pytest.mark.parametrize("reads", ["embedding", "states"])

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from scumble.errors import Incompatible, InvalidRequest
 from scumble_build.control_maps import NAMES, parse
+from scumble_build.pictures import BLACK
 from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example, load_picture
 from scumble_trainers.method import DTYPES, Condition, Material, TrainingMethod
 from scumble_trainers.methods.controlnet.settings import READY, ControlNetSettings
+from scumble_trainers.progress import ProgressReport
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import StoredType
-from scumble_trainers.steps.progress import ProgressReport
 
 FOLDER = "controlnet"
 HINT = (16, 32, 96, 256)  # lllyasviel's widths; each but the first halves the picture
@@ -132,5 +133,5 @@ class ControlNetTraining(TrainingMethod[ControlNetSettings]):
     def _map(self, example: Example, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Load a control picture `(H, W, 3)` of `size` (width, height)."""
         if self.settings.preprocessor == READY:
-            return np.array(load_picture(cast(Path, example.control), size))
+            return np.array(load_picture(cast(Path, example.control), size, BLACK))
         return parse(self.settings.preprocessor).apply(np.ascontiguousarray(load_picture(example.path, size)))

@@ -9,8 +9,8 @@ from scumble.request import Request
 from scumble_trainers.base import TrainingBase, native_resolution
 from scumble_trainers.data.dataset import METADATA, Example, read_examples
 from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
+from scumble_trainers.progress import ProgressReport
 from scumble_trainers.results.serving import served
-from scumble_trainers.steps.progress import ProgressReport
 
 
 def class_examples(

@@ -17,13 +17,13 @@ from scumble.errors import InvalidRequest
 from scumble_registry.formats.dreambooth import keep_differences, plain
 from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
+from scumble_trainers.draws import Draw
+from scumble_trainers.losses import denoising_loss
 from scumble_trainers.method import Condition, TrainingMethod
 from scumble_trainers.methods.dreambooth.class_pictures import class_examples
 from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
+from scumble_trainers.progress import ProgressReport
 from scumble_trainers.settings import StoredType
-from scumble_trainers.steps.draws import Draw
-from scumble_trainers.steps.losses import denoising_loss
-from scumble_trainers.steps.progress import ProgressReport
 
 FOLDER = "model"
 

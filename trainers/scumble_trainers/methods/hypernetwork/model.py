@@ -23,9 +23,9 @@ from scumble_trainers.methods.hypernetwork.layers import RowLora, attention_laye
 from scumble_trainers.methods.hypernetwork.network import FILE, encoder_digest, new_predictor, save_predictor
 from scumble_trainers.methods.hypernetwork.refine import Refinement
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
+from scumble_trainers.progress import ProgressReport
 from scumble_trainers.results.sampling import Samples
 from scumble_trainers.settings import StoredType
-from scumble_trainers.steps.progress import ProgressReport
 
 
 class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):

@@ -31,8 +31,8 @@ from scumble_trainers.methods.hypernetwork.layers import PREFIX
 from scumble_trainers.methods.hypernetwork.network import encoder_digest
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.methods.lora.files import ADAPTER, FILE, save_factors
+from scumble_trainers.progress import ProgressReport
 from scumble_trainers.settings import StoredType
-from scumble_trainers.steps.progress import ProgressReport
 
 
 class Refinement(TrainingMethod[HypernetworkSettings]):

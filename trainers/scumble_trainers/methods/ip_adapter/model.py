@@ -29,9 +29,9 @@ from scumble_trainers.data.vision import PictureStates, Reads, encoder_folder
 from scumble_trainers.method import Condition, Material, TrainingMethod, half
 from scumble_trainers.methods.ip_adapter.layout import projection_tensors
 from scumble_trainers.methods.ip_adapter.settings import IpAdapterSettings
+from scumble_trainers.progress import ProgressReport
 from scumble_trainers.results.sampling import Samples, draw_samples
 from scumble_trainers.settings import StoredType
-from scumble_trainers.steps.progress import ProgressReport
 
 FILE = "ip-adapter.safetensors"
 BASE_TOKENS = 4  # loaders assume this for the base kind

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scumble_trainers.steps.draws import Draw, draw_step, picture_order, pictures_of_step
+from scumble_trainers.draws import Draw, draw_step, picture_order, pictures_of_step
 
 
 def step(seed: int, number: int, batch: int = 8) -> Draw:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from scumble.errors import Incompatible
 from scumble_trainers.data.latents import Latents
-from scumble_trainers.steps.draws import generator
+from scumble_trainers.draws import generator
 
 Schedule: TypeAlias = Any
 """A DDPMScheduler, the forward process. diffusers sets its `config` at run time."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scumble.errors import Incompatible
 from scumble_trainers.data.latents import Latents
-from scumble_trainers.steps.losses import denoising_loss, min_snr_weight, noise_schedule, validation_loss
+from scumble_trainers.losses import denoising_loss, min_snr_weight, noise_schedule, validation_loss
 
 LATENTS, NOISE = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
 TIMESTEPS = torch.tensor([10, 500, 990])
