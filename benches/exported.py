@@ -17,7 +17,7 @@ from scumble_build.engines.api import Flavour
 from scumble_build.engines.base import BuildTarget, build_graphs
 from scumble_build.engines.builder import current_sm
 from scumble_build.engines.profiles import Profile, Range
-from scumble_build.engines.store import Pulled, Stored
+from scumble_build.engines.store import Pulled, StoredEngine
 from scumble_build.export.cached import GraphCache
 from scumble_build.export.graph import DTYPES, PRECISIONS, Graph
 from scumble_build.export.manifest import FLOAT, GraphManifest, Port, Precision
@@ -90,7 +90,7 @@ def _engines(
         work, manifests, BuildTarget(Flavour.TENSORRT, (sm,), precision, (Profile(axes),)), work / "plans"
     )
     return {
-        engine.key.part: Pulled(Stored(engine.key, None), GraphManifest.read(engine.manifest), engine.plan)  # type: ignore[arg-type]
+        engine.key.part: Pulled(StoredEngine(engine.key, None), GraphManifest.read(engine.manifest), engine.plan)  # type: ignore[arg-type]
         for engine in built
     }
 

@@ -31,7 +31,7 @@ from scumble_registry.store.blobs import BlobStore, FileStore, check
 from scumble_registry.store.cache import Cache
 from scumble_registry.store.catalogue import Match, Status, Version
 from scumble_registry.store.database import Database
-from scumble_registry.store.leases import Lease
+from scumble_registry.store.leases import WorkLease
 from scumble_registry.store.paths import HomePaths
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Registry:
     Any thread may use it, and any number of processes may have the same registry open. `close` (or `with`) ends it.
     """
 
-    def __init__(self, lease: Lease, database: Database, blobs: BlobStore, cache: Cache, scratch: Path) -> None:
+    def __init__(self, lease: WorkLease, database: Database, blobs: BlobStore, cache: Cache, scratch: Path) -> None:
         self._lease = lease
         self._database = database
         self._blobs = blobs
@@ -86,7 +86,7 @@ class Registry:
                 sync_folder(layout.home)
         blobs = FileStore(layout.root)
         with explain_os_errors(layout.lease):
-            lease = Lease(layout.lease)
+            lease = WorkLease(layout.lease)
         return cls(lease, Database(layout), blobs, Cache(layout.cache, blobs), layout.scratch)
 
     def publish(

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from scumble_build.engines.api import Flavour
 from scumble_build.engines.key import EngineKey
 from scumble_build.engines.profiles import WHOLE, Profile
-from scumble_build.engines.store import Pulled, Stored
+from scumble_build.engines.store import Pulled, StoredEngine
 from scumble_build.export.cached import GraphCache
 from scumble_build.export.graph import Graph
 from scumble_build.export.write import write_graphs
@@ -46,6 +46,6 @@ def make_engines(
         plan = folder / f"{manifest.graph}.plan"
         make_plan(folder / manifest.onnx.name, manifest, (profile,), plan)
         key = EngineKey(manifest.graph, "g", of, Flavour.TENSORRT, "11", (89,), manifest.precision, "l", [], {})
-        stored = Stored(key, SimpleNamespace(digest=f"sha256:{artifact}"))  # type: ignore[arg-type]
+        stored = StoredEngine(key, SimpleNamespace(digest=f"sha256:{artifact}"))  # type: ignore[arg-type]
         engines[manifest.graph] = Pulled(stored, manifest, plan)
     return engines

@@ -19,7 +19,7 @@ from support.hostile_pickles import CALLS, sound
 with atheris.instrument_imports(include=["scumble_registry.formats"]):
     from scumble.errors import Refused
     from scumble_registry.formats.pickled import archive, meaning
-    from scumble_registry.formats.pickled.machine import Machine, Unsound
+    from scumble_registry.formats.pickled.machine import PickleMachine, Unsound
     from scumble_registry.formats.pickled.tree import Flattening
     from scumble_registry.formats.safetensors_header import read_header, read_tensors
 
@@ -38,7 +38,7 @@ def read_zip(data: bytes) -> None:
 
 def read_pickle(data: bytes) -> None:
     try:
-        Flattening().encode(Machine(meaning.find, meaning.call, meaning.fetch).run(BytesIO(data)))
+        Flattening().encode(PickleMachine(meaning.find, meaning.call, meaning.fetch).run(BytesIO(data)))
     except Unsound:
         return
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from scumble.errors import InvalidRequest
 from scumble_build.engines import profiles
 from scumble_build.engines.api import Flavour, load
-from scumble_build.engines.builder import Options, Report, build
+from scumble_build.engines.builder import BuildOptions, Report, build
 from scumble_build.engines.key import EngineKey
 from scumble_build.engines.profiles import Profile
 from scumble_build.engines.progress import Progress
 from scumble_build.export.manifest import SUFFIX, GraphManifest, Precision
 from scumble_registry.manifest import canonical_json, digest_of
 
-DEFAULT = Options()
+DEFAULT = BuildOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class BuildTarget:
     sm: tuple[int, ...]
     precision: Precision
     profiles: tuple[Profile, ...] = ()
-    options: Options = DEFAULT
+    options: BuildOptions = DEFAULT
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "i
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """Options of a build. All but `timing_cache` are part of an engine's key.
+class BuildOptions:
+    """BuildOptions of a build. All but `timing_cache` are part of an engine's key.
 
     `workspace` limits the scratch memory of a kernel, in bytes (None: no limit).
     """
@@ -66,7 +66,7 @@ def build(
     flavour: Flavour,
     sm: Sequence[int],
     profiles: Sequence[Profile],
-    options: Options | None = None,
+    options: BuildOptions | None = None,
     progress: Progress = lambda _phase, _done: None,
 ) -> Report:
     """Build an engine and write it to `plan`.
@@ -74,7 +74,7 @@ def build(
     Raises Refused for a graph, a shape or a GPU that TensorRT does not support, Unavailable if the flavour is not
     installed, OutOfMemory. Nothing is written on failure.
     """
-    options = options or Options()
+    options = options or BuildOptions()
     trt, messages = load(flavour), BuildLog()
     shapes = [profile.shapes(manifest) for profile in profiles]
     trt_logger = logger(trt, messages)
@@ -165,7 +165,9 @@ def _same(shape: tuple[int, ...], port: Port, *, exact: bool) -> bool:
     return len(shape) == len(declared) and all(-1 in {here, there} or here == there for here, there in pairs)
 
 
-def _configure(trt: TensorRT, builder: Builder, flavour: Flavour, sm: Sequence[int], options: Options) -> BuilderConfig:
+def _configure(
+    trt: TensorRT, builder: Builder, flavour: Flavour, sm: Sequence[int], options: BuildOptions
+) -> BuilderConfig:
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
     if options.workspace is not None:
@@ -214,7 +216,7 @@ def current_sm() -> int | None:
     return 10 * major + minor
 
 
-def _keep_timing_cache(config: BuilderConfig, flavour: Flavour, options: Options) -> None:
+def _keep_timing_cache(config: BuilderConfig, flavour: Flavour, options: BuildOptions) -> None:
     if flavour.is_rtx or options.timing_cache is None:  # TensorRT for RTX times no kernels when building
         return
     cache = config.get_timing_cache()

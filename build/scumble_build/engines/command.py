@@ -19,11 +19,11 @@ from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble_build.engines import profiles, store
 from scumble_build.engines.api import Flavour, load
 from scumble_build.engines.base import BuildTarget, build_graphs
-from scumble_build.engines.builder import Options, current_sm
+from scumble_build.engines.builder import BuildOptions, current_sm
 from scumble_build.engines.key import EngineKey, Machine, check_sm
 from scumble_build.engines.profiles import Profile
 from scumble_build.engines.progress import Progress
-from scumble_build.engines.store import Stored
+from scumble_build.engines.store import StoredEngine
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_registry import Registry, Version, default_home
 from scumble_registry.compatibility import ControlNetCompatibility
@@ -75,7 +75,7 @@ def engine(
         controlnet=controlnet,
         part=part,
         wanted=profiles.read(profile) if profile is not None else (),
-        options=Options(optimization_level=level, workspace=None if workspace is None else int(workspace * GIB)),
+        options=BuildOptions(optimization_level=level, workspace=None if workspace is None else int(workspace * GIB)),
         again=again,
         quiet=as_json,
     )
@@ -93,18 +93,18 @@ def build_into(
     controlnet: str | None = None,
     part: list[str] | None = None,
     wanted: tuple[Profile, ...] = (),
-    options: Options | None = None,
+    options: BuildOptions | None = None,
     again: bool = False,
     quiet: bool = True,
-) -> list[Stored]:
+) -> list[StoredEngine]:
     """Export the graphs of a base, of a checkpoint, or of a ControlNet for it, build the engines that the registry does
     not have, and publish each when it is done.
     """
-    options = options or Options()
+    options = options or BuildOptions()
     if not flavour.is_rtx:
         options = replace(options, timing_cache=home / "cache" / "timing.cache")
     target = BuildTarget(flavour, sm, precision, wanted, options)
-    results: list[Stored] = []
+    results: list[StoredEngine] = []
     with Registry.open(home) as registry, tempfile.TemporaryDirectory(prefix="scumble-engines-") as work:
         version = registry.resolve(controlnet or base)
         compatibility = version.manifest.compatibility
@@ -254,7 +254,7 @@ def _progress(graph: str, *, quiet: bool) -> Progress:
     return print_progress
 
 
-def _line(stored: Stored, *, fresh: bool) -> str:
+def _line(stored: StoredEngine, *, fresh: bool) -> str:
     provenance = stored.artifact.manifest.provenance
     if not fresh:
         return f"{stored.key.part}: exists already ({stored.digest[:19]}…)"
@@ -264,7 +264,7 @@ def _line(stored: Stored, *, fresh: bool) -> str:
     return f"{stored.key.part}: {size:,.1f} MB in {seconds:.0f} s, peak {peak / GIB:.1f} GiB ({stored.digest[:19]}…)"
 
 
-def _entry(stored: Stored) -> dict[str, Any]:
+def _entry(stored: StoredEngine) -> dict[str, Any]:
     key: EngineKey = stored.key
     return {
         "digest": stored.digest,

@@ -31,7 +31,7 @@ Never published.
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredEngine:
     """An engine in the registry; its files are not read yet."""
 
     key: EngineKey
@@ -46,7 +46,7 @@ class Stored:
 class Pulled:
     """An engine's files on this machine, checked against their digests."""
 
-    stored: Stored
+    stored: StoredEngine
     manifest: GraphManifest
     plan: Path
 
@@ -63,7 +63,7 @@ def publish(
     manifest: Path,
     report: Report,
     more: Mapping[str, Any] | None = None,
-) -> Stored:
+) -> StoredEngine:
     """Publish an engine as an artifact of `of`, in place of one with the same key. `more` is added to its provenance.
 
     Raises Refused if it was built of another version, Unavailable.
@@ -72,28 +72,28 @@ def publish(
         raise Refused(f"the engine was built of {key.base}, not of {of.ref} ({of.digest}); build it again")
     files = {PLAN: plan, MANIFEST: manifest}
     provenance = {**report.to_dict(), **(more or {})}
-    return Stored(key, registry.publish_artifact(of, KIND, key.to_dict(), files, provenance))
+    return StoredEngine(key, registry.publish_artifact(of, KIND, key.to_dict(), files, provenance))
 
 
-def listed(registry: Registry, of: Version | None = None) -> tuple[Stored, ...]:
+def listed(registry: Registry, of: Version | None = None) -> tuple[StoredEngine, ...]:
     """List engines, newest first. One whose key another version of Scumble wrote is left out and logged."""
     engines = []
     for artifact in registry.artifacts(KIND, of):
         try:
-            engines.append(Stored(EngineKey.from_dict(artifact.manifest.key), artifact))
+            engines.append(StoredEngine(EngineKey.from_dict(artifact.manifest.key), artifact))
         except Refused as error:
             log.warning("engine %s: %s", artifact.digest, error)
     return tuple(engines)
 
 
 def fitting(
-    stored: Iterable[Stored], machine: Machine, base: str, precision: str, graphs: Mapping[str, str] | None = None
-) -> dict[str, Stored]:
+    stored: Iterable[StoredEngine], machine: Machine, base: str, precision: str, graphs: Mapping[str, str] | None = None
+) -> dict[str, StoredEngine]:
     """Return the newest engine that fits, by graph; `graphs` has the digests of graphs that are known.
 
     Engines that do not fit are logged with the reasons.
     """
-    newest: dict[str, Stored] = {}
+    newest: dict[str, StoredEngine] = {}
     for engine in stored:
         reasons = misfits(engine.key, machine, base, precision, (graphs or {}).get(engine.key.part))
         if reasons:
@@ -103,7 +103,7 @@ def fitting(
     return newest
 
 
-def pull(registry: Registry, stored: Stored) -> Pulled:
+def pull(registry: Registry, stored: StoredEngine) -> Pulled:
     """Copy an engine's files to the cache. Raises IntegrityError for wrong bytes, Refused for another
     graph's manifest.
     """

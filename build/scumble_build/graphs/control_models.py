@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scumble.errors import Refused
 from scumble_build.graphs.arrays import as_tensor
-from scumble_registry.formats.controlnet import FILE_NAME, Weights, is_original, read_weights
+from scumble_registry.formats.controlnet import FILE_NAME, NetWeights, is_original, read_weights
 from scumble_registry.formats.safetensors_header import read_header
 
 _EMBEDDING = "controlnet_cond_embedding."
@@ -75,7 +75,7 @@ def _fill(model: Any, state: dict[str, Tensor]) -> Any:
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def _structure(weights: Weights, unet: Path) -> ControlNetModel:
+def _structure(weights: NetWeights, unet: Path) -> ControlNetModel:
     """Build a net with the structure of the base's encoder, and its weights if the file needs them."""
     full = weights.full
     widths = [full[f"{_EMBEDDING}conv_in.weight"].shape[0]]

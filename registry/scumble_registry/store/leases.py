@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class Lease:
+class WorkLease:
     """A shared lock, held until `close`. One thread at a time may call `alone`."""
 
     def __init__(self, path: Path) -> None:

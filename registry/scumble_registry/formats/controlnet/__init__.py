@@ -28,7 +28,7 @@ from scumble_registry.formats.controlnet.conversion import Converted, convert_fi
 from scumble_registry.formats.controlnet.derive import CLASSES, derive
 from scumble_registry.formats.controlnet.export import LAYOUTS, export_version
 from scumble_registry.formats.controlnet.refused_models import refused_model
-from scumble_registry.formats.controlnet.weights import CONTROL_LORA, Weights, read_weights
+from scumble_registry.formats.controlnet.weights import CONTROL_LORA, NetWeights, read_weights
 from scumble_registry.formats.floats import check_finite
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
@@ -137,4 +137,4 @@ FORMAT = Format(
     export_version,
 )
 
-__all__ = ["FILE_NAME", "FORMAT", "KIND", "Weights", "is_original", "read", "read_weights", "recognises"]
+__all__ = ["FILE_NAME", "FORMAT", "KIND", "NetWeights", "is_original", "read", "read_weights", "recognises"]

@@ -20,7 +20,7 @@ _OWN = ("controlnet_", "input_hint_block", "zero_convs", "middle_block_out")
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class NetWeights:
     """A net's weights by the names of diffusers' ControlNetModel.
 
     `full` are whole weights. `factors` (up, down) add up @ down to the base's weight, both flattened after the first
@@ -61,12 +61,12 @@ def shapes_of(header: Header) -> dict[str, Shape]:
     return shapes
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path) -> NetWeights:
     """Read the weights as read-only views of the mapped file. Raises Refused."""
     header = read_header(path)
     tensors = read_tensors(path, header)
     differences = any(name.removeprefix(ldm.PREFIX) == DIFFERENCE for name in tensors)
-    weights = Weights()
+    weights = NetWeights()
     renamed = {new: tensors[old] for old, new in names_of(header).items()}
     for name, values in renamed.items():
         stem, _, role = name.rpartition(".")

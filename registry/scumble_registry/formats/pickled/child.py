@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np  # noqa: F401 - imported before the limits, after which no file can be opened
 
 from scumble_registry.formats.pickled import archive, legacy, meaning, tensors
-from scumble_registry.formats.pickled.machine import Global, Machine, Storage, Unsound
+from scumble_registry.formats.pickled.machine import Global, PickleMachine, Storage, Unsound
 from scumble_registry.formats.pickled.tree import Flattening
 from scumble_registry.formats.safetensors_header import DTYPES
 
@@ -68,7 +68,7 @@ def _run(file: BytesIO, storages: dict[str, Storage]) -> Any:
             raise Unsound("one storage with two types or sizes")
         return meant
 
-    return Machine(meaning.find, meaning.call, fetch).run(file)
+    return PickleMachine(meaning.find, meaning.call, fetch).run(file)
 
 
 def _restrict(memory: int, seconds: int, size: int) -> None:

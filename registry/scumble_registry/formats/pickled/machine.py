@@ -70,7 +70,7 @@ Call = Callable[[Global, tuple[Any, ...]], Any]
 Fetch = Callable[[Any], Storage | Global]
 
 
-class Machine:
+class PickleMachine:
     """One run over one pickle. `find`, `call` and `fetch` evaluate GLOBAL, REDUCE and BINPERSID."""
 
     def __init__(self, find: Find, call: Call, fetch: Fetch) -> None:

@@ -14,7 +14,7 @@ from scumble_build.engines import store
 from scumble_build.engines.api import Flavour
 from scumble_build.engines.builder import Report
 from scumble_build.engines.key import EngineKey, Machine, check_sm
-from scumble_build.engines.store import Stored
+from scumble_build.engines.store import StoredEngine
 from scumble_build.export.manifest import GraphManifest
 from scumble_registry import Registry, Version
 from support.tiny_graph import make_graph
@@ -50,7 +50,7 @@ def key(base: Version, **changed: object) -> EngineKey:
     return replace(ours, **changed)  # type: ignore[arg-type]
 
 
-def put(registry: Registry, base: Version, folder: Path, content: bytes = b"plan", **changed: object) -> Stored:
+def put(registry: Registry, base: Version, folder: Path, content: bytes = b"plan", **changed: object) -> StoredEngine:
     _, manifest = make_graph(folder, name=str(changed.get("part", "denoiser")))
     plan = folder / "made"
     plan.write_bytes(content)

@@ -12,7 +12,7 @@ from scumble.errors import IntegrityError, OutOfMemory, Refused, ScumbleError, U
 from scumble_build.engines.api import Flavour
 from scumble_build.engines.key import EngineKey
 from scumble_build.engines.profiles import WHOLE, Profile, Range
-from scumble_build.engines.store import Pulled, Stored
+from scumble_build.engines.store import Pulled, StoredEngine
 from scumble_build.export.manifest import GraphManifest
 from scumble_server.executors.device import Buffers, Graphs, Stepping, uncaptured
 from scumble_server.executors.tensorrt.engine import RunningEngine
@@ -33,7 +33,7 @@ def pulled(folder: Path, *profiles: Profile, flavour: Flavour = Flavour.TENSORRT
     plan = folder / "engine.plan"
     make_plan(onnx, manifest, profiles or (WHOLE,), plan)
     key = EngineKey("denoiser", "g", "b", flavour, "1.7.1", (89,), "fp32", "l", [], {})
-    return Pulled(Stored(key, None), manifest.model_copy(update=changed), plan)  # type: ignore[arg-type]
+    return Pulled(StoredEngine(key, None), manifest.model_copy(update=changed), plan)  # type: ignore[arg-type]
 
 
 def running(folder: Path, *profiles: Profile, fake: FakeTensorRT | None = None, **changed: object) -> RunningEngine:

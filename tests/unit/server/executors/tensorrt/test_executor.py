@@ -22,7 +22,7 @@ from scumble_build.engines.api import Flavour
 from scumble_build.engines.builder import Report
 from scumble_build.engines.key import EngineKey, Machine
 from scumble_build.engines.profiles import WHOLE, Profile, Range
-from scumble_build.engines.store import Pulled, Stored
+from scumble_build.engines.store import Pulled, StoredEngine
 from scumble_build.export.command import find_base, open_base
 from scumble_build.export.control import NetGraphs
 from scumble_build.export.manifest import GraphManifest
@@ -342,7 +342,7 @@ def test_without_a_gpu_torch_serves_and_the_log_says_why(
     assert "tiny/base@1 is served by torch, not by tensorrt_rtx: TensorRT needs a CUDA device" in caplog.text
 
 
-def publish(registry: Registry, folder: Path, manifest: GraphManifest, **changed: Any) -> Stored:
+def publish(registry: Registry, folder: Path, manifest: GraphManifest, **changed: Any) -> StoredEngine:
     version = registry.resolve("tiny/base")
     fields = {
         "part": manifest.graph,
