@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scumble_registry.store.leases import Lease
+from scumble_registry.store.leases import WorkLease
 
 
 def test_nobody_is_alone_while_another_has_it_open(tmp_path: Path) -> None:
-    one, other = Lease(tmp_path / "lock"), Lease(tmp_path / "lock")
+    one, other = WorkLease(tmp_path / "lock"), WorkLease(tmp_path / "lock")
     with one.alone() as alone:
         assert not alone
     other.close()
@@ -18,10 +18,10 @@ def test_nobody_is_alone_while_another_has_it_open(tmp_path: Path) -> None:
 
 
 def test_after_being_alone_it_is_shared_again(tmp_path: Path) -> None:
-    one = Lease(tmp_path / "lock")
+    one = WorkLease(tmp_path / "lock")
     with one.alone():
         pass
-    other = Lease(tmp_path / "lock")  # else this would wait for ever
+    other = WorkLease(tmp_path / "lock")  # else this would wait for ever
     with other.alone() as alone:
         assert not alone, "the first still has it"
     one.close()
