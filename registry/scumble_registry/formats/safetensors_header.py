@@ -41,7 +41,28 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 Array = NDArray[Any]
 Buffer: TypeAlias = bytes | memoryview
-_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_START = 64
+"""Bytes of a file's beginning that tell what it is instead."""
+_KNOWN_STARTS: tuple[tuple[bytes, str], ...] = (
+    (
+        b"version https://git-lfs",
+        "it is a git-lfs pointer, not the file; run `git lfs pull`, or download the file",
+    ),
+    (b"<!doctype html", "it is a web page; download the file itself, with a token if the site asks for a login"),
+    (b"<html", "it is a web page; download the file itself, with a token if the site asks for a login"),
+    (b"<?xml", "it is XML, perhaps an error of the site; open it to see, and download the file again"),
+    (b"{", "it is JSON, perhaps an error of the site; open it to see, and download the file again"),
+    (b"\x1f\x8b", "it is compressed with gzip; unpack it first"),
+    (b"7z\xbc\xaf", "it is a 7-Zip archive; unpack it first"),
+    (b"rar!", "it is a RAR archive; unpack it first"),
+    (b"\x89png", "it is a picture"),
+    (b"\xff\xd8\xff", "it is a picture"),
+    (b"gguf", "it is GGUF, which is not read here; take the safetensors file"),
+    *(
+        (pickle, "it is a pickle or a zip, as torch.save writes them; save it as safetensors")
+        for pickle in (b"pk\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +95,27 @@ def _read_header(path: Path, stamp: tuple[int, ...]) -> Header:
     size = stamp[2]
     try:
         with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            start = file.read(_START)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
             if not 2 <= length <= min(MAX_HEADER, size - 8):
-                if prefix.startswith(_PICKLES):
-                    raise ValueError("it is a pickle or a zip, as torch.save writes them; save it as safetensors")
-                raise ValueError(f"a header of {length} bytes in a file of {size} (at most {MAX_HEADER})")
+                raise ValueError(
+                    what_it_is(start) or f"a header of {length} bytes in a file of {size} (at most {MAX_HEADER})"
+                )
+            file.seek(8)
             entries = _parse_json(file.read(length))
         header = _header_of(entries, 8 + length)
         _check_layout(header.tensors, size - 8 - length)
     except (ValueError, RecursionError) as error:
         raise Refused(f"{path.name} is not a sound safetensors file: {error}", file=path.name) from error
     return header
+
+
+def what_it_is(start: bytes) -> str | None:
+    """Return what a file is, by its first bytes, and what to do; None for what is not known."""
+    if not start.strip(b"\0"):
+        return "it is empty, or holds zeros only; download it again"
+    begins = start.lstrip().lower()
+    return next((what for known, what in _KNOWN_STARTS if begins.startswith(known)), None)
 
 
 def header_of(start: bytes) -> Header:
@@ -187,6 +217,8 @@ def _parse_tensor(name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!r} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and dtype.startswith(("F8_", "F4", "F6_")):
+        raise ValueError(f"tensor {name!r} is {dtype}, a float of less than 16 bits; save it as F16, BF16 or F32")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
 from collections.abc import Callable
@@ -83,7 +84,18 @@ def duplicate(path: Path) -> Path:
 
 
 ATTACKS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "empty file": (lambda p: p.touch() or p, "a header of 0 bytes"),
+    "empty file": (lambda p: p.touch() or p, "it is empty.*download it again"),
+    "zeros": (lambda p: p.write_bytes(bytes(9000)) and p, "zeros only; download it again"),
+    "git-lfs pointer": (
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n") and p,
+        "a git-lfs pointer.*git lfs pull",
+    ),
+    "web page": (lambda p: p.write_text("\n<!DOCTYPE html><html>login</html>" * 9) and p, "a web page.*login"),
+    "error in JSON": (lambda p: p.write_text('{"error":"unauthorized"}') and p, "it is JSON.*download"),
+    "gzip": (lambda p: p.write_bytes(gzip.compress(b"weights" * 99)) and p, "gzip; unpack"),
+    "picture": (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)) and p, "it is a picture"),
+    "cut off in its length": (lambda p: p.write_bytes(b"\x07\0\0") and p, "a header of 0 bytes in a file of 3"),
+    "8-bit floats": (lambda p: file_of(p, {"a": entry("F8_E4M3")}, b"0000"), "F8_E4M3, a float of less than 16"),
     "header of 2^62 bytes": (lambda p: p.write_bytes(struct.pack("<Q", 2**62) + b"{}") and p, "at most"),
     "header over 8 MB": (lambda p: file_of(p, b"{" + b" " * (9 << 20) + b"}"), "at most"),
     "no JSON": (lambda p: file_of(p, b"{nonsense"), "property name"),
@@ -103,7 +115,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "boolean size": (lambda p: file_of(p, {"a": entry(shape=[True])}, b"0000"), "no sound shape"),
     "size that overflows": (lambda p: file_of(p, {"a": entry(shape=[2**40, 2**40])}, b"0000"), "bytes"),
     "shape against offsets": (lambda p: file_of(p, {"a": entry(shape=[2])}, b"0000"), "but 4 bytes"),
-    "unknown dtype": (lambda p: file_of(p, {"a": entry("F4")}, b"0000"), "known are"),
+    "unknown dtype": (lambda p: file_of(p, {"a": entry("U4")}, b"0000"), "known are"),
     "dtype of another type": (lambda p: file_of(p, {"a": entry() | {"dtype": ["F32"]}}, b"0000"), "dtype"),
     "more keys": (lambda p: file_of(p, {"a": entry() | {"extra": 1}}, b"0000"), "must have"),
     "overlap": (lambda p: file_of(p, {"a": entry(), "b": entry()}, b"0000"), "not where the one before"),
