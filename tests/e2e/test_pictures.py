@@ -94,7 +94,7 @@ def test_the_command_line_draws_with_pictures_and_again_from_the_receipt(
 @pytest.mark.parametrize(
     ("status", "says", "arguments"),
     [
-        (2, "names no picture", ["--ip", "ip/base"]),
+        (2, "names no image", ["--ip", "ip/base"]),
         (3, "cannot be read", ["--ip", "ip/base=missing.png"]),
         (2, "no picture that can be read", ["--control", f"c/net={__file__}"]),
         (2, "takes", ["--control", "ip/base=STYLE", "--adapter", "c/net"]),
