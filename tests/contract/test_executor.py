@@ -341,7 +341,9 @@ def test_a_variant_with_a_tensor_of_no_place_is_refused(every: Opened, tuned: tu
     version, changed = tuned
     every.engines[version.digest] = every.engines.get("", {})
     odd = {"text_encoder": {**changed["text_encoder"], "nowhere.weight": torch.ones(1)}}
-    with pytest.raises(Refused, match=r"text_encoder\.nowhere\.weight has no place in the base"):
+    with pytest.raises(
+        Refused, match=r"the base has no tensor for the checkpoint's text_encoder\.nowhere\.weight; save it again"
+    ):
         every.executor.variant(odd, of=version)
 
 

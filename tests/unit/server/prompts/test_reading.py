@@ -231,9 +231,9 @@ def test_each_text_is_encoded_once(running: Running, monkeypatch: pytest.MonkeyP
     executor = running.executor
     encode = executor.encode
 
-    def counted(index: int, tokens: Tensor, *more: Any) -> Any:
-        asked.append(len(tokens))
-        return encode(index, tokens, *more)
+    def counted(index: int, inputs: Any) -> Any:
+        asked.append(len(inputs.tokens))
+        return encode(index, inputs)
 
     monkeypatch.setattr(executor, "encode", counted)
     running.run([request("[jug|mug] AND jug", "webui", negative_prompt="nothing of the kind")])

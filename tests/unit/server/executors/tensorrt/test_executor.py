@@ -123,10 +123,10 @@ def test_strangers_are_drawn_on_engines_as_on_torch(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"width": 128}, r"width of the latents \(pixels / 8\) 16 is not within 4 to 9; ask for less"),
+        ({"width": 128}, r"width of the latents \(pixels / 8\) 16 is not within 4 to 9; reduce it"),
         ({"options": {"hires": {"scale": 2.0}}}, r"width of the latents"),
         ({"prompt": "a b " * 60}, r"tokens of the prompt 154 is not within 77 to 77"),
-        ({"adapters": (Adapter(ref="l/b"),)}, r"rank of the LoRAs together, in pages of 8, 2 is not within 1 to 1"),
+        ({"adapters": (Adapter(ref="l/b"),)}, r"total rank of the LoRAs, in pages of 8, 2 is not within 1 to 1"),
     ],
 )
 def test_what_engines_were_not_built_for_is_refused_before_any_step(
@@ -166,7 +166,7 @@ def test_a_part_without_an_engine_is_named(tiny_base: Path, pulled: dict[str, Pu
 
 
 def test_merged_weights_are_refused(tiny_base: Path, pulled: dict[str, Pulled]) -> None:
-    with pytest.raises(Refused, match="engines hold their own"):
+    with pytest.raises(Refused, match="merged into weights, which engines do not support"):
         executor(tiny_base, pulled).variant({})
 
 
@@ -246,7 +246,7 @@ def test_a_net_without_engines_runs_in_torch_and_the_log_says_so(
     monkeypatch.setitem(shop.engines, shop.net.digest, {})
     found, expected = (running.run([with_net(1)])[0].latents for running in both)
     assert torch.allclose(found, expected, atol=1e-3)
-    assert "c/net@1 runs in torch beside the engines" in caplog.text
+    assert "c/net@1 runs in torch, because it has no engines that fit" in caplog.text
 
 
 def test_a_checkpoint_runs_on_engines_of_its_own_and_the_bases(both: tuple[Running, Running]) -> None:
@@ -264,7 +264,9 @@ def test_a_checkpoint_without_an_engine_of_what_it_changes_is_refused(
 ) -> None:
     some = {name: each for name, each in shop.engines[shop.tuned.digest].items() if name != "kv_projection"}
     monkeypatch.setitem(shop.engines, shop.tuned.digest, some)
-    with pytest.raises(Refused, match=r"of kv_projection; run `scumble build engine --base d/tuned@1`"):
+    with pytest.raises(
+        Refused, match=r"has no engine of kv_projection that fits; run `scumble build engine --base d/tuned@1`"
+    ):
         both[0].run([draw(Adapter(ref="d/tuned"))])
     assert both[0].run([draw(seed=2)])[0].latents.isfinite().all()
 

@@ -101,7 +101,7 @@ def test_factors_b_learn_faster_by_the_ratio(base_folder: Path, tmp_path: Path) 
         ({"rank_pattern": {"conv1": 2}}, "--rank-pattern 'conv1' matches none of the 32 trained layers"),
         ({"alpha_pattern": {"text_encoder.*": 2}}, "--alpha-pattern"),
         ({"rank_pattern": {"attn2": 2}}, "whole name, or the end of one"),
-        ({"rank_pattern": {"attn2(": 2}}, "no regular expression"),
+        ({"rank_pattern": {"attn2(": 2}}, "is not a regular expression"),
         ({"convolution_rank": 4}, "--convolution-rank needs --convolution"),
     ],
 )
