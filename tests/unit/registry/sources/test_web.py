@@ -276,7 +276,11 @@ def test_a_server_that_drips_is_given_up(serve: Any, rules: Rules, tmp_path: Pat
     ("answer", "error", "says"),
     [
         (send(status=404), NotFound, "there is no file at"),
-        (send(status=401), Refused, "access to .* is denied"),
+        (
+            send(status=401),
+            Refused,
+            r"access to https://files\.example:\d+/a is denied \(status 401\); download it yourself",
+        ),
         (send(status=503), Unavailable, "status 503"),
         (send(b"<html>", Content_Type="text/html; charset=utf-8"), Refused, "is a web page, not a file"),
         (send(Content_Encoding="gzip"), Refused, "gzip"),
