@@ -1,8 +1,8 @@
 """The whole server without its front door: requests in, events out. Triton's bodies hold exactly one.
 
-Three threads pass a request on: `conditioning` loads its adapters and encodes its prompts, the loop denoises,
-`decoding` makes pixels. So loading never stalls a step. Events of one request come in order, from one thread at
-a time; a callback must return quickly and must not raise.
+A few `admission` threads read and check requests. Three pass a request on from there: `conditioning` loads its adapters
+and encodes its prompts, the loop denoises, `decoding` makes pixels. So neither reading nor loading stalls a step.
+Events of one request come in order, from one thread at a time; a callback must return quickly and must not raise.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import logging
 import math
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL.Image import fromarray
 
-from scumble.errors import QueueFull, ScumbleError
+from scumble.errors import ScumbleError
 from scumble.events import Done, Event, Failed, Pixels, Queued
 from scumble.images import QUALITY, encode
 from scumble.receipt import Receipt
@@ -29,11 +29,13 @@ from scumble.request import Options, Request
 from scumble.stats import Stats
 from scumble_registry import Registry
 from scumble_server.admission.admit import Admitted, admit
+from scumble_server.admission.open_requests import OpenRequests
 from scumble_server.base import Base, load_base
 from scumble_server.conditioning.condition import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
 from scumble_server.denoise.counters import Counters
 from scumble_server.denoise.decoding import decode
+from scumble_server.denoise.heartbeat import Heartbeat
 from scumble_server.denoise.image import ActiveRequest, Image
 from scumble_server.denoise.loop import Loop
 from scumble_server.denoise.noise import Noise
@@ -47,20 +49,27 @@ from scumble_server.request.original import original_of
 
 log = logging.getLogger(__name__)
 
+READERS = 4
+"""Requests that are read and checked at once. One that takes long holds up none that is open already."""
+
 
 @dataclass(slots=True)
 class _Job:
-    """One request on its way through the three threads. Its leases pin what its rows carry until it has ended."""
+    """One request on its way through the threads. Its leases pin what its rows carry until it has ended."""
 
-    admitted: Admitted
     on_event: Callable[[Event], None]
     is_cancelled: Callable[[], bool]
     device: Lease
     weights: Lease
+    ahead: int
+    """Requests that were open when it arrived."""
+    arrival: int
     submitted_at: float = field(default_factory=monotonic)
+    deadline: float | None = None
+    admitted: Admitted = field(init=False)
     current: Admitted = field(init=False)
     """The pass that it is in."""
-    arrival: int = 0
+    is_admitted: bool = False
     conditioned: Conditioned | None = None
     bound: tuple[ResolvedAdapter, ...] = ()
     """The adapters that acted in any pass so far."""
@@ -68,47 +77,40 @@ class _Job:
     spent: dict[str, float] = field(default_factory=dict)
     """Milliseconds of every pass so far."""
 
-    def __post_init__(self) -> None:
-        self.current = self.admitted
+    def limit_by(self, options: Options) -> None:
+        """Take the deadline from the request. Raises DeadlineExceeded if it has passed already."""
+        if options.deadline_ms is not None:
+            self.deadline = self.submitted_at + options.deadline_ms / 1e3
+        self.check()
 
-    @property
-    def deadline(self) -> float | None:
-        allowed = self.admitted.request.options.deadline_ms
-        return None if allowed is None else self.submitted_at + allowed / 1e3
+    def admit(self, admitted: Admitted) -> None:
+        self.admitted = self.current = admitted
+        self.is_admitted = True
 
     def check(self) -> None:
         """Raises Cancelled or DeadlineExceeded if nobody waits for it any more."""
         check_wanted(self.is_cancelled, self.deadline)
 
 
-class _Pace:
-    """Measures how quickly requests end, for the Retry-After of a full queue. Guarded by the service's lock."""
-
-    def __init__(self) -> None:
-        self._ends: deque[float] = deque(maxlen=16)
-
-    def ended(self) -> None:
-        self._ends.append(monotonic())
-
-    def seconds_per_request(self) -> float:
-        """One place is free again after about this long; a second where nothing is known yet."""
-        if len(self._ends) < 2:
-            return 1.0
-        return max(0.1, (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1))
-
-
 class Service:
-    """Owns the bases, the registry's handle and the three threads. `submit`, `stats`, `is_alive` and `close` may be
+    """Owns the bases, the registry's handle and the threads. `submit`, `stats`, `is_alive` and `close` may be
     called from any thread.
     """
 
-    def __init__(self, config: ServerConfig, registry: Registry, bases: Sequence[Base], weights: Residency) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        registry: Registry,
+        bases: Sequence[Base],
+        weights: Residency,
+        heartbeat: Heartbeat = lambda _: None,
+    ) -> None:
         """The first of `bases` is for requests that name none; `weights` holds what is loaded of them."""
         self.bases = tuple(bases)
         self._config = config
         self._registry = registry
         self._counters = Counters()
-        self._loop = Loop(config.max_batch_images, self._counters)
+        self._loop = Loop(config.max_batch_images, self._counters, heartbeat)
         self._host = Residency(config.host_cache_bytes, "host")
         self._device = Residency(config.device_cache_bytes, "device")
         self._weights = weights
@@ -117,11 +119,9 @@ class Service:
         # The most urgent first, then first come; the last of all ends the thread.
         self._incoming: queue.PriorityQueue[tuple[float, int, _Job | None]] = queue.PriorityQueue()
         self._arrivals = itertools.count()
-        self._pace = _Pace()
         self._denoised: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._open_requests = 0
-        self._lock = threading.Lock()
-        self._closing = False
+        self._open_requests = OpenRequests(config.max_queue)
+        self._readers = ThreadPoolExecutor(READERS, "admission")
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
             for name, work in (
@@ -132,7 +132,7 @@ class Service:
         ]
 
     @classmethod
-    def open(cls, config: ServerConfig) -> Service:
+    def open(cls, config: ServerConfig, heartbeat: Heartbeat = lambda _: None) -> Service:
         """Load the bases and start. Raises ScumbleError if the registry or one of them is not there."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -144,41 +144,50 @@ class Service:
             weights.clear()
             registry.close()
             raise
-        service = cls(config, registry, bases, weights)
+        service = cls(config, registry, bases, weights, heartbeat)
         for thread in service._threads:
             thread.start()
         return service
 
     def submit(
         self,
-        request: Request,
+        request: Request | Callable[[], Request],
         on_event: Callable[[Event], None],
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Check and queue `request`; returns at once.
+        """Queue a request, or what reads one; returns at once, before it is read.
 
-        Raises InvalidRequest, NotFound, Refused, IntegrityError or QueueFull before any work is done.
-        Afterwards `on_event` gets Queued, Step…, Preview…, and at last exactly one of Done and Failed.
-        `is_cancelled` is asked before conditioning and once a step.
+        Raises QueueFull, or Unavailable while the server stops. Afterwards `on_event` gets Queued, Step…, Preview…, and
+        at last exactly one of Done and Failed: Failed alone, before any work, for a request that is refused.
+        `is_cancelled` is asked before and after reading, before conditioning and once a step.
         """
-        admitted = admit(request, self.bases, self._registry, self._config.max_pixels)
+        ahead = self._open_requests.enter()
         device, weights = self._device.open(), self._weights.open()
-        job = _Job(admitted, self._until_the_end(on_event, device, weights), is_cancelled, device, weights)
+        job = _Job(on_event, is_cancelled, device, weights, ahead, next(self._arrivals))
+        job.on_event = self._until_the_end(job)
         device.check = weights.check = job.check  # asked while they wait for room
-        with self._lock:
-            if self._closing:
+        read = request if callable(request) else lambda: request
+        try:
+            self._readers.submit(self._admit, job, read)
+        except RuntimeError:  # closed since it entered
+            job.on_event(Failed(stopping()))
+
+    def _admit(self, job: _Job, read: Callable[[], Request]) -> None:
+        try:
+            if self._open_requests.closed:
                 raise stopping()
-            ahead = self._open_requests
-            if ahead >= self._config.max_queue:
-                raise QueueFull(
-                    f"{ahead} requests are open, which is the limit; try again in a moment",
-                    retry_after=self._pace.seconds_per_request(),
-                )
-            self._open_requests += 1
-            self._counters.add("requests")
-            job.on_event(Queued(ahead))
-            job.arrival = next(self._arrivals)
-            self._enqueue(job)
+            job.check()
+            request = read()
+            job.limit_by(request.options)
+            admitted = admit(request, self.bases, self._registry, self._config.max_pixels)
+            job.check()
+            job.admit(admitted)
+        except Exception as error:
+            job.on_event(Failed(_typed(error)))
+            return
+        self._counters.add("requests")
+        job.on_event(Queued(job.ahead))
+        self._enqueue(job)
         self._prefetcher.submit(lambda: self._conditioner.prefetch(admitted))
 
     def _enqueue(self, job: _Job) -> None:
@@ -186,11 +195,9 @@ class Service:
 
     def stats(self) -> Stats:
         """Counters since the start."""
-        with self._lock:
-            open_requests = self._open_requests
         return Stats(
             **self._counters.snapshot().model_dump(),
-            open_requests=open_requests,
+            open_requests=self._open_requests.count,
             base=self.bases[0].version.ref,
             bases=[base.version.ref for base in self.bases],
             host_cache=self._host.stats(),
@@ -205,10 +212,9 @@ class Service:
 
     def close(self) -> None:
         """Finish the running step, fail what is left with Unavailable, end the threads, close what they used."""
-        with self._lock:
-            if self._closing:
-                return
-            self._closing = True
+        if not self._open_requests.close():
+            return
+        self._readers.shutdown()
         self._loop.close()
         for cache in (self._device, self._weights, self._host):
             cache.close()
@@ -225,17 +231,16 @@ class Service:
             cache.clear()
         self._registry.close()
 
-    def _until_the_end(self, on_event: Callable[[Event], None], *leases: Lease) -> Callable[[Event], None]:
+    def _until_the_end(self, job: _Job) -> Callable[[Event], None]:
         """Passes events on; with the last one the request lets go of all that it holds."""
+        on_event = job.on_event
 
         def send(event: Event) -> None:
             if isinstance(event, Done | Failed):
-                for lease in leases:
-                    lease.release()
-                with self._lock:
-                    self._open_requests -= 1
-                    self._pace.ended()
-                if isinstance(event, Failed):
+                job.device.release()
+                job.weights.release()
+                self._open_requests.leave()
+                if isinstance(event, Failed) and job.is_admitted:
                     self._counters.add("failed")
             on_event(event)
 
@@ -250,7 +255,7 @@ class Service:
 
     def _condition_all(self) -> None:
         while (job := self._incoming.get()[2]) is not None:
-            if self._closing:
+            if self._open_requests.closed:
                 job.on_event(Failed(stopping()))
                 continue
             try:

@@ -10,6 +10,7 @@ import pytest
 from scumble import Client
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
+from scumble_server.triton.launcher import Ports
 from scumble_server.triton.running import RunningServer, running_server
 
 
@@ -49,7 +50,7 @@ def config(home: Path) -> ServerConfig:
 
 @pytest.fixture(scope="session")
 def server(config: ServerConfig) -> Iterator[RunningServer]:
-    with running_server(config, start_timeout=300) as running:
+    with running_server(config, start_timeout=300, ports=Ports(http=0)) as running:
         yield running
 
 

@@ -28,9 +28,21 @@ def serve(
         typer.Option(help="Base to serve, once for each; the first answers requests which name none. [scumble/demo]"),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = LOOPBACK,
-    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8002,
+    health_port: Annotated[int, typer.Option(min=0, max=65535, help="/healthz and /readyz. 0: any free one.")] = 8081,
+    triton_http: Annotated[
+        bool, typer.Option("--triton-http", help="Turn on Triton's own HTTP, for trusted callers only.")
+    ] = False,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="Of Triton's own HTTP. 0: any free one.")] = 8000,
+    expose_vulnerable_triton: Annotated[
+        bool,
+        typer.Option(
+            "--expose-vulnerable-triton",
+            help="Listen beyond this machine although this Triton has published holes: anyone who reaches it can end "
+            "the server, or run code in it.",
+        ),
+    ] = False,
     executor: Annotated[
         ExecutorName | None, typer.Option(help="What runs the graphs. [SCUMBLE_EXECUTOR, else torch]")
     ] = None,
@@ -71,12 +83,19 @@ def serve(
         weights_cache_bytes=int(weights_cache * GIB),
         threads=threads,
     )
-    ports = Ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
+    ports = Ports(grpc_port, metrics_port, health_port, http_port if triton_http else None)
     parent = os.getppid() if exit_with_parent else None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
     try:
-        with running_server(config, host=host, ports=ports, triton=triton, start_timeout=start_timeout) as server:
+        with running_server(
+            config,
+            host=host,
+            ports=ports,
+            triton=triton,
+            start_timeout=start_timeout,
+            expose_vulnerable_triton=expose_vulnerable_triton,
+        ) as server:
             print(_describe(server, as_json=as_json), flush=True)
             _wait(server, parent)
     except KeyboardInterrupt:
@@ -91,8 +110,9 @@ def _wait(server: RunningServer, parent: int | None) -> None:
 def _describe(server: RunningServer, *, as_json: bool) -> str:
     places = {
         "grpc": server.grpc_url,
-        "http": server.http_url,
+        **({"http": server.http_url} if server.http_url else {}),
         "metrics": server.metrics_url,
+        "health": server.health_url,
         "log": str(server.log),
         "pid": os.getpid(),
     }

@@ -17,6 +17,7 @@ from scumble.events import Failed
 from scumble_server.denoise.batch import Batch
 from scumble_server.denoise.counters import Counters
 from scumble_server.denoise.headroom import Headroom
+from scumble_server.denoise.heartbeat import IDLE, Heartbeat, StepTimes
 from scumble_server.denoise.image import ActiveRequest, Image
 from scumble_server.denoise.schedule import Turns, most_urgent
 from scumble_server.request.ending import check_wanted, stopping
@@ -27,8 +28,10 @@ log = logging.getLogger(__name__)
 class Loop:
     """Owns the images that are being denoised; at most `max_images` are active, chosen anew before each step."""
 
-    def __init__(self, max_images: int, counters: Counters) -> None:
+    def __init__(self, max_images: int, counters: Counters, heartbeat: Heartbeat = lambda _: None) -> None:
         self._max_images = max_images
+        self._heartbeat = heartbeat
+        self._step_times = StepTimes()
         self._counters = counters
         self._arrived: list[Image] = []
         self._images: list[Image] = []
@@ -67,7 +70,8 @@ class Loop:
     def _wait_for_work(self) -> bool:
         with self._changed:
             while not (self._arrived or self._images or self._closing):
-                self._changed.wait()
+                self._heartbeat(IDLE)
+                self._changed.wait(IDLE)
             self._images += self._arrived
             self._arrived.clear()
             return not self._closing
@@ -104,6 +108,8 @@ class Loop:
 
     def _step(self, batch: Batch) -> None:
         start, group = time.monotonic(), batch.images[0].group
+        kind = group, batch.model_rows
+        self._heartbeat(self._step_times.expected(kind))
         try:
             with torch.inference_mode():
                 batch.advance()
@@ -114,6 +120,7 @@ class Loop:
             self._blame(batch, error)
             return
         self._headroom.went_well(group)
+        self._step_times.took(kind, time.monotonic() - start)
         self._counters.step(len(batch.images), batch.model_rows, batch.mixed(), time.monotonic() - start)
         finite = torch.stack([image.sample.isfinite().all() for image in batch.images]).tolist()
         for image, is_finite in zip(batch.images, finite, strict=True):

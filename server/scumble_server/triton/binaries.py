@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from scumble.errors import Unavailable
 TRITON_KEY = "SCUMBLE_TRITON"
 CONTAINER = Path("/opt/tritonserver")
 WHEEL = "nvidia-pytriton==0.7.0"
+FIRST_SAFE = (2, 71)
+"""Triton of container 26.07. Older ones end at one hostile request, or worse: see SECURITY.md."""
+VERSION_KEY = "TRITON_SERVER_VERSION"
+"""Set in NVIDIA's container."""
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -29,6 +34,13 @@ class TritonInstall:
     caches: Path | None
     libraries: tuple[Path, ...]
     """Folders for LD_LIBRARY_PATH."""
+    version: tuple[int, ...] | None = None
+    """Triton's own version, e.g. (2, 71, 0); None where it does not say, as in the wheel."""
+
+    @property
+    def faces_networks(self) -> bool:
+        """Whether no published hole of its parsers is open, so that strangers may send it anything."""
+        return self.version is not None and self.version >= FIRST_SAFE
 
 
 def find_triton(explicit: Path | None = None) -> TritonInstall:
@@ -82,7 +94,16 @@ def _install_at(root: Path) -> TritonInstall:
         libraries=tuple(
             folder for folder in (root.parent.parent / "nvidia_pytriton.libs", root / "lib") if folder.is_dir()
         ),
+        version=_version(root),
     )
+
+
+def _version(root: Path) -> tuple[int, ...] | None:
+    """Read the version that NVIDIA's image notes beside the binary, or in its environment for its own copy."""
+    noted = root / "TRITON_VERSION"
+    text = noted.read_text() if noted.is_file() else os.environ.get(VERSION_KEY, "") if root == CONTAINER else ""
+    numbers = re.match(r"\d+(\.\d+)+", text.strip())
+    return tuple(int(number) for number in numbers[0].split(".")) if numbers else None
 
 
 def _present(path: Path) -> Path:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
 import sys
 import sysconfig
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,26 +22,32 @@ STUB_TIMEOUT = 600
 """Seconds that a model may take to load; a base on a slow disk takes minutes."""
 SHM_BYTES = 4 * 1024 * 1024
 CLOSED_APIS = "model-repository,shared-memory,trace,logging"
-"""APIs that are closed by a random key that nobody has: loading a model runs its code, a trace writes files."""
+"""APIs that are closed: loading a model runs its code, a trace writes files."""
+CLOSED_BY = "\x01closed=\x01\n\x01"
+"""The header and the value that would open them. Others on this machine can read them in the command line, and no HTTP
+header can carry them.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """TCP ports; 0 means any free one."""
+    """TCP ports; 0 means any free one, None that nothing listens."""
 
-    http: int = 0
     grpc: int = 0
     metrics: int = 0
+    health: int = 0
+    http: int | None = None
+    """Triton's own HTTP."""
 
 
 def claim_ports(host: str, ports: Ports) -> Ports:
     """Replace zeros by free ports. Raises Unavailable naming the first port that is taken."""
-    sockets = [_bind(host, field.name, getattr(ports, field.name)) for field in fields(ports)]
-    try:
-        return Ports(*(bound.getsockname()[1] for bound in sockets))
-    finally:
-        for bound in sockets:
-            bound.close()
+    wanted = {field.name: getattr(ports, field.name) for field in fields(ports)}
+    with ExitStack() as sockets:
+        bound = {
+            name: sockets.enter_context(_bind(host, name, port)) for name, port in wanted.items() if port is not None
+        }
+        return Ports(**{name: each.getsockname()[1] for name, each in bound.items()})
 
 
 def _bind(host: str, purpose: str, port: int) -> socket.socket:
@@ -83,12 +89,11 @@ def assemble_backend(install: TritonInstall, run: RunFolder) -> Path:
 def command(
     install: TritonInstall, run: RunFolder, config: ServerConfig, models: Path, host: str, ports: Ports
 ) -> list[str]:
-    key = f"{CLOSED_APIS}:key={secrets.token_urlsafe(24)}"
+    key = f"{CLOSED_APIS}:{CLOSED_BY}"
     return [
         str(install.server),
         f"--model-repository={models}",
         "--model-control-mode=none",
-        f"--http-restricted-api={key}",
         f"--grpc-restricted-protocol={key}",
         f"--backend-directory={assemble_backend(install, run)}",
         *([f"--cache-directory={install.caches}"] if install.caches else []),
@@ -97,10 +102,9 @@ def command(
         f"--backend-config=python,shm-growth-byte-size={SHM_BYTES}",
         f"--backend-config=python,stub-timeout-seconds={STUB_TIMEOUT}",
         f"--exit-timeout-secs={EXIT_TIMEOUT}",
-        f"--http-address={host}",
+        *_http(host, ports.http, key),
         f"--grpc-address={host}",
         f"--metrics-address={host}",
-        f"--http-port={ports.http}",
         f"--grpc-port={ports.grpc}",
         f"--metrics-port={ports.metrics}",
         # Our own code moves tensors to the GPU; Triton's copies need no pinned memory.
@@ -108,6 +112,12 @@ def command(
         *(["--allow-gpu-metrics=false"] if config.device == "cpu" else []),
         "--disable-auto-complete-config",
     ]
+
+
+def _http(host: str, port: int | None, key: str) -> list[str]:
+    if port is None:
+        return ["--allow-http=false"]
+    return [f"--http-address={host}", f"--http-port={port}", f"--http-restricted-api={key}"]
 
 
 def environment(install: TritonInstall, run: RunFolder, config: ServerConfig) -> dict[str, str]:

@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
-import http.client
-import json
+import threading
+import time
+from contextlib import closing
 
-from scumble.errors import Unavailable
+from scumble.connection import Connection
+from scumble.errors import ScumbleError, Unavailable
 from scumble.stats import Stats
-from scumble.wire import STREAM_MODEL
+from scumble.wire import STREAM_MODEL, UNARY_MODEL, stats_query, tensors_to_stats
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - translated, not bound
+INTERVAL = 1.0
+TIMEOUT = 20.0
 
 
 def reachable(host: str) -> str:
     """Return an address of a server that was bound to `host`."""
-    return ANY_ADDRESS.get(host, host)
+    address = ANY_ADDRESS.get(host, host)
+    return f"[{address}]" if ":" in address else address
 
 
-def ask_stats(host: str, http_port: int, timeout: float) -> Stats:
-    """Fetch the loop's counters over HTTP. Raises Unavailable without a response in `timeout` seconds."""
-    connection = http.client.HTTPConnection(reachable(host), http_port, timeout=timeout)
+def ask_stats(connection: Connection, timeout: float) -> Stats:
+    """Fetch the loop's counters, through all that a request goes through. Raises Unavailable without a response in
+    `timeout` seconds.
+    """
+    if not connection.is_ready(UNARY_MODEL, timeout):
+        raise Unavailable(f"model {UNARY_MODEL} is not ready")
+    for response in connection.stream(STREAM_MODEL, "", stats_query(), timeout):
+        return tensors_to_stats(response)
+    raise Unavailable("the server's model does not answer")
+
+
+class Probe:
+    """Owns a thread that asks a server once a second whether its model answers."""
+
+    def __init__(self, host: str, grpc_port: int) -> None:
+        self._url = f"{reachable(host)}:{grpc_port}"
+        self._answered_at = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
+        self._thread.start()
+
+    def silence(self) -> float:
+        """Seconds since the last answer, or since the start."""
+        return time.monotonic() - self._answered_at
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        with closing(Connection(self._url)) as connection:
+            while not self._ended.is_set():
+                if answers(connection, TIMEOUT):
+                    self._answered_at = time.monotonic()
+                self._ended.wait(INTERVAL)
+
+
+def answers(connection: Connection, timeout: float) -> bool:
+    """Tell whether the model answers within `timeout` seconds and its threads are alive."""
     try:
-        connection.request("POST", f"/v2/models/{STREAM_MODEL}/generate", json.dumps({"prompt": "", "query": "stats"}))
-        response = connection.getresponse()
-        body = response.read()
-        if response.status != http.HTTPStatus.OK:
-            raise Unavailable(f"the server's model does not answer: {body.decode(errors='replace')}")
-        stats = Stats.model_validate_json(json.loads(body)["stats"])
-    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-        raise Unavailable(f"the server does not answer on port {http_port}: {error!r}") from error
-    else:
-        return stats
-    finally:
-        connection.close()
+        return ask_stats(connection, timeout).alive
+    except ScumbleError:
+        return False

@@ -4,6 +4,7 @@
                                 backends/python/   the Python backend with the stub for this Python
                                 failure.json       the error that kept the models from starting, ScumbleError.to_dict()
                                 <pid>.stub         one for each model's process
+                                heartbeat          when the loop last said that it runs, see heartbeat_file
                                 stop, drained      the supervisor wants to stop; every request has its response
         SCUMBLE_HOME/logs/<name>.log               output of tritonserver and the models
         /dev/shm/<name>…                           Triton's shared memory

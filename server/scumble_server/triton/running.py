@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
+from scumble.errors import Refused
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
-from scumble_server.triton.binaries import find_triton
+from scumble_server.triton.binaries import TritonInstall, find_triton
+from scumble_server.triton.health import HealthServer
 from scumble_server.triton.launcher import Ports, claim_ports, command, default_model_repository, environment
 from scumble_server.triton.probe import reachable
 from scumble_server.triton.run_folder import OwnedRun
@@ -34,8 +37,14 @@ class RunningServer:
         return f"{self._address}:{self.ports.grpc}"
 
     @property
-    def http_url(self) -> str:
-        return f"http://{self._address}:{self.ports.http}"
+    def http_url(self) -> str | None:
+        """Triton's own HTTP, if it is on."""
+        return None if self.ports.http is None else f"http://{self._address}:{self.ports.http}"
+
+    @property
+    def health_url(self) -> str:
+        """Where `/healthz` and `/readyz` are."""
+        return f"http://{self._address}:{self.ports.health}"
 
     @property
     def metrics_url(self) -> str:
@@ -43,13 +52,10 @@ class RunningServer:
 
     @property
     def _address(self) -> str:
-        host = reachable(self.host)
-        return f"[{host}]" if ":" in host else host
+        return reachable(self.host)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until the server is stopped, `timeout` seconds at most. Raises Unavailable if it cannot
-        be kept running.
-        """
+        """Wait until the server is stopped, `timeout` seconds at most."""
         self.supervisor.wait(timeout)
 
 
@@ -62,13 +68,17 @@ def running_server(
     triton: Path | None = None,
     models: Path | None = None,
     start_timeout: float = START_TIMEOUT,
+    expose_vulnerable_triton: bool = False,
 ) -> Iterator[RunningServer]:
     """Start a server, wait until it responds, and stop it at the end of the `with` block, also after an error.
 
-    Leaves no process and no shared memory behind. Raises Unavailable if Triton is missing or a port is taken and
-    NotFound without registry or base, before anything is started; then any error of loading the base.
+    Leaves no process and no shared memory behind. Raises Unavailable if Triton is missing or a port is taken, Refused
+    if it is too old for `host`, and NotFound without registry or base, before anything is started; then any error of
+    loading the base.
     """
     install = find_triton(triton)
+    if not expose_vulnerable_triton:
+        check_exposure(install, host)
     with Registry.open(config.home) as registry:
         for ref in (config.base, *config.more_bases):
             registry.resolve(ref)
@@ -78,11 +88,33 @@ def running_server(
     try:
         arguments = command(install, run.folder, config, repository, host, claimed)
         variables = environment(install, run.folder, config)
-        supervisor = Supervisor(Launch(arguments, variables, run.folder, host, claimed.http, start_timeout))
+        supervisor = Supervisor(Launch(arguments, variables, run.folder, host, claimed.grpc, start_timeout))
+        health = HealthServer(host, claimed.health, supervisor.why_not_ready)
         try:
             supervisor.start()
             yield RunningServer(host, claimed, run.folder.log, supervisor)
         finally:
             supervisor.stop()
+            health.close()
     finally:
         run.close()
+
+
+def check_exposure(install: TritonInstall, host: str) -> None:
+    """Raises Refused where networks would reach a Triton with open holes."""
+    if install.faces_networks or _is_loopback(host):
+        return
+    version = "of unknown version" if install.version is None else ".".join(map(str, install.version))
+    raise Refused(
+        f"tritonserver {version} at {install.server} has published holes, so it does not listen on {host}: one request "
+        "can end it, or run code. Use NVIDIA's container 26.07 or newer, or listen on 127.0.0.1 behind a gateway; "
+        "--expose-vulnerable-triton listens all the same (see SECURITY.md)",
+        host=host,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

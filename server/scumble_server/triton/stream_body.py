@@ -1,7 +1,8 @@
 """Model `scumble_stream`: owns the Service. Requests go to its loop, events are sent as responses.
 
-`execute` returns as soon as requests are submitted, so Triton can deliver the next ones while the loop runs. The
-Service's queue is bounded; a request that does not fit gets `queue_full`.
+`execute` only copies inputs: the Service reads them in threads of its own. So Triton can always deliver the next
+request, and stats answer whatever is being read. The Service's queue is bounded; a request that does not fit gets
+`queue_full` before it is read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from scumble.errors import ScumbleError
 from scumble.events import Failed
 from scumble.wire import is_stats_query, stats_to_tensors, tensors_to_request
 from scumble_server.config import ServerConfig
+from scumble_server.denoise.heartbeat import Heartbeat
 from scumble_server.service import Service
 from scumble_server.triton.backend import (
     LOG_FORMAT,
@@ -23,6 +25,7 @@ from scumble_server.triton.backend import (
     read_parameters,
 )
 from scumble_server.triton.callers import CALL, CANCEL, Caller, InnerCaller, InnerCalls, WireCaller
+from scumble_server.triton.heartbeat_file import HeartbeatFile
 from scumble_server.triton.metrics import LoopMetrics
 from scumble_server.triton.outbox import Outbox
 from scumble_server.triton.run_folder import RunFolder
@@ -38,7 +41,7 @@ class TritonPythonModel:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         self._folder = RunFolder.from_env()
         self._watchdog = Watchdog(self._folder)
-        self._service = _open_service(self._folder)
+        self._service = _open_service(self._folder, HeartbeatFile(self._folder.path).beat)
         self._outbox = Outbox()
         self._inner_calls = InnerCalls()
         self._metrics = LoopMetrics(self._service.stats)
@@ -76,7 +79,7 @@ class TritonPythonModel:
             elif is_stats_query(tensors):
                 self._outbox.put(responder, lambda: stats_to_tensors(self._service.stats()), final=True)
             else:
-                self._service.submit(tensors_to_request(tensors), caller.on_event, caller.is_cancelled)
+                self._service.submit(lambda: tensors_to_request(tensors), caller.on_event, caller.is_cancelled)
         except ScumbleError as error:
             caller.on_event(Failed(error))
         except Exception as error:
@@ -89,9 +92,9 @@ class TritonPythonModel:
         return WireCaller(responder, self._outbox)
 
 
-def _open_service(run: RunFolder) -> Service:
+def _open_service(run: RunFolder, heartbeat: Heartbeat) -> Service:
     try:
-        return Service.open(ServerConfig.from_env())
+        return Service.open(ServerConfig.from_env(), heartbeat)
     except ScumbleError as error:
         run.write_failure(error)
         raise

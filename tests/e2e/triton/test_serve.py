@@ -22,7 +22,7 @@ from scumble.errors import Refused, ScumbleError
 from .test_supervision import server_processes, wait_until
 
 COMMAND = [str(Path(sys.executable).parent / "scumble"), "serve", "--json", "--threads", "1"]
-FREE_PORTS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+FREE_PORTS = ["--grpc-port", "0", "--metrics-port", "0", "--health-port", "0"]
 
 
 def serve(home: Path, *options: str, base: str = "tiny/base", **environment: str) -> subprocess.Popen[str]:
@@ -123,7 +123,7 @@ def test_a_taken_port_is_named(home: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        error = refused(serve(home, "--http-port", "0", "--metrics-port", "0", "--grpc-port", str(port)), 6)
+        error = refused(serve(home, "--metrics-port", "0", "--health-port", "0", "--grpc-port", str(port)), 6)
     assert error["code"] == "unavailable"
     assert error["fields"]["port"] == port
     assert "--grpc-port" in error["message"]

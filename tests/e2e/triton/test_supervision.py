@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,6 +68,39 @@ def test_whatever_dies_the_server_comes_back(mortal: RunningServer, victim: str)
     with Client(mortal.grpc_url, timeout=120) as client:
         assert client.images.generate("a red apple", steps=1).images.shape == (1, 64, 64, 3)
     assert len(server_processes(mortal.log)) == 3
+
+
+def readiness(server: RunningServer) -> tuple[int, dict[str, object]]:
+    try:
+        with urllib.request.urlopen(f"{server.health_url}/readyz", timeout=5) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+@pytest.mark.parametrize("victim", ["scumble_stream", "tritonserver"])
+def test_what_stops_is_not_ready_within_three_seconds_and_ready_when_it_answers_again(
+    mortal: RunningServer, victim: str
+) -> None:
+    wait_until(lambda: readiness(mortal)[0] == 200)
+    process = process_of(mortal.log, victim)
+    process.suspend()
+    try:
+        time.sleep(3)
+        status, body = readiness(mortal)
+        assert status == 503
+        assert "has not" in str(body["reason"])
+    finally:
+        process.resume()
+    # Triton ends a stub that did not answer it in time; then the supervisor starts the server again.
+    wait_until(lambda: readiness(mortal) == (200, {"ready": True}), 60)
+
+
+def test_a_dead_process_is_not_ready_at_once(mortal: RunningServer) -> None:
+    wait_until(lambda: readiness(mortal)[0] == 200)
+    process_of(mortal.log, "scumble_stream").kill()
+    wait_until(lambda: readiness(mortal)[0] == 503, 1)
+    wait_until(lambda: readiness(mortal)[0] == 200)
 
 
 def test_a_server_that_hangs_is_killed(config: ServerConfig) -> None:

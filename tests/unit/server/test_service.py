@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
@@ -19,15 +21,18 @@ from scumble.errors import (
     QueueFull,
     Refused,
     ScumbleError,
+    Unavailable,
 )
 from scumble.events import Done, Event, Failed, Queued, Step
 from scumble.receipt import DroppedAdapter
 from scumble.redraw import request_from_receipt
 from scumble.request import Adapter, Options, Request, SchedulerName
 from scumble_registry import Registry
+from scumble_server.admission.admit import Admitted, admit
 from scumble_server.config import ServerConfig
+from scumble_server.denoise.heartbeat import IDLE, UNKNOWN
 from scumble_server.denoise.noise import Noise
-from scumble_server.service import Service
+from scumble_server.service import READERS, Service
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -223,7 +228,9 @@ def test_a_request_lets_go_of_all_that_it_held(running: Running) -> None:
 def test_what_a_waiting_request_will_read_is_there_before_its_turn(published: tuple[Path, dict[str, Path]]) -> None:
     service = Service.open(ServerConfig(home=published[0], base="tiny/base", device="cpu"))
     first, second, go = Listener(), Listener(), threading.Event()
-    service.submit(request(), first, is_cancelled=lambda: not go.wait(60))  # holds the thread that conditions
+    asked = itertools.count()
+    # Asked before and after reading, then by the thread that conditions, which is held here.
+    service.submit(request(), first, is_cancelled=lambda: next(asked) >= 2 and not go.wait(60))
     service.submit(request(adapters=[Adapter(ref="l/a")]), second)
     end = time.monotonic() + 30
     while service.stats().host_cache.entries == 0 and time.monotonic() < end:
@@ -319,7 +326,7 @@ def test_bad_input_is_refused_at_the_edge(
 ) -> None:
     before = running.service.stats().requests
     with pytest.raises(error, match=says):
-        running.service.submit(request(**changes), Listener())
+        running.run([request(**changes)])
     assert running.service.stats().requests == before
     assert len(running.run([request()])) == 1, "the server goes on"
 
@@ -350,6 +357,97 @@ def test_a_full_queue_says_when_to_try_again(published: tuple[Path, dict[str, Pa
     assert caught.value.fields["retry_after"] > 0
     service.close()
     assert all(isinstance(listener.wait(), Failed) for listener in (first, second)), "closing ends what is open"
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Whatever reads the prompt "hold" takes until this is set."""
+    import scumble_server.service as module
+
+    go = threading.Event()
+
+    def slow(request: Request, *rest: Any) -> Admitted:
+        if request.prompt == "hold":
+            assert go.wait(60)
+        return admit(request, *rest)
+
+    monkeypatch.setattr(module, "admit", slow)
+    yield go
+    go.set()
+
+
+def test_while_one_request_is_read_others_step_and_stats_answer(running: Running, held: threading.Event) -> None:
+    reading, neighbour = Listener(), Listener()
+    running.service.submit(request(prompt="hold"), reading)
+    running.service.submit(request(), neighbour)
+    assert isinstance(neighbour.wait(), Done)
+    assert running.service.stats().open_requests == 1
+    assert reading.events == []
+    held.set()
+    assert isinstance(reading.wait(), Done)
+
+
+def test_the_queue_is_looked_at_before_a_request_is_read(
+    published: tuple[Path, dict[str, Path]], held: threading.Event
+) -> None:
+    service = Service.open(ServerConfig(home=published[0], base="tiny/base", max_queue=1))
+    first = Listener()
+    service.submit(request(prompt="hold"), first)
+    with pytest.raises(QueueFull):
+        service.submit(lambda: pytest.fail("it was read"), Listener())
+    held.set()
+    assert isinstance(first.wait(), Done)
+    service.close()
+
+
+def test_a_deadline_that_passes_before_admission_spares_the_work(
+    running: Running, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holding = [Listener() for _ in range(READERS)]
+    for listener in holding:
+        running.service.submit(request(prompt="hold"), listener)
+    late = Listener()
+    running.service.submit(request(options={"deadline_ms": 1}), late)
+    time.sleep(0.01)
+    monkeypatch.setattr("scumble_server.service.admit", lambda *_: pytest.fail("it was read"))
+    held.set()
+    end = late.wait()
+    assert isinstance(end, Failed)
+    assert isinstance(end.error, DeadlineExceeded)
+    assert all(isinstance(listener.wait(), Done) for listener in holding)
+
+
+def test_closing_ends_what_waits_to_be_read(published: tuple[Path, dict[str, Path]], held: threading.Event) -> None:
+    service = Service.open(ServerConfig(home=published[0], base="tiny/base"))
+    listeners = [Listener() for _ in range(READERS + 2)]
+    for listener in listeners:
+        service.submit(request(prompt="hold"), listener)
+    closing = threading.Thread(target=service.close)
+    closing.start()
+    while not service._open_requests.closed:
+        time.sleep(0.01)
+    held.set()
+    ends = [listener.wait() for listener in listeners]
+    closing.join(60)
+    assert [end.error.code for end in ends if isinstance(end, Failed)] == ["unavailable"] * len(listeners)
+    with pytest.raises(Unavailable):
+        service.submit(request(), Listener())
+
+
+def test_the_loop_beats_while_it_waits_and_before_each_step(published: tuple[Path, dict[str, Path]]) -> None:
+    beats: list[float] = []
+    service = Service.open(ServerConfig(home=published[0], base="tiny/base"), beats.append)
+    listener = Listener()
+    service.submit(request(steps=4), listener)
+    listener.wait()
+    time.sleep(2.5 * IDLE)
+    service.close()
+    assert beats[0] == IDLE
+    busy = [beat for beat in beats if beat != IDLE]
+    assert busy[0] == UNKNOWN, "the first step of its kind may take long"
+    assert len(busy) == 4
+    assert max(busy[1:]) < UNKNOWN
+    assert beats[-2:] == [IDLE, IDLE], "an idle loop goes on beating"
 
 
 def test_a_server_without_registry_says_so(tmp_path: Path) -> None:

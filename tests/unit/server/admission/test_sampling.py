@@ -105,7 +105,7 @@ def test_every_scheduler_draws_with_bases_that_predict_something_else(
             assert (ours.latents - reference.latents).abs().max() <= TOLERANCE, asked.scheduler
         if predicts == "sample":
             with pytest.raises(InvalidRequest, match="euler_a cannot draw with a model of sample"):
-                running.service.submit(request(scheduler="euler_a"), lambda _: None)
+                running.run([request(scheduler="euler_a")])
     finally:
         running.service.close()
 
@@ -173,12 +173,12 @@ def test_adapters_that_disagree_are_refused_until_the_request_decides(profiled: 
     with pytest.raises(
         InvalidRequest, match=r"p/lcm for scheduler lcm, p/tcd for scheduler tcd; set scheduler"
     ) as caught:
-        profiled.service.submit(asked_with("p/lcm", "p/tcd"), lambda _: None)
+        profiled.run([asked_with("p/lcm", "p/tcd")])
     assert caught.value.fields["field"] == "scheduler"
     assert sampled(profiled, asked_with("p/lcm", "p/tcd", scheduler="lcm"))["steps"] == 4
 
 
 def test_an_option_of_another_scheduler_is_refused_before_any_work(running: Running) -> None:
     with pytest.raises(InvalidRequest, match="euler has no eta") as caught:
-        running.service.submit(request(scheduler="euler", options={"eta": 0.5}), lambda _: None)
+        running.run([request(scheduler="euler", options={"eta": 0.5})])
     assert caught.value.fields["field"] == "options.eta"

@@ -189,7 +189,7 @@ def test_bad_input_is_refused_at_the_edge(
     running: Running, adapters: list[Adapter], error: type[ScumbleError], says: str
 ) -> None:
     with pytest.raises(error, match=says) as caught:
-        running.service.submit(request(*adapters), lambda _: None)
+        running.run([request(*adapters)])
     assert isinstance(caught.value, Refused) or caught.value.fields["field"].startswith("adapters.")
 
 

@@ -164,7 +164,7 @@ def test_strangers_of_all_grammars_share_a_batch(running: Running) -> None:
 )
 def test_what_compel_cannot_read_is_refused_at_the_edge(running: Running, prompt: str, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
-        running.service.submit(request(prompt), lambda _: None)
+        running.run([request(prompt)])
     assert caught.value.fields["field"] == "prompt"
 
 

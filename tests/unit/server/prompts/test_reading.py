@@ -336,14 +336,14 @@ def test_what_cannot_be_read_is_refused_at_the_edge(
     running: Running, asked: Request, error: type[ScumbleError], says: str, field: str
 ) -> None:
     with pytest.raises(error, match=says) as caught:
-        running.service.submit(asked, lambda _: None)
+        running.run([asked])
     assert caught.value.fields["field"] == field
 
 
 def test_too_many_texts_are_refused(running: Running) -> None:
     words = "[" + "|".join(f"w{i}" for i in range(70)) + "]"
     with pytest.raises(InvalidRequest, match="71 different texts"):
-        running.service.submit(request(words, "webui", steps=100), lambda _: None)
+        running.run([request(words, "webui", steps=100)])
     running.run([request("[a|b]", "webui", steps=70)])
 
 

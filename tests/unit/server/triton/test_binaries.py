@@ -8,7 +8,7 @@ import pytest
 
 from scumble.errors import Unavailable
 from scumble_server.triton import binaries
-from scumble_server.triton.binaries import PYTHON, TRITON_KEY, find_triton
+from scumble_server.triton.binaries import PYTHON, TRITON_KEY, VERSION_KEY, find_triton
 
 
 def make_triton(root: Path, python: str = PYTHON, *, several: bool = False) -> Path:
@@ -51,6 +51,28 @@ def test_a_named_one_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def test_without_any_it_says_what_to_install() -> None:
     with pytest.raises(Unavailable, match="nvidia-pytriton"):
         find_triton()
+
+
+@pytest.mark.parametrize(
+    ("noted", "version", "faces_networks"),
+    [("2.51.0", (2, 51, 0), False), ("2.71.0\n", (2, 71, 0), True), ("2.80.1dev", (2, 80, 1), True), ("", None, False)],
+)
+def test_its_version_says_whether_networks_may_reach_it(
+    tmp_path: Path, noted: str, version: tuple[int, ...] | None, faces_networks: bool
+) -> None:
+    root = make_triton(tmp_path / "named")
+    (root / "TRITON_VERSION").write_text(noted)
+    install = find_triton(root)
+    assert (install.version, install.faces_networks) == (version, faces_networks)
+
+
+def test_the_containers_environment_speaks_for_its_own_copy_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_triton(tmp_path / "container")
+    monkeypatch.setenv(VERSION_KEY, "2.74.0")
+    assert find_triton().faces_networks
+    assert not find_triton(make_triton(tmp_path / "named")).faces_networks
 
 
 def test_a_stub_of_another_python_is_refused(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+from grpc import RpcError, insecure_channel
 
 from scumble.errors import Unavailable
 from scumble_server.config import ServerConfig
@@ -19,12 +21,12 @@ HOST = "127.0.0.1"
 
 
 def test_zero_takes_a_free_port_for_each() -> None:
-    ports = claim_ports(HOST, Ports())
-    assert len({ports.http, ports.grpc, ports.metrics}) == 3
+    ports = claim_ports(HOST, Ports(http=0))
+    assert len({ports.http, ports.grpc, ports.metrics, ports.health}) == 4
     assert claim_ports(HOST, ports) == ports
 
 
-@pytest.mark.parametrize("purpose", ["http", "grpc", "metrics"])
+@pytest.mark.parametrize("purpose", ["http", "grpc", "metrics", "health"])
 def test_a_taken_port_is_named(purpose: str) -> None:
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
@@ -52,7 +54,7 @@ def install(tmp_path: Path) -> TritonInstall:
 def test_the_command_closes_what_would_run_code(install: TritonInstall, tmp_path: Path) -> None:
     folder = OwnedRun(tmp_path).folder
     config = ServerConfig(home=tmp_path, base="tiny/base")
-    arguments = command(install, folder, config, tmp_path, HOST, Ports(1, 2, 3))
+    arguments = command(install, folder, config, tmp_path, HOST, Ports(2, 3, 4, http=1))
     assert "--model-control-mode=none" in arguments
     for option in ("--http-restricted-api", "--grpc-restricted-protocol"):
         (closed,) = (argument for argument in arguments if argument.startswith(option))
@@ -63,6 +65,28 @@ def test_the_command_closes_what_would_run_code(install: TritonInstall, tmp_path
         "triton_python_backend_utils.py",
         "triton_python_backend_stub",
     }
+
+
+def test_tritons_http_is_off_unless_asked_for(install: TritonInstall, tmp_path: Path) -> None:
+    config = ServerConfig(home=tmp_path, base="tiny/base")
+    arguments = command(install, OwnedRun(tmp_path).folder, config, tmp_path, HOST, claim_ports(HOST, Ports()))
+    assert "--allow-http=false" in arguments
+    assert not [argument for argument in arguments if argument.startswith("--http")]
+
+
+def test_what_opens_the_closed_apis_cannot_be_sent(install: TritonInstall, tmp_path: Path) -> None:
+    """Others on this machine can read the command line."""
+    config = ServerConfig(home=tmp_path, base="tiny/base")
+    arguments = command(install, OwnedRun(tmp_path).folder, config, tmp_path, HOST, Ports(2, 3, 4, http=1))
+    for option in ("--http-restricted-api", "--grpc-restricted-protocol"):
+        (closed,) = (argument for argument in arguments if argument.startswith(option))
+        name, _, value = closed.partition(":")[2].partition("=")
+        http = HTTPConnection(HOST)
+        http.putrequest("POST", "/v2/logging")
+        with pytest.raises(ValueError, match="Invalid header value"):
+            http.putheader(name, value)
+        with insecure_channel(f"{HOST}:1") as channel, pytest.raises(RpcError, match="Invalid metadata"):
+            channel.unary_unary("/x/y")(b"", metadata=[(name, value)])
 
 
 def test_the_stub_finds_this_python(install: TritonInstall, tmp_path: Path) -> None:

@@ -341,13 +341,13 @@ def test_the_receipt_says_what_was_looked_at(world: World) -> None:
 )
 def test_what_cannot_be_looked_at_is_refused_at_the_edge(world: World, adapter: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
-        world.running.service.submit(request(adapter), lambda _: None)
+        world.running.run([request(adapter)])
 
 
 def test_an_embedding_of_another_width_is_refused(world: World) -> None:
     asked = request({"ref": "ip/faceid", "image": "face"}, tensors={"face": np.ones(FACE + 1, np.float32)})
     with pytest.raises(InvalidRequest, match=rf"shape \({FACE + 1},\); ip/faceid reads \({FACE},\)"):
-        world.running.service.submit(asked, lambda _: None)
+        world.running.run([asked])
 
 
 def test_where_the_image_encoder_is_looked_for(
@@ -393,7 +393,7 @@ def test_where_the_image_encoder_is_looked_for(
         running = start(tmp_path / "home", f"tiny/{base}", {})
         try:
             with pytest.raises(Refused, match=f"comes without an image encoder, {says}"):
-                running.service.submit(asked, lambda _: None)
+                running.run([asked])
         finally:
             running.service.close()
 
