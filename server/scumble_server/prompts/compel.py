@@ -7,7 +7,7 @@ the tokenizer's, and the encoder is a function, so that a request's LoRAs and em
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
 from types import ModuleType, SimpleNamespace
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from scumble.errors import InvalidRequest
+from scumble_server.prompts.compel_parsing import parse
 from scumble_server.prompts.tokens import PromptWord, Slot, Tokens, ids_and_words
 
 Run = Callable[[Tokens, Tensor | None], Tensor]
@@ -29,6 +30,8 @@ class CompelPrompt:
     """A prompt that compel has read once; `names` are those that it was looked through for."""
 
     words: str
+    parsed: Any = field(compare=False, repr=False)
+    """compel's `Conjunction`."""
     names: tuple[PromptWord, ...]
     chunks: int
     used: frozenset[int]
@@ -39,44 +42,41 @@ def read_compel(tokenizer: CLIPTokenizer, words: str, names: Sequence[PromptWord
     compel = _compel()
     vocabulary = _Tokenizer(tokenizer, names)
     try:
-        _check(compel.Compel.parse_prompt_string(words), field)
-        states = _embed(vocabulary, words, lambda tokens, _: torch.zeros(*tokens.ids.shape, 1))
+        parsed = parse(words, field)
+        _check(parsed, field)
+        states = _embed(vocabulary, parsed, lambda tokens, _: torch.zeros(*tokens.ids.shape, 1))
     except RecursionError as error:
         raise InvalidRequest(f"{field}: brackets are nested too deep for compel; use fewer", field=field) from error
     except (compel.PromptParser.ParsingException, RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise InvalidRequest(f"{field}: compel cannot read it: {error}", field=field) from error
     chunks = states.shape[1] // tokenizer.model_max_length
-    return CompelPrompt(words, tuple(names), chunks, frozenset(vocabulary.used))
+    return CompelPrompt(words, parsed, tuple(names), chunks, frozenset(vocabulary.used))
 
 
 def embed(prompt: CompelPrompt, tokenizer: CLIPTokenizer, run: Run) -> Tensor:
     """States `(1, n·77, C)`."""
-    return _embed(_Tokenizer(tokenizer, prompt.names), prompt.words, run)
+    return _embed(_Tokenizer(tokenizer, prompt.names), prompt.parsed, run)
 
 
-def _embed(vocabulary: _Tokenizer, words: str, run: Run) -> Tensor:
+def _embed(vocabulary: _Tokenizer, parsed: Any, run: Run) -> Tensor:
     encoder = _TextEncoder(vocabulary, run)
     with torch.inference_mode():
         made = _compel().Compel(vocabulary, encoder, truncate_long_prompts=False)
-        states: Tensor = made.build_conditioning_tensor(words)
+        states: Tensor = made.build_conditioning_tensor_for_conjunction(parsed)[0]
     return states
 
 
 def _check(conjunction: Any, field: str) -> None:
-    """compel would leave these to its caller, in silence."""
-    if conjunction.lora_weights:
-        raise InvalidRequest(f"{field}: withLora is not read here; name the LoRA in adapters", field=field)
+    """compel would leave this to its caller, in silence."""
     if any(getattr(part, "wants_cross_attention_control", False) for part in conjunction.prompts):
         raise InvalidRequest(f"{field}: swap changes attention, which is not drawn here; leave it out", field=field)
 
 
 @cache
 def _compel() -> ModuleType:
-    """Imported when a prompt first asks for it. Without packrat its parser takes exponential time in open brackets."""
+    """Imported when a prompt first asks for it."""
     import compel
-    from pyparsing import ParserElement
 
-    ParserElement.enable_packrat(cache_size_limit=None)
     module: ModuleType = compel
     return module
 

@@ -14,6 +14,7 @@ from scumble.events import Failed
 from scumble.wire import is_stats_query, stats_to_tensors, tensors_to_request
 from scumble_server.config import ServerConfig
 from scumble_server.denoise.heartbeat import Heartbeat
+from scumble_server.memory.collection import collect_seldom
 from scumble_server.service import Service
 from scumble_server.triton.backend import (
     LOG_FORMAT,
@@ -45,6 +46,7 @@ class TritonPythonModel:
         self._outbox = Outbox()
         self._inner_calls = InnerCalls()
         self._metrics = LoopMetrics(self._service.stats)
+        collect_seldom()
         self._watchdog.on_stop = self._drain
         self._watchdog.is_healthy = self._service.is_alive
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+from compel.prompt_parser import PromptParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyparsing import ParseBaseException
 
 from scumble.errors import InvalidRequest
 from scumble.request import Request
+from scumble_server.memory.collection import collect_seldom
+from scumble_server.prompts.compel_parsing import MAX_COST, parse
 from scumble_server.prompts.grammar.attention import parse_attention
 from scumble_server.prompts.grammar.composition import parse_composition
 from scumble_server.prompts.grammar.schedule import texts_by_step
@@ -29,11 +34,23 @@ READERS: dict[str, Callable[[str], object]] = {
     "composition": parse_composition,
     "find_tag": find_tag,
     "tags": parse_tags,
+    "compel": lambda text: parse(text, "prompt"),
 }
 PIECES = [
     "a(", "(", "[", " ", "\t\n", "a[b:", "[a|", "[a:b:.5]", "[a|b]", "[a|b][a|b|c]", "[a:a:7]", "((a", "(a:1.1)", "\\(",
+    "a+ ", "cat ", "(cat)1.2 ", "(cat:1.2) ", "a, ", '"a b"+ ', "(a)++", "a.b ", "a-",
+    '("a","b").blend(1,1)', '"', "1 ", '"a" ', "(a) ", "=", "a1", "1a+", "and ", "s cat ", ".and(", "\\,",
     "AND ", " BREAK", "BREAK ", "<lora:", "> <lora:", "<lora:n/a>", "[[]", "([)]", ":", "|", ",", "1.",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected_as_in_a_server() -> Iterator[None]:
+    usual = gc.get_threshold()
+    collect_seldom()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*usual)
 
 
 def cpu_seconds(read: Callable[[str], object], text: str) -> float:
@@ -41,7 +58,7 @@ def cpu_seconds(read: Callable[[str], object], text: str) -> float:
     spent = []
     for _ in range(3):
         start = time.process_time()
-        with contextlib.suppress(InvalidRequest):
+        with contextlib.suppress(InvalidRequest, RecursionError, ParseBaseException, PromptParser.ParsingException):
             read(text)
         spent.append((time.process_time() - start) / (TRACED_IS_SLOWER if sys.gettrace() else 1))
         if spent[-1] <= CPU_SECONDS:
@@ -80,6 +97,25 @@ def test_nesting_and_many_changes(reader: str, text: str) -> None:
 @given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=4))
 def test_any_few_pieces_again_and_again(reader: str, pieces: list[str]) -> None:
     assert cpu_seconds(READERS[reader], filled("".join(pieces))) <= CPU_SECONDS
+
+
+@pytest.mark.parametrize("word", ["a+ ", "cat++ ", "cat- "])
+def test_150_weighted_words_of_compel_are_read_soon(word: str) -> None:
+    text = word * 150
+    parse(text, "prompt")
+    assert cpu_seconds(READERS["compel"], text) <= CPU_SECONDS
+    assert cpu_seconds(READERS["compel"], "cat " * 1000 + text) <= CPU_SECONDS, "what is plain costs nothing"
+
+
+@pytest.mark.parametrize("phrase", ["(cat)1.2 ", "(a big cat)1.2 ", "(a)1 "])
+def test_100_weighted_phrases_of_compel_are_read_soon(phrase: str) -> None:
+    parse(phrase * 100, "prompt")
+    assert cpu_seconds(READERS["compel"], phrase * 100) <= CPU_SECONDS
+
+
+def test_more_syntax_than_compel_reads_soon_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=f"they count 604, at most {MAX_COST}"):
+        parse("(a)+ " * 151, "prompt")
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "prompt_2", "negative_prompt_2"])
