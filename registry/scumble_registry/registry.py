@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
-from scumble.files import explain_os_errors, new_folder, sync_folder
+from scumble.files import explain_os_errors, new_folder, private_folder, sync_folder
 from scumble_registry import publishing
 from scumble_registry.blob import Blob
 from scumble_registry.checking import Checked, check_all
@@ -82,7 +82,7 @@ class Registry:
                     home=str(layout.home),
                 )
             with explain_os_errors(layout.root):
-                layout.root.mkdir(parents=True, exist_ok=True)
+                private_folder(layout.root)
                 sync_folder(layout.home)
         blobs = FileStore(layout.root)
         with explain_os_errors(layout.lease):

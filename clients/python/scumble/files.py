@@ -29,6 +29,13 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         partial.write_bytes(content)
 
 
+def private_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, for this user alone. One that is there stays as it is."""
+    for folder in (*reversed(path.parents), path):
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
 @contextmanager
 def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield a name beside `path` to write to; it is renamed to `path` at the end, unless an error is raised."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scumble.errors import ScumbleError, Unavailable, from_dict
+from scumble.files import private_folder
 
 RUN_KEY = "SCUMBLE_RUN"
 PREFIX = "scumble_"
@@ -98,6 +99,11 @@ class RunFolder:
         path.unlink()
         return error
 
+    def hide_shared_memory(self) -> None:
+        """Take it from other users: Triton makes it readable by all, whatever the umask."""
+        for region in SHM.glob(f"{self.shm_prefix}*"):
+            region.chmod(0o600)
+
     def remove_shared_memory(self) -> None:
         for region in SHM.glob(f"{self.shm_prefix}*"):
             region.unlink(missing_ok=True)
@@ -110,8 +116,8 @@ class OwnedRun:
         sweep(home)
         self.folder = RunFolder(home / "run" / f"{PREFIX}{secrets.token_hex(4)}")
         try:
-            self.folder.path.mkdir(parents=True)
-            self.folder.log.parent.mkdir(exist_ok=True)
+            private_folder(self.folder.path)
+            private_folder(self.folder.log.parent)
             self._lock = (self.folder.path / "lock").open("w")
         except OSError as error:
             raise Unavailable(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import threading
@@ -20,6 +21,8 @@ from scumble_server.triton.probe import Probe, answers, reachable
 from scumble_server.triton.processes import is_running, kill_group
 from scumble_server.triton.run_folder import RunFolder
 
+PRIVATE = 0o077
+"""The server's umask: its logs may hold prompts."""
 DRAIN_TIMEOUT = 20.0
 """Seconds for the running step and pending responses when the server stops."""
 EXIT_GRACE = 1.0
@@ -128,6 +131,7 @@ class Supervisor:
         with ThreadPoolExecutor(1) as uninterrupted:
             uninterrupted.submit(self._open).result()
         self._wait_for_answer()
+        launch.run.hide_shared_memory()
         self._probe = Probe(launch.host, launch.grpc_port)
 
     def _wait_for_answer(self) -> None:
@@ -142,7 +146,7 @@ class Supervisor:
 
     def _open(self) -> None:
         launch = self._launch
-        with launch.run.log.open("ab") as output:
+        with os.fdopen(os.open(launch.run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)) as output:
             self._process = subprocess.Popen(
                 launch.command,
                 env=launch.environment,
@@ -150,6 +154,7 @@ class Supervisor:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                umask=PRIVATE,
             )
 
     def _raise_if_ended(self) -> None:

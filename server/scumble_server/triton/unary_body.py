@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scumble.errors import ScumbleError, Unavailable
+from scumble.errors import QueueFull, ScumbleError, Unavailable
 from scumble.events import Failed
 from scumble.wire import STREAM_MODEL, UNARY_OUTPUTS, event_to_tensors
 from scumble_server.config import ServerConfig
@@ -44,8 +44,8 @@ class TritonPythonModel:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         config = ServerConfig.from_env()
         self._watchdog = Watchdog(RunFolder.from_env())
-        # Enough for all that run or wait in the loop, so that the loop's queue is the limit.
-        self._threads = ThreadPoolExecutor(config.max_queue + config.max_batch_images + 8, "call")
+        self._most = config.max_queue + 8  # the loop's queue is the limit; a few more learn of it there
+        self._threads = ThreadPoolExecutor(self._most, "call")
         self._running: dict[str, Responder] = {}
         self._ended = threading.Event()
         self._canceller = threading.Thread(target=self._cancel_abandoned, name="canceller", daemon=True)
@@ -54,12 +54,18 @@ class TritonPythonModel:
     def execute(self, requests: list[TritonRequest]) -> None:
         for request in requests:
             responder = Responder(request)
+            if len(self._running) >= self._most:
+                full = QueueFull(f"{self._most} requests are open; try again in a moment", retry_after=1.0)
+                self._send(responder, event_to_tensors(Failed(full)))
+                continue
             try:
                 inputs = read_inputs(request)
             except ValueError as error:
                 responder.refuse(str(error))
             else:
-                self._threads.submit(self._answer, responder, inputs)
+                token = secrets.token_hex(16)
+                self._running[token] = responder
+                self._threads.submit(self._answer, responder, inputs, token)
 
     def finalize(self) -> None:
         self._threads.shutdown()
@@ -67,9 +73,7 @@ class TritonPythonModel:
         self._canceller.join()
         self._watchdog.close()
 
-    def _answer(self, responder: Responder, inputs: Tensors) -> None:
-        token = secrets.token_hex(16)
-        self._running[token] = responder
+    def _answer(self, responder: Responder, inputs: Tensors, token: str) -> None:
         try:
             outputs = _last_event(inputs, token)
         except ScumbleError as error:
@@ -79,6 +83,9 @@ class TritonPythonModel:
             outputs = event_to_tensors(Failed(ScumbleError(f"internal error: {error!r}")))
         finally:
             del self._running[token]
+        self._send(responder, outputs)
+
+    def _send(self, responder: Responder, outputs: Tensors) -> None:
         try:
             responder.send(
                 {"images": NO_IMAGES} | {name: outputs[name] for name in OUTPUTS if name in outputs}, final=True

@@ -103,6 +103,15 @@ def test_a_dead_process_is_not_ready_at_once(mortal: RunningServer) -> None:
     wait_until(lambda: readiness(mortal)[0] == 200)
 
 
+def test_nobody_else_on_this_machine_can_read_what_it_holds(mortal: RunningServer) -> None:
+    wait_until(lambda: readiness(mortal)[0] == 200)
+    regions = list(Path("/dev/shm").glob(f"{mortal.log.stem}*"))
+    assert regions
+    files = [*regions, mortal.log]
+    assert {oct(path.stat().st_mode & 0o077) for path in files} == {"0o0"}
+    assert mortal.log.parent.stat().st_mode & 0o077 == 0
+
+
 def test_a_server_that_hangs_is_killed(config: ServerConfig) -> None:
     with running_server(config, start_timeout=300) as running:
         os.kill(process_of(running.log, "tritonserver").pid, signal.SIGSTOP)

@@ -36,6 +36,14 @@ def test_its_owner_lives_until_it_lets_go(tmp_path: Path) -> None:
     assert not run.folder.path.exists()
 
 
+def test_run_folders_and_logs_are_private(tmp_path: Path) -> None:
+    home = tmp_path / "new" / "home"
+    run = OwnedRun(home)
+    folders = [home, home / "run", home / "logs", run.folder.path]
+    assert {oct(folder.stat().st_mode & 0o777) for folder in folders} == {"0o700"}
+    run.close()
+
+
 def test_only_what_the_dead_left_is_swept(tmp_path: Path, shm: Path) -> None:
     dead, living = OwnedRun(tmp_path), OwnedRun(tmp_path)
     for run in (dead, living):
