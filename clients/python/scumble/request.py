@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SkipValidation,
 from typing_extensions import TypeAliasType
 
 from scumble.errors import InvalidRequest
+from scumble.suggestions import unknown
 
 SchedulerName = Literal[
     "ddim",
@@ -192,6 +194,12 @@ class Request(_Strict):
     )
     """Precomputed embeddings by the names that adapters use."""
 
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _named_or_described(cls, value: Any) -> Any:
+        """An adapter may be given as text, as on the command line."""
+        return [parse_adapter(each) if isinstance(each, str) else each for each in value] if _is_list(value) else value
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Request):
             return NotImplemented
@@ -234,7 +242,30 @@ def parse_adapter(text: str) -> Adapter:
     return Adapter(ref=ref, weight=value)
 
 
+def check_field_names(names: Iterable[str]) -> None:
+    """Raises InvalidRequest for the first name that is no field of a request, with the right one."""
+    fields = [*Request.model_fields, *(f"options.{name}" for name in Options.model_fields)]
+    for name in names:
+        if name not in Request.model_fields:
+            raise InvalidRequest(f"{name}: {unknown(name, fields)}", field=name)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
 def _explain(error: ValidationError) -> InvalidRequest:
-    problems = [(".".join(str(part) for part in item["loc"]), item["msg"]) for item in error.errors()]
+    problems = [(".".join(str(part) for part in item["loc"]), _problem(item)) for item in error.errors()]
     text = "; ".join(f"{field}: {message}" for field, message in problems)
     return InvalidRequest(text, field=problems[0][0])
+
+
+def _problem(item: Any) -> str:
+    """Say what is wrong, and for an unknown field what its right name may be."""
+    if item["type"] != "extra_forbidden":
+        return str(item["msg"])
+    *where, name = (str(part) for part in item["loc"])
+    if not where:
+        return unknown(name, [*Request.model_fields, *(f"options.{name}" for name in Options.model_fields)])
+    owner = {"adapters": Adapter, "options": Hires if where[-1] == "hires" else Options}[where[0]]
+    return unknown(name, owner.model_fields)

@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 from scumble.errors import InvalidRequest, ScumbleError, from_dict
 from scumble.events import Done, Event, Failed, Preview, Queued, Step
 from scumble.receipt import Receipt
-from scumble.request import Request
+from scumble.request import MAX_ADAPTERS, Request
 from scumble.stats import Stats
 
 STREAM_MODEL = "scumble_stream"
@@ -61,12 +61,12 @@ INPUTS = (
     TensorSpec("base", "BYTES"),
     TensorSpec("scheduler", "BYTES"),
     TensorSpec("seed", "INT64"),
-    TensorSpec("steps", "INT32"),
-    TensorSpec("width", "INT32"),
-    TensorSpec("height", "INT32"),
-    TensorSpec("num_images", "INT32"),
+    TensorSpec("steps", "INT64"),  # wide, as Triton would cut a larger number in silence
+    TensorSpec("width", "INT64"),
+    TensorSpec("height", "INT64"),
+    TensorSpec("num_images", "INT64"),
     TensorSpec("guidance_scale", "FP32"),
-    TensorSpec("adapters", "BYTES"),  # JSON list of request.Adapter
+    TensorSpec("adapters", "BYTES", (-1,)),  # JSON list of request.Adapter; or one each, as JSON or `ns/name:0.8`
     TensorSpec("options", "BYTES"),  # JSON, request.Options
     TensorSpec("images", "BYTES", (-1,)),  # name, image, name, image …: encoded, or a data: URL in base64
     TensorSpec("tensors", "BYTES"),  # safetensors
@@ -80,7 +80,7 @@ UNARY_OUTPUTS = (
     TensorSpec("receipt", "BYTES"),  # JSON, with Done
     TensorSpec("error", "BYTES"),  # JSON, ScumbleError.to_dict(); alone
     TensorSpec("maps", "UINT8", (-1, -1, -1, 3)),  # with Done, if options.return_maps
-    TensorSpec("encoded", "BYTES", (-1,)),  # with Done, if options.format: files; images is then empty
+    TensorSpec("encoded", "BYTES", (-1,)),  # with Done, if options.format: files (base64 in JSON); images is then empty
 )
 STREAM_OUTPUTS = (
     TensorSpec("event", "BYTES"),  # JSON: {type: queued|step|preview|done|failed, position | step, steps}
@@ -89,6 +89,7 @@ STREAM_OUTPUTS = (
 )
 
 _JSON_FIELDS: dict[str, type[list[Any] | dict[str, Any]]] = {"adapters": list, "options": dict}
+_MAX_TEXT_BYTES = 1 << 20
 _MAX_TENSORS_BYTES = 16 << 20
 _DATATYPES = {spec.name: spec.datatype for spec in STREAM_INPUTS}
 
@@ -115,13 +116,18 @@ def tensors_to_request(tensors: Tensors) -> Request:
             given[name] = _from_named_tensor(tensor)
         elif name == "tensors":
             given[name] = _from_safetensors(tensor)
+        elif name == "adapters":
+            given[name] = _from_adapters_tensor(tensor)
         else:
             given[name] = _from_tensor(name, tensor)
     return Request.parse(given)
 
 
-def event_to_tensors(event: Event) -> dict[str, NDArray[Any]]:
-    """Return the outputs of one response of `scumble_stream`; without `event`, those of `scumble`."""
+def event_to_tensors(event: Event, *, as_text: bool = False) -> dict[str, NDArray[Any]]:
+    """Return the outputs of one response of `scumble_stream`; without `event`, those of `scumble`.
+
+    `as_text`: they go into JSON, which has no bytes, so files are encoded in base64.
+    """
     match event:
         case Queued(position):
             return {"event": _json_tensor({"type": "queued", "position": position})}
@@ -136,9 +142,17 @@ def event_to_tensors(event: Event) -> dict[str, NDArray[Any]]:
                 "receipt": _json_tensor(receipt.to_json()),
             }
             done |= {"maps": maps} if maps is not None else {}
-            return done | {"encoded": np.array([*encoded, b""], np.object_)[:-1]} if encoded else done
+            if not encoded:
+                return done
+            files: NDArray[np.object_] = np.array([*encoded, b""], np.object_)[:-1]
+            return done | {"encoded": in_base64(files) if as_text else files}
         case Failed(error):
             return {"event": _json_tensor({"type": "failed"}), "error": _json_tensor(error.to_dict())}
+
+
+def in_base64(files: NDArray[np.object_]) -> NDArray[np.object_]:
+    """`(n,)` bytes → the same in base64, which JSON can hold."""
+    return np.array([*map(base64.b64encode, files), b""], np.object_)[:-1]
 
 
 def tensors_to_event(tensors: Tensors) -> Event:
@@ -216,15 +230,36 @@ def _from_tensor(name: str, tensor: NDArray[Any]) -> Any:
     value = tensor.reshape(-1)[0]
     if _DATATYPES.get(name) != "BYTES":
         return value.item() if isinstance(value, np.generic) else value
+    text = _text(name, value)
+    return _parse_json(name, text, _JSON_FIELDS[name]) if name in _JSON_FIELDS else text
+
+
+def _text(name: str, value: Any) -> str:
+    if len(value) > _MAX_TEXT_BYTES:
+        raise InvalidRequest(f"{name}: has {len(value)} bytes, at most {_MAX_TEXT_BYTES} are read", field=name)
     try:
-        text = value.decode() if isinstance(value, bytes) else str(value)
-        return _parse_json(name, text) if name in _JSON_FIELDS else text
+        return value.decode() if isinstance(value, bytes) else str(value)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{name}: not UTF-8 text ({error.reason} at {error.start})", field=name) from error
 
 
-def _parse_json(name: str, text: str) -> Any:
-    kind = _JSON_FIELDS[name]
+def _from_adapters_tensor(tensor: NDArray[Any]) -> list[Any]:
+    """Return adapters as `Request.parse` takes them: each element is a JSON list, a JSON object, or `ns/name:0.8`."""
+    if tensor.size > MAX_ADAPTERS:
+        raise InvalidRequest(f"adapters: has {tensor.size} values, takes at most {MAX_ADAPTERS}", field="adapters")
+    adapters: list[Any] = []
+    for value in tensor.reshape(-1):
+        text = _text("adapters", value).strip()
+        if text.startswith("{"):
+            adapters.append(_parse_json("adapters", text, dict))
+        elif text.startswith("[") or not text:
+            adapters += _parse_json("adapters", text, list)
+        else:
+            adapters.append(text)
+    return adapters
+
+
+def _parse_json(name: str, text: str, kind: type[list[Any] | dict[str, Any]]) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -15,9 +15,6 @@ from scumble.wire import event_to_tensors
 from scumble_server.triton.backend import Responder
 from scumble_server.triton.outbox import Outbox
 
-CALL = "scumble_call"
-CANCEL = "scumble_cancel"
-
 
 class Caller(Protocol):
     def on_event(self, event: Event) -> None:
@@ -29,12 +26,14 @@ class Caller(Protocol):
 class WireCaller:
     """A client, which gets every event. Triton knows whether it is still connected."""
 
-    def __init__(self, responder: Responder, outbox: Outbox) -> None:
+    def __init__(self, responder: Responder, outbox: Outbox, *, as_text: bool = False) -> None:
+        """`as_text`: the response goes into JSON."""
         self._responder = responder
         self._outbox = outbox
+        self._as_text = as_text
 
     def on_event(self, event: Event) -> None:
-        self._outbox.put(self._responder, lambda: event_to_tensors(event), final=_is_last(event))
+        self._outbox.put(self._responder, lambda: event_to_tensors(event, as_text=self._as_text), final=_is_last(event))
 
     def is_cancelled(self) -> bool:
         return self._responder.is_cancelled()

@@ -14,6 +14,7 @@ from pathlib import Path
 from scumble.errors import Unavailable
 from scumble_server.config import ServerConfig
 from scumble_server.triton.binaries import TritonInstall
+from scumble_server.triton.parameters import GRPC_FORWARDS, HTTP_FORWARDS
 from scumble_server.triton.run_folder import RunFolder
 
 EXIT_TIMEOUT = 10
@@ -95,6 +96,7 @@ def command(
         f"--model-repository={models}",
         "--model-control-mode=none",
         f"--grpc-restricted-protocol={key}",
+        f"--grpc-header-forward-pattern={GRPC_FORWARDS}",
         f"--backend-directory={assemble_backend(install, run)}",
         *([f"--cache-directory={install.caches}"] if install.caches else []),
         f"--backend-config=python,shm-region-prefix-name={run.shm_prefix}",
@@ -117,7 +119,12 @@ def command(
 def _http(host: str, port: int | None, key: str) -> list[str]:
     if port is None:
         return ["--allow-http=false"]
-    return [f"--http-address={host}", f"--http-port={port}", f"--http-restricted-api={key}"]
+    return [
+        f"--http-address={host}",
+        f"--http-port={port}",
+        f"--http-restricted-api={key}",
+        f"--http-header-forward-pattern={HTTP_FORWARDS}",
+    ]
 
 
 def environment(install: TritonInstall, run: RunFolder, config: ServerConfig) -> dict[str, str]:

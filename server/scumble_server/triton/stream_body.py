@@ -25,10 +25,11 @@ from scumble_server.triton.backend import (
     read_inputs,
     read_parameters,
 )
-from scumble_server.triton.callers import CALL, CANCEL, Caller, InnerCaller, InnerCalls, WireCaller
+from scumble_server.triton.callers import Caller, InnerCaller, InnerCalls, WireCaller
 from scumble_server.triton.heartbeat_file import HeartbeatFile
 from scumble_server.triton.metrics import LoopMetrics
 from scumble_server.triton.outbox import Outbox
+from scumble_server.triton.parameters import CALL, CANCEL, check, wants_text
 from scumble_server.triton.run_folder import RunFolder
 from scumble_server.triton.watchdog import Watchdog
 
@@ -81,6 +82,7 @@ class TritonPythonModel:
             elif is_stats_query(tensors):
                 self._outbox.put(responder, lambda: stats_to_tensors(self._service.stats()), final=True)
             else:
+                check(parameters)
                 self._service.submit(lambda: tensors_to_request(tensors), caller.on_event, caller.is_cancelled)
         except ScumbleError as error:
             caller.on_event(Failed(error))
@@ -91,7 +93,7 @@ class TritonPythonModel:
     def _caller(self, responder: Responder, parameters: Parameters) -> Caller:
         if CALL in parameters:
             return InnerCaller(responder, self._outbox, self._inner_calls, str(parameters[CALL]))
-        return WireCaller(responder, self._outbox)
+        return WireCaller(responder, self._outbox, as_text=wants_text(parameters))
 
 
 def _open_service(run: RunFolder, heartbeat: Heartbeat) -> Service:

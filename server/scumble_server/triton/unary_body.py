@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scumble.errors import QueueFull, ScumbleError, Unavailable
+from scumble.errors import InvalidRequest, QueueFull, ScumbleError, Unavailable
 from scumble.events import Failed
-from scumble.wire import STREAM_MODEL, UNARY_OUTPUTS, event_to_tensors
+from scumble.wire import STREAM_MODEL, UNARY_OUTPUTS, event_to_tensors, in_base64
 from scumble_server.config import ServerConfig
 from scumble_server.triton.backend import (
     LOG_FORMAT,
@@ -25,8 +25,9 @@ from scumble_server.triton.backend import (
     TritonRequest,
     call,
     read_inputs,
+    read_parameters,
 )
-from scumble_server.triton.callers import CALL, CANCEL
+from scumble_server.triton.parameters import CALL, CANCEL, check, wants_text
 from scumble_server.triton.run_folder import RunFolder
 from scumble_server.triton.watchdog import Watchdog
 
@@ -59,13 +60,16 @@ class TritonPythonModel:
                 self._send(responder, event_to_tensors(Failed(full)))
                 continue
             try:
-                inputs = read_inputs(request)
+                inputs, parameters = read_inputs(request), read_parameters(request)
+                check(parameters)
             except ValueError as error:
                 responder.refuse(str(error))
+            except InvalidRequest as error:
+                self._send(responder, event_to_tensors(Failed(error)))
             else:
                 token = secrets.token_hex(16)
                 self._running[token] = responder
-                self._threads.submit(self._answer, responder, inputs, token)
+                self._threads.submit(self._answer, responder, inputs, token, wants_text(parameters))
 
     def finalize(self) -> None:
         self._threads.shutdown()
@@ -73,9 +77,11 @@ class TritonPythonModel:
         self._canceller.join()
         self._watchdog.close()
 
-    def _answer(self, responder: Responder, inputs: Tensors, token: str) -> None:
+    def _answer(self, responder: Responder, inputs: Tensors, token: str, as_text: bool) -> None:
         try:
             outputs = _last_event(inputs, token)
+            if as_text and "encoded" in outputs:
+                outputs["encoded"] = in_base64(outputs["encoded"])
         except ScumbleError as error:
             outputs = event_to_tensors(Failed(error))
         except Exception as error:

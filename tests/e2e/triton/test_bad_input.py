@@ -22,7 +22,7 @@ def text(value: str | bytes) -> np.ndarray:
 
 
 def number(value: int) -> np.ndarray:
-    return np.array([value], np.int32)
+    return np.array([value], np.int64)
 
 
 GOOD = Request(prompt="still here", seed=1, steps=1)
@@ -38,6 +38,8 @@ REFUSED = {
     "no multiple of eight": ({"width": number(65)}, "invalid_request"),
     "too large": ({"width": number(4096)}, "invalid_request"),
     "no steps": ({"steps": number(0)}, "invalid_request"),
+    "steps beyond 32 bits": ({"steps": number(2**32 + 1)}, "invalid_request"),
+    "width beyond 32 bits": ({"width": number(2**32 + 64)}, "invalid_request"),
     "unknown scheduler": ({"scheduler": text("magic")}, "invalid_request"),
     "unknown option": ({"options": text('{"magic": 1}')}, "invalid_request"),
     "no text": ({"prompt": text(b"\xff\xfe")}, "invalid_request"),

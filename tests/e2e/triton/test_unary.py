@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import urllib.request
 from collections.abc import Callable
@@ -10,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc
+from PIL import Image
 
 from scumble import Client
 from scumble.request import Adapter, Options, Request
 from scumble_server.triton.running import RunningServer
 from support.every_kind import coarse_png
 
+from .conftest import inputs_of
 from .test_stream import wait_until
 
 APPLE = Request(prompt="a red apple", seed=7, steps=4, num_images=2)
@@ -70,6 +75,75 @@ def test_curl_is_client_enough(server: RunningServer) -> None:
         answer = json.load(response)
     assert len(answer["images"]) == 8 * 8 * 3
     assert json.loads(answer["receipt"])["request"]["seed"] == 1
+
+
+def generate(server: RunningServer, model: str = "scumble", **body: Any) -> dict[str, Any]:
+    call = urllib.request.Request(
+        f"{server.http_url}/v2/models/{model}/generate", json.dumps({"steps": 1, "seed": 7} | body).encode()
+    )
+    with urllib.request.urlopen(call, timeout=60) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("field", "right"),
+    [
+        ("lora", "adapters"),
+        ("negative", "negative_prompt"),
+        ("num_inference_steps", "steps"),
+        ("strength", "options.strength"),
+        ("hieght", "height"),
+    ],
+)
+@pytest.mark.parametrize("model", ["scumble", "scumble_stream"])
+def test_an_unknown_field_is_refused_with_the_right_one(
+    server: RunningServer, model: str, field: str, right: str
+) -> None:
+    error = json.loads(generate(server, model, prompt="x", **{field: "3"})["error"])
+    assert error["code"] == "invalid_request"
+    assert error["fields"]["field"] == field
+    assert f"{field}: is unknown; did you mean {right}?" in error["message"]
+
+
+def test_an_unknown_parameter_is_refused_over_grpc_and_tritons_own_are_not(grpc: Any) -> None:
+    inputs = inputs_of(tritonclient.grpc, Request(prompt="x", steps=1))
+    refused = grpc.infer("scumble", inputs, parameters={"lora": "a"})
+    assert json.loads(refused.as_numpy("error")[0])["fields"]["field"] == "lora"
+    drawn = grpc.infer("scumble", inputs, priority=1, timeout=60_000_000, headers={"x-mine": "1"})
+    assert drawn.as_numpy("images").shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [["l/a:0.5"], ["l/a:0.5", '{"ref": "l/b"}'], '["l/a:0.5"]', '[{"ref": "l/a", "weight": 0.5}]', "l/a:0.5"],
+)
+def test_adapters_are_given_in_any_spelling(server: RunningServer, adapters: Any) -> None:
+    receipt = json.loads(generate(server, prompt="x", adapters=adapters)["receipt"])
+    first = receipt["adapters"][0]
+    assert (first["name"], first["weight"]) == ("l/a", 0.5)
+    assert len(receipt["adapters"]) == (2 if "l/b" in str(adapters) else 1)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
+@pytest.mark.parametrize("model", ["scumble", "scumble_stream"])
+def test_a_file_in_json_is_base64(
+    server: RunningServer, infer_http: Callable[..., Any], infer_grpc: Callable[..., Any], model: str, kind: Any
+) -> None:
+    asked = Request(prompt="x", steps=1, seed=7, options=Options(format=kind))
+    if model == "scumble":
+        content = base64.b64decode(generate(server, prompt="x", options=json.dumps({"format": kind}))["encoded"])
+    else:
+        body = {"prompt": "x", "steps": 1, "seed": 7, "options": json.dumps({"format": kind})}
+        call = urllib.request.Request(f"{server.http_url}/v2/models/{model}/generate_stream", json.dumps(body).encode())
+        with urllib.request.urlopen(call, timeout=60) as response:
+            events = [json.loads(line[6:]) for line in response.read().decode().splitlines() if line]
+        content = base64.b64decode(events[-1]["encoded"])
+    raw = [infer(asked).as_numpy("encoded")[0] for infer in (infer_http, infer_grpc)]
+    for file in (content, *raw):
+        assert Image.open(io.BytesIO(file)).format == kind.upper()
+    if kind == "png":
+        assert len({Image.open(io.BytesIO(file)).tobytes() for file in (content, *raw)}) == 1
 
 
 def test_prometheus_reads_the_loops_counters(server: RunningServer, client: Client) -> None:

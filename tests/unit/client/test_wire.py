@@ -78,6 +78,20 @@ def test_a_picture_may_come_as_a_data_url() -> None:
     assert wire.tensors_to_request(tensors).images == {"a": b"\x89PNG"}
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        ['[{"ref": "a/b", "weight": 0.5}, {"ref": "a/c"}]'],
+        ['[{"ref": "a/b", "weight": 0.5}, "a/c"]'],
+        ['{"ref": "a/b", "weight": 0.5}', "a/c"],
+        ["a/b:0.5", '["a/c"]'],
+    ],
+)
+def test_adapters_may_be_one_list_or_one_each_as_json_or_text(values: list[str]) -> None:
+    request = wire.tensors_to_request({"prompt": text(""), "adapters": text(*values)})
+    assert request.adapters == (Adapter(ref="a/b", weight=0.5), Adapter(ref="a/c"))
+
+
 def over_the_network(tensors: wire.Tensors) -> wire.Tensors:
     """Through the bytes of Triton's protocol."""
     message = kserve.infer_request("m", "id", tensors)
@@ -120,13 +134,16 @@ def test_only_what_was_given_is_sent() -> None:
         ("prompt", {}),
         ("prompt", {"prompt": text(b"\xff")}),
         ("prompt", {"prompt": text("a", "b")}),
-        ("steps", {"prompt": text(""), "steps": np.array([0], np.int32)}),
+        ("steps", {"prompt": text(""), "steps": np.array([0], np.int64)}),
         ("seed", {"prompt": text(""), "seed": np.array([-1], np.int64)}),
-        ("width", {"prompt": text(""), "width": np.array([65], np.int32)}),
+        ("width", {"prompt": text(""), "width": np.array([65], np.int64)}),
         ("guidance_scale", {"prompt": text(""), "guidance_scale": np.array([np.nan], np.float32)}),
         ("scheduler", {"prompt": text(""), "scheduler": text("magic")}),
         ("adapters", {"prompt": text(""), "adapters": text("[")}),
-        ("adapters", {"prompt": text(""), "adapters": text('{"ref": "a/b"}')}),
+        ("adapters", {"prompt": text(""), "adapters": text('{"ref": "a/b"')}),
+        ("adapters", {"prompt": text(""), "adapters": text("")}),
+        ("adapters.1.ref", {"prompt": text(""), "adapters": text('{"ref": "a/b"}', "{}")}),
+        ("adapters.weight", {"prompt": text(""), "adapters": text("a/b:much")}),
         ("adapters", {"prompt": text(""), "adapters": text("[" * 100_000)}),
         ("adapters.0.weight", {"prompt": text(""), "adapters": text('[{"ref": "a/b", "weight": NaN}]')}),
         ("adapters.1.ref", {"prompt": text(""), "adapters": text('[{"ref": "a/b"}, {}]')}),
