@@ -22,10 +22,9 @@ from scumble_trainers.draws import Draw
 from scumble_trainers.losses import Schedule, denoising_loss
 from scumble_trainers.progress import ProgressReport
 from scumble_trainers.results.sampling import Samples, draw_samples
-from scumble_trainers.settings import Settings, StoredType
+from scumble_trainers.settings import MOST_HELD_OUT, Settings, StoredType
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
-MOST_HELD_OUT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,9 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
 
     @classmethod
     def check(cls, settings: Settings, base: TrainingBase, examples: Sequence[Example]) -> None:
-        """Check settings, base and data before any work. Raises InvalidRequest or Incompatible."""
+        """Check what `settings.check_examples` cannot, such as the base, before any work. Raises InvalidRequest or
+        Incompatible.
+        """
 
     @classmethod
     def of(cls, settings: Settings) -> type[TrainingMethod[Any]]:  # noqa: ARG003 - for overrides

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scumble.errors import InvalidRequest
 from scumble_registry.formats.dreambooth import keep_differences, plain
 from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
@@ -47,14 +46,6 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
     def weights_dtype(cls, settings: DreamboothSettings) -> torch.dtype:  # noqa: ARG003
         """Return fp32: small updates are lost in 16 bits."""
         return torch.float32
-
-    @classmethod
-    def check(cls, settings: DreamboothSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
-        if settings.class_prompts and settings.bucket:
-            raise InvalidRequest(
-                "--bucket cannot be used with --class-prompt: class pictures are square, and a batch has one size",
-                field="bucket",
-            )
 
     @classmethod
     def further_examples(
