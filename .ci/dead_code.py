@@ -17,6 +17,7 @@ TESTS = "tests alone use it"
 BY_NAME = "loaded by its name, from a table or an entry point"
 ALLOWED = {
     "__getattr__": PYTHON,
+    "__dir__": PYTHON,
     "readable": PYTHON,
     "readinto": PYTHON,
     "connect_unix_socket": "httpcore calls it",
@@ -25,7 +26,6 @@ ALLOWED = {
     "step_complete": TENSORRT,
     "phase_finish": TENSORRT,
     "downgrade": "alembic calls it",
-    "health": "for callers of the client",
     "UNARY_MODEL": CONTRACT,
     "STREAM_OUTPUTS": CONTRACT,
     "serve": BY_NAME,

@@ -87,16 +87,22 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
         """
         material = self.material
         chosen = material.further[(draw.chances[:, 0] * len(material.further)).long()]
-        text = material.captions.embed(self.text, material.captions.of(chosen), self.device)
-        losses = denoising_loss(
-            material.schedule,
-            partial(self.predict, Condition(chosen, text, draw.chances)),
-            material.latents.means(chosen).to(self.device),
-            draw.posterior.to(self.device),
-            draw.timesteps.to(self.device),
-            min_snr_gamma=self.settings.min_snr_gamma,
-        )
-        return losses.mean()
+        captions, rows = material.captions, material.captions.of(chosen)
+        losses = []
+        for places, chunks in captions.by_length(rows):
+            share, text = draw.at(places), captions.embed(self.text, rows[places], self.device, chunks)
+            condition = Condition(chosen[places], text, share.chances)
+            losses.append(
+                denoising_loss(
+                    material.schedule,
+                    partial(self.predict, condition),
+                    material.latents.means(chosen[places]).to(self.device),
+                    share.posterior.to(self.device),
+                    share.timesteps.to(self.device),
+                    min_snr_gamma=self.settings.min_snr_gamma,
+                )
+            )
+        return torch.cat(losses).mean()
 
     def save(self, folder: Path, dtype: StoredType) -> None:  # noqa: ARG002
         """Save in the base's own dtypes, whatever `dtype`, because only the difference to the base is stored."""
