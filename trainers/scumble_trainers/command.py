@@ -64,13 +64,14 @@ def train_and_publish(entry: MethodEntry, common: Common, settings: TrainSetting
     from scumble_trainers.base import identify_base, locate_base
     from scumble_trainers.data.checking import check_data
     from scumble_trainers.interrupted import explain_how_to_go_on
+    from scumble_trainers.processes import is_first_process
     from scumble_trainers.progress import progress
     from scumble_trainers.results.result import publish_result
 
     home, publish = default_home(), common["publish"]
     located = locate_base(common["base"], home)
     data = check_data(located.folder, common["data"], settings)
-    for warning in settings.warnings(data.examples):
+    for warning in settings.warnings(data.examples) if is_first_process() else ():
         print(f"scumble: {warning}", file=sys.stderr)
     base = identify_base(located, home)
     out = common["out"] or default_out(home, entry.name, publish)
