@@ -3,21 +3,29 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.demo-ready
+PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 export SCUMBLE_HOME ?= $(HOME)/.scumble
 
 .PHONY: setup bundled demo test coverage check format style lint types layers dead circles links doctests formats-table bench engines-demo engines-sd15 engines-sdxl fuzz serve lock clean
 
 setup: $(READY)
 
+# What serving, training and the demo need. pip shows its progress: this takes minutes.
 # torch comes through pip: its CPU build is what a machine without a GPU gets.
 # Of nvidia-pytriton only the tritonserver binary is wanted, so none of its dependencies.
-$(READY): pyproject.toml constraints.txt
+$(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps nvidia-pytriton==0.7.0
 	touch $@
 
-demo: setup
+# What tests and checks need besides: linters, fuzzers, oracles, TensorRT for RTX.
+$(READY): $(DEMO_READY)
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: $(DEMO_READY)
 	$(BIN)/scumble demo --out demo/out
 
 # A process for each core that a small machine has; each has one thread, and takes whole files, whose fixtures are shared.
@@ -72,7 +80,7 @@ formats-table: setup
 	rm .formats-notes.jsonl
 
 # All adapters of the demo, remade from the base and the picture packages (npm) and measured; hours on 2 cores.
-bundled: setup
+bundled: $(DEMO_READY)
 	./demo/train.sh
 
 # Random adapters come from the tests' own makers.
@@ -98,7 +106,7 @@ engines-sd15: setup
 engines-sdxl: setup
 	PYTHONPATH=tests nice -n 5 $(ENGINES) --family sdxl --profile deploy/profiles/sdxl.toml
 
-serve: setup
+serve: $(DEMO_READY)
 	$(BIN)/scumble serve
 
 # Pins what the tests ran with; names versions only, no machine and no host.

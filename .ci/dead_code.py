@@ -17,6 +17,7 @@ TESTS = "tests alone use it"
 BY_NAME = "loaded by its name, from a table or an entry point"
 ALLOWED = {
     "__getattr__": PYTHON,
+    "__dir__": PYTHON,
     "readable": PYTHON,
     "readinto": PYTHON,
     "connect_unix_socket": "httpcore calls it",

@@ -1,4 +1,7 @@
-"""The base that an adapter is trained for: a folder, or a version in the registry."""
+"""The base that an adapter is trained for: a folder, or a version in the registry.
+
+torch is imported by `load_base` alone, so that a missing base and bad data are told at once.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,21 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils.logging import disable_progress_bar
-from torch import nn
-from transformers.utils.logging import disable_progress_bar as disable_loading_bar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from scumble.errors import Incompatible, NotFound
 from scumble_registry import Registry, Status, Version
 from scumble_registry.compatibility import vae_scale
 
+if TYPE_CHECKING:
+    import torch
+
 INDEX = "model_index.json"
+
+_HOW_TO_GET_ONE = (
+    "give a folder in the diffusers layout, or get one with `scumble registry import hf:OWNER/REPO --name NS/NAME` "
+    "or `scumble registry publish FOLDER --name NS/NAME`"
+)
 
 KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 """Pipelines of SD 1.x and 2.x, and of SDXL."""
@@ -41,30 +46,56 @@ class TrainingBase:
     """The registry's digest, or `content` if the registry does not have it."""
 
 
+@dataclass(frozen=True, slots=True)
+class LocatedBase:
+    """A base's files, not read yet, and its version if a reference named it."""
+
+    folder: Path
+    version: Version | None
+
+
 def find_base(base: str, home: Path) -> TrainingBase:
     """Find a base by folder or reference; a folder is also looked up in the registry.
 
     Raises NotFound, or Incompatible for a folder that is not one of KINDS.
     """
+    return identify_base(locate_base(base, home), home)
+
+
+def locate_base(base: str, home: Path) -> LocatedBase:
+    """Find a base's files, without reading its weights. Raises as `find_base`."""
     folder = Path(base).expanduser()
-    if not folder.is_dir():
-        return _from_registry(base, home)
-    _check_kind(folder)
-    content = folder_digest(folder)
-    version = _published(folder, home)
+    located = LocatedBase(folder.resolve(), None) if folder.is_dir() else _from_registry(base, home)
+    _check_kind(located.folder)
+    return located
+
+
+def identify_base(located: LocatedBase, home: Path) -> TrainingBase:
+    """Read all files for their digest, and look a folder up in the registry."""
+    content = folder_digest(located.folder)
+    version = located.version or _published(located.folder, home)
     if version is None:
-        return TrainingBase(folder.resolve(), content, None, content)
-    return TrainingBase(folder.resolve(), content, version.ref, version.digest)
+        return TrainingBase(located.folder, content, None, content)
+    return TrainingBase(located.folder, content, version.ref, version.digest)
 
 
-def load_base(base: TrainingBase, *, dtype: torch.dtype = torch.float32) -> Pipeline:
-    """Load a base as a diffusers pipeline without safety checker, all weights frozen, the autoencoder in fp32."""
+def load_base(base: TrainingBase, *, dtype: torch.dtype | None = None) -> Pipeline:
+    """Load a base as a diffusers pipeline without safety checker, all weights frozen, the autoencoder in fp32.
+
+    `dtype` is that of the other components, by default fp32.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
+    from torch import nn
+    from transformers.utils.logging import disable_progress_bar as disable_loading_bar
+
     disable_progress_bar()
     disable_loading_bar()
     xl = pipeline_kind(base.folder) == "StableDiffusionXLPipeline"
     unchecked = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
     pipeline: Pipeline = DiffusionPipeline.from_pretrained(
-        base.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **unchecked
+        base.folder, dtype={"default": dtype or torch.float32, "vae": torch.float32}, local_files_only=True, **unchecked
     )
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
@@ -77,10 +108,10 @@ def pipeline_kind(folder: Path) -> str:
     return str(json.loads((folder / INDEX).read_text("utf-8")).get("_class_name"))
 
 
-def native_resolution(base: TrainingBase) -> int:
-    """Return the side in pixels that the base was trained at, from its configuration."""
-    unet = json.loads((base.folder / "unet" / "config.json").read_text("utf-8"))
-    vae = json.loads((base.folder / "vae" / "config.json").read_text("utf-8"))
+def native_resolution(folder: Path) -> int:
+    """Return the side in pixels that a base was trained at, from its configuration."""
+    unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+    vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
     return int(unet["sample_size"]) * vae_scale(vae)
 
 
@@ -90,10 +121,10 @@ def schedule_config(base: TrainingBase) -> dict[str, object]:
     return config
 
 
-def side_multiple(base: TrainingBase) -> int:
+def side_multiple(folder: Path) -> int:
     """Return the number of pixels that sides must be a multiple of, as the UNet halves latents between its levels."""
-    unet = json.loads((base.folder / "unet" / "config.json").read_text("utf-8"))
-    vae = json.loads((base.folder / "vae" / "config.json").read_text("utf-8"))
+    unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+    vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
     return int(vae_scale(vae) * 2 ** (len(unet["block_out_channels"]) - 1))
 
 
@@ -103,14 +134,32 @@ def folder_digest(folder: Path) -> str:
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
-def _from_registry(base: str, home: Path) -> TrainingBase:
+def _from_registry(base: str, home: Path) -> LocatedBase:
     if not _looks_like_reference(base):
-        raise NotFound(f"base {base} is neither a folder nor a reference such as demo/base@1", field="base")
-    with Registry.open(home) as registry:
-        version = registry.resolve(base)
-        folder = registry.materialise(version)
-    _check_kind(folder)
-    return TrainingBase(folder, folder_digest(folder), version.ref, version.digest)
+        raise NotFound(
+            f"base {base} is neither a folder nor a reference such as demo/base@1; {_HOW_TO_GET_ONE}", field="base"
+        )
+    name = base.partition("@")[0]
+    try:
+        with Registry.open(home) as registry:
+            if name not in registry.names():
+                raise NotFound(f"no base {name} is published in {home}")
+            version = registry.resolve(base)
+            return LocatedBase(registry.materialise(version), version)
+    except NotFound as error:
+        if "ref" in error.fields:  # the name is there, this version of it is not
+            raise
+        raise NotFound(
+            f"{error.message}. {_how_to_publish(base, name)}", **{**error.fields, "field": "base"}
+        ) from error
+
+
+def _how_to_publish(base: str, name: str) -> str:
+    """Return the commands that put a base under the name that was asked for."""
+    return (
+        f"No folder {base} exists either. If it is on the Hugging Face Hub, run `scumble registry import hf:{name} "
+        f"--name {name.lower()}`; if you have its files, `scumble registry publish FOLDER --name {name.lower()}`"
+    )
 
 
 def _published(folder: Path, home: Path) -> Version | None:

@@ -1,9 +1,12 @@
-"""`scumble train METHOD`: trains an adapter and publishes it."""
+"""`scumble train METHOD`: trains an adapter and publishes it. Options, base and data are checked before torch is
+imported.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -57,23 +60,33 @@ def _check_names(common: Common) -> None:
 
 def train_and_publish(entry: MethodEntry, common: Common, settings: TrainSettings) -> dict[str, Any] | None:
     """Train, evaluate and publish. Returns what `--json` prints, or None in all processes but the first."""
-    from accelerate import PartialState  # type: ignore[import-untyped]
-
     from scumble_registry import Registry, default_home
-    from scumble_trainers.base import find_base
-    from scumble_trainers.evaluation import installed_evaluation
-    from scumble_trainers.progress import progress_bars
+    from scumble_trainers.base import identify_base, locate_base
+    from scumble_trainers.data.checking import check_data
+    from scumble_trainers.interrupted import explain_how_to_go_on
+    from scumble_trainers.processes import is_first_process
+    from scumble_trainers.progress import progress
     from scumble_trainers.results.result import publish_result
-    from scumble_trainers.run import train
 
     home, publish = default_home(), common["publish"]
-    base = find_base(common["base"], home)
+    located = locate_base(common["base"], home)
+    data = check_data(located.folder, common["data"], settings)
+    for warning in settings.warnings(data.examples) if is_first_process() else ():
+        print(f"scumble: {warning}", file=sys.stderr)
+    base = identify_base(located, home)
     out = common["out"] or default_out(home, entry.name, publish)
-    evaluation = installed_evaluation() if common["evaluate"] else None
-    if evaluation is not None:
-        evaluation.check_measurable(base)
-    with progress_bars(wanted=not common["as_json"]) as report:
-        result = train(entry.load(), base, common["data"], out, settings, fresh=common["fresh"], report=report)
+
+    with explain_how_to_go_on(out, sys.argv):
+        from accelerate import PartialState  # type: ignore[import-untyped]
+
+        from scumble_trainers.evaluation import installed_evaluation
+        from scumble_trainers.run import train
+
+        evaluation = installed_evaluation() if common["evaluate"] else None
+        if evaluation is not None:
+            evaluation.check_measurable(base)
+        with progress(wanted=not common["as_json"]) as report:
+            result = train(entry.load(), base, data, out, settings, fresh=common["fresh"], report=report)
     if not PartialState().is_main_process:
         return None
     if evaluation is not None:

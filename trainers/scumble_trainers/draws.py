@@ -30,7 +30,13 @@ class Draw:
 
     def part(self, index: int, parts: int) -> Draw:
         """Return the `index`-th of `parts` equal shares: every `parts`-th picture, so that timesteps stay spread."""
-        share = slice(index, None, parts)
+        return self._of(slice(index, None, parts))
+
+    def at(self, places: Tensor) -> Draw:
+        """Return the draws at `places (b,)` of the batch."""
+        return self._of(places)
+
+    def _of(self, share: slice | Tensor) -> Draw:
         return Draw(
             self.pictures[share],
             self.timesteps[share],

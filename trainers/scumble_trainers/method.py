@@ -22,10 +22,9 @@ from scumble_trainers.draws import Draw
 from scumble_trainers.losses import Schedule, denoising_loss
 from scumble_trainers.progress import ProgressReport
 from scumble_trainers.results.sampling import Samples, draw_samples
-from scumble_trainers.settings import Settings, StoredType
+from scumble_trainers.settings import MOST_HELD_OUT, Settings, StoredType
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
-MOST_HELD_OUT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,9 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
 
     @classmethod
     def check(cls, settings: Settings, base: TrainingBase, examples: Sequence[Example]) -> None:
-        """Check settings, base and data before any work. Raises InvalidRequest or Incompatible."""
+        """Check what `settings.check_examples` cannot, such as the base, before any work. Raises InvalidRequest or
+        Incompatible.
+        """
 
     @classmethod
     def of(cls, settings: Settings) -> type[TrainingMethod[Any]]:  # noqa: ARG003 - for overrides
@@ -124,11 +125,18 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
         return self.settings.learning_rate
 
     def forward(self, draw: Draw) -> Tensor:
-        """Return the mean loss over `draw`."""
-        material = self.material
-        rows = material.captions.choose(draw.pictures, draw.captions, draw.dropped)
-        text = material.captions.embed(self.text, rows, self.device)
-        return self.losses(draw, Condition(draw.pictures, text, draw.chances)).mean()
+        """Return the mean loss over `draw`.
+
+        A caption that is dropped leaves as many empty chunks, as a negative prompt has beside a long prompt.
+        """
+        captions = self.material.captions
+        chosen = captions.choose(draw.pictures, draw.captions)
+        rows = torch.where(draw.dropped, 0, chosen)
+        losses = []
+        for places, chunks in captions.by_length(chosen):
+            share, text = draw.at(places), captions.embed(self.text, rows[places], self.device, chunks)
+            losses.append(self.losses(share, Condition(share.pictures, text, share.chances)))
+        return torch.cat(losses).mean()
 
     def losses(self, draw: Draw, condition: Condition) -> Tensor:
         """Return the loss of each picture, `(B,)`."""
@@ -145,8 +153,14 @@ class TrainingMethod(nn.Module, ABC, Generic[Settings]):
     def predict_measured(self, pictures: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """Predict with the pictures' first captions, for the validation loss."""
         captions = self.material.captions
-        text = captions.embed(self.text, captions.of(pictures), self.device)
-        return self.predict(Condition(pictures, text, None), noisy, timesteps)
+        rows = captions.of(pictures)
+        predicted = torch.empty_like(noisy)
+        for places, chunks in captions.by_length(rows):
+            text = captions.embed(self.text, rows[places], self.device, chunks)
+            own = places.to(noisy.device)
+            prediction = self.predict(Condition(pictures[places], text, None), noisy[own], timesteps[own])
+            predicted[own] = prediction.to(predicted.dtype)
+        return predicted
 
     def predict(self, condition: Condition, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """Return the UNet's prediction, `(B, C, h, w)`."""

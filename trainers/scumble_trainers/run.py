@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from scumble.errors import InvalidRequest
-from scumble_trainers.base import TrainingBase, load_base, native_resolution, schedule_config, side_multiple
+from scumble_trainers.base import TrainingBase, load_base, schedule_config, side_multiple
 from scumble_trainers.data.buckets import Size, choose_sizes
 from scumble_trainers.data.captions import read_captions
-from scumble_trainers.data.dataset import Example, data_digest, read_examples, with_captions
+from scumble_trainers.data.checking import TrainingData, check_data
+from scumble_trainers.data.dataset import Example
 from scumble_trainers.data.latents import cached_latents
 from scumble_trainers.losses import noise_schedule
 from scumble_trainers.method import Material, TrainingMethod
@@ -35,7 +36,7 @@ SAMPLE_ROWS = 4
 def train(
     kind: type[TrainingMethod[Any]],
     base: TrainingBase,
-    data: Path,
+    data: Path | TrainingData,
     out: Path,
     settings: TrainSettings,
     *,
@@ -44,26 +45,20 @@ def train(
 ) -> Result:
     """Train into `out`, from its newest checkpoint if there is one, and return the content of training.json.
 
-    A finished run's result is returned as it is. Raises InvalidRequest for bad data, or if `out` holds another run
-    (unless `fresh`, which deletes that first), Unavailable if `out` cannot be written.
+    `data` are a folder or a file of lines, or were checked for this base and these settings already. A finished run's
+    result is returned as it is. Raises InvalidRequest for bad data, or if `out` holds another run (unless `fresh`,
+    which deletes that first), Unavailable if `out` cannot be written.
     """
     kind = kind.of(settings)
     noise_schedule(schedule_config(base))  # raises for an unknown prediction type
-    resolution = settings.resolution or native_resolution(base)
-    multiple = side_multiple(base)
-    if resolution % multiple:
-        raise InvalidRequest(
-            f"--resolution {resolution} is not a multiple of this base's {multiple}", field="resolution"
-        )
-    read = read_examples(data, resolution=resolution)
-    examples = with_captions(read, settings.captions)
-    _check_triggers(settings, examples)
+    checked = data if isinstance(data, TrainingData) else check_data(base.folder, data, settings)
+    examples = list(checked.examples)
     kind.check(settings, base, examples)
     identity: dict[str, Any] = {
         "config": settings.config(),
-        "data": data_digest(read),
+        "data": checked.digest,
         "base": base.content,
-        "resolution": resolution,
+        "resolution": checked.resolution,
     }
     if fresh:
         _clear(out)
@@ -143,7 +138,7 @@ def _material(
     report: ProgressReport,
 ) -> Material:
     settings, pipeline, everything = method.settings, method.pipeline, [*examples, *further]
-    sizes = choose_sizes(everything, resolution, side_multiple(method.base), bucket=settings.bucket)
+    sizes = choose_sizes(everything, resolution, side_multiple(method.base.folder), bucket=settings.bucket)
     with accelerator.main_process_first():
         latents = cached_latents(
             out / "cache",
@@ -200,15 +195,6 @@ def _accelerator(out: Path, name: str, settings: TrainSettings) -> Accelerator:
         )
     accelerator.init_trackers(name)
     return accelerator
-
-
-def _check_triggers(settings: TrainSettings, examples: Sequence[Example]) -> None:
-    captions = [text.lower() for example in examples for text in example.texts]
-    for word in settings.trigger_words:
-        if not any(word.lower() in caption for caption in captions):
-            raise InvalidRequest(
-                f"no caption contains the trigger word {word!r}, so it would have no effect", field="trigger"
-            )
 
 
 def _check_resumable(checkpoint: Checkpoint, settings: TrainSettings, identity: dict[str, Any]) -> None:

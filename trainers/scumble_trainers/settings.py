@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scumble.errors import InvalidRequest, NotFound
+from scumble_trainers.data.dataset import Example, held_out_count
 
 Precision = Literal["no", "fp16", "bf16"]
 LearningRateSchedule = Literal["constant", "cosine"]
 StoredType = Literal["fp16", "bf16", "fp32"]
+
+MOST_HELD_OUT = 64
 
 TRAIN, MODEL, DATA, SAVE, SHOW = "Training", "Model", "Data", "Result", "Samples"
 
@@ -92,11 +95,11 @@ class TrainSettings(BaseModel):
         (),
         panel=DATA,
         name="caption",
-        help="Caption in place of the data's; repeat, one is chosen at random. {text} is the line's own caption, "
-        "{style} its style.",
+        help="Caption in place of the data's; repeat, one is chosen at random. {text} is the picture's own caption, "
+        "{name} what its file is called (red_apple-02.png: red apple), {style} its style.",
     )
     validation: float = option(
-        0.1, panel=DATA, help="Share of the pictures to hold out, at most 64 pictures.", ge=0, lt=1
+        0.1, panel=DATA, help=f"Share of the pictures to hold out, at most {MOST_HELD_OUT} pictures.", ge=0, lt=1
     )
 
     prompts: tuple[str, ...] = option(
@@ -110,6 +113,24 @@ class TrainSettings(BaseModel):
     trigger_words: tuple[str, ...] = option((), panel=SAVE, name="trigger", help="Trigger word; repeat.")
     license: str | None = option(None, panel=SAVE, help="SPDX.")
     description: str = option("", panel=SAVE, help="Description, one line.")
+
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        """Check that the data have what these settings need. Raises InvalidRequest. A method adds its own checks."""
+        captions = [text.lower() for example in examples for text in example.texts]
+        for word in self.trigger_words:
+            if not any(word.lower() in caption for caption in captions):
+                raise InvalidRequest(
+                    f"no caption contains the trigger word {word!r}, so it would have no effect", field="trigger"
+                )
+
+    def warnings(self, examples: Sequence[Example]) -> list[str]:
+        """Return what can be trained on, but hardly as it was meant."""
+        trained = len(examples) - held_out_count(len(examples), fraction=self.validation, most=MOST_HELD_OUT)
+        if trained > 1:
+            return []
+        held = "" if len(examples) == 1 else " (the other is held out; with --validation 0 both are trained on)"
+        what = "the adapter will repeat that picture, background and all. Give it 5 to 20 pictures"
+        return [f"it is trained on one picture alone{held}: {what}"]
 
     def config(self) -> dict[str, Any]:
         """Return the settings as plain JSON, for provenance and checkpoints."""

@@ -1,4 +1,7 @@
-"""`scumble build export`: write a base's graphs as ONNX files with manifests, for engines and other runtimes."""
+"""`scumble build export`: write a base's graphs as ONNX files with manifests, for engines and other runtimes.
+
+torch is imported by what loads networks, not by `--help`.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,22 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from transformers import CLIPVisionModelWithProjection
 
 from scumble.errors import InvalidRequest, NotFound, Refused
-from scumble_build.export.control import NetGraphs
-from scumble_build.export.graph import PRECISIONS
 from scumble_build.export.manifest import GraphManifest, Precision
-from scumble_build.export.plan import BaseGraphs
-from scumble_build.export.quantise import read_maxima
-from scumble_build.export.write import Exportable, write_graphs
-from scumble_build.graphs.control_models import load_net, load_union
 from scumble_build.graphs.families import FAMILIES
-from scumble_build.graphs.models import Models
 from scumble_registry import Registry, default_home
 from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility, DreamboothCompatibility, Family
 from scumble_registry.formats import base as base_format
 from scumble_registry.formats.source import Source
+
+if TYPE_CHECKING:
+    from scumble_build.export.control import NetGraphs
+    from scumble_build.export.plan import BaseGraphs
+    from scumble_build.export.write import Exportable
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,8 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Write a base's graphs, with adapters as inputs, as ONNX files with weights and manifests."""
+    from scumble_build.export.quantise import read_maxima
+    from scumble_build.export.write import write_graphs
 
     def report(manifest: GraphManifest) -> None:
         if not as_json:
@@ -105,6 +107,12 @@ def find_base(ref: str, home: Path) -> BaseFolder:
 
 def open_base(base: BaseFolder, precision: Precision) -> BaseGraphs:
     """Load a base's networks."""
+    from transformers import CLIPVisionModelWithProjection
+
+    from scumble_build.export.graph import PRECISIONS
+    from scumble_build.export.plan import BaseGraphs
+    from scumble_build.graphs.models import Models
+
     family, dtype = FAMILIES[base.family], PRECISIONS[precision]
     encoder = base.folder / "image_encoder"
     vision = None
@@ -117,6 +125,9 @@ def open_net(ref: str, base: BaseFolder, home: Path, precision: Precision) -> tu
     """Load a published ControlNet; returns its graphs and digest. Raises NotFound, IntegrityError, or Refused for
     another kind of adapter.
     """
+    from scumble_build.export.control import NetGraphs
+    from scumble_build.graphs.control_models import load_net, load_union
+
     with Registry.open(home) as registry:
         version = registry.resolve(ref)
         compatibility = version.manifest.compatibility

@@ -77,3 +77,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES.get(name, "scumble.errors")), name)
+
+
+def __dir__() -> list[str]:
+    """List what can be imported, too, so that completion offers it."""
+    return sorted({*globals(), *__all__})

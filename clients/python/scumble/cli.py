@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Annotated
 
@@ -38,7 +40,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit status. The option parser may raise SystemExit."""
-    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    command = _command_of(arguments or _words_to_complete(os.environ))
     try:
         build_app(command)(args=arguments, prog_name="scumble")
     except ScumbleError as error:
@@ -50,9 +52,22 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
+def _command_of(arguments: list[str]) -> str | None:
+    """Return the first argument that is no option."""
+    return next((argument for argument in arguments if not argument.startswith("-")), None)
+
+
+def _words_to_complete(environment: Mapping[str, str]) -> list[str]:
+    """Return the words behind `scumble` that a shell asks to complete: it passes them by the environment alone."""
+    if "_SCUMBLE_COMPLETE" not in environment:
+        return []
+    words = environment.get("_TYPER_COMPLETE_ARGS") or environment.get("COMP_WORDS") or ""
+    return words.split()[1:]
+
+
 def build_app(command: str | None) -> typer.Typer:
     """Make the app with every command by name, and only `command` imported."""
-    app = typer.Typer(callback=_options, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(callback=_options, no_args_is_help=True, pretty_exceptions_enable=False)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         if entry.name == command:
             _add(app, entry)

@@ -13,11 +13,11 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from scumble.client import Client, wait_for_images
+from scumble.client import DEFAULT_URL, Client, wait_for_images
 from scumble.errors import InvalidRequest, NotFound
 from scumble.files import write_whole
 from scumble.images import Images, check_path, encoded
-from scumble.local import local_server
+from scumble.local import default_server, local_server
 from scumble.progress import ProgressBar
 from scumble.receipt import Receipt
 from scumble.redraw import find_inputs, input_digests, read_receipt, request_from_receipt
@@ -61,7 +61,9 @@ def generate(
     url: Annotated[str | None, typer.Option(help="gRPC address of a server. [SCUMBLE_URL]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print files and receipt as JSON.")] = False,
 ) -> None:
-    """Generate images. Without --url or SCUMBLE_URL a server is started for the request and stopped afterwards."""
+    """Generate images. Without --url or SCUMBLE_URL the server at the default port is used; without one, a server is
+    started for the request and stopped afterwards.
+    """
     named = {name: path for name, path in (("init", init), ("mask", mask)) if path is not None}
     images, image_adapters = parse_image_adapters([*(control or ()), *(ip or ())])
     images |= {name: encoded(path) for name, path in named.items()}
@@ -195,10 +197,17 @@ def _draw(request: Request, url: str | None, *, quiet: bool) -> Images:
 
 @contextmanager
 def _server(url: str | None, base: str | None, bar: ProgressBar) -> Iterator[str]:
-    """Yield `url`, or the address of a server that runs until the end of the `with`."""
-    if url is not None:
-        yield url
+    """Yield `url`, or the default address if a server is ready there, or that of a server that runs until the end of
+    the `with`.
+    """
+    address = url or default_server()
+    if address is not None:
+        yield address
         return
+    bar.tell(
+        f"scumble: no server is ready at {DEFAULT_URL}; starting one for this request alone, which takes most of the "
+        "time. To avoid the wait, run `scumble serve` in another terminal."
+    )
     bar.say("starting a server")
     with local_server(base) as address:
         bar.say("sent")

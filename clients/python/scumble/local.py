@@ -1,4 +1,4 @@
-"""Start a server on this machine for a while, if the server package is installed."""
+"""The server that commands use when none is named: one at the default address, or one that is started for a while."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 
-from scumble.errors import Unavailable
+from scumble.client import DEFAULT_URL, Client
+from scumble.errors import ScumbleError, Unavailable
 
 GROUP = "scumble.local_server"
 """Entry point: a function (base or None) → context manager that starts a server and yields its gRPC address."""
+
+
+PROBE_TIMEOUT = 2.0
+"""Seconds in which a server at the default address must answer. Where none listens, the answer comes at once."""
+
+
+def default_server() -> str | None:
+    """Return the default address if a Scumble server there is ready, else None."""
+    with Client(DEFAULT_URL, timeout=PROBE_TIMEOUT) as client:
+        try:
+            return DEFAULT_URL if client.health().ready else None
+        except ScumbleError:
+            return None
 
 
 @contextmanager

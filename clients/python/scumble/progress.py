@@ -39,6 +39,10 @@ class ProgressBar:
     def say(self, what: str) -> None:
         self._progress.update(self._task, description=what)
 
+    def tell(self, what: str) -> None:
+        """Print a line above the bar, with or without a terminal."""
+        self._console.print(what, markup=False, highlight=False, soft_wrap=True)
+
     def __enter__(self) -> Self:
         self._progress.start()
         return self

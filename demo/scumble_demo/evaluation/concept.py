@@ -19,7 +19,7 @@ from scumble_demo.evaluation.measures import concept_rate, similarity
 from scumble_demo.evaluation.trial import ADAPTER, COUNT, Metrics, Trial, rounded, show
 from scumble_demo.scorer import Scorer
 from scumble_trainers.base import TrainingBase
-from scumble_trainers.data.dataset import METADATA
+from scumble_trainers.data.sidecars import METADATA
 from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import Served
 

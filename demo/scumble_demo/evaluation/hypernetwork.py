@@ -28,7 +28,8 @@ from scumble_demo.scorer import Scorer
 from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
 from scumble_trainers.base import TrainingBase, native_resolution
-from scumble_trainers.data.dataset import METADATA, read_examples
+from scumble_trainers.data.dataset import read_examples
+from scumble_trainers.data.sidecars import METADATA
 from scumble_trainers.data.vision import PictureStates
 from scumble_trainers.methods.hypernetwork.model import HypernetworkTraining
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
@@ -121,7 +122,8 @@ def _by_others(concept: Concept) -> Subject:
 def _trained_on(base: TrainingBase, data: Path, result: Result) -> set[str]:
     """Return the names of the concepts that the run was trained on."""
     settings = HypernetworkSettings.model_validate(result.provenance["config"])
-    examples = read_examples(data, resolution=settings.resolution or native_resolution(base))
+    resolution = settings.resolution or native_resolution(base.folder)
+    examples = read_examples(data, resolution=resolution, templates=settings.captions)
     return {str(examples[number].concept) for number in HypernetworkTraining.hold_out(settings, examples)[0]}
 
 

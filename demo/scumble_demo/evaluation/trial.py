@@ -36,7 +36,7 @@ class Trial:
 
     def draw(self, served: Served, adapters: Sequence[Adapter | None], **more: Any) -> list[Image.Image]:
         """Draw one image per prompt, the i-th with `adapters[i]`, or with none."""
-        side = native_resolution(self.base)
+        side = native_resolution(self.base.folder)
         requests = [
             Request(
                 prompt=prompt,

@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 
 from scumble.errors import InvalidRequest
 from scumble.request import Options
-from scumble_server.prompts.chunks import MAX_CHUNKS
+from scumble_build.chunks import MAX_CHUNKS
 from scumble_server.prompts.compel import CompelPrompt, read_compel
 from scumble_server.prompts.grammar.attention import parse_attention
 from scumble_server.prompts.grammar.composition import PromptPart, parse_composition

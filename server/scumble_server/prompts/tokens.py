@@ -1,4 +1,6 @@
-"""Prompts → token ids in chunks (`chunks.py`), padded as diffusers pads them, with places kept free for embeddings.
+"""Prompts → token ids in chunks (`scumble_build.chunks`), padded as diffusers pads them.
+
+Places are kept free for embeddings.
 
 An embedding's name is found in two ways:
 
@@ -21,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from scumble_server.prompts.chunks import BACKTRACK, Unit, chunked
-from scumble_server.prompts.grammar.attention import Break, Piece, Span
+from scumble_build.chunks import BACKTRACK, Break, Unit, chunked
+from scumble_server.prompts.grammar.attention import Piece, Span
 
 
 @dataclass(frozen=True, slots=True)

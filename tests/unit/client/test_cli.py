@@ -1,6 +1,7 @@
 """The command line: one entry point is loaded, every error has its exit status, and `--json` is for programs."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -116,6 +117,30 @@ def test_a_missing_module_of_our_own_is_a_bug_and_stays_one() -> None:
         run("needs-torch")
 
 
+def complete(*words: str) -> list[str]:
+    """What bash offers for the last word, as `scumble --show-completion bash` asks for it."""
+    environment = {
+        **os.environ,
+        "_SCUMBLE_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    code = "import sys; from scumble.cli import main; sys.argv = ['scumble']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_and_the_options_of_the_one_that_is_typed() -> None:
+    assert complete("scumble", "gen") == ["generate"]
+    assert {"--adapter", "--seed"} <= set(complete("scumble", "generate", "--"))
+    assert {"publish", "ls"} <= set(complete("scumble", "registry", ""))
+
+
+def test_the_script_for_a_shell_can_be_had(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    assert "--install-completion" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("module", ["scumble.errors", "scumble.cli"])
 def test_the_small_parts_load_neither_grpc_nor_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'grpc', 'numpy', 'torch', 'tritonclient'}} & set(sys.modules)))"
@@ -123,9 +148,10 @@ def test_the_small_parts_load_neither_grpc_nor_torch(module: str) -> None:
     assert done.stdout == "[]\n"
 
 
-def test_every_public_name_can_be_imported() -> None:
+def test_every_public_name_can_be_imported_and_is_listed() -> None:
     import scumble
 
+    assert set(scumble.__all__) <= set(dir(scumble))
     assert all(getattr(scumble, name) for name in scumble.__all__)
     with pytest.raises(AttributeError):
         scumble.nothing  # noqa: B018

@@ -1,4 +1,4 @@
-"""Reads, checks and splits a folder of captioned pictures before training.
+"""Reads, checks and splits a folder of captioned pictures before training. Imports no torch until it splits.
 
     DIR/metadata.jsonl      one line per picture: {"file_name": "images/0001.png", "text": "a red apple"}
     DIR/images/0001.png     any name, any depth; PNG, JPEG, WebP or BMP
@@ -6,37 +6,48 @@
 This is the layout that the `datasets` library calls an image folder. A line may also have "texts" (more captions of the
 picture; each step takes one at random), "concept" and "style" (equal for pictures of the same thing, or in the same
 style), and "conditioning_image" (the file of its control picture). A file of such lines may be named in place of the
-folder, to train on a part of its pictures.
+folder, to train on a part of its pictures. A folder without metadata.jsonl is read by `sidecars.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
-from scumble.errors import InvalidRequest, NotFound
+from scumble.errors import InvalidRequest
 from scumble_build.pictures import WHITE, Ground, lay_on, to_eight_bits
-from scumble_trainers.draws import generator
+from scumble_trainers.data.sidecars import METADATA, Entry, pictures_under, sidecar_entries
 
-METADATA = "metadata.jsonl"
-PICTURE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-TEXT, STYLE = "{text}", "{style}"  # placeholder in a caption template
+TEXT, STYLE, NAME = "{text}", "{style}", "{name}"  # placeholders in a caption template
 REPORTED = 10  # largest number of problems that a message lists
+
+_TRAILING_NUMBER = re.compile(r"\s*(\(\d+\)|\b\d+)\s*$", re.ASCII)
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class _Demands:
+    """What every example must have."""
+
+    resolution: int
+    captions: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
-    """One picture, checked to decode and to be large enough, and its captions; `texts[0]` is "text"."""
+    """One picture, checked to decode and to be large enough, and its captions; `texts[0]` is "text".
+
+    `texts` may be empty until `with_captions`, if templates are in place of them.
+    """
 
     name: str
     path: Path
@@ -50,24 +61,23 @@ class Example:
     style: str | None = None
 
 
-def read_examples(data: Path, *, resolution: int) -> list[Example]:
+def read_examples(data: Path, *, resolution: int, templates: Sequence[str] = ()) -> list[Example]:
     """Read all examples of a folder or of a file of lines, ordered by name.
 
-    Raises NotFound without the folder or its metadata. Raises InvalidRequest, listing all problems, for no pictures, a
-    malformed line, or a picture that is missing, broken, without caption, named twice or smaller than `resolution`.
+    Captions are needed unless `templates` are in their place and none has `{text}`. Raises NotFound without the folder
+    or pictures in it. Raises InvalidRequest, listing all problems, for no pictures, a malformed line, or a picture
+    that is missing, broken, without caption, named twice or smaller than `resolution`.
     """
+    needed = not templates or any(TEXT in template for template in templates)
     metadata = data / METADATA if data.is_dir() else data
-    if not metadata.is_file():
-        line = '{"file_name", "text"}'
-        raise NotFound(
-            f"no {metadata}: set --data to a folder with pictures and {METADATA}, or to such a file; "
-            f"one line {line} per picture",
-            field="data",
-        )
     problems: list[str] = []
-    folder = metadata.parent
-    examples = list(_examples(folder, _lines(metadata), resolution, problems))
-    if data.is_dir() and not problems:  # only reported if the lines themselves are valid
+    entries: Iterable[Entry]
+    if metadata.is_file():
+        folder, entries = metadata.parent, _entries(_lines(metadata), problems)
+    else:
+        folder, entries = data, sidecar_entries(data, needed=needed)
+    examples = list(_examples(folder, entries, _Demands(resolution, needed), problems))
+    if data.is_dir() and metadata.is_file() and not problems:  # only reported if the lines themselves are valid
         problems += _uncaptioned(folder, examples)
     if problems:
         listed = "\n  ".join(problems[:REPORTED])
@@ -87,12 +97,21 @@ def data_digest(examples: Sequence[Example]) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
+def held_out_count(items: int, *, fraction: float, most: int) -> int:
+    """Return how many of `items` are held out: at least one if `fraction` is above 0, and never the last one."""
+    count = min(most, max(1, round(fraction * items))) if fraction > 0 else 0
+    return min(count, items - 1)
+
+
 def hold_out(items: Sequence[T], *, fraction: float, seed: int, most: int) -> tuple[list[T], list[T]]:
     """Split into (trained on, held out): hold out a `fraction` chosen by `seed`, at least one if above 0, at most
     `most`.
     """
-    count = min(most, max(1, round(fraction * len(items)))) if fraction > 0 else 0
-    count = min(count, len(items) - 1)
+    count = held_out_count(len(items), fraction=fraction, most=most)
+    import torch
+
+    from scumble_trainers.draws import generator
+
     order = torch.randperm(len(items), generator=generator(seed, "hold out")).tolist()
     held = set(order[:count])
     return (
@@ -102,7 +121,8 @@ def hold_out(items: Sequence[T], *, fraction: float, seed: int, most: int) -> tu
 
 
 def with_captions(examples: Sequence[Example], templates: Sequence[str]) -> list[Example]:
-    """Replace the examples' captions by `templates`, if any; `{text}` and `{style}` in a template are the example's.
+    """Replace the examples' captions by `templates`, if any; `{text}`, `{style}` and `{name}` in a template are the
+    example's.
 
     Raises InvalidRequest if a template has `{style}` and an example has none.
     """
@@ -116,11 +136,21 @@ def _filled(example: Example, templates: Sequence[str]) -> tuple[str, ...]:
             field="caption",
         )
     texts = [
-        template.replace(STYLE, example.style or "").replace(TEXT, text)
+        template.replace(STYLE, example.style or "").replace(NAME, spoken(example.name)).replace(TEXT, text)
         for template in templates
         for text in (example.texts if TEXT in template else ("",))
     ]
     return tuple(dict.fromkeys(texts))
+
+
+def spoken(name: str) -> str:
+    """Return what a file's name says: without folder, ending and trailing number, `_` and `-` as spaces.
+
+    >>> spoken("toys/red_apple-02.png"), spoken("hen (3).jpg"), spoken("1960s house.webp")
+    ('red apple', 'hen', '1960s house')
+    """
+    words = re.sub(r"[_-]+", " ", PurePosixPath(name).stem)
+    return " ".join(_TRAILING_NUMBER.sub("", words).split()) or words.strip()
 
 
 def load_picture(path: Path, size: tuple[int, int], ground: Ground = WHITE) -> Image.Image:
@@ -132,32 +162,41 @@ def load_picture(path: Path, size: tuple[int, int], ground: Ground = WHITE) -> I
 
 def _lines(metadata: Path) -> str:
     try:
-        return metadata.read_text("utf-8")
+        return metadata.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{metadata} is not UTF-8 text", field="data") from error
 
 
-def _examples(folder: Path, lines: str, resolution: int, problems: list[str]) -> Iterator[Example]:
-    seen: set[str] = set()
+def _entries(lines: str, problems: list[str]) -> Iterator[Entry]:
+    """Parse lines; what is no JSON object with a name goes to `problems`."""
     for number, line in enumerate(lines.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            yield _example(folder, line, resolution, seen)
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"line {number}: not JSON ({error.msg})")
+            continue
+        name = fields.get("file_name") if isinstance(fields, dict) else None
+        if isinstance(name, str):
+            yield Entry(f"line {number}: ", name, fields)
+        else:
+            problems.append(f'line {number}: no "file_name"')
+
+
+def _examples(folder: Path, entries: Iterable[Entry], demands: _Demands, problems: list[str]) -> Iterator[Example]:
+    seen: set[str] = set()
+    for entry in entries:
+        try:
+            yield _example(folder, entry, demands, seen)
         except ValueError as problem:
-            problems.append(f"line {number}: {problem}")
+            problems.append(f"{entry.place}{problem}")
 
 
-def _example(folder: Path, line: str, resolution: int, seen: set[str]) -> Example:
-    """Parse a line. Raises ValueError with what is wrong with it."""
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-        raise ValueError('no "file_name"')
-    name = entry["file_name"]
-    texts = _captions(name, entry)
+def _example(folder: Path, entry: Entry, demands: _Demands, seen: set[str]) -> Example:
+    """Check an entry. Raises ValueError with what is wrong with it."""
+    name, fields = entry.name, entry.fields
+    texts = _captions(entry, needed=demands.captions)
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ValueError(f"{name} is outside the folder")
     if name in seen:
@@ -167,10 +206,10 @@ def _example(folder: Path, line: str, resolution: int, seen: set[str]) -> Exampl
     if not path.is_file():
         raise ValueError(f"{name} does not exist")
     content = path.read_bytes()
-    size = _check_picture(path, name, resolution)
-    concept, style = (_shared(name, entry, key) for key in ("concept", "style"))
+    size = _check_picture(path, name, demands.resolution)
+    concept, style = (_shared(name, fields, key) for key in ("concept", "style"))
     digest = hashlib.sha256(content)
-    control = _control(folder, entry.get("conditioning_image"), seen)
+    control = _control(folder, fields.get("conditioning_image"), seen)
     if control is not None:
         digest.update(control.read_bytes())
     return Example(name, path, texts, digest.hexdigest(), size, concept, control, style)
@@ -189,17 +228,19 @@ def _control(folder: Path, name: object, seen: set[str]) -> Path | None:
     return folder / name
 
 
-def _shared(name: str, entry: dict[str, object], key: str) -> str | None:
-    value = entry.get(key)
+def _shared(name: str, fields: Mapping[str, object], key: str) -> str | None:
+    value = fields.get(key)
     if value is not None and not isinstance(value, str):
         raise ValueError(f'"{key}" of {name} is not a string')
     return value
 
 
-def _captions(name: str, entry: dict[str, object]) -> tuple[str, ...]:
-    text, others = entry.get("text"), entry.get("texts", [])
+def _captions(entry: Entry, *, needed: bool) -> tuple[str, ...]:
+    name, text, others = entry.name, entry.fields.get("text"), entry.fields.get("texts", [])
+    if text is None and not others and not needed:
+        return ()
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{name} has no caption ("text")')
+        raise ValueError(f"{name} has no caption ({entry.caption})")
     if not isinstance(others, list) or not all(isinstance(other, str) and other.strip() for other in others):
         raise ValueError(f'"texts" of {name} is not a list of captions')
     return tuple(dict.fromkeys(caption.strip() for caption in (text, *others)))
@@ -220,5 +261,5 @@ def _check_picture(path: Path, name: str, resolution: int) -> tuple[int, int]:
 def _uncaptioned(folder: Path, examples: Sequence[Example]) -> list[str]:
     """Return problems for pictures in the folder that no line names."""
     named = {path for example in examples for path in (example.path, example.control)}
-    pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_ENDINGS)
-    return [f"{path.relative_to(folder)} has no line in {METADATA}" for path in pictures if path not in named]
+    missing = (path for path in pictures_under(folder) if path not in named)
+    return [f"{path.relative_to(folder)} has no line in {METADATA}" for path in missing]

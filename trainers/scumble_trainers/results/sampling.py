@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from scumble_trainers.base import Pipeline
+from scumble_trainers.data.captions import TextEncoders, TextStates
 
 MARGIN = 4
 LABEL = 18  # pixels of a column's or row's caption
@@ -34,11 +36,14 @@ class Samples:
 
 @torch.no_grad()
 def draw_samples(pipeline: Pipeline, samples: Samples, **more: Any) -> list[Image.Image]:
-    """Draw one image per prompt with the base's scheduler; `more` is passed to the pipeline."""
+    """Draw one image per prompt with the base's scheduler; `more` is passed to the pipeline.
+
+    Long prompts are read in chunks, as serving reads them; here the shorter ones are padded to the longest.
+    """
     pipeline.set_progress_bar_config(disable=True)
     seeds = range(samples.seed, samples.seed + len(samples.prompts))
     result = pipeline(
-        prompt=list(samples.prompts),
+        **_texts(pipeline, samples.prompts),
         num_inference_steps=samples.steps,
         guidance_scale=samples.guidance,
         width=samples.resolution,
@@ -47,6 +52,27 @@ def draw_samples(pipeline: Pipeline, samples: Samples, **more: Any) -> list[Imag
         **more,
     )
     return list(result.images)
+
+
+def _texts(pipeline: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
+    """Return the prompts as arguments of a pipeline, which itself cuts what is longer than one chunk."""
+    encoders = TextEncoders(pipeline)
+    tokens = encoders.tokenize([*prompts, ""]).ids
+    if _fits(tokens):
+        return {"prompt": list(prompts)}
+    text: TextStates = encoders(tokens.to(pipeline.device))
+    zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt"))  # SDXL's
+    arguments: dict[str, Any] = {}
+    for name, values in (("prompt_embeds", text.states), ("pooled_prompt_embeds", text.pooled)):
+        if values is not None:
+            negative = torch.zeros_like(values[-1:]) if zeros else values[-1:]
+            arguments |= {name: values[:-1], f"negative_{name}": negative.expand_as(values[:-1])}
+    return arguments
+
+
+def _fits(tokens: Tensor) -> bool:
+    """Return whether texts `(N, encoders, C, T)` have one chunk each."""
+    return tokens.shape[2] == 1
 
 
 def add_column(out: Path, step: int, pictures: Sequence[Image.Image], rows: Sequence[str]) -> Image.Image:

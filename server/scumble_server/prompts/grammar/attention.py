@@ -6,11 +6,12 @@ Brackets that are never closed act to the end of the text; those that were never
 from __future__ import annotations
 
 import re
-from enum import Enum
 from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+
+from scumble_build.chunks import Break
 
 ROUND = 1.1
 SQUARE = 1 / 1.1
@@ -32,12 +33,6 @@ class Span(NamedTuple):
 
     text: str
     weight: float
-
-
-class Break(Enum):
-    """Here the chunk ends, however full it is."""
-
-    BREAK = "BREAK"
 
 
 Piece: TypeAlias = Span | Break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from scumble_registry import Registry
 from scumble_trainers.base import TrainingBase, find_base
 from scumble_trainers.results.result import publish_result
 from scumble_trainers.run import train
+from scumble_trainers.steps.loop import Run
 from support.every_method import ENTRIES, make_settings, run_method
 
 METHODS = sorted(ENTRIES)
@@ -92,3 +95,25 @@ def test_a_batch_in_parts_trains_the_same(base: TrainingBase, things: Path, tmp_
     for (name, one), other in zip(whole.method.trained().items(), parts.method.trained().values(), strict=True):
         # Adam's first steps are ± the learning rate however small the gradient is, so signs of noise differ.
         assert torch.quantile((one - other).abs().flatten()[:100_000], 0.9) < 2e-3, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_of_short_and_long_captions_has_each_ones_own_loss(
+    base: TrainingBase, things: Path, tmp_path: Path, prepare: Callable[..., Run], method: str
+) -> None:
+    lines = [json.loads(line) for line in (things / "metadata.jsonl").read_text("utf-8").splitlines()]
+    for number, line in enumerate(lines):
+        line["text"] += " and so on" * (3 * (number % 2))  # 24 tokens are read at once
+    (things / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    prompts = (lines[0]["text"], lines[1]["text"])
+    settings = make_settings(method, caption_dropout=0.3, batch_size=6, prompts=prompts)
+    run = prepare(ENTRIES[method].load(), base, things, tmp_path / "out", settings)
+
+    captions, draw = run.method.material.captions, run._draw()
+    lengths = captions.chunks[captions.choose(draw.pictures, draw.captions)]
+    assert len(lengths.unique()) > 1
+    with torch.no_grad():
+        together = run.method(draw)
+        alone = torch.stack([run.method(draw.at(torch.tensor([place]))) for place in range(6)])
+    torch.testing.assert_close(together, alone.mean(), rtol=1e-4, atol=1e-5)
+    assert len(run.method.draw(run.method.material.samples)) == 2

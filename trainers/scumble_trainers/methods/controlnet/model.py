@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scumble.errors import Incompatible, InvalidRequest
-from scumble_build.control_maps import NAMES, parse
+from scumble_build.control_maps import parse
 from scumble_build.pictures import BLACK
 from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example, load_picture
@@ -39,23 +38,6 @@ class ControlNetTraining(TrainingMethod[ControlNetSettings]):
         super().__init__(pipeline, settings, base)
         self.net: Any = self._net().float().to(self.device).requires_grad_(requires_grad=True)
         self.maps: list[Tensor] = []
-
-    @classmethod
-    def check(cls, settings: ControlNetSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
-        if settings.preprocessor != READY:
-            if settings.preprocessor not in NAMES:
-                known = ", ".join((*NAMES, READY))
-                raise InvalidRequest(
-                    f"--preprocessor {settings.preprocessor} is unknown; there are {known}", field="preprocessor"
-                )
-            return
-        missing = [example.name for example in examples if example.control is None]
-        if missing:
-            raise InvalidRequest(
-                f'{missing[0]} has no "conditioning_image" ({len(missing)} in all have none): add one to every line, '
-                "or let a --preprocessor make them",
-                field="data",
-            )
 
     def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
         """Compute every picture's control map, kept as bytes `(3, H, W)`."""

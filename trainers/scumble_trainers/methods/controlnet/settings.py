@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from scumble.errors import InvalidRequest
+from scumble_trainers.data.dataset import Example
 from scumble_trainers.settings import DATA, MODEL, TrainSettings, option
 
 READY = "none"
@@ -26,3 +29,22 @@ class ControlNetSettings(TrainSettings):
         name="hint-channel",
         help="Widths of the layers that embed the control picture; repeat.",
     )
+
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        from scumble_build.control_maps import NAMES  # with OpenCV
+
+        super().check_examples(examples)
+        if self.preprocessor != READY:
+            if self.preprocessor not in NAMES:
+                known = ", ".join((*NAMES, READY))
+                raise InvalidRequest(
+                    f"--preprocessor {self.preprocessor} is unknown; there are {known}", field="preprocessor"
+                )
+            return
+        missing = [example.name for example in examples if example.control is None]
+        if missing:
+            raise InvalidRequest(
+                f'{missing[0]} has no "conditioning_image" ({len(missing)} in all have none): add one to every line, '
+                "or let a --preprocessor make them",
+                field="data",
+            )

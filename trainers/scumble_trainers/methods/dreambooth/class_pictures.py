@@ -7,7 +7,8 @@ from pathlib import Path
 
 from scumble.request import Request
 from scumble_trainers.base import TrainingBase, native_resolution
-from scumble_trainers.data.dataset import METADATA, Example, read_examples
+from scumble_trainers.data.dataset import Example, read_examples
+from scumble_trainers.data.sidecars import METADATA
 from scumble_trainers.methods.dreambooth.settings import DreamboothSettings
 from scumble_trainers.progress import ProgressReport
 from scumble_trainers.results.serving import served
@@ -23,7 +24,7 @@ def class_examples(
 
 
 def _draw(base: TrainingBase, settings: DreamboothSettings, folder: Path, report: ProgressReport) -> None:
-    side = settings.resolution or native_resolution(base)
+    side = settings.resolution or native_resolution(base.folder)
     prompts = [settings.class_prompts[i % len(settings.class_prompts)] for i in range(settings.class_pictures)]
     requests = [
         Request(prompt=prompt, seed=settings.seed + index, width=side, height=side)

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scumble.errors import InvalidRequest
 from scumble_registry.formats.dreambooth import keep_differences, plain
 from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example
@@ -47,14 +46,6 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
     def weights_dtype(cls, settings: DreamboothSettings) -> torch.dtype:  # noqa: ARG003
         """Return fp32: small updates are lost in 16 bits."""
         return torch.float32
-
-    @classmethod
-    def check(cls, settings: DreamboothSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
-        if settings.class_prompts and settings.bucket:
-            raise InvalidRequest(
-                "--bucket cannot be used with --class-prompt: class pictures are square, and a batch has one size",
-                field="bucket",
-            )
 
     @classmethod
     def further_examples(
@@ -96,16 +87,22 @@ class DreamboothTraining(TrainingMethod[DreamboothSettings]):
         """
         material = self.material
         chosen = material.further[(draw.chances[:, 0] * len(material.further)).long()]
-        text = material.captions.embed(self.text, material.captions.of(chosen), self.device)
-        losses = denoising_loss(
-            material.schedule,
-            partial(self.predict, Condition(chosen, text, draw.chances)),
-            material.latents.means(chosen).to(self.device),
-            draw.posterior.to(self.device),
-            draw.timesteps.to(self.device),
-            min_snr_gamma=self.settings.min_snr_gamma,
-        )
-        return losses.mean()
+        captions, rows = material.captions, material.captions.of(chosen)
+        losses = []
+        for places, chunks in captions.by_length(rows):
+            share, text = draw.at(places), captions.embed(self.text, rows[places], self.device, chunks)
+            condition = Condition(chosen[places], text, share.chances)
+            losses.append(
+                denoising_loss(
+                    material.schedule,
+                    partial(self.predict, condition),
+                    material.latents.means(chosen[places]).to(self.device),
+                    share.posterior.to(self.device),
+                    share.timesteps.to(self.device),
+                    min_snr_gamma=self.settings.min_snr_gamma,
+                )
+            )
+        return torch.cat(losses).mean()
 
     def save(self, folder: Path, dtype: StoredType) -> None:  # noqa: ARG002
         """Save in the base's own dtypes, whatever `dtype`, because only the difference to the base is stored."""

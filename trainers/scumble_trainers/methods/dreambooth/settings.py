@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from scumble.errors import InvalidRequest
+from scumble_trainers.data.dataset import Example
 from scumble_trainers.settings import DATA, MODEL, SAVE, TRAIN, TrainSettings, option
 
 
@@ -26,3 +30,11 @@ class DreamboothSettings(TrainSettings):
     save_delta: bool = option(
         default=False, panel=SAVE, help="Save only the difference to the base: small, but unusable without it."
     )
+
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        super().check_examples(examples)
+        if self.class_prompts and self.bucket:
+            raise InvalidRequest(
+                "--bucket cannot be used with --class-prompt: class pictures are square, and a batch has one size",
+                field="bucket",
+            )

@@ -14,18 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from scumble.errors import InvalidRequest
 from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example, hold_out
 from scumble_trainers.data.vision import PictureStates, encoder_folder
-from scumble_trainers.method import MOST_HELD_OUT, Condition, Material, TrainingMethod
+from scumble_trainers.method import Condition, Material, TrainingMethod
 from scumble_trainers.methods.hypernetwork.layers import RowLora, attention_layers, expand_rows
 from scumble_trainers.methods.hypernetwork.network import FILE, encoder_digest, new_predictor, save_predictor
 from scumble_trainers.methods.hypernetwork.refine import Refinement
-from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
+from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings, concept_of
 from scumble_trainers.progress import ProgressReport
 from scumble_trainers.results.sampling import Samples
-from scumble_trainers.settings import StoredType
+from scumble_trainers.settings import MOST_HELD_OUT, StoredType
 
 
 class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
@@ -51,29 +50,17 @@ class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
         return cls if settings.refine is None else Refinement
 
     @classmethod
-    def check(cls, settings: HypernetworkSettings, base: TrainingBase, examples: Sequence[Example]) -> None:
+    def check(cls, settings: HypernetworkSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
         encoder_folder(base, None)
-        if settings.width % settings.heads:
-            raise InvalidRequest(
-                f"--width {settings.width} is not divisible by --heads {settings.heads}", field="heads"
-            )
-        if settings.source is not None or settings.reference is not None:
-            raise InvalidRequest("--from and --reference need --refine N", field="refine")
-        if len({_concept(example) for example in examples}) < 2:
-            raise InvalidRequest(
-                "all pictures show one concept, but a hypernetwork needs many concepts: give "
-                'each line its "concept", or train a LoRA',
-                field="data",
-            )
 
     @classmethod
     def hold_out(cls, settings: HypernetworkSettings, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
         """Split by concept, so that validation measures predictions for unseen concepts."""
-        concepts = list(dict.fromkeys(_concept(example) for example in examples))
+        concepts = list(dict.fromkeys(concept_of(example) for example in examples))
         most = max(1, MOST_HELD_OUT * len(concepts) // len(examples))
         _, held = hold_out(concepts, fraction=settings.validation, seed=settings.seed, most=most)
         apart = set(held)
-        sides = [_concept(example) in apart for example in examples]
+        sides = [concept_of(example) in apart for example in examples]
         return [n for n, is_held in enumerate(sides) if not is_held], [n for n, is_held in enumerate(sides) if is_held]
 
     def begin(self, material: Material, device: torch.device, report: ProgressReport) -> None:
@@ -81,9 +68,9 @@ class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
         self.seen.read(material.examples, report)
         of: dict[str, list[int]] = {}
         for picture, example in enumerate(material.examples):
-            of.setdefault(_concept(example), []).append(picture)
+            of.setdefault(concept_of(example), []).append(picture)
         self.partners = [
-            torch.tensor([other for other in of[_concept(example)] if other != picture] or [picture])
+            torch.tensor([other for other in of[concept_of(example)] if other != picture] or [picture])
             for picture, example in enumerate(material.examples)
         ]
 
@@ -124,11 +111,6 @@ class HypernetworkTraining(TrainingMethod[HypernetworkSettings]):
 
     def save(self, folder: Path, dtype: StoredType) -> None:
         save_predictor(self.predictor, folder / FILE, dtype)
-
-
-def _concept(example: Example) -> str:
-    """Return an example's concept; one without is a concept of its own."""
-    return example.name if example.concept is None else example.concept
 
 
 def _among(partners: Tensor, chance: float) -> int:

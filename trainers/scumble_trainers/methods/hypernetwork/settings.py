@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import model_validator
 
+from scumble.errors import InvalidRequest
+from scumble_trainers.data.dataset import Example
 from scumble_trainers.settings import MODEL, TRAIN, TrainSettings, option
 
 REFINE = "Refinement"
@@ -56,3 +59,26 @@ class HypernetworkSettings(TrainSettings):
     @property
     def scale_alpha(self) -> float:
         return float(self.rank) if self.alpha is None else self.alpha
+
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        super().check_examples(examples)
+        if self.refine is not None:
+            return
+        if self.width % self.heads:
+            raise InvalidRequest(f"--width {self.width} is not divisible by --heads {self.heads}", field="heads")
+        if self.source is not None or self.reference is not None:
+            raise InvalidRequest("--from and --reference need --refine N", field="refine")
+        if len({concept_of(example) for example in examples}) < 2:
+            raise InvalidRequest(
+                "all pictures show one concept, but a hypernetwork needs many concepts: give "
+                'each line its "concept", or train a LoRA',
+                field="data",
+            )
+
+    def warnings(self, examples: Sequence[Example]) -> list[str]:
+        return [] if self.refine is not None else super().warnings(examples)  # one picture is what --refine is for
+
+
+def concept_of(example: Example) -> str:
+    """Return an example's concept; one without is a concept of its own."""
+    return example.name if example.concept is None else example.concept

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from scumble.errors import InvalidRequest
 from scumble_trainers.base import Pipeline, TrainingBase
-from scumble_trainers.data.dataset import Example
 from scumble_trainers.method import TrainingMethod, half
 from scumble_trainers.methods.textual_inversion.settings import TextualInversionSettings
 from scumble_trainers.settings import StoredType
@@ -44,18 +43,6 @@ class TextualInversionTraining(TrainingMethod[TextualInversionSettings]):
             self.vectors.append(nn.Parameter(begin.float().to(self.device)))
             cast(Any, encoder).set_input_embeddings(
                 _Table(table, self.vectors[-1], [cast(int, tokenizer.convert_tokens_to_ids(word)) for word in words])
-            )
-
-    @classmethod
-    def check(cls, settings: TextualInversionSettings, base: TrainingBase, examples: Sequence[Example]) -> None:  # noqa: ARG003
-        token = settings.token
-        if token.split() != [token]:
-            raise InvalidRequest(f"--token {token!r} is not a single word", field="token")
-        without = [example.name for example in examples if not any(token in text for text in example.texts)]
-        if without:
-            raise InvalidRequest(
-                f"{len(without)} pictures, such as {without[0]}, have no caption with {token}: add it",
-                field="token",
             )
 
     @property

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scumble_server.prompts.grammar.attention import Break, Span, parse_attention
+from scumble_build.chunks import Break
+from scumble_server.prompts.grammar.attention import Span, parse_attention
 
 DOCUMENTED = {
     "normal text": [("normal text", 1.0)],

@@ -65,10 +65,10 @@ def test_rows_of_one_batch_do_not_see_each_others_references(base: TrainingBase,
     captions = method.material.captions
     noisy, times = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([100, 600])
     with torch.no_grad():
-        text = captions.embed(method.text, captions.of(pictures), method.device)
+        text = captions.embed(method.text, captions.of(pictures), method.device, chunks=1)
         together = method.predict(Condition(pictures, text, None), noisy, times)
         for row in range(2):
-            own = captions.embed(method.text, captions.of(pictures[row : row + 1]), method.device)
+            own = captions.embed(method.text, captions.of(pictures[row : row + 1]), method.device, chunks=1)
             alone = method.predict(Condition(pictures[row : row + 1], own, None), noisy[row][None], times[row][None])
             torch.testing.assert_close(together[row][None], alone, atol=1e-5, rtol=1e-4)
 

@@ -1,5 +1,7 @@
 """Long prompts: tokens in chunks of what the text encoder reads at once, each between a BOS and an EOS of its own.
 
+Serving reads prompts and trainers read captions in this way.
+
 As the webui does it: a chunk that is full ends behind its last comma, if that is near enough; BREAK ends a chunk; an
 embedding is never split.
 """
@@ -8,13 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-from scumble_server.prompts.grammar.attention import Break
+from enum import Enum
 
 MAX_CHUNKS = 8
 """Longer prompts are refused."""
 BACKTRACK = 20
 """The webui's own: so many tokens behind a comma at most go over to the next chunk."""
+
+
+class Break(Enum):
+    """Here the chunk ends, however full it is."""
+
+    BREAK = "BREAK"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,7 @@ import string
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scumble_server.prompts.chunks import Unit, chunked
-from scumble_server.prompts.grammar.attention import Break
+from scumble_build.chunks import Break, Unit, chunked
 
 ROOM = 6
 UNITS = st.builds(Unit, st.integers(0, 9), width=st.integers(1, ROOM), is_comma=st.booleans())
