@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, select
 
-from scumble.errors import IntegrityError, Refused
 from scumble_registry.blob import Blob
 from scumble_registry.formats import format_of
 from scumble_registry.manifest import Manifest
-from scumble_registry.store import artifacts
+from scumble_registry.store import artifacts, catalogue
 from scumble_registry.store.blobs import BlobStore
 from scumble_registry.store.tables import ALIASES, NAMES, VERSIONS
 
@@ -31,7 +30,9 @@ class Checked:
 
 def check_all(connection: Connection, blobs: BlobStore) -> Checked:
     """Run all checks in the caller's transaction; versions published meanwhile are not checked."""
-    manifests, problems = _manifests(connection)
+    versions, unreadable = catalogue.all_versions(connection)
+    manifests = {version.ref: version.manifest for version in versions}
+    problems = [f"{row.ref}: {row.reason}" for row in unreadable]
     needed = {blob: f"{word} of {ref}" for ref, manifest in manifests.items() for word, blob in manifest.blobs.items()}
     of_artifacts, more = _artifacts(connection)
     needed = {**of_artifacts, **needed}
@@ -45,29 +46,13 @@ def check_all(connection: Connection, blobs: BlobStore) -> Checked:
     return Checked(len(manifests), len(needed), len(unneeded), tuple(problems))
 
 
-def _manifests(connection: Connection) -> tuple[dict[str, Manifest], list[str]]:
-    query = select(NAMES.c.name, VERSIONS.c.version, VERSIONS.c.digest, VERSIONS.c.manifest)
-    manifests: dict[str, Manifest] = {}
-    problems: list[str] = []
-    for row in connection.execute(query.join(NAMES).order_by(NAMES.c.name, VERSIONS.c.version)):
-        ref = f"{row.name}@{row.version}"
-        try:
-            manifests[ref] = Manifest.parse(row.manifest.encode(), row.digest)
-        except (IntegrityError, Refused) as error:
-            problems.append(f"{ref}: {error.message}")
-    return manifests, problems
-
-
 def _artifacts(connection: Connection) -> tuple[dict[Blob, str], list[str]]:
-    try:
-        listed = artifacts.listed(connection)
-    except (IntegrityError, Refused) as error:
-        return {}, [error.message]
+    listed, unreadable = artifacts.listed(connection)
     return {
         blob: f"{name} of the {artifact.manifest.kind} {artifact.digest}"
         for artifact in listed
         for name, blob in artifact.manifest.files.items()
-    }, []
+    }, [row.reason for row in unreadable]
 
 
 def _database(connection: Connection) -> list[str]:

@@ -29,7 +29,7 @@ from scumble_registry.store import artifacts, catalogue
 from scumble_registry.store.artifacts import Artifact, ArtifactManifest
 from scumble_registry.store.blobs import BlobStore, FileStore, check
 from scumble_registry.store.cache import Cache
-from scumble_registry.store.catalogue import Match, Status, Version
+from scumble_registry.store.catalogue import Match, Status, Unreadable, Version
 from scumble_registry.store.database import Database
 from scumble_registry.store.leases import WorkLease
 from scumble_registry.store.paths import HomePaths
@@ -55,6 +55,8 @@ class Collected:
     """Number of cache entries; None: another process has the registry open, so the cache was not cleaned."""
     unfinished: int
     bytes: int
+    unreadable: tuple[Unreadable, ...] = ()
+    """Rows that cannot be read. As nobody knows what they need, no blob is removed while there is one."""
 
 
 class Registry:
@@ -245,10 +247,15 @@ class Registry:
             return catalogue.names(connection)
 
     def versions(self, name: str) -> tuple[Version, ...]:
-        """Return all versions of a name, oldest first. Raises NotFound."""
+        """Return all versions of a name that can be read (see `unreadable`), oldest first. Raises NotFound."""
         parse_name(name)
         with self._database.reading() as connection:
             return catalogue.versions(connection, name)
+
+    def unreadable(self) -> tuple[Unreadable, ...]:
+        """Return the versions whose rows are damaged or of a newer scumble; all others are served."""
+        with self._database.reading() as connection:
+            return catalogue.all_versions(connection)[1]
 
     def aliases(self, name: str) -> dict[str, int]:
         parse_name(name)
@@ -346,9 +353,12 @@ class Registry:
             return artifacts.put(connection, manifest)
 
     def artifacts(self, kind: str | None = None, of: Version | None = None) -> tuple[Artifact, ...]:
-        """Return artifacts, newest first; of one kind or version, if they are given. Raises IntegrityError."""
+        """Return artifacts, newest first; of one kind or version, if they are given. Warns of damaged ones."""
         with self._database.reading() as connection:
-            return artifacts.listed(connection, kind, of.digest if of is not None else None)
+            listed, unreadable = artifacts.listed(connection, kind, of.digest if of is not None else None)
+        for row in unreadable:
+            log.warning("%s", row.reason)
+        return listed
 
     def artifact_folder(self, artifact: Artifact) -> Path:
         """Return a read-only folder of files, hashed at every call. Raises IntegrityError, NotFound, Unavailable."""
@@ -357,17 +367,21 @@ class Registry:
     def verify(self, ref: str | None = None) -> Verified:
         """Hash every blob of one version, or of all versions and artifacts.
 
-        Raises IntegrityError that lists every damaged blob.
+        Raises IntegrityError that lists every damaged blob and row.
         """
-        chosen = [self.find(ref)] if ref else [v for name in self.names() for v in self.versions(name)]
+        with self._database.reading() as connection:
+            everything, unreadable = catalogue.all_versions(connection)
+            built, broken = artifacts.listed(connection)
+        chosen = (self.find(ref),) if ref else everything
         uses: dict[Blob, str] = {}
         for version in chosen:
             for word, blob in version.manifest.blobs.items():
                 uses.setdefault(blob, f"{word} of {version.ref}")
-        for artifact in () if ref else self.artifacts():
+        for artifact in () if ref else built:
             for word, blob in artifact.manifest.files.items():
                 uses.setdefault(blob, f"{word} of {artifact.manifest.kind} {artifact.digest[:19]}…")
-        damaged = [problem for blob, use in uses.items() if (problem := self._damage(blob, use))]
+        damaged = [] if ref else [f"{row.ref}: {row.reason}" for row in unreadable + broken]
+        damaged += [problem for blob, use in uses.items() if (problem := self._damage(blob, use))]
         if damaged:
             text = damaged[0] if len(damaged) == 1 else f"{len(damaged)} blobs are damaged: {'; '.join(damaged)}"
             raise IntegrityError(text, damaged=damaged)
@@ -383,34 +397,33 @@ class Registry:
 
         These are blobs of no version and no artifact (left by failed publishers and replaced artifacts) and, while no
         other process has the registry open, cache entries and unfinished work. Safe beside other users of the
-        registry: a publisher that took longer than `grace` and lost its blobs fails and may try again. Raises
-        IntegrityError, removing nothing, where a manifest cannot be read; Unavailable.
+        registry: a publisher that took longer than `grace` and lost its blobs fails and may try again. Needs no free
+        byte. Raises Unavailable.
         """
         before = time.time() - grace
         with explain_os_errors(self._scratch), self._database.writing() as connection:
-            needed = {
-                blob.digest
-                for version in catalogue.all_versions(connection)
-                for blob in version.manifest.blobs.values()
-            }
-            needed |= {
-                blob.digest for artifact in artifacts.listed(connection) for blob in artifact.manifest.files.values()
-            }
-            idle = [blob for blob, put in self._blobs.stored() if put < before and blob.digest not in needed]
+            versions, unreadable = catalogue.all_versions(connection)
+            built, broken = artifacts.listed(connection)
+            unreadable += broken
+            needed = {blob.digest for version in versions for blob in version.manifest.blobs.values()}
+            needed |= {blob.digest for artifact in built for blob in artifact.manifest.files.values()}
+            stored = self._blobs.stored() if not unreadable else ()
+            idle = [blob for blob, put in stored if put < before and blob.digest not in needed]
             for blob in idle if not dry_run else ():
                 self._blobs.remove(blob)
         size = sum(blob.size for blob in idle)
         with explain_os_errors(self._scratch), self._lease.alone() as alone:
             if not alone:
-                return Collected(len(idle), None, 0, size)
+                return Collected(len(idle), None, 0, size, unreadable)
             cleaned = self._cache.clean(before, dry_run=dry_run)
             unfinished = [path for path in self._scratch.glob("*") if path.lstat().st_mtime < before]
             for path in unfinished if not dry_run else ():
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        return Collected(len(idle), cleaned.entries, len(unfinished), size + cleaned.bytes)
+        return Collected(len(idle), cleaned.entries, len(unfinished), size + cleaned.bytes, unreadable)
 
     def close(self) -> None:
         self._database.close()
+        self._cache.close()
         self._lease.close()
 
     def __enter__(self) -> Self:

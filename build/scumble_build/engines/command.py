@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble_build.engines import profiles, store
@@ -26,6 +24,7 @@ from scumble_build.engines.progress import Progress
 from scumble_build.engines.store import StoredEngine
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_registry import Registry, Version, default_home
+from scumble_registry.cli.printing import print_table
 from scumble_registry.compatibility import ControlNetCompatibility
 
 Base = Annotated[str, typer.Option(help="The published base or checkpoint: ns/name, ns/name@7, …")]
@@ -150,13 +149,13 @@ def engines(
     if as_json:
         print(json.dumps([_entry(engine) for engine in stored], indent=2))
         return
-    table = Table("graph", "base", "flavour", "version", "SM", "precision", "MB", "built (UTC)", box=None)
+    rows: list[tuple[str, ...]] = []
     for engine in stored:
         key = engine.key
         sizes = (f"{engine.artifact.size / 1e6:,.0f}", f"{engine.artifact.created:%Y-%m-%d %H:%M}")
         where = (key.flavour, key.version, " ".join(map(str, key.sm)), key.precision)
-        table.add_row(key.part, names[engine.artifact.manifest.of], *where, *sizes)
-    Console().print(table)
+        rows.append((key.part, names[engine.artifact.manifest.of], *where, *sizes))
+    print_table(("graph", "base", "flavour", "version", "SM", "precision", "MB", "built (UTC)"), rows)
 
 
 def pull(

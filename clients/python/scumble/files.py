@@ -5,6 +5,7 @@ A reader sees the old content or the new, never a part. With `durable` the conte
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _CHUNK = 1 << 18
+UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT})
+"""Error numbers of a place that may not be written, or has no room: it can still be read."""
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
 from scumble_registry.cli.options import (
     AllowLeftover,
@@ -26,7 +23,7 @@ from scumble_registry.cli.options import (
     read_size,
     registry_if_there,
 )
-from scumble_registry.cli.printing import listed, plain, print_json, print_rows
+from scumble_registry.cli.printing import listed, plain, print_json, print_rows, print_table
 from scumble_registry.formats.source import Hints
 from scumble_registry.inspection import Inspection, hashes_to_dict
 from scumble_registry.inspection import inspect as look_at
@@ -139,11 +136,14 @@ def _counted(value: Any) -> str:
 def _print_modules(modules: Mapping[str, Any], most: int | None) -> None:
     """Print one line for each module, with its format's details."""
     columns = list(dict.fromkeys(key for details in modules.values() if isinstance(details, dict) for key in details))
-    table = Table("module", *(Column(Text(plain(column, 40))) for column in columns), box=None)
-    for name, details in list(modules.items())[:most]:
-        cells = [plain(details.get(column, ""), 60) for column in columns] if isinstance(details, dict) else []
-        table.add_row(Text(plain(name, 120)), *map(Text, cells))
-    Console().print(table)
+    rows = [
+        (
+            plain(name, 120),
+            *(plain(details.get(column, "") if isinstance(details, dict) else "", 60) for column in columns),
+        )
+        for name, details in list(modules.items())[:most]
+    ]
+    print_table(("module", *(plain(column, 40) for column in columns)), rows)
     if most is not None and len(modules) > most:
         print(f"… and {len(modules) - most} more modules; --all shows them")
 

@@ -24,6 +24,8 @@ def gc(
     """Remove blobs that no version needs and unused cache entries. Safe while other processes use the registry."""
     with open_registry(home) as registry:
         done = registry.collect(grace=grace * 3600, dry_run=dry_run)
+    for row in done.unreadable:
+        typer.echo(f"note: {row.ref} cannot be read, so no blob was removed: {row.reason}", err=True)
     if as_json:
         print_json(asdict(done) | {"dry_run": dry_run})
         return

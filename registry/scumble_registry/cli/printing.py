@@ -1,18 +1,17 @@
 """The commands' output: one JSON document for programs, lines and tables for people.
 
-Text from a file is untrusted: `plain` makes it printable and short, and tables take it as Text, never as markup.
+Text from a file is untrusted: `plain` makes it printable and short. Tables are as wide as their content, on a terminal
+and in a pipe, as people copy references, digests and names out of them: a cell is never cut or broken.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.cells import cell_len
 
 from scumble_registry.store.catalogue import Version
 
@@ -23,9 +22,9 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def print_version(version: Version, as_json: bool, text: str) -> None:
+def print_version(version: Version, as_json: bool, text: str, aliases: dict[str, int] | None = None) -> None:
     if as_json:
-        print_json(entry(version))
+        print_json(entry(version, aliases))
         return
     typer.echo(text)
 
@@ -53,11 +52,27 @@ def entry(version: Version, aliases: dict[str, int] | None = None) -> dict[str, 
 
 def print_rows(rows: Mapping[str, object]) -> None:
     """Print two columns; empty values are left out."""
-    table = Table(show_header=False, box=None)
-    for key, value in rows.items():
-        if value:
-            table.add_row(Text(key, style="bold"), Text(str(value)))
-    Console().print(table)
+    said = {key: str(value) for key, value in rows.items() if value}
+    width = max((cell_len(key) for key in said), default=0)
+    for key, value in said.items():
+        first, *more = value.split("\n")
+        typer.echo(f" {typer.style(_padded(key, width), bold=True)}  {first}")
+        for line in more:
+            typer.echo(f" {'':{width}}  {line}")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows of single lines under the columns' names."""
+    rows = list(rows)
+    widths = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
+    for number, cells in enumerate([columns, *rows]):
+        line = "  ".join(map(_padded, cells, widths)).rstrip()
+        typer.echo(f" {typer.style(line, bold=True) if number == 0 else line}")
+
+
+def _padded(text: str, width: int) -> str:
+    """Pad to a width in a terminal's cells, of which some characters take two."""
+    return text + " " * (width - cell_len(text))
 
 
 def plain(text: object, most: int = _MOST) -> str:

@@ -43,11 +43,20 @@ def deprecate(ref: Ref, home: Home = None, as_json: Json = False) -> None:
 
 @app.command()
 def quarantine(ref: Ref, home: Home = None, as_json: Json = False) -> None:
-    """Quarantine a version: nothing resolves to it until it is approved again."""
+    """Quarantine a version: nothing resolves to it until it is approved again. Names the aliases that point at it."""
     _set_status(ref, Status.QUARANTINED, home, as_json)
 
 
 def _set_status(ref: str, status: Status, home: Path | None, as_json: bool) -> None:
     with open_registry(home) as registry:
         version = registry.set_status(ref, status)
-    print_version(version, as_json, f"{version.ref} is now {version.status}")
+        aliases = registry.aliases(version.name)
+    print_version(version, as_json, f"{version.ref} is now {version.status}", aliases)
+    pointing = [f"{version.name}@{alias_name}" for alias_name, number in aliases.items() if number == version.version]
+    if status is Status.QUARANTINED and pointing:
+        typer.echo(
+            f"warning: {' and '.join(pointing)} point{'s' if len(pointing) == 1 else ''} at {version.ref}, so requests "
+            f"for it are refused; `scumble registry alias {version.name} {pointing[0].partition('@')[2]} N` points it "
+            "at another version",
+            err=True,
+        )

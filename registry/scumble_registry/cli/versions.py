@@ -3,42 +3,98 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from scumble.errors import InvalidRequest
 from scumble_registry.cli.options import Home, Json, Ref, open_registry
-from scumble_registry.cli.printing import entry, listed, note, plain, print_json, print_rows, print_version
+from scumble_registry.cli.printing import entry, listed, note, plain, print_json, print_rows, print_table, print_version
 from scumble_registry.exporting import export as write_layout
+from scumble_registry.formats import FORMATS
 from scumble_registry.inspection import hashes_to_dict, match_to_dict
+from scumble_registry.listing import Filter, Listed, list_versions
+from scumble_registry.store.catalogue import Status
 
 app = typer.Typer()
 
 
 @app.command("ls")
-def list_versions(
+def list_(
     name: Annotated[str | None, typer.Argument(help="Only this ns/name, with all its versions.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only versions of this kind, e.g. lora.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Only what was published for this base: ns/name, a reference or a digest.")
+    ] = None,
+    trigger: Annotated[str | None, typer.Option(help="Only versions with this in a trigger word.")] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Only versions under this license.")] = None,
+    status: Annotated[Status | None, typer.Option(help="Only versions of this status.")] = None,
+    alias: Annotated[str | None, typer.Option(help="Only versions that this alias points at.")] = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """List names, or the versions of one."""
+    """List names with their newest versions, or all versions of one name or of what the options ask for."""
+    which = Filter(kind, base, trigger, license_, status, alias)
     with open_registry(home) as registry:
-        names = (name,) if name else registry.names()
-        per_name = [(registry.versions(name_), registry.aliases(name_)) for name_ in names]
+        if kind is not None and kind not in {form.kind for form in FORMATS}:
+            known = ", ".join(form.kind for form in FORMATS)
+            raise InvalidRequest(f"{kind!r} is no kind; there are {known}", field="kind")
+        listed_versions = list_versions(registry, name, which)
+        nothing = not registry.names()
     if as_json:
-        print_json([entry(version, aliases) for versions, aliases in per_name for version in versions])
-        return
-    table = Table("version", "kind", "family", "status", "aliases", "published", box=None)
-    for versions, aliases in per_name:
-        for version in versions if name else versions[-1:]:
-            pointing = ", ".join(alias for alias, number in aliases.items() if number == version.version)
-            family = version.manifest.compatibility.family or "?"
-            created = f"{version.created:%Y-%m-%d %H:%M}"
-            table.add_row(version.ref, version.manifest.kind, family, version.status, pointing, created)
-    Console().print(table if per_name else "Nothing is published yet.")
+        print_json([_listed_entry(item) for item in listed_versions])
+    elif not listed_versions:
+        typer.echo("Nothing is published yet." if nothing else "No version is like that.")
+    else:
+        newest_only = name is None and which == Filter()
+        print_table(_COLUMNS, map(_cells, _newest(listed_versions) if newest_only else listed_versions))
+
+
+_COLUMNS = ("version", "kind", "family", "status", "aliases", "base", "trigger words", "license", "published")
+
+
+def _cells(item: Listed) -> tuple[str, ...]:
+    version, manifest = item.version, item.version.manifest
+    return (
+        version.ref,
+        manifest.kind,
+        manifest.compatibility.family or "?",
+        version.status,
+        ", ".join(item.aliases),
+        item.base or "",
+        listed(manifest.trigger_words, most=4),
+        plain(manifest.license or "", 40),
+        f"{version.created:%Y-%m-%d %H:%M}",
+    )
+
+
+def _newest(items: Iterable[Listed]) -> list[Listed]:
+    """Return the newest version of each name, with the aliases of the older ones as `alias → number`."""
+    newest: dict[str, Listed] = {}
+    elsewhere = defaultdict[str, list[str]](list)
+    for item in items:  # oldest first
+        name = item.version.name
+        if name in newest:
+            older = newest[name]
+            elsewhere[name] += [f"{alias} → {older.version.version}" for alias in older.aliases]
+        newest[name] = item
+    return [replace(item, aliases=(*item.aliases, *elsewhere[name])) for name, item in newest.items()]
+
+
+def _listed_entry(item: Listed) -> dict[str, Any]:
+    manifest = item.version.manifest
+    return entry(item.version) | {
+        "aliases": list(item.aliases),
+        "family": manifest.compatibility.family,
+        "base": manifest.base,
+        "base_ref": item.base if item.base != manifest.base else None,
+        "trigger_words": list(manifest.trigger_words),
+        "license": manifest.license,
+    }
 
 
 @app.command()
@@ -115,11 +171,11 @@ def find(
     if as_json:
         print_json([match_to_dict(match) for match in matches])
         return
-    table = Table("version", "kind", "status", "same", "hash", box=None)
-    for match in matches:
-        version = match.version
-        table.add_row(version.ref, version.manifest.kind, version.status, match.kind or "version", match.hex)
-    Console().print(table)
+    rows = [(match.version, match.kind or "version", match.hex) for match in matches]
+    print_table(
+        ("version", "kind", "status", "same", "hash"),
+        [(version.ref, version.manifest.kind, version.status, same, hex_) for version, same, hex_ in rows],
+    )
 
 
 @app.command()

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Row, delete, insert, select
 from scumble.errors import IntegrityError, Refused
 from scumble_registry.blob import Blob
 from scumble_registry.manifest import canonical_json, digest_of
+from scumble_registry.store.catalogue import Unreadable
 from scumble_registry.store.tables import ARTIFACTS
 
 
@@ -75,18 +76,27 @@ def put(connection: Connection, manifest: ArtifactManifest) -> Artifact:
     return Artifact(manifest.digest, created.replace(tzinfo=UTC), manifest)
 
 
-def listed(connection: Connection, kind: str | None = None, of: str | None = None) -> tuple[Artifact, ...]:
-    """Return artifacts, newest first; `kind` and `of` (a version's digest) select. Raises IntegrityError, Refused."""
+def listed(
+    connection: Connection, kind: str | None = None, of: str | None = None
+) -> tuple[tuple[Artifact, ...], tuple[Unreadable, ...]]:
+    """Return artifacts, newest first, and the rows that cannot be read; `kind` and `of` (a digest) select."""
     query = select(ARTIFACTS).order_by(ARTIFACTS.c.id.desc())
     if kind is not None:
         query = query.where(ARTIFACTS.c.kind == kind)
     if of is not None:
         query = query.where(ARTIFACTS.c.of == of)
-    return tuple(_artifact(row) for row in connection.execute(query))
+    artifacts: list[Artifact] = []
+    unreadable: list[Unreadable] = []
+    for row in connection.execute(query):
+        try:
+            artifacts.append(_artifact(row))
+        except (IntegrityError, Refused) as error:
+            unreadable.append(Unreadable(f"artifact {row.digest}", error.message))
+    return tuple(artifacts), tuple(unreadable)
 
 
 def _artifact(row: Row[Any]) -> Artifact:
-    text = row.manifest.encode()
+    text = row.manifest if isinstance(row.manifest, bytes) else str(row.manifest).encode()
     if digest_of(text) != row.digest:
         raise IntegrityError(
             f"the manifest of artifact {row.digest} has been altered; build it again", digest=row.digest

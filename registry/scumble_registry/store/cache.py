@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from scumble.errors import IntegrityError
-from scumble.files import explain_os_errors, work_folder
+from scumble.errors import IntegrityError, Unavailable
+from scumble.files import UNWRITABLE, explain_os_errors, work_folder
 from scumble_registry.blob import Blob
 from scumble_registry.store.blobs import BlobStore, check
 
@@ -40,51 +41,69 @@ class Cleaned:
 
 
 class Cache:
-    """Folders and files made from blobs. Any thread and process may fill it: each renames its own copy into place."""
+    """Folders and files made from blobs. Any thread and process may fill it: each renames its own copy into place.
+
+    Where the cache's folder cannot be written, what it lacks is made in a temporary folder, which `close` removes.
+    """
 
     def __init__(self, root: Path, blobs: BlobStore) -> None:
         self._root = root
         self._blobs = blobs
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._making_temporary = threading.Lock()
+
+    def close(self) -> None:
+        """Remove the temporary folder. Paths that this cache returned may not be used any more."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def folder(self, manifest: Files, digest: str) -> Path:
         """Return a read-only folder with all files of a version, hashed at every call, so call it once per load.
 
         A damaged copy is replaced. Raises IntegrityError, Unavailable.
         """
-        final = self._root / digest.removeprefix("sha256:")
-        if not _is_whole(final, manifest):
-            self._fill(manifest, final)
-        elif damaged := [name for name, blob in manifest.files.items() if not _is_intact(final / name, blob)]:
-            log.warning("%s in the cache is damaged (%s); copying it again", final, ", ".join(damaged))
-            (final / damaged[0]).unlink()  # no longer whole, so the fill replaces it
-            self._fill(manifest, final)
-        _note_use(final)
-        return final
+        return self._where_writable(lambda root: self._folder(root / digest.removeprefix("sha256:"), manifest))
 
     def made(self, name: str, fill: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:
         """Return a folder that `fill` makes, checked by `is_whole` at every call. Raises what `fill` raises."""
-        final = self._root / name.removeprefix("sha256:")
-        with explain_os_errors(self._root):
-            if final.is_dir():
-                if is_whole(final):
-                    _note_use(final)
-                    return final
-                log.warning("%s in the cache is damaged; making it again", final)
-                shutil.rmtree(final, ignore_errors=True)
-            with work_folder(self._root, _FILLING) as work:
-                fill(work)
-                work.chmod(0o755)
-                if not final.is_dir():  # another process may have made it meanwhile
-                    work.rename(final)
-        return final
+        return self._where_writable(lambda root: _made(root / name.removeprefix("sha256:"), fill, is_whole))
 
     def blob(self, blob: Blob, what: str, suffix: str = "") -> Path:
         """Return a blob as a file, hashed at every call (some 0.1 s for 100 MB). Raises IntegrityError, Unavailable."""
-        path = self._root / "blobs" / (blob.hex + suffix)
+        return self._where_writable(lambda root: self._blob(root / "blobs" / (blob.hex + suffix), blob, what))
+
+    def _where_writable(self, entry: Callable[[Path], Path]) -> Path:
+        """Return `entry` under the cache's folder, or under the temporary one where the first cannot be written."""
+        try:
+            return entry(self._root)
+        except Unavailable as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in UNWRITABLE:
+                raise
+            with self._making_temporary:
+                if self._temporary is None:
+                    try:
+                        self._temporary = tempfile.TemporaryDirectory(prefix="scumble-cache-")
+                    except OSError:
+                        raise error from error.__cause__
+                    log.warning("%s; using %s instead", error.message, self._temporary.name)
+        return entry(Path(self._temporary.name))
+
+    def _folder(self, final: Path, manifest: Files) -> Path:
+        with explain_os_errors(final.parent):
+            if not _is_whole(final, manifest):
+                self._fill(manifest, final)
+            elif damaged := [name for name, blob in manifest.files.items() if not _is_intact(final / name, blob)]:
+                log.warning("%s in the cache is damaged (%s); copying it again", final, ", ".join(damaged))
+                (final / damaged[0]).unlink()  # no longer whole, so the fill replaces it
+                self._fill(manifest, final)
+        _note_use(final)
+        return final
+
+    def _blob(self, path: Path, blob: Blob, what: str) -> Path:
         if not _is_intact(path, blob):
             if path.exists():
                 log.warning("%s in the cache is damaged; copying it again", path)
-            with explain_os_errors(self._root):
+            with explain_os_errors(path.parent.parent):
                 self._place_checked(blob, path, what)
         _note_use(path)
         return path
@@ -113,7 +132,7 @@ class Cache:
         return sorted(folders + list((self._root / "blobs").glob("*")))
 
     def _fill(self, manifest: Files, final: Path) -> None:
-        with explain_os_errors(self._root), work_folder(self._root, _FILLING) as work:
+        with work_folder(final.parent, _FILLING) as work:
             for name, blob in manifest.files.items():
                 path = work / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,12 +144,28 @@ class Cache:
 
     def _place_checked(self, blob: Blob, path: Path, what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with work_folder(self._root, _FILLING) as work:
+        with work_folder(path.parent.parent, _FILLING) as work:
             copy = work / path.name
             self._blobs.place(blob, copy)
             with copy.open("rb") as source:
                 check(source, blob, what)
             copy.replace(path)
+
+
+def _made(final: Path, fill: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:
+    with explain_os_errors(final.parent):
+        if final.is_dir():
+            if is_whole(final):
+                _note_use(final)
+                return final
+            log.warning("%s in the cache is damaged; making it again", final)
+            shutil.rmtree(final, ignore_errors=True)
+        with work_folder(final.parent, _FILLING) as work:
+            fill(work)
+            work.chmod(0o755)
+            if not final.is_dir():  # another process may have made it meanwhile
+                work.rename(final)
+    return final
 
 
 def _note_use(path: Path) -> None:

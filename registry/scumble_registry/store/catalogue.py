@@ -1,11 +1,14 @@
 """Versions, names, aliases, statuses and hashes in the database.
 
-Functions over a connection; the caller holds the transaction. Nothing here touches blobs.
+Functions over a connection; the caller holds the transaction. Nothing here touches blobs. What asks for one version
+raises IntegrityError where its row is damaged, and Refused where a newer scumble wrote it; what lists versions leaves
+such rows out and warns of each, so that one hides no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -13,11 +16,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, func, insert, select, update
 
-from scumble.errors import NotFound, Refused
+from scumble.errors import IntegrityError, NotFound, Refused
 from scumble_registry.hashes import FileHash, HashKind
 from scumble_registry.manifest import Manifest
 from scumble_registry.references import Reference
 from scumble_registry.store.tables import ALIASES, HASHES, NAMES, VERSIONS
+
+log = logging.getLogger(__name__)
 
 
 class Status(StrEnum):
@@ -52,6 +57,15 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row that is damaged, or that a newer scumble wrote, and why it cannot be read."""
+
+    ref: str
+    """`ns/name@N`, or an artifact's digest."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Match:
     """A version that has a hash; `kind` is None for the version's own digest."""
 
@@ -78,9 +92,12 @@ def find(connection: Connection, ref: Reference) -> Version:
 
 
 def find_digest(connection: Connection, digest: str) -> tuple[Version, ...]:
-    """Return all versions with this digest, sorted by name: content may be published under several names."""
-    query = _versions().where(VERSIONS.c.digest == digest).order_by(NAMES.c.name)
-    return tuple(_version(row) for row in connection.execute(query))
+    """Return all versions with this digest, sorted by name: content may be published under several names.
+
+    Raises IntegrityError, Refused if none of them can be read.
+    """
+    rows = connection.execute(_versions().where(VERSIONS.c.digest == digest).order_by(NAMES.c.name)).all()
+    return tuple(_readable(rows)) or tuple(_version(row) for row in rows)
 
 
 def find_hash(connection: Connection, prefix: str, kinds: Iterable[HashKind] = HashKind) -> tuple[Match, ...]:
@@ -95,12 +112,9 @@ def find_hash(connection: Connection, prefix: str, kinds: Iterable[HashKind] = H
     )
     rows_found |= {(row.id, None, row.digest.removeprefix("sha256:")) for row in connection.execute(own)}
     matches = [
-        Match(
-            _version(connection.execute(_versions().where(VERSIONS.c.id == version_id)).one()),
-            HashKind(kind) if kind is not None else None,
-            hex_,
-        )
+        Match(version, HashKind(kind) if kind is not None else None, hex_)
         for version_id, kind, hex_ in rows_found
+        for version in _readable(connection.execute(_versions().where(VERSIONS.c.id == version_id)))
     ]
     return tuple(sorted(matches, key=lambda match: (match.version.name, match.version.version, match.kind or "")))
 
@@ -123,7 +137,7 @@ def hashes(connection: Connection, version: Version) -> tuple[FileHash, ...]:
 def not_hashed(connection: Connection) -> tuple[Version, ...]:
     """Return the versions that are not hashed, because they are older than hashes."""
     query = _versions().where(VERSIONS.c.hashed.is_(False)).order_by(VERSIONS.c.id)
-    return tuple(_version(row) for row in connection.execute(query))
+    return tuple(_readable(connection.execute(query)))
 
 
 def versions(connection: Connection, name: str) -> tuple[Version, ...]:
@@ -131,13 +145,14 @@ def versions(connection: Connection, name: str) -> tuple[Version, ...]:
     rows = connection.execute(_versions().where(NAMES.c.name == name).order_by(VERSIONS.c.version)).all()
     if not rows:
         raise NotFound(_explain_missing(connection, Reference(name)), ref=name)
-    return tuple(_version(row) for row in rows)
+    return tuple(_readable(rows))
 
 
-def all_versions(connection: Connection) -> tuple[Version, ...]:
-    """Return all versions, sorted by name and number. Raises IntegrityError for a manifest that was altered."""
-    query = _versions().order_by(NAMES.c.name, VERSIONS.c.version)
-    return tuple(_version(row) for row in connection.execute(query))
+def all_versions(connection: Connection) -> tuple[tuple[Version, ...], tuple[Unreadable, ...]]:
+    """Return all versions, and the rows that cannot be read, both sorted by name and number."""
+    rows = list(_read(connection.execute(_versions().order_by(NAMES.c.name, VERSIONS.c.version))))
+    unreadable = tuple(row for row in rows if isinstance(row, Unreadable))
+    return tuple(row for row in rows if isinstance(row, Version)), unreadable
 
 
 def names(connection: Connection) -> tuple[str, ...]:
@@ -227,15 +242,38 @@ def _versions() -> Select[Any]:
     return select(NAMES.c.name, *columns).join(NAMES, NAMES.c.id == VERSIONS.c.name_id)
 
 
+def _readable(rows: Iterable[Row[Any]]) -> Iterator[Version]:
+    """Yield the versions that can be read, and warn of the others."""
+    for read in _read(rows):
+        if isinstance(read, Version):
+            yield read
+        else:
+            log.warning("%s cannot be read: %s", read.ref, read.reason)
+
+
+def _read(rows: Iterable[Row[Any]]) -> Iterator[Version | Unreadable]:
+    for row in rows:
+        try:
+            yield _version(row)
+        except (IntegrityError, Refused) as error:
+            yield Unreadable(f"{row.name}@{row.version}", error.message)
+
+
 def _version(row: Row[Any]) -> Version:
+    """Parse a row. Raises IntegrityError for a damaged one, Refused for one of a newer scumble."""
     return Version(
         name=row.name,
         version=row.version,
         digest=row.digest,
         status=Status(row.status),
         created=row.created.replace(tzinfo=UTC),
-        manifest=Manifest.parse(row.manifest.encode(), row.digest),
+        manifest=Manifest.parse(_bytes(row.manifest), row.digest),
     )
+
+
+def _bytes(stored: Any) -> bytes:
+    """Return what stands in a row for a manifest: damage may have made a blob of the text."""
+    return stored if isinstance(stored, bytes) else str(stored).encode()
 
 
 def _id(version: Version) -> Any:

@@ -11,18 +11,29 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+from scumble.files import UNWRITABLE
 
 
 class WorkLease:
-    """A shared lock, held until `close`. One thread at a time may call `alone`."""
+    """A shared lock, held until `close`. One thread at a time may call `alone`.
+
+    Who may only read can lock the file too. Where there is none and none can be made, nothing is locked: whoever is
+    able to remove entries of that cache may do so meanwhile, and they are made again.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
-        fcntl.flock(self._file, fcntl.LOCK_SH)
+        self._file = _opened(path)
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_SH)
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
         """Yield whether no other lease is open; if so, none can be opened until the end of the `with`."""
+        if self._file is None:
+            yield False
+            return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -35,4 +46,14 @@ class WorkLease:
             fcntl.flock(self._file, fcntl.LOCK_SH)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def _opened(path: Path) -> TextIO | None:
+    try:
+        return path.open("a")
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+    return path.open() if path.is_file() else None
