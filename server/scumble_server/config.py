@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from scumble.errors import InvalidRequest
 from scumble_registry import default_home
+from scumble_server.logs import LogFormat
 
 ENVIRONMENT_KEY = "SCUMBLE_SERVER_CONFIG"
 
@@ -59,6 +60,10 @@ class ServerConfig(BaseModel):
     """Device memory for weights: bases, checkpoints, and LoRAs that are too many for factors."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the executor; None leaves torch's own choice."""
+
+    log_format: LogFormat = "text"
+    log_prompts: bool = False
+    """Put prompts, and messages that may quote them, into the log's line of each request."""
 
     def to_env(self) -> dict[str, str]:
         return {ENVIRONMENT_KEY: self.model_dump_json()}

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,14 @@ import numpy as np
 import torch
 from PIL.Image import fromarray
 
-from scumble.errors import ScumbleError
+from scumble.errors import ScumbleError, Unavailable
 from scumble.events import Done, Event, Failed, Pixels, Queued
 from scumble.images import QUALITY, encode
 from scumble.receipt import Receipt
 from scumble.request import Options, Request
 from scumble.stats import Stats
 from scumble_registry import Registry
+from scumble_server import request_log
 from scumble_server.admission.admit import Admitted, admit
 from scumble_server.admission.open_requests import OpenRequests
 from scumble_server.base import Base, load_base
@@ -49,6 +51,8 @@ from scumble_server.request.original import original_of
 
 log = logging.getLogger(__name__)
 
+MAX_ID = 128
+"""Characters of a caller's request id that are kept."""
 READERS = 4
 """Requests that are read and checked at once. One that takes long holds up none that is open already."""
 
@@ -64,6 +68,7 @@ class _Job:
     ahead: int
     """Requests that were open when it arrived."""
     arrival: int
+    request_id: str
     submitted_at: float = field(default_factory=monotonic)
     deadline: float | None = None
     admitted: Admitted = field(init=False)
@@ -154,16 +159,20 @@ class Service:
         request: Request | Callable[[], Request],
         on_event: Callable[[Event], None],
         is_cancelled: Callable[[], bool] = lambda: False,
+        *,
+        request_id: str = "",
     ) -> None:
         """Queue a request, or what reads one; returns at once, before it is read.
 
         Raises QueueFull, or Unavailable while the server stops. Afterwards `on_event` gets Queued, Step…, Preview…, and
         at last exactly one of Done and Failed: Failed alone, before any work, for a request that is refused.
         `is_cancelled` is asked before and after reading, before conditioning and once a step.
+        `request_id` stands in the log and in errors; a request without one gets one.
         """
-        ahead = self._open_requests.enter()
+        request_id = request_id[:MAX_ID] or secrets.token_hex(8)
+        ahead = self._enter(request_id)
         device, weights = self._device.open(), self._weights.open()
-        job = _Job(on_event, is_cancelled, device, weights, ahead, next(self._arrivals))
+        job = _Job(on_event, is_cancelled, device, weights, ahead, next(self._arrivals), request_id)
         job.on_event = self._until_the_end(job)
         device.check = weights.check = job.check  # asked while they wait for room
         read = request if callable(request) else lambda: request
@@ -171,6 +180,14 @@ class Service:
             self._readers.submit(self._admit, job, read)
         except RuntimeError:  # closed since it entered
             job.on_event(Failed(stopping()))
+
+    def _enter(self, request_id: str) -> int:
+        """Raises QueueFull or Unavailable."""
+        try:
+            return self._open_requests.enter()
+        except Unavailable as error:
+            self._log(request_id, None, Failed(error), monotonic())
+            raise
 
     def _admit(self, job: _Job, read: Callable[[], Request]) -> None:
         try:
@@ -237,6 +254,7 @@ class Service:
 
         def send(event: Event) -> None:
             if isinstance(event, Done | Failed):
+                self._log(job.request_id, job.admitted if job.is_admitted else None, event, job.submitted_at)
                 job.device.release()
                 job.weights.release()
                 self._open_requests.leave()
@@ -245,6 +263,13 @@ class Service:
             on_event(event)
 
         return send
+
+    def _log(self, request_id: str, admitted: Admitted | None, ended: Done | Failed, since: float) -> None:
+        """Write the log's line of a request, and put its id into its error."""
+        if isinstance(ended, Failed):
+            ended.error.fields.setdefault("request_id", request_id)
+        spent = (monotonic() - since) * 1e3
+        request_log.write(request_id, admitted, ended, spent, prompts=self._config.log_prompts)
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:

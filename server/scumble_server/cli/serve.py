@@ -13,6 +13,7 @@ import typer
 
 from scumble_registry import default_home
 from scumble_server.config import ExecutorName, ServerConfig, default_executor
+from scumble_server.logs import LogFormat
 from scumble_server.triton.launcher import Ports
 from scumble_server.triton.running import LOOPBACK, START_TIMEOUT, RunningServer, running_server
 
@@ -60,6 +61,8 @@ def serve(
     ] = 16.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     home: Annotated[Path | None, typer.Option(help="Registry, caches and logs. [SCUMBLE_HOME]")] = None,
+    log_format: Annotated[LogFormat, typer.Option(help="Lines of the log.")] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put prompts into the log.")] = False,
     triton: Annotated[Path | None, typer.Option(help="tritonserver to run. [SCUMBLE_TRITON]")] = None,
     start_timeout: Annotated[float, typer.Option(help="Seconds until it must be ready.")] = START_TIMEOUT,
     exit_with_parent: Annotated[bool, typer.Option(help="Stop when the starting process ends.")] = False,
@@ -82,6 +85,8 @@ def serve(
         device_cache_bytes=int(device_cache * GIB),
         weights_cache_bytes=int(weights_cache * GIB),
         threads=threads,
+        log_format=log_format,
+        log_prompts=log_prompts,
     )
     ports = Ports(grpc_port, metrics_port, health_port, http_port if triton_http else None)
     parent = os.getppid() if exit_with_parent else None

@@ -16,9 +16,6 @@ from scumble.errors import Unavailable
 Tensors: TypeAlias = Mapping[str, NDArray[Any]]
 Parameters: TypeAlias = dict[str, str | int | bool]
 
-LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
-"""Format of a stub's log, which goes to the server's log by stderr."""
-
 
 class Sender(Protocol):
     def send(self, response: Any = None, flags: int = 0) -> None: ...
@@ -28,6 +25,7 @@ class Sender(Protocol):
 class TritonRequest(Protocol):
     def inputs(self) -> list[Any]: ...
     def parameters(self) -> str: ...
+    def request_id(self) -> str: ...
     def get_response_sender(self) -> Sender: ...
 
 
@@ -80,10 +78,13 @@ def read_parameters(request: TritonRequest) -> Parameters:
     return parameters
 
 
-def call(model: str, inputs: Tensors, outputs: list[str], parameters: Parameters) -> Iterator[dict[str, NDArray[Any]]]:
+def call(
+    model: str, inputs: Tensors, outputs: list[str], parameters: Parameters, *, request_id: str = ""
+) -> Iterator[dict[str, NDArray[Any]]]:
     """Call a decoupled model of this server and yield its responses. Raises Unavailable if it does not respond."""
     request = pb_utils.InferenceRequest(
         model_name=model,
+        request_id=request_id,
         requested_output_names=outputs,
         inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
         parameters=parameters,

@@ -14,10 +14,10 @@ from scumble.events import Failed
 from scumble.wire import is_stats_query, stats_to_tensors, tensors_to_request
 from scumble_server.config import ServerConfig
 from scumble_server.denoise.heartbeat import Heartbeat
+from scumble_server.logs import configure
 from scumble_server.memory.collection import collect_seldom
 from scumble_server.service import Service
 from scumble_server.triton.backend import (
-    LOG_FORMAT,
     Parameters,
     Responder,
     Tensors,
@@ -40,10 +40,11 @@ class TritonPythonModel:
     """Triton calls `initialize`, `execute` and `finalize`, from one thread."""
 
     def initialize(self, _args: dict[str, str]) -> None:
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+        config = ServerConfig.from_env()
+        configure(config.log_format)
         self._folder = RunFolder.from_env()
         self._watchdog = Watchdog(self._folder)
-        self._service = _open_service(self._folder, HeartbeatFile(self._folder.path).beat)
+        self._service = _open_service(config, self._folder, HeartbeatFile(self._folder.path).beat)
         self._outbox = Outbox()
         self._inner_calls = InnerCalls()
         self._metrics = LoopMetrics(self._service.stats)
@@ -59,7 +60,7 @@ class TritonPythonModel:
             except ValueError as error:
                 responder.refuse(str(error))
             else:
-                self._answer(responder, tensors, parameters)
+                self._answer(request.request_id(), responder, tensors, parameters)
 
     def finalize(self) -> None:
         self._watchdog.close()
@@ -73,7 +74,7 @@ class TritonPythonModel:
         self._outbox.flush()
         self._folder.say_drained()
 
-    def _answer(self, responder: Responder, tensors: Tensors, parameters: Parameters) -> None:
+    def _answer(self, request_id: str, responder: Responder, tensors: Tensors, parameters: Parameters) -> None:
         caller = self._caller(responder, parameters)
         try:
             if CANCEL in parameters:
@@ -83,7 +84,9 @@ class TritonPythonModel:
                 self._outbox.put(responder, lambda: stats_to_tensors(self._service.stats()), final=True)
             else:
                 check(parameters)
-                self._service.submit(lambda: tensors_to_request(tensors), caller.on_event, caller.is_cancelled)
+                self._service.submit(
+                    lambda: tensors_to_request(tensors), caller.on_event, caller.is_cancelled, request_id=request_id
+                )
         except ScumbleError as error:
             caller.on_event(Failed(error))
         except Exception as error:
@@ -96,9 +99,9 @@ class TritonPythonModel:
         return WireCaller(responder, self._outbox, as_text=wants_text(parameters))
 
 
-def _open_service(run: RunFolder, heartbeat: Heartbeat) -> Service:
+def _open_service(config: ServerConfig, run: RunFolder, heartbeat: Heartbeat) -> Service:
     try:
-        return Service.open(ServerConfig.from_env(), heartbeat)
+        return Service.open(config, heartbeat)
     except ScumbleError as error:
         run.write_failure(error)
         raise

@@ -18,8 +18,8 @@ from scumble.errors import InvalidRequest, QueueFull, ScumbleError, Unavailable
 from scumble.events import Failed
 from scumble.wire import STREAM_MODEL, UNARY_OUTPUTS, event_to_tensors, in_base64
 from scumble_server.config import ServerConfig
+from scumble_server.logs import configure
 from scumble_server.triton.backend import (
-    LOG_FORMAT,
     Responder,
     Tensors,
     TritonRequest,
@@ -42,8 +42,8 @@ class TritonPythonModel:
     """Triton calls `initialize`, `execute` and `finalize`, from one thread."""
 
     def initialize(self, _args: dict[str, str]) -> None:
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         config = ServerConfig.from_env()
+        configure(config.log_format)
         self._watchdog = Watchdog(RunFolder.from_env())
         self._most = config.max_queue + 8  # the loop's queue is the limit; a few more learn of it there
         self._threads = ThreadPoolExecutor(self._most, "call")
@@ -69,7 +69,9 @@ class TritonPythonModel:
             else:
                 token = secrets.token_hex(16)
                 self._running[token] = responder
-                self._threads.submit(self._answer, responder, inputs, token, wants_text(parameters))
+                self._threads.submit(
+                    self._answer, responder, inputs, token, request.request_id(), wants_text(parameters)
+                )
 
     def finalize(self) -> None:
         self._threads.shutdown()
@@ -77,9 +79,9 @@ class TritonPythonModel:
         self._canceller.join()
         self._watchdog.close()
 
-    def _answer(self, responder: Responder, inputs: Tensors, token: str, as_text: bool) -> None:
+    def _answer(self, responder: Responder, inputs: Tensors, token: str, request_id: str, as_text: bool) -> None:
         try:
-            outputs = _last_event(inputs, token)
+            outputs = _last_event(inputs, token, request_id)
             if as_text and "encoded" in outputs:
                 outputs["encoded"] = in_base64(outputs["encoded"])
         except ScumbleError as error:
@@ -107,9 +109,9 @@ class TritonPythonModel:
                     _cancel(token)
 
 
-def _last_event(inputs: Tensors, token: str) -> dict[str, Any]:
+def _last_event(inputs: Tensors, token: str, request_id: str) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
-    for response in call(STREAM_MODEL, inputs, OUTPUTS, {CALL: token}):
+    for response in call(STREAM_MODEL, inputs, OUTPUTS, {CALL: token}, request_id=request_id):
         outputs = response
     if not outputs:
         raise Unavailable(f"model {STREAM_MODEL} ended without a response; try again")

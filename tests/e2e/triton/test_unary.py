@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import queue
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -177,3 +178,19 @@ def test_pictures_go_through_both_doors(
     for result in (infer_http(request), infer_grpc(request)):
         np.testing.assert_array_equal(result.as_numpy("images"), ours.images)
         np.testing.assert_array_equal(result.as_numpy("maps"), ours.maps)
+
+
+@pytest.mark.parametrize("model", ["scumble", "scumble_stream"])
+def test_a_callers_id_stands_in_the_log_and_in_errors(server: RunningServer, grpc: Any, model: str) -> None:
+    answers: queue.Queue[Any] = queue.Queue()
+    request_id = f"order-{model}"
+    inputs = inputs_of(tritonclient.grpc, Request(prompt="a secret apple", adapters=(Adapter(ref="l/nobody"),)))
+    grpc.start_stream(lambda result, error: answers.put((result, error)))
+    grpc.async_stream_infer(model, inputs, request_id=request_id)
+    result, error = answers.get(timeout=60)
+    assert error is None
+    assert json.loads(result.as_numpy("error")[0])["fields"]["request_id"] == request_id
+    lines = [line for line in server.log.read_text().splitlines() if request_id in line]
+    assert [line.partition("scumble.requests: ")[2].split(" total_ms")[0] for line in lines] == [
+        f'request id="{request_id}" outcome="not_found"'
+    ]
