@@ -121,7 +121,7 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
             # As the file says it: what it leaves out, each scheduler class fills with its own defaults.
             scheduler_config=_json(folder / "scheduler" / "scheduler_config.json"),
             layouts=(*executor.text_layouts, executor.kv_layout, executor.step_layout),
-            colours=fit(executor.vae.decode, compatibility.latent_channels),
+            colours=fit(executor.vae, compatibility.latent_channels),
             limits=executor.limits,
             changes_graphs=executor.changes_graphs,
             zero_negative=bool(_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family.sizes)),

@@ -42,11 +42,12 @@ from scumble_server.denoise.image import ActiveRequest, Image
 from scumble_server.denoise.loop import Loop
 from scumble_server.denoise.noise import Noise
 from scumble_server.denoise.original import start_from
+from scumble_server.executors.cuda import is_lost, mark, own_stream, settle
 from scumble_server.memory.prefetch import Prefetcher
 from scumble_server.memory.residency import Lease, Residency
 from scumble_server.receipt import make_receipt
 from scumble_server.request.adapter import ResolvedAdapter
-from scumble_server.request.ending import check_wanted, stopping
+from scumble_server.request.ending import check_wanted, device_lost, stopping
 from scumble_server.request.original import original_of
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ class _Job:
     bound: tuple[ResolvedAdapter, ...] = ()
     """The adapters that acted in any pass so far."""
     active: ActiveRequest | None = None
+    denoised: Callable[[], None] = lambda: None
+    """Makes the decoding thread's work wait for the loop's."""
     spent: dict[str, float] = field(default_factory=dict)
     """Milliseconds of every pass so far."""
 
@@ -144,7 +147,9 @@ class Service:
         registry = Registry.open(config.home, create=False)
         weights = Residency(config.weights_cache_bytes, "weight")
         try:
-            bases = [load_base(registry, ref, config, weights) for ref in (config.base, *config.more_bases)]
+            with own_stream(config.device):
+                bases = [load_base(registry, ref, config, weights) for ref in (config.base, *config.more_bases)]
+                settle(config.device)
         except BaseException:
             weights.clear()
             registry.close()
@@ -186,8 +191,9 @@ class Service:
         try:
             return self._open_requests.enter()
         except Unavailable as error:
-            self._log(request_id, None, Failed(error), monotonic())
-            raise
+            refused = _with_id(error, request_id)
+            self._log(request_id, None, Failed(refused), monotonic())
+            raise refused from None
 
     def _admit(self, job: _Job, read: Callable[[], Request]) -> None:
         try:
@@ -253,6 +259,8 @@ class Service:
         on_event = job.on_event
 
         def send(event: Event) -> None:
+            if isinstance(event, Failed):
+                event = Failed(_with_id(event.error, job.request_id))
             if isinstance(event, Done | Failed):
                 self._log(job.request_id, job.admitted if job.is_admitted else None, event, job.submitted_at)
                 job.device.release()
@@ -265,15 +273,15 @@ class Service:
         return send
 
     def _log(self, request_id: str, admitted: Admitted | None, ended: Done | Failed, since: float) -> None:
-        """Write the log's line of a request, and put its id into its error."""
-        if isinstance(ended, Failed):
-            ended.error.fields.setdefault("request_id", request_id)
+        """Write the log's line of a request."""
         spent = (monotonic() - since) * 1e3
         request_log.write(request_id, admitted, ended, spent, prompts=self._config.log_prompts)
 
     def _guard(self, work: Callable[[], None]) -> None:
+        device = self._config.device
         try:
-            work()
+            with own_stream(device, urgent=work == self._loop.run):
+                work()
         except BaseException:
             log.exception("thread %s died", threading.current_thread().name)
             raise
@@ -287,8 +295,9 @@ class Service:
                 job.check()
                 job.conditioned = self._conditioner.condition(job.current, job.device, job.weights)
                 job.active = self._start_images(job, job.conditioned)
+                settle(self._config.device)
             except Exception as error:
-                job.on_event(Failed(_typed(error)))
+                self._fail(job, error)
                 continue
             self._loop.add(job.active)
 
@@ -302,7 +311,7 @@ class Service:
         request = ActiveRequest(
             job.on_event,
             job.is_cancelled,
-            lambda _: self._denoised.put(job),
+            lambda _: self._hand_over(job),
             priority=options.priority,
             deadline=job.deadline,
             preview=base.colours.preview,
@@ -320,12 +329,25 @@ class Service:
             request.images.append(image)
         return request
 
+    def _hand_over(self, job: _Job) -> None:
+        """To the decoding thread. Called from the loop's."""
+        job.denoised = mark(self._config.device)
+        self._denoised.put(job)
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        """End one request. Raises the error again if the device is lost: the thread ends, and the server restarts."""
+        if is_lost(error, self._config.device):
+            job.on_event(Failed(device_lost()))
+            raise error
+        job.on_event(Failed(_typed(error)))
+
     def _decode_all(self) -> None:
         while (job := self._denoised.get()) is not None:
             try:
+                job.denoised()
                 done = self._decode(job)
             except Exception as error:
-                job.on_event(Failed(_typed(error)))
+                self._fail(job, error)
                 continue
             if done is None:
                 self._enqueue(job)
@@ -377,6 +399,11 @@ def _done(pixels: Pixels, receipt: Receipt, maps: Pixels | None, options: Option
         for index, picture in enumerate(pixels)
     )
     return Done(np.zeros((0, 0, 0, 3), np.uint8), receipt, maps, files)
+
+
+def _with_id(error: ScumbleError, request_id: str) -> ScumbleError:
+    """A copy: what refuses one request may refuse others, too."""
+    return type(error)(error.message, **error.fields | {"request_id": request_id})
 
 
 def _typed(error: Exception) -> ScumbleError:

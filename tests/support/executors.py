@@ -17,14 +17,14 @@ from scumble_build.export.plan import component_of
 from scumble_build.graphs.families import FAMILIES
 from scumble_registry import Version
 from scumble_registry.compatibility import Family
-from scumble_server.executors.device import Buffers, Graphs, Stepping, uncaptured
+from scumble_server.executors.device import Buffers, Graphs, Stepping
 from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from scumble_server.executors.protocol import Changed, Executor, NetModel, Nets
 from scumble_server.executors.tensorrt.engines import EngineRuntime, Engines
 from scumble_server.executors.tensorrt.executor import TensorRTExecutor
 from scumble_server.executors.torch.executor import PRECISION_OF, TorchExecutor
 from support.engines import make_engines
-from support.fake_tensorrt import FakeTensorRT
+from support.fake_tensorrt import FakeTensorRT, StrictCapture
 
 EXECUTORS = ("torch", "onnxruntime", "tensorrt")
 EXPORTED = EXECUTORS[1:]
@@ -90,7 +90,7 @@ def open_executor(
     names = (*graphs.texts, "kv_projection", denoiser, "vae_decoder", "vae_encoder")
     engines = {"": make_engines(graphs, names, scratch / "base", graph_cache, of="sha256:base")}
     cpu = torch.device("cpu")
-    lent = lambda: Stepping(Buffers(cpu), Graphs(uncaptured))  # noqa: E731
+    lent = lambda: Stepping(Buffers(cpu), Graphs(StrictCapture()))  # noqa: E731
     runtime = EngineRuntime.on(FakeTensorRT(), cpu, lent)  # type: ignore[arg-type]
     on_engines = TensorRTExecutor(
         weights,

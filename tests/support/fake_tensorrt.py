@@ -1,6 +1,10 @@
 """TensorRT's Python API over ONNX Runtime, for machines without a GPU: what is given by address is read there, what is
 computed is written there. A plan is the path of a graph and the shapes of its profiles.
 
+It is stricter than TensorRT, which computes something wrong or fails much later: nothing of a context may be set while
+a thread captures, a context that was captured takes no other shape, two captures never overlap, and the default stream
+is refused, where `streams` says that there are others. `StrictCapture` is the capture that goes with it.
+
 Only what an executor calls is here; what builds engines is tried with the real thing.
 """
 
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -21,6 +26,42 @@ from scumble_build.engines.profiles import Profile
 from scumble_build.export.manifest import GraphManifest
 
 NAMES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "bool": "BOOL"}
+
+
+_capturing: set[int] = set()
+"""Threads that capture."""
+
+
+class Misused(AssertionError):
+    """TensorRT or CUDA would not have taken this."""
+
+
+class StrictCapture:
+    """Captures as CUDA does: the addresses and shapes of then are what a replay runs on."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+
+    def __call__(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        if _capturing:
+            raise Misused("two captures overlap")
+        _capturing.add(threading.get_ident())
+        try:
+            result = work()
+        finally:
+            _capturing.discard(threading.get_ident())
+        self.captures += 1
+
+        def replay() -> Any:
+            work()
+            return result
+
+        return replay
+
+
+def _not_captured(what: str) -> None:
+    if threading.get_ident() in _capturing:
+        raise Misused(f"{what} while this thread captures")
 
 
 @dataclass(frozen=True)
@@ -41,12 +82,17 @@ class FakeTensorRT:
     validity: str = "VALID"
     fails: Callable[[str], str | None] = lambda _what: None
     contexts: list[FakeContext] = field(default_factory=list)
+    capturable: bool = True
+    streams: bool = False
 
     class ILogger:
         def __init__(self) -> None: ...
 
     class ExecutionContextAllocationStrategy:
         USER_MANAGED = Named("USER_MANAGED")
+
+    class DynamicShapesKernelSpecializationStrategy:
+        EAGER = Named("EAGER")
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
         return FakeRuntime(self, logger)
@@ -92,6 +138,7 @@ class FakeCache:
 class FakeConfig:
     def __init__(self) -> None:
         self.cache = FakeCache()
+        self.dynamic_shapes_kernel_specialization_strategy = Named("LAZY")
 
     def create_runtime_cache(self) -> FakeCache:
         return self.cache
@@ -109,7 +156,6 @@ class FakeEngine:
     logger: Any
     about: dict[str, Any]
     manifest: GraphManifest
-    device_memory_size_v2: int = 1000
 
     @property
     def ports(self) -> list[Any]:
@@ -135,7 +181,10 @@ class FakeEngine:
     def create_runtime_config(self) -> FakeConfig:
         return FakeConfig()
 
-    def create_execution_context(self, _how: Any) -> FakeContext | None:
+    def create_execution_context(self, how: Any) -> FakeContext | None:
+        _not_captured("a context is made")
+        if isinstance(how, FakeConfig):
+            assert how.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
         if self.module.failed("context", self.logger):
             return None
         context = FakeContext(self)
@@ -151,15 +200,20 @@ class FakeContext:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
     scratch: tuple[int, int] = (0, 0)
+    captured_with: dict[str, tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
         self.session = onnxruntime.InferenceSession(self.engine.about["onnx"], providers=["CPUExecutionProvider"])
 
     def set_optimization_profile_async(self, index: int, _stream: int) -> bool:
+        _not_captured("a profile is set")
         self.profile = index
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        _not_captured("a shape is set")
+        if self.captured_with is not None and self.captured_with[name] != shape:
+            raise Misused("a context that was captured takes another shape")
         least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
         self.shapes[name] = shape
         return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
@@ -183,16 +237,28 @@ class FakeContext:
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in port.dims)
 
     def set_device_memory(self, address: int, size: int) -> None:
+        _not_captured("scratch memory is set")
         self.scratch = address, size
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        return 100 + 10 * sum(map(prod, self.shapes.values()))
+
+    def is_stream_capturable(self, _stream: int) -> bool:
+        return self.engine.module.capturable
+
     def set_tensor_address(self, name: str, address: int) -> bool:
+        _not_captured("an address is set")
         self.addresses[name] = address
         return True
 
-    def execute_async_v3(self, _stream: int) -> bool:
+    def execute_async_v3(self, stream: int) -> bool:
+        if stream == 0 and self.engine.module.streams:
+            raise Misused("a run on the default stream, which ends captures")
+        if threading.get_ident() in _capturing:
+            self.captured_with = dict(self.shapes)
         if self.engine.module.failed("run", self.engine.logger):
             return False
-        assert self.scratch[1] >= self.engine.device_memory_size_v2
+        assert self.scratch[1] >= self.update_device_memory_size_for_shapes()
         self.runs += 1
         feeds = {port.name: self._at(port) for port in self.engine.manifest.inputs}
         for port, found in zip(self.engine.manifest.outputs, self.session.run(None, feeds), strict=True):

@@ -173,6 +173,7 @@ def _configure(
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     if flavour.is_rtx:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # so that a run may be captured as a CUDA graph
         config.num_compute_capabilities = len(sm)
         for index, number in enumerate(sm):
             config.set_compute_capability(_capability(trt, number), index)

@@ -22,6 +22,7 @@ from scumble_build.engines.key import EngineKey, Machine, check_sm
 from scumble_build.engines.profiles import Profile
 from scumble_build.engines.progress import Progress
 from scumble_build.engines.store import StoredEngine
+from scumble_build.export.command import BaseFolder, find_base
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_registry import Registry, Version, default_home
 from scumble_registry.cli.printing import print_table
@@ -48,7 +49,10 @@ def engine(
     part: Annotated[
         list[str] | None, typer.Option(help="Only this graph (unet.small, vae_decoder, …); may be repeated.")
     ] = None,
-    profile: Annotated[Path | None, typer.Option(help="TOML with the shapes to build for (docs/gpu.md).")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="TOML with the shapes to build for (docs/gpu.md). [default: the base's usual sizes]"),
+    ] = None,
     precision: Annotated[Precision, typer.Option(help="Floating point format of the graphs.")] = "fp16",
     level: Annotated[
         int,
@@ -73,7 +77,7 @@ def engine(
         precision,
         controlnet=controlnet,
         part=part,
-        wanted=profiles.read(profile) if profile is not None else (),
+        wanted=profiles.read(profile) if profile is not None else None,
         options=BuildOptions(optimization_level=level, workspace=None if workspace is None else int(workspace * GIB)),
         again=again,
         quiet=as_json,
@@ -91,18 +95,17 @@ def build_into(
     *,
     controlnet: str | None = None,
     part: list[str] | None = None,
-    wanted: tuple[Profile, ...] = (),
+    wanted: tuple[Profile, ...] | None = None,
     options: BuildOptions | None = None,
     again: bool = False,
     quiet: bool = True,
 ) -> list[StoredEngine]:
     """Export the graphs of a base, of a checkpoint, or of a ControlNet for it, build the engines that the registry does
-    not have, and publish each when it is done.
+    not have, and publish each when it is done. `wanted`: the shapes; None: the usual ones of the base.
     """
     options = options or BuildOptions()
     if not flavour.is_rtx:
         options = replace(options, timing_cache=home / "cache" / "timing.cache")
-    target = BuildTarget(flavour, sm, precision, wanted, options)
     results: list[StoredEngine] = []
     with Registry.open(home) as registry, tempfile.TemporaryDirectory(prefix="scumble-engines-") as work:
         version = registry.resolve(controlnet or base)
@@ -115,9 +118,11 @@ def build_into(
             )
         existing = {engine.key.digest: engine for engine in store.listed(registry, version)}
         graphs, plans = Path(work) / "graphs", Path(work) / "plans"
-        manifests = _export(base, controlnet, home, graphs, part, precision, report=_report(quiet))
+        folder = find_base(base, home)
+        target = BuildTarget(flavour, sm, precision, wanted or profiles.usual(*folder.sides), options)
+        manifests = _export(folder, controlnet, home, graphs, part, precision, report=_report(quiet))
         if part is None and controlnet is None:
-            profiles.check_names(wanted, manifests)
+            profiles.check_names(wanted or (), manifests)
         for built in build_graphs(
             graphs,
             manifests,
@@ -197,7 +202,7 @@ def pull(
 
 
 def _export(
-    ref: str,
+    base: BaseFolder,
     controlnet: str | None,
     home: Path,
     folder: Path,
@@ -206,16 +211,15 @@ def _export(
     *,
     report: Any,
 ) -> tuple[GraphManifest, ...]:
-    from scumble_build.export.command import find_base, open_base, open_net
+    from scumble_build.export.command import open_base, open_net
     from scumble_build.export.write import Exportable, write_graphs
 
-    folder_of_base = find_base(ref, home)
     graphs: Exportable
     if controlnet is not None:
-        graphs, digest = open_net(controlnet, folder_of_base, home, precision)
+        graphs, digest = open_net(controlnet, base, home, precision)
     else:
-        graphs, digest = open_base(folder_of_base, precision), folder_of_base.digest
-    return write_graphs(graphs, part or graphs.names, folder, base=digest, family=folder_of_base.family, report=report)
+        graphs, digest = open_base(base, precision), base.digest
+    return write_graphs(graphs, part or graphs.names, folder, base=digest, family=base.family, report=report)
 
 
 def _kind(key: EngineKey) -> str:

@@ -14,7 +14,8 @@ engine tuned for the usual sizes is faster there and takes less memory.
     height = 128
     width = 128
 
-Axes that it leaves out keep the manifest's range.
+Axes that it leaves out keep the manifest's range. Without a file, engines are built for the `usual` sizes of the base:
+the whole ranges would take tens of GiB of scratch memory.
 """
 
 from __future__ import annotations
@@ -75,6 +76,38 @@ class Profile:
 
 WHOLE = Profile({})
 """The full range of a graph's manifest."""
+
+
+def usual(side: int, scale: int = 8) -> tuple[Profile, ...]:
+    """Return profiles for a base that draws latents of `side`, `scale` pixels to each: half to one and a half of it, up
+    to 8 guided images, with LoRAs of rank 128 each. For 64 and 128 they are those of `deploy/profiles/`.
+    """
+    sides, pixels = (Range(at // 2, at, at * 3 // 2) for at in (side, side * scale))
+    is_large = side * scale >= 1024
+    small_pages, rest_pages = (200, 200) if is_large else (512, 256)
+    drawing = {
+        "rows": Range(1, 4 if is_large else 8, 16),
+        "tokens": Range(77, 77, 231),
+        "height": sides,
+        "width": sides,
+        "resident": Range(1, 64, small_pages),
+        "resident_rest": Range(1, 64, rest_pages),
+        "rank_pages": Range(1, 4, 16),
+        "groups": Range(1, 1, 4),
+        "image_tokens": Range(1, 16, 64),
+    }
+    pictures = {
+        "rows": Range(1, 1, 1 if is_large else 4),
+        "height": sides,
+        "width": sides,
+        "pixel_height": pixels,
+        "pixel_width": pixels,
+    }
+    of_nets = ("controlnet", "controlnet_kv", "controlnet_condition")
+    return (
+        Profile(drawing, frozenset(("text_encoder*", "kv_projection", "unet.*", *of_nets))),
+        Profile(pictures, frozenset(("vae_*", "controlnet_hint"))),
+    )
 
 
 def of(manifest: GraphManifest, wanted: Iterable[Profile]) -> tuple[Profile, ...]:

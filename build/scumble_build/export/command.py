@@ -18,6 +18,7 @@ from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_build.graphs.families import FAMILIES
 from scumble_registry import Registry, default_home
 from scumble_registry.compatibility import BaseCompatibility, ControlNetCompatibility, DreamboothCompatibility, Family
+from scumble_registry.compatibility.vae import vae_scale
 from scumble_registry.formats import base as base_format
 from scumble_registry.formats.source import Source
 
@@ -36,6 +37,12 @@ class BaseFolder:
     folder: Path
     digest: str
     family: Family
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return the side of the latents that it was trained at, and the pixels of each."""
+        unet, vae = (json.loads((self.folder / part / "config.json").read_text("utf-8")) for part in ("unet", "vae"))
+        return int(unet["sample_size"]), vae_scale(vae)
 
 
 def export(

@@ -15,7 +15,7 @@ from scumble_registry import default_home
 from scumble_server.config import ExecutorName, ServerConfig, default_executor
 from scumble_server.logs import LogFormat
 from scumble_server.triton.launcher import Ports
-from scumble_server.triton.running import LOOPBACK, START_TIMEOUT, RunningServer, running_server
+from scumble_server.triton.running import LOOPBACK, RunningServer, running_server
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -52,6 +52,7 @@ def serve(
     ] = False,
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
     precision: Annotated[Precision, typer.Option(help="Numbers that the denoiser computes with.")] = "fp32",
+    cuda_graphs: Annotated[bool, typer.Option(help="Capture steps as CUDA graphs.")] = True,
     max_batch_images: Annotated[int, typer.Option(min=1, max=64, help="Images that share a step.")] = 8,
     max_queue: Annotated[int, typer.Option(min=1, help="Open requests; more are refused.")] = 256,
     host_cache: Annotated[float, typer.Option(min=0.001, help="GiB of host memory for adapters.")] = 1.0,
@@ -64,7 +65,10 @@ def serve(
     log_format: Annotated[LogFormat, typer.Option(help="Lines of the log.")] = "text",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put prompts into the log.")] = False,
     triton: Annotated[Path | None, typer.Option(help="tritonserver to run. [SCUMBLE_TRITON]")] = None,
-    start_timeout: Annotated[float, typer.Option(help="Seconds until it must be ready.")] = START_TIMEOUT,
+    start_timeout: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds until it must be ready. [600; a day with --build-engines]"),
+    ] = None,
     exit_with_parent: Annotated[bool, typer.Option(help="Stop when the starting process ends.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON once ready.")] = False,
 ) -> None:
@@ -79,6 +83,7 @@ def serve(
         build_engines=build_engines,
         device=device,
         precision=precision,
+        cuda_graphs=cuda_graphs,
         max_batch_images=max_batch_images,
         max_queue=max_queue,
         host_cache_bytes=int(host_cache * GIB),

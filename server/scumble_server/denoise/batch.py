@@ -101,6 +101,10 @@ class Batch:
         return len({image.conditioning.adapters for image in self.images}) > 1
 
     @property
+    def device(self) -> str:
+        return self._executor.device
+
+    @property
     def model_rows(self) -> int:
         return len(self._image_of_row)
 

@@ -20,7 +20,8 @@ from scumble_server.denoise.headroom import Headroom
 from scumble_server.denoise.heartbeat import IDLE, Heartbeat, StepTimes
 from scumble_server.denoise.image import ActiveRequest, Image
 from scumble_server.denoise.schedule import Turns, most_urgent
-from scumble_server.request.ending import check_wanted, stopping
+from scumble_server.executors.cuda import is_lost
+from scumble_server.request.ending import check_wanted, device_lost, stopping
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +58,24 @@ class Loop:
             self._changed.notify()
 
     def run(self) -> None:
-        while self._wait_for_work():
-            self._drop_ended()
-            for batch in self._next_batches(self._active()):
-                self._step(batch)
-                self._leave(batch)
+        """Draw until `close`. Raises what the device raised if it is lost; whatever is left has failed then."""
+        try:
+            while self._wait_for_work():
+                self._drop_ended()
+                for batch in self._next_batches(self._active()):
+                    self._step(batch)
+                    self._leave(batch)
+        except BaseException:
+            self._fail_all(device_lost)
+            raise
+        self._fail_all(stopping)
+
+    def _fail_all(self, error: Callable[[], ScumbleError]) -> None:
         with self._changed:
+            self._closing = True
             left = [*self._images, *self._arrived]
         for image in left:
-            image.request.fail(Failed(stopping()))
+            image.request.fail(Failed(error()))
 
     def _wait_for_work(self) -> bool:
         with self._changed:
@@ -128,7 +138,12 @@ class Loop:
                 self._end(image.request, ScumbleError(f"the picture became NaN or infinite in step {image.step}"))
 
     def _blame(self, batch: Batch, error: Exception) -> None:
-        """A step that fails touched no image. Each tries it alone, so that only the one to blame ends."""
+        """A step that fails touched no image. Each tries it alone, so that only the one to blame ends.
+
+        Raises the error again if the device is lost, which is no image's fault.
+        """
+        if is_lost(error, batch.device):
+            raise error
         log.error("a step of %d images failed", len(batch.images), exc_info=error)
         self._counters.add("failed_steps")
         if len(batch.images) > 1:

@@ -32,7 +32,9 @@ def load_executor(registry: Registry, version: Version, family: Family, config: 
             return TensorRTExecutor.load(registry, version, folder, family, Flavour(config.executor), config)
         except (IntegrityError, NotFound, Refused, Unavailable) as error:
             log.warning("%s is served by torch, not by %s: %s", version.ref, config.executor, error)
-    return TorchExecutor.load(folder, family, config.device, config.precision, config.max_rows)
+    return TorchExecutor.load(
+        folder, family, config.device, config.precision, config.max_rows, graphs=config.cuda_graphs
+    )
 
 
 def executor_bytes(folder: Path, family: Family, config: ServerConfig) -> int:

@@ -1,4 +1,4 @@
-"""Device resources that let a step run without allocations: fixed buffers, captured CUDA graphs, concurrent uploads.
+"""Device resources that let a step run without allocations: fixed buffers, captured work, uploads beside steps.
 
 A CUDA graph replays kernels with the addresses that they were captured with. So inputs are copied into buffers whose
 addresses do not change, and a graph's key is (context, profile, shapes, addresses). A tensor that has not changed since
@@ -9,7 +9,7 @@ On a CPU nothing is captured and nothing overlaps, but the same code runs, so te
 
 from __future__ import annotations
 
-import gc
+import logging
 import threading
 import weakref
 from collections import OrderedDict
@@ -26,9 +26,13 @@ from torch import Tensor
 
 from scumble.errors import OutOfMemory
 from scumble_build.graphs.tensors import has_parts, parts_of, tensors_of, with_tensors
+from scumble_server.executors.cuda import CudaCapture, alone, give_back_memory, ran_out_of_memory, settle
 
-Replay = Callable[[], None]
-Capture = Callable[[Callable[[], None]], Replay]
+log = logging.getLogger(__name__)
+
+Replay = Callable[[], Any]
+"""Runs captured work again and returns what it returned when it was captured."""
+Capture = Callable[[Callable[[], Any]], Replay]
 ALIGNMENT = 256
 """Alignment in bytes that TensorRT and CUDA require."""
 
@@ -100,68 +104,97 @@ def aligned(nbytes: int, device: torch.device) -> Tensor:
 class Graphs:
     """Captured work by key, at most `most` entries, least recently used dropped first. One thread calls `run`; any may
     call `drop`.
+
+    Work is captured when it comes for the second time: a structure that never comes again is not worth the time.
     """
 
-    def __init__(self, capture: Capture, most: int = 64) -> None:
+    def __init__(self, capture: Capture | None, most: int = 64) -> None:
+        """`capture` None: nothing is ever captured."""
         self._capture, self._most = capture, most
         self._known: OrderedDict[Hashable, Replay] = OrderedDict()
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._doomed: list[Replay] = []
         self._lock = threading.RLock()  # reentrant: finalizers call `drop`, perhaps in this thread
+        self._capturing = False
         self.captured = 0
         """Number of captures so far. It should not grow from step to step."""
 
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Run `work`, captured on the first call with this key. It must read and write only the
-        addresses of the key.
+    def run(
+        self, key: Hashable, work: Callable[[], Any], to_capture: Callable[[], Callable[[], Any] | None] | None = None
+    ) -> Any:
+        """Return what `work` returns; a replay returns the same object each time. `work` must read and write only the
+        addresses of the key, and what it makes itself.
+
+        `to_capture` makes what is captured in place of `work` and lives as long as the graph; None: it cannot be.
         """
         with self._lock:
-            replay = self._known.pop(key, None)
+            replay = self._known.get(key)
+            if replay is not None:
+                self._known.move_to_end(key)
         if replay is None:
-            replay = self._capture(work)
-            self.captured += 1
+            replay = self._try_to_capture(key, work, to_capture or (lambda: work))
+        return replay()
+
+    def _try_to_capture(
+        self, key: Hashable, work: Callable[[], Any], to_capture: Callable[[], Callable[[], Any] | None]
+    ) -> Replay:
+        """Return the captured work, or the work itself: at its first time, and where it cannot be captured."""
+        if self._capture is None or self._is_new(key):
+            return work
+        captured = to_capture()
+        if captured is None:
+            return work
+        self._capturing = True
+        try:
+            with alone():
+                replay = self._capture(captured)
+        except Exception as error:
+            if ran_out_of_memory(error) or isinstance(error, OutOfMemory):
+                raise
+            self._capture = None
+            log.warning("a step cannot be captured as a CUDA graph, so steps run without graphs from now on: %s", error)
+            return work
+        finally:
+            self._capturing = False
+            with self._lock:
+                self._doomed.clear()
+        self.captured += 1
         with self._lock:
             self._known[key] = replay
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
-        replay()
+        return replay
+
+    def _is_new(self, key: Hashable) -> bool:
+        is_new = key not in self._seen
+        self._seen[key] = None
+        self._seen.move_to_end(key)
+        while len(self._seen) > 4 * self._most:
+            self._seen.popitem(last=False)
+        return is_new
 
     def forget(self) -> None:
         with self._lock:
             self._known.clear()
+            self._seen.clear()
 
     def drop(self, owner: object) -> None:
         """Drop the graphs whose key begins with `owner`, as its memory is gone. Any thread may call it."""
-        with self._lock:
+        with alone(), self._lock:
             for key in list(self._known):
                 if isinstance(key, tuple) and key and key[0] is owner:
-                    self._known.pop(key, None)
+                    replay = self._known.pop(key)
+                    if self._capturing:  # in this thread: a graph that is freed now would end the capture
+                        self._doomed.append(replay)
 
     def keys(self) -> AbstractSet[Hashable]:
         with self._lock:
             return set(self._known)
 
 
-def uncaptured(work: Callable[[], None]) -> Replay:
+def uncaptured(work: Callable[[], Any]) -> Replay:
     """Return the work itself, on devices without graphs."""
     return work
-
-
-class CudaCapture:
-    """Captures CUDA graphs with torch. They share one memory pool, because they never run concurrently."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, work: Callable[[], None]) -> Replay:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()  # warm-up: libraries choose kernels and allocate workspaces
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
 
 
 def capture_on(device: torch.device) -> Capture:
@@ -169,49 +202,32 @@ def capture_on(device: torch.device) -> Capture:
 
 
 class Uploads:
-    """Uploads tensors from pinned host memory, on a stream of its own beside the one that steps run on.
+    """Uploads tensors from pinned host memory, on the stream of the thread that owns it, beside the steps'.
 
-    Owned by one thread. Another thread reads what was sent, so `send` returns after it has arrived.
+    Another thread reads what was sent, so `send` and `write` return after it has arrived.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, *tensors: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Return the tensors on the device; those that are there already are not copied. Raises OutOfMemory."""
         with faults(f"{sum(tensor.nbytes for tensor in tensors)} bytes to upload"):
-            if self._stream is None:
-                return tuple(tensor.to(self._device, dtype or tensor.dtype) for tensor in tensors)
-            with self._beside_steps():
-                return tuple(self._start(tensor, dtype or tensor.dtype) for tensor in tensors)
+            sent = tuple(self._start(tensor, dtype or tensor.dtype) for tensor in tensors)
+        settle(self._device)  # this thread waits, the step does not
+        return sent
 
     def write(self, into: Sequence[Tensor], values: Sequence[Tensor], rows: Sequence[int]) -> None:
         """Write values[i] (n, …) to n rows of into[i] (N, …), which no step reads yet. Raises OutOfMemory."""
         sent = [self.send(source, dtype=target.dtype)[0] for source, target in zip(values, into, strict=True)]
         index = torch.tensor(rows, device=self._device)
-        with self._beside_steps():
-            for target, source in zip(into, sent, strict=True):
-                target.index_copy_(0, index, source)
-
-    @contextmanager
-    def _beside_steps(self) -> Iterator[None]:
-        """Run the block on the upload stream, and wait for the stream at its end."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()  # this thread waits, the step does not
-
-    def after_steps(self) -> None:
-        """Wait for the steps so far, so that later uploads may reuse their memory."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).synchronize()
+        for target, source in zip(into, sent, strict=True):
+            target.index_copy_(0, index, source)
+        settle(self._device)
 
     def _start(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        if tensor.device == self._device:
-            return tensor.to(dtype)
+        if self._device.type != "cuda" or tensor.device.type == "cuda":
+            return tensor.to(self._device, dtype)
         return tensor.to(dtype).pin_memory().to(self._device, non_blocking=True)
 
 
@@ -223,33 +239,35 @@ def uploads(device: str) -> Uploads:
 
 @contextmanager
 def faults(what: str) -> Iterator[None]:
-    """Turn torch's out-of-memory errors into OutOfMemory, after freeing torch's unused memory."""
+    """Turn the libraries' out-of-memory errors into OutOfMemory, after freeing torch's unused memory."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        message = f"device memory ran out ({what}): {str(error).splitlines()[0]}"
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+        if not ran_out_of_memory(error):
             raise
-        message = f"memory ran out ({what}): {str(error).splitlines()[0]}"
+        message = f"device memory ran out ({what}): {str(error).splitlines()[0]}"
     else:
         return
     # After the except block, because it keeps the failed call's frames, and the tensors in them, alive.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back_memory()
     raise OutOfMemory(f"{message}; use a smaller picture, fewer images or fewer adapters")
 
 
 def structure(record: object) -> Hashable:
-    """Return everything of a record except its tensors' values. Records of equal structure can share a
-    captured graph.
+    """Return everything of a record except its tensors' values. Records of equal structure can share a captured graph.
+
+    A module counts as itself: its weights are read where they are. The key does not keep it alive, and equals no other
+    key once it is gone. Raises TypeError for what else may hold memory, which a graph would read unseen.
     """
     if isinstance(record, Tensor):
         return tuple(record.shape), record.dtype
+    if isinstance(record, torch.nn.Module):
+        return weakref.ref(record)
     if has_parts(record):
         return type(record), tuple((name, structure(value)) for name, value in parts_of(record))
-    return record if isinstance(record, Hashable) else id(record)
+    if record is None or isinstance(record, bool | int | float | str):
+        return record
+    raise TypeError(f"a {type(record).__name__} cannot be an input of a captured step: only tensors, modules, numbers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +280,9 @@ class Stepping:
     graphs: Graphs
 
     @classmethod
-    def on(cls, device: torch.device) -> Stepping:
-        return cls(Buffers(device), Graphs(capture_on(device)))
+    def on(cls, device: torch.device, *, graphs: bool = True) -> Stepping:
+        """`graphs` False: nothing is captured."""
+        return cls(Buffers(device), Graphs(capture_on(device) if graphs else None))
 
 
 class Captured:
@@ -271,7 +290,6 @@ class Captured:
 
     def __init__(self, stepping: Stepping, compute: Callable[[Any], Tensor]) -> None:
         self._buffers, self._graphs, self._compute = stepping.buffers, stepping.graphs, compute
-        self._results: dict[Hashable, Tensor] = {}  # the output of each graph
         self._owner = object()
         weakref.finalize(self, self._graphs.drop, self._owner)
 
@@ -279,12 +297,6 @@ class Captured:
         """Run the function. The result is overwritten by the next call."""
         fixed = {path: self._buffers.fill(path, tensor) for path, tensor in tensors_of(record)}
         key = self._owner, structure(record), tuple(tensor.data_ptr() for tensor in fixed.values())
-        held, compute, results = with_tensors(record, fixed), self._compute, self._results
-
-        def work() -> None:
-            results[key] = compute(held)
-
-        self._graphs.run(key, work)
-        for gone in results.keys() - self._graphs.keys():
-            del results[gone]
-        return results[key]
+        held, compute = with_tensors(record, fixed), self._compute
+        result: Tensor = self._graphs.run(key, lambda: compute(held))
+        return result

@@ -45,7 +45,8 @@ class _LastStep:
         objects.
         """
         same = (getattr(self.inputs, name) is getattr(inputs, name) for name in ("kv", "factors", "images", "features"))
-        return graph == self.graph and all(same)
+        have_residuals = (self.inputs.residuals is None) == (inputs.residuals is None)
+        return graph == self.graph and have_residuals and all(same)
 
 
 class ExportedExecutor(ABC):
@@ -63,7 +64,7 @@ class ExportedExecutor(ABC):
         self._last: _LastStep | None = None
         for name in (*self._texts, *ALWAYS):
             sessions[name]
-        self.vae = graph_vae(sessions)
+        self.vae = graph_vae(sessions, self.device)
 
     @property
     @abstractmethod
@@ -118,8 +119,10 @@ class ExportedExecutor(ABC):
         session = self._sessions[name]
         if self._last is None or not self._last.is_for(inputs, name):
             self._last = _LastStep(inputs, name, constant_feeds(inputs, session.graph, sample, self.dtype))
-        residuals = residual_feeds(session.graph.inputs, inputs.residuals, sample)
-        return session({"sample": sample, "timestep": timestep, **self._last.feeds, **residuals})[0]
+        feeds = {"sample": sample, "timestep": timestep, **self._last.feeds}
+        if inputs.residuals is not None:
+            feeds |= residual_feeds(session.graph.inputs, inputs.residuals, sample)
+        return session(feeds)[0]
 
     def weight(self, target: str) -> Tensor:
         return self._weights.weight(target)

@@ -49,8 +49,8 @@ def end_of_text(tokens: Tensor, end: int) -> Tensor:
 def constant_feeds(
     inputs: StepInputs, graph: GraphDescription, sample: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return the feeds of a denoiser's graph that do not change from step to step: all but sample,
-    timestep, residuals.
+    """Return the feeds of a denoiser's graph that do not change from step to step: all but sample, timestep, and the
+    residuals that the batch has.
     """
     rows = len(sample)
     mask = torch.ones(inputs.kv.shape[:2], dtype=torch.bool) if inputs.kv_mask is None else inputs.kv_mask
@@ -62,6 +62,8 @@ def constant_feeds(
         feeds |= image_feeds(inputs.images, rows, inputs.kv.shape[-1], positions(graph, sample))
     if "features" in graph.includes:
         feeds |= _map_feeds("feature_", graph.inputs, inputs.features, sample)
+    if inputs.residuals is None:
+        feeds |= residual_feeds(graph.inputs, None, sample)
     dtypes = {port.name: DTYPES[port.dtype] for port in graph.inputs}
     return {name: tensor.to(dtypes[name]) for name, tensor in feeds.items() if name in dtypes}
 
@@ -121,6 +123,7 @@ def image_feeds(images: ImageInputs | None, rows: int, width: int, positions: in
 
 
 def residual_feeds(inputs: Sequence[Port], residuals: Sequence[Tensor] | None, sample: Tensor) -> dict[str, Tensor]:
+    """Return the feeds for ControlNets' residuals; zeros for those that are not given."""
     return _map_feeds("residual_", inputs, residuals, sample)
 
 

@@ -25,6 +25,10 @@ class GraphLimits:
     graph: str
     profiles: tuple[Mapping[str, range], ...]
 
+    def least(self, axis: str) -> int:
+        """Return the smallest size of an axis that any profile accepts; 1 if none says."""
+        return min((profile[axis].start for profile in self.profiles if axis in profile), default=1)
+
     def check(self, sizes: Mapping[str, int]) -> None:
         """Check sizes of axes; those not in `sizes` are not checked. Raises Refused if no profile
         accepts all of them.

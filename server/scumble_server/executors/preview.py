@@ -6,7 +6,6 @@ gives the colour of each latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from scumble.events import Preview
+from scumble_server.executors.protocol import Vae
 
-_SAMPLES, _SIDE, _PATCH = 16, 8, 4
+_SAMPLES, _LEAST, _PATCH = 16, 8, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,14 @@ class LatentColours:
         return Preview(step, steps, colours.round().clamp(0, 255).to(torch.uint8).numpy())
 
 
-def fit(decode: Callable[[Tensor], Tensor], channels: int) -> LatentColours:
-    """Fit the map to a VAE. `decode` turns latents `(n, C, h, w)` into pixels `(n, H, W, 3)` uint8."""
+def fit(vae: Vae, channels: int) -> LatentColours:
+    """Fit the map to a VAE, by latents that are as small as it decodes."""
+    side = _PATCH * -(-max(vae.least, _LEAST) // _PATCH)
     generator = torch.Generator("cpu").manual_seed(0)
     # Patches of one value, because a VAE decodes noise differently from pictures.
-    patches = torch.randn(_SAMPLES, channels, _SIDE // _PATCH, _SIDE // _PATCH, generator=generator)
+    patches = torch.randn(_SAMPLES, channels, side // _PATCH, side // _PATCH, generator=generator)
     latents = interpolate(patches, scale_factor=float(_PATCH))
-    pixels = adaptive_avg_pool2d(decode(latents).float().movedim(-1, 1), _SIDE)
-    inputs = torch.cat([latents, torch.ones(_SAMPLES, 1, _SIDE, _SIDE)], 1).movedim(1, -1).reshape(-1, channels + 1)
-    return LatentColours(torch.linalg.lstsq(inputs, pixels.movedim(1, -1).reshape(-1, 3)).solution)
+    pixels = torch.cat([vae.decode(each[None]) for each in latents]).float().movedim(-1, 1)
+    colours = adaptive_avg_pool2d(pixels, side)
+    inputs = torch.cat([latents, torch.ones(_SAMPLES, 1, side, side)], 1).movedim(1, -1).reshape(-1, channels + 1)
+    return LatentColours(torch.linalg.lstsq(inputs, colours.movedim(1, -1).reshape(-1, 3)).solution)

@@ -38,6 +38,10 @@ class LatentDistribution:
 class Vae(Protocol):
     """Encodes pixels and decodes latents. The decoding thread calls `decode`, the conditioning thread `encode`."""
 
+    @property
+    def least(self) -> int:
+        """The side of the smallest latents that it decodes."""
+
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         """Decode latents `(n, 4, H/8, W/8)` to pixels `(n, H, W, 3)` uint8 on the CPU; `tiled` decodes tile by tile."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scumble.errors import Refused
 from scumble_build.graphs.layout import PAGE, Extent
+from scumble_server.executors.cuda import settle
 from scumble_server.executors.device import Uploads, aligned, faults
 
 _FIRST = 8
@@ -105,7 +106,7 @@ class Pool:
         new = self._make(size)
         for target, source in zip(new, old, strict=True):
             target[:count] = source
-        self._uploads.after_steps()
+        settle(self._device)  # the loop may read the new ones at once
         self._tensors = new
         self._free.extend(range(len(new[0]) - 1, count - 1, -1))
 

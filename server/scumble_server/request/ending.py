@@ -16,6 +16,11 @@ def check_wanted(is_cancelled: Callable[[], bool], deadline: float | None) -> No
         raise DeadlineExceeded("the request was not done by its deadline, and was dropped")
 
 
+def device_lost() -> Unavailable:
+    """The error of a request whose device does nothing any more, until the server has started again."""
+    return Unavailable("the device failed, and the server starts again; try again in a minute", retry_after=60.0)
+
+
 def stopping() -> Unavailable:
     """The error of whatever a server that stops does not do any more."""
     return Unavailable("the server is stopping")

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from math import ceil
 from pathlib import Path
 
 from scumble.errors import Unavailable
@@ -19,8 +20,8 @@ from scumble_server.triton.run_folder import RunFolder
 
 EXIT_TIMEOUT = 10
 """Seconds until tritonserver exits although clients hold connections; the supervisor kills it sooner."""
-STUB_TIMEOUT = 600
-"""Seconds that a model may take to load; a base on a slow disk takes minutes."""
+START_TIMEOUT, BUILD_TIMEOUT = 600.0, 86400.0
+"""Seconds in which a server must be ready: a base on a slow disk takes minutes, engines that are built first hours."""
 SHM_BYTES = 4 * 1024 * 1024
 CLOSED_APIS = "model-repository,shared-memory,trace,logging"
 """APIs that are closed: loading a model runs its code, a trace writes files."""
@@ -87,9 +88,21 @@ def assemble_backend(install: TritonInstall, run: RunFolder) -> Path:
     return folder.parent
 
 
+def patience(config: ServerConfig) -> float:
+    """Return the seconds in which a server of this configuration must be ready."""
+    return BUILD_TIMEOUT if config.build_engines else START_TIMEOUT
+
+
 def command(
-    install: TritonInstall, run: RunFolder, config: ServerConfig, models: Path, host: str, ports: Ports
+    install: TritonInstall,
+    run: RunFolder,
+    config: ServerConfig,
+    models: Path,
+    host: str,
+    ports: Ports,
+    timeout: float = START_TIMEOUT,
 ) -> list[str]:
+    """Return the command line of tritonserver, whose models may take `timeout` seconds to load."""
     key = f"{CLOSED_APIS}:{CLOSED_BY}"
     return [
         str(install.server),
@@ -102,7 +115,7 @@ def command(
         f"--backend-config=python,shm-region-prefix-name={run.shm_prefix}",
         f"--backend-config=python,shm-default-byte-size={SHM_BYTES}",
         f"--backend-config=python,shm-growth-byte-size={SHM_BYTES}",
-        f"--backend-config=python,stub-timeout-seconds={STUB_TIMEOUT}",
+        f"--backend-config=python,stub-timeout-seconds={ceil(timeout)}",
         f"--exit-timeout-secs={EXIT_TIMEOUT}",
         *_http(host, ports.http, key),
         f"--grpc-address={host}",

@@ -13,13 +13,12 @@ from scumble_registry import Registry
 from scumble_server.config import ServerConfig
 from scumble_server.triton.binaries import TritonInstall, find_triton
 from scumble_server.triton.health import HealthServer
-from scumble_server.triton.launcher import Ports, claim_ports, command, default_model_repository, environment
+from scumble_server.triton.launcher import Ports, claim_ports, command, default_model_repository, environment, patience
 from scumble_server.triton.probe import reachable
 from scumble_server.triton.run_folder import OwnedRun
 from scumble_server.triton.supervisor import Launch, Supervisor
 
 LOOPBACK = "127.0.0.1"
-START_TIMEOUT = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +66,14 @@ def running_server(
     ports: Ports = Ports(),  # noqa: B008 - frozen
     triton: Path | None = None,
     models: Path | None = None,
-    start_timeout: float = START_TIMEOUT,
+    start_timeout: float | None = None,
     expose_vulnerable_triton: bool = False,
 ) -> Iterator[RunningServer]:
     """Start a server, wait until it responds, and stop it at the end of the `with` block, also after an error.
 
-    Leaves no process and no shared memory behind. Raises Unavailable if Triton is missing or a port is taken, Refused
-    if it is too old for `host`, and NotFound without registry or base, before anything is started; then any error of
-    loading the base.
+    `start_timeout` in seconds; None: what such a server may need. Leaves no process and no shared memory behind.
+    Raises Unavailable if Triton is missing or a port is taken, Refused if it is too old for `host`, and NotFound
+    without registry or base, before anything is started; then any error of loading the base.
     """
     install = find_triton(triton)
     if not expose_vulnerable_triton:
@@ -86,9 +85,10 @@ def running_server(
     repository = models or default_model_repository()
     run = OwnedRun(config.home)
     try:
-        arguments = command(install, run.folder, config, repository, host, claimed)
+        timeout = patience(config) if start_timeout is None else start_timeout
+        arguments = command(install, run.folder, config, repository, host, claimed, timeout)
         variables = environment(install, run.folder, config)
-        supervisor = Supervisor(Launch(arguments, variables, run.folder, host, claimed.grpc, start_timeout))
+        supervisor = Supervisor(Launch(arguments, variables, run.folder, host, claimed.grpc, timeout))
         health = HealthServer(host, claimed.health, supervisor.why_not_ready)
         try:
             supervisor.start()

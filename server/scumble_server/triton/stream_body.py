@@ -50,6 +50,7 @@ class TritonPythonModel:
         self._metrics = LoopMetrics(self._service.stats)
         collect_seldom()
         self._watchdog.on_stop = self._drain
+        self._watchdog.on_death = self._outbox.flush  # what has failed is still told
         self._watchdog.is_healthy = self._service.is_alive
 
     def execute(self, requests: list[TritonRequest]) -> None:

@@ -20,12 +20,13 @@ class Watchdog:
     """Owns a thread that watches tritonserver and the supervisor, from before the base is loaded.
 
     If tritonserver has died, this process exits. If the supervisor has died, tritonserver gets SIGTERM and stops in
-    order. If the server is about to stop, `on_stop` runs once. If `is_healthy` is false, this process exits, and the
-    supervisor restarts the server.
+    order. If the server is about to stop, `on_stop` runs once. If `is_healthy` is false, `on_death` runs, this process
+    exits, and the supervisor restarts the server.
     """
 
     def __init__(self, run: RunFolder) -> None:
         self.on_stop: Callable[[], None] = lambda: None
+        self.on_death: Callable[[], None] = lambda: None
         self.is_healthy: Callable[[], bool] = lambda: True
         self._run = run
         self._server = os.getppid()
@@ -53,6 +54,7 @@ class Watchdog:
                 stop_seen = True
                 threading.Thread(target=self.on_stop, name="stop", daemon=True).start()
             if not self.is_healthy() and not stop_seen:
+                self.on_death()
                 os._exit(1)
 
     def _signal_server(self, what: signal.Signals) -> None:

@@ -81,7 +81,8 @@ class OnnxRuntimeExecutor(ExportedExecutor):
 
     def load_vae(self, folder: Path) -> TorchVae:
         vae = load_autoencoder(folder, self.dtype).to(self._weights.device).eval()
-        return graph_vae(OrtSessions(self._weights.graphs.with_vae(vae), self._cache, device_type(self.device)))
+        sessions = OrtSessions(self._weights.graphs.with_vae(vae), self._cache, device_type(self.device))
+        return graph_vae(sessions, self.device)
 
     def describe(self) -> dict[str, str]:
         return {**self._weights.describe(), "executor": "onnxruntime", "onnxruntime": version()}

@@ -14,6 +14,7 @@ from torch.utils.dlpack import from_dlpack
 from scumble.errors import Unavailable
 from scumble_build.export.cached import GraphCache
 from scumble_build.export.graph import DTYPES, Graph
+from scumble_server.executors.cuda import alone, settle
 from scumble_server.executors.limits import GraphLimits
 
 try:
@@ -79,7 +80,8 @@ class _Session:
             binding.bind_input(port.name, self._device, 0, np.dtype(port.dtype), tuple(tensor.shape), tensor.data_ptr())
         for output in self._session.get_outputs():
             binding.bind_output(output.name, self._device)
-        self._session.run_with_iobinding(binding)
+        settle(self._device)  # ONNX Runtime has a stream of its own, which knows nothing of what torch wrote on ours
+        self._session.run_with_iobinding(binding)  # waits until the outputs are there
         return [from_dlpack(value._get_c_value().to_dlpack()) for value in binding.get_outputs()]  # noqa: SLF001
 
 
@@ -124,7 +126,9 @@ class OrtSessions(Generic[GraphsT]):
         options.enable_mem_pattern = False  # sizes change from call to call
         options.log_severity_level = 3
         options.add_external_initializers(list(weights), list(weights.values()))
-        session = ort.InferenceSession(traced.model.SerializeToString(), options, providers=[PROVIDERS[self._device]])
+        content, providers = traced.model.SerializeToString(), [PROVIDERS[self._device]]
+        with alone():
+            session = ort.InferenceSession(content, options, providers=providers)
         return _Session(graph, session, weights, self._device)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from scumble_build.engines.builder import DTYPES
 from scumble_build.engines.progress import BuildLog, logger
 from scumble_build.engines.store import Pulled
 from scumble_build.export.manifest import GraphManifest
+from scumble_server.executors.cuda import alone, give_back_memory, stream_handle
 from scumble_server.executors.device import Stepping, faults
 from scumble_server.executors.limits import GraphLimits
 
@@ -70,7 +71,7 @@ class RunningEngine:
         self._logger = logger(trt, self._log)
         self._runtime = trt.Runtime(self._logger)
         plan = pulled.plan.read_bytes()
-        rtx = pulled.stored.key.flavour.is_rtx
+        self._rtx = rtx = pulled.stored.key.flavour.is_rtx
         if rtx:
             self._check_validity(plan)
         self._engine = self._deserialize(plan)
@@ -84,10 +85,6 @@ class RunningEngine:
         self._contexts: dict[int, ExecutionContext] = {}
         self._owner = object()
         weakref.finalize(self, stepping.graphs.drop, self._owner)
-
-    @property
-    def scratch_bytes(self) -> int:
-        return self._engine.device_memory_size_v2
 
     def profile_for(self, shapes: Mapping[str, Dims]) -> int:
         """Return the first profile that accepts these shapes. Raises Refused, naming what is outside
@@ -117,28 +114,47 @@ class RunningEngine:
             port.name: buffers.fill(f"in.{port.name}", feeds[port.name], TORCH[port.dtype])
             for port in self.manifest.inputs
         }
-        for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
-                raise self._failure(f"TensorRT refused input {name} {shape}")
+        self._set_shapes(context, shapes)
         outputs = {
             port.name: buffers.take(f"out.{port.name}", tuple(context.get_tensor_shape(port.name)), TORCH[port.dtype])
             for port in self.manifest.outputs
         }
-        scratch = buffers.take("scratch", (max(self.scratch_bytes, 1),), torch.uint8)
+        scratch = buffers.take("scratch", (max(context.update_device_memory_size_for_shapes(), 1),), torch.uint8)
         tensors = inputs | outputs
         key = (self._owner, index, tuple(shapes.items()), scratch.data_ptr(), *(t.data_ptr() for t in tensors.values()))
 
-        def work() -> None:
-            context.set_device_memory(scratch.data_ptr(), scratch.nbytes)
-            for name, tensor in tensors.items():
-                context.set_tensor_address(name, tensor.data_ptr())
-            if not context.execute_async_v3(_stream(self._device)):
-                raise self._failure("a run failed")
+        def to_capture() -> Callable[[], None] | None:
+            own = self._make_context(index)  # a context has state that follows its last shapes: a graph has one alone
+            self._set_shapes(own, shapes)
+            work = self._bind(own, tensors, scratch)
+            return work if self._may_be_captured(own) else None
 
         self._log.errors.clear()
         with faults(f"a run of {self.manifest.graph}"):
-            self._stepping.graphs.run(key, work)
+            self._stepping.graphs.run(key, self._bind(context, tensors, scratch), to_capture)
         return outputs
+
+    def _set_shapes(self, context: ExecutionContext, shapes: Mapping[str, Dims]) -> None:
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise self._failure(f"TensorRT refused input {name} {shape}")
+
+    def _bind(self, context: ExecutionContext, tensors: Mapping[str, Tensor], scratch: Tensor) -> Callable[[], None]:
+        """Give a context its addresses now, and return what runs it there: a capture may hold the run alone."""
+        context.set_device_memory(scratch.data_ptr(), scratch.nbytes)
+        for name, tensor in tensors.items():
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise self._failure(f"TensorRT refused the address of {name}")
+
+        def work() -> None:
+            if not context.execute_async_v3(stream_handle(self._device)):
+                raise self._failure("a run failed")
+
+        return work
+
+    def _may_be_captured(self, context: ExecutionContext) -> bool:
+        """TensorRT for RTX says it of a context; full TensorRT's engines may always be."""
+        return not self._rtx or context.is_stream_capturable(stream_handle(self._device))
 
     def close(self) -> None:
         """Save the kernels compiled for this GPU, and free contexts and graphs."""
@@ -168,12 +184,13 @@ class RunningEngine:
             )
 
     def _deserialize(self, plan: bytes) -> Engine:
-        with faults(f"the engine of {self.manifest.graph}"):
+        with faults(f"the engine of {self.manifest.graph}"), alone():
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is not None:
             return engine
         errors = self._errors()
         if self._log.ran_out_of_memory:
+            give_back_memory()
             raise OutOfMemory(f"the engine of {self.manifest.graph} does not fit into device memory: {errors}")
         if any(sign in errors for sign in ("driver", "no CUDA-capable device", "cudaError")):
             raise Unavailable(f"the GPU or its driver does not support the engine of {self.manifest.graph}: {errors}")
@@ -199,6 +216,8 @@ class RunningEngine:
         config = self._engine.create_runtime_config()
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         config.set_execution_context_allocation_strategy(strategy)
+        # At once: a graph that is captured while a slower stand-in runs would keep the stand-in.
+        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         cache = self._cache = config.create_runtime_cache()
         if (
             self._cache_file is not None
@@ -225,27 +244,27 @@ class RunningEngine:
         }
 
     def _context(self, index: int) -> ExecutionContext:
-        """Return the context of a profile, made on first use."""
+        """Return the context of a profile for runs that are not captured, made on first use."""
         if index not in self._contexts:
-            with faults(f"a context of {self.manifest.graph}"):
-                context = self._engine.create_execution_context(self._how)
-            if context is None:
-                raise self._failure("TensorRT could not create a context")
-            if not context.set_optimization_profile_async(index, _stream(self._device)):
-                raise self._failure(f"TensorRT refused profile {index}")
-            self._contexts[index] = context
+            self._contexts[index] = self._make_context(index)
         return self._contexts[index]
+
+    def _make_context(self, index: int) -> ExecutionContext:
+        with faults(f"a context of {self.manifest.graph}"), alone():
+            context = self._engine.create_execution_context(self._how)
+        if context is None:
+            raise self._failure("TensorRT could not create a context")
+        if not context.set_optimization_profile_async(index, stream_handle(self._device)):
+            raise self._failure(f"TensorRT refused profile {index}")
+        return context
 
     def _failure(self, what: str) -> ScumbleError:
         errors = self._errors()
         if self._log.ran_out_of_memory:
+            give_back_memory()  # torch's reserve is of no use to TensorRT
             return OutOfMemory(f"device memory ran out in {self.manifest.graph}: {errors}")
         return ScumbleError(f"{self.manifest.graph}: {what}: {errors}")
 
     def _errors(self) -> str:
         errors: Sequence[str] = self._log.errors[-3:]
         return "; ".join(errors) or "TensorRT gives no reason"
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

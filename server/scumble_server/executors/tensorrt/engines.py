@@ -45,11 +45,13 @@ class EngineSession:
         most = max(limits.most[of_rows[0]][0] for limits in self.engine.limits)
         if any(port.dims[0] != "rows" for port in self.graph.outputs):
             most = rows  # rows are reduced to one, as a union net's pictures are
+        if rows <= most:  # as they are: what was copied to the device for the last step is known by its tensor
+            return [output.clone() for output in self.engine.run({name: feeds[name] for name in ports}).values()]
         parts = []
         for start in range(0, rows, most):
             part = {name: feeds[name][start : start + most] if name in of_rows else feeds[name] for name in ports}
             parts.append([output.clone() for output in self.engine.run(part).values()])
-        return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+        return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

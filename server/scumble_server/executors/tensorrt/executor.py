@@ -73,7 +73,11 @@ class TensorRTExecutor(ExportedExecutor):
         pulled = pull_base(registry, version, machine, config)
         weights = TorchExecutor.load(folder, family, "cpu", config.precision, config.max_rows)
         device = torch.device("cuda")
-        engines = Engines(weights.graphs, pulled, EngineRuntime.on(trt, device, lambda: Stepping.on(device)))
+        engines = Engines(
+            weights.graphs,
+            pulled,
+            EngineRuntime.on(trt, device, lambda: Stepping.on(device, graphs=config.cuda_graphs)),
+        )
         receipt = {
             "executor": flavour.value,
             flavour.value: trt.__version__,

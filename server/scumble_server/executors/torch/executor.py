@@ -87,13 +87,23 @@ class TorchExecutor:
 
     @classmethod
     def load(
-        cls, folder: Path, family: Family, device: str = "cpu", precision: Precision = "fp32", max_rows: int = 32
+        cls,
+        folder: Path,
+        family: Family,
+        device: str = "cpu",
+        precision: Precision = "fp32",
+        max_rows: int = 32,
+        *,
+        graphs: bool = True,
     ) -> Self:
-        """Load a base from a folder in the diffusers layout. Raises Unavailable if there is no such device."""
+        """Load a base from a folder in the diffusers layout. `graphs`: capture steps, where the device can.
+
+        Raises Unavailable if there is no such device.
+        """
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("the device is cuda, but torch sees no CUDA device; use --device cpu")
         dtype, torch_device = PRECISIONS[precision], torch.device(device)
-        stepping = Stepping.on(torch_device) if device == "cuda" else None
+        stepping = Stepping.on(torch_device, graphs=graphs) if device == "cuda" else None
         with faults(f"the weights of {folder.name}"):
             return cls(Models.load(folder, family, dtype), family, torch_device, dtype, max_rows, stepping)
 

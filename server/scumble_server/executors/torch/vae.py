@@ -10,26 +10,38 @@ from torch import Tensor
 
 from scumble_server.executors.device import faults
 from scumble_server.executors.protocol import LatentDistribution
+from scumble_server.executors.tiles import decode_tiles
 
 
 class TorchVae:
     """Runs a VAE, which is on its device and in its precision already."""
 
-    def __init__(self, model: AutoencoderKL) -> None:
+    def __init__(self, model: AutoencoderKL, least: int = 1) -> None:
+        """`least`: the side of the smallest latents that it decodes."""
         self._model: Any = model
+        self.least = least
 
     def move(self, device: torch.device) -> None:
         self._model.to(device)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        latents = latents.to(self._model.device)
         mean, deviation = self._scale(latents)
         latents = (latents * deviation + mean).to(self._model.dtype)
-        decode = self._model.tiled_decode if tiled else self._model.decode
         with faults(f"decoding {len(latents)} pictures"):
-            decoded: Tensor = decode(latents, return_dict=False)[0].float()
+            decoded = decode_tiles(self._decode, latents, self._tile) if tiled else self._decode(latents)
         pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return pixels.round().to(torch.uint8).cpu()
+
+    @property
+    def _tile(self) -> int:
+        """The side of the latents that it was trained at, as in diffusers."""
+        return max(int(self._model.tile_latent_min_size), self.least)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        decoded: Tensor = self._model.decode(latents, return_dict=False)[0]
+        return decoded.float()
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> LatentDistribution:

@@ -13,7 +13,7 @@ import pytest
 
 from scumble_build.engines.api import Flavour
 from scumble_build.engines.base import BuildTarget, build_graphs
-from scumble_build.engines.profiles import Profile, Range
+from scumble_build.engines.profiles import usual
 from scumble_build.export.command import find_base, open_base
 from scumble_build.export.manifest import GraphManifest, Precision
 from scumble_build.export.write import write_graphs
@@ -23,7 +23,6 @@ from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
 from support.tiny_sd import make_tiny_base
 
 pytestmark = needs_rtx
-SMALL = Profile({"rows": Range(1, 2, 8), "resident": Range(1, 8, 64), "rank_pages": Range(1, 2, 8)})
 LARGEST = ("unet.full", "unet.every")
 
 
@@ -34,8 +33,10 @@ def exported(base: Path, folder: Path, graphs: tuple[str, ...], precision: Preci
     return list(write_graphs(opened, names, folder, base=found.digest, family=found.family))
 
 
-def check_build(folder: Path, manifests: list[GraphManifest]) -> None:
-    target = BuildTarget(Flavour.TENSORRT_RTX, (89, 120), "fp16", (SMALL,))
+def check_build(base: Path, folder: Path, manifests: list[GraphManifest]) -> None:
+    """As `scumble build engine` without a profile builds them."""
+    shapes = usual(*find_base(str(base), folder).sides)
+    target = BuildTarget(Flavour.TENSORRT_RTX, (89, 120), "fp16", shapes)
     for built in build_graphs(folder, manifests, target, folder / "plans"):
         assert built.plan.stat().st_size > 0
         assert built.report is not None
@@ -49,11 +50,12 @@ def test_the_demo_bases_parts_build_for_two_generations_of_gpu(tmp_path: Path) -
     assert {"text_encoder", "kv_projection", "denoiser", "vae_decoder", "vae_encoder", "image_encoder"} == {
         manifest.part for manifest in manifests
     }
-    check_build(tmp_path, manifests)
+    check_build(DEMO_BASE, tmp_path, manifests)
 
 
 def test_the_largest_graph_builds(tmp_path: Path) -> None:
-    check_build(tmp_path, exported(make_tiny_base(tmp_path / "base"), tmp_path, ("unet.every",), "fp16"))
+    base = make_tiny_base(tmp_path / "base")
+    check_build(base, tmp_path, exported(base, tmp_path, ("unet.every",), "fp16"))
 
 
 @pytest.mark.parametrize(

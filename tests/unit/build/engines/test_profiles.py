@@ -10,6 +10,7 @@ from scumble.errors import InvalidRequest, NotFound
 from scumble_build.engines import profiles
 from scumble_build.engines.profiles import WHOLE, Range
 from scumble_build.export.manifest import GraphManifest
+from support.places import REPOSITORY
 from support.tiny_graph import make_graph
 
 
@@ -54,6 +55,11 @@ def test_graphs_may_be_patterns(tmp_path: Path, manifest: GraphManifest) -> None
     profiles.check_names([wanted], named.values())
     with pytest.raises(InvalidRequest, match=r"the graph vae_\*"):
         profiles.check_names([wanted], [named["unet.bare"]])
+
+
+@pytest.mark.parametrize(("file", "side"), [("sd15", 64), ("sdxl", 128)])
+def test_the_usual_sizes_are_those_that_are_shipped(file: str, side: int) -> None:
+    assert profiles.read(REPOSITORY / "deploy" / "profiles" / f"{file}.toml") == profiles.usual(side)
 
 
 def test_what_stands_in_a_key_is_every_range_written_out(manifest: GraphManifest) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scumble.errors import Cancelled, DeadlineExceeded, IntegrityError, OutOfMemory, ScumbleError
+from scumble.errors import Cancelled, DeadlineExceeded, IntegrityError, OutOfMemory, ScumbleError, Unavailable
 from scumble.events import Event, Failed, Preview, Step
 from scumble_build.graphs.inputs import StepInputs
 from scumble_server.denoise.counters import Counters
@@ -247,3 +247,43 @@ def test_a_typed_error_of_a_step_reaches_its_caller_as_it_is() -> None:
     run(Loop(1, Counters()), [mine], turns=2)
     (failed,) = [event for event in mine.events if isinstance(event, Failed)]
     assert isinstance(failed.error, IntegrityError)
+
+
+def test_a_device_that_is_lost_ends_the_loop_and_whoever_waits_is_told_to_come_again() -> None:
+    """Every later call would raise, whatever is asked: no image is to blame, and only a new process helps."""
+    executor = Noting()
+    requests = [request(executor), request(executor, size=16)]
+    loop = Loop(8, Counters())
+
+    def fail() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    executor.before = fail
+    for each in requests:
+        loop.add(each.active)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        loop.run()
+    for each in requests:
+        assert isinstance(each.events[-1], Failed)
+        assert isinstance(each.events[-1].error, Unavailable)
+        assert each.events[-1].error.fields["retry_after"] > 0
+    late = request(executor)
+    loop.add(late.active)
+    assert isinstance(late.events[-1], Failed)
+
+
+def test_any_other_error_of_a_step_is_its_images_own() -> None:
+    executor = Noting()
+    lost = request(executor)
+    loop = Loop(8, Counters())
+
+    def fail() -> None:
+        raise RuntimeError("shapes differ")
+
+    executor.before = fail
+    run(loop, [lost], turns=2)
+    assert isinstance(lost.events[-1], Failed)
+    executor.before = lambda: None
+    well = request(executor)
+    run(loop, [well], turns=20)
+    assert well.steps == 4

@@ -80,10 +80,10 @@ class Taping:
 
     replays: int = 0
 
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        def replay() -> None:
+    def __call__(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        def replay() -> Any:
             self.replays += 1
-            work()
+            return work()
 
         return replay
 
@@ -130,27 +130,26 @@ def test_a_step_of_a_known_structure_is_replayed_with_new_values_and_allocates_n
         expected = compute(record)
         allocations = step.buffers.allocations
         assert torch.allclose(step.captured(record), expected)
-    assert step.graphs.captured == 1
+    assert step.graphs.captured == 1, "the first time it runs as it is, the second time it is captured"
     assert step.buffers.allocations == allocations == 7
 
 
 def test_another_structure_is_another_graph_and_the_oldest_goes() -> None:
     step = Step()
     records = [inputs(), inputs(factors=False), inputs(rows=1)]
-    for record in [*records, *records]:
+    for record in [*records, *records, *records]:
         assert torch.allclose(step.captured(record), compute(record))
     assert step.graphs.captured == 6
-    assert len(step.graphs.keys()) == len(step.captured._results) == 2
+    assert len(step.graphs.keys()) == 2
 
 
 def test_a_buffer_at_a_new_address_is_another_graph() -> None:
     step = Step()
-    small = inputs()
-    step.captured(small)
-    step.captured(inputs(rows=64, rank=64))
-    step.captured(small)
+    small, large = inputs(), inputs(rows=64, rank=64)
+    for record in (small, small, large, large, small, small):
+        assert torch.allclose(step.captured(record), compute(record))
     assert step.graphs.captured == 3
-    assert torch.allclose(step.captured(small), compute(small))
+    step.captured(small)
     assert step.graphs.captured == 3
 
 
@@ -158,7 +157,8 @@ def test_executors_share_buffers_but_never_graphs_and_take_theirs_with_them() ->
     step = Step()
     twice = Captured(step.stepping, lambda record: compute(record) * 2)
     record = inputs()
-    assert torch.allclose(step.captured(record) * 2, twice(record))
+    for _ in range(2):
+        assert torch.allclose(step.captured(record) * 2, twice(record))
     assert step.buffers.allocations == 7
     assert step.graphs.captured == len(step.graphs.keys()) == 2
     del twice

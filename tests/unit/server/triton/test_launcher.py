@@ -14,7 +14,15 @@ from grpc import RpcError, insecure_channel
 from scumble.errors import Unavailable
 from scumble_server.config import ServerConfig
 from scumble_server.triton.binaries import TritonInstall
-from scumble_server.triton.launcher import Ports, claim_ports, command, environment
+from scumble_server.triton.launcher import (
+    BUILD_TIMEOUT,
+    START_TIMEOUT,
+    Ports,
+    claim_ports,
+    command,
+    environment,
+    patience,
+)
 from scumble_server.triton.run_folder import OwnedRun
 
 HOST = "127.0.0.1"
@@ -95,3 +103,12 @@ def test_the_stub_finds_this_python(install: TritonInstall, tmp_path: Path) -> N
     assert variables["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert str(tmp_path / "libs") in variables["LD_LIBRARY_PATH"].split(os.pathsep)[1:]
     assert variables["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_server_that_builds_engines_has_the_time_that_it_needs(install: TritonInstall, tmp_path: Path) -> None:
+    plain = ServerConfig(home=tmp_path, base="tiny/base")
+    builds = plain.model_copy(update={"build_engines": True})
+    assert patience(plain) == START_TIMEOUT
+    assert patience(builds) == BUILD_TIMEOUT
+    arguments = command(install, OwnedRun(tmp_path).folder, builds, tmp_path, HOST, Ports(2, 3, 4), patience(builds))
+    assert f"--backend-config=python,stub-timeout-seconds={BUILD_TIMEOUT:.0f}" in arguments

@@ -6,8 +6,11 @@ threads are the executor's own. What only a GPU can show is not shown here.
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,11 @@ import torch
 
 from scumble.errors import IntegrityError, NotFound, Refused
 from scumble.request import Adapter, Request
-from scumble_build.engines import store
+from scumble_build.engines import profiles, store
 from scumble_build.engines.api import Flavour
 from scumble_build.engines.builder import Report
 from scumble_build.engines.key import EngineKey, Machine
-from scumble_build.engines.profiles import WHOLE, Profile, Range
+from scumble_build.engines.profiles import WHOLE, Profile, Range, usual
 from scumble_build.engines.store import Pulled, StoredEngine
 from scumble_build.export.command import find_base, open_base
 from scumble_build.export.control import NetGraphs
@@ -31,15 +34,17 @@ from scumble_build.graphs.families import FAMILIES
 from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
 from scumble_server.executors import choice
-from scumble_server.executors.device import Buffers, Graphs, Stepping, uncaptured
+from scumble_server.executors.device import Buffers, Graphs, Stepping
+from scumble_server.executors.preview import fit
 from scumble_server.executors.tensorrt.engines import EngineRuntime, Engines
 from scumble_server.executors.tensorrt.executor import TensorRTExecutor
 from scumble_server.executors.tensorrt.fitting import pull_base
 from scumble_server.executors.torch.executor import TorchExecutor
+from scumble_server.executors.torch.vae import TorchVae
 from support.control_nets import load_unet, make_net
 from support.engines import make_engines
 from support.every_kind import coarse_png
-from support.fake_tensorrt import FakeTensorRT, make_plan
+from support.fake_tensorrt import FakeTensorRT, StrictCapture, make_plan
 from support.tiny_variant import make_checkpoint
 
 Running = Any
@@ -78,10 +83,11 @@ def narrow(pulled: dict[str, Pulled], tmp_path_factory: pytest.TempPathFactory) 
     return found
 
 
-def executor(base: Path, pulled: dict[str, Pulled]) -> TensorRTExecutor:
+def executor(base: Path, pulled: dict[str, Pulled], *, streams: bool = False) -> TensorRTExecutor:
     weights = TorchExecutor.load(base, FAMILIES["sd1"])
-    lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
-    engines = Engines(weights.graphs, pulled, EngineRuntime.on(FakeTensorRT(), CPU, lent))  # type: ignore[arg-type]
+    lent = lambda: Stepping(Buffers(CPU), Graphs(StrictCapture()))  # noqa: E731
+    fake = FakeTensorRT(streams=streams)
+    engines = Engines(weights.graphs, pulled, EngineRuntime.on(fake, CPU, lent))  # type: ignore[arg-type]
     return TensorRTExecutor(weights, engines, {"executor": "tensorrt"})
 
 
@@ -118,6 +124,59 @@ def test_strangers_are_drawn_on_engines_as_on_torch(
             engines.run([draw(Adapter(ref="l/full"))])
     finally:
         engines.service.close()
+
+
+def test_each_thread_runs_engines_on_a_stream_of_its_own_and_no_two_capture_at_once(
+    tiny_base: Path,
+    pulled: dict[str, Pulled],
+    published: tuple[Path, dict[str, Path]],
+    start: Callable[..., Running],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The stand-in raises at a run on the default stream, and where captures overlap: both would end a real one."""
+    streams, numbers = threading.local(), itertools.count(1)
+
+    @contextmanager
+    def own_stream(device: str, *, urgent: bool = False) -> Iterator[None]:  # noqa: ARG001
+        streams.handle = next(numbers)
+        yield
+        streams.handle = 0
+
+    monkeypatch.setattr("scumble_server.service.own_stream", own_stream)
+    monkeypatch.setattr(
+        "scumble_server.executors.tensorrt.engine.stream_handle", lambda _device: getattr(streams, "handle", 0)
+    )
+    monkeypatch.setattr(choice.TensorRTExecutor, "load", lambda *_: executor(tiny_base, pulled, streams=True))
+    home, files = published
+    engines = start(home, "tiny/base", files, executor="tensorrt")
+    requests = [
+        draw(seed=seed).model_copy(update={"prompt": "a b " * (1 + 40 * (seed % 2)), "width": 64 + 8 * (seed % 3)})
+        for seed in range(12)
+    ]
+    try:
+        assert len(engines.run(requests)) == 12
+        assert engines.service.stats().failed_steps == 0
+    finally:
+        engines.service.close()
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_a_base_starts_and_decodes_tiles_on_the_profiles_that_are_shipped(
+    tiny_base: Path, pulled: dict[str, Pulled], tmp_path: Path, side: int
+) -> None:
+    """The preview is fitted to small latents, and tiles at the edges are smaller than the engine takes."""
+    shipped = {}
+    for name, each in pulled.items():
+        plan = tmp_path / f"{name}.plan"
+        make_plan(each.plan.with_suffix(".onnx"), each.manifest, profiles.of(each.manifest, usual(side)), plan)
+        shipped[name] = Pulled(each.stored, each.manifest, plan)
+    made = executor(tiny_base, shipped)
+    oracle = TorchVae(TorchExecutor.load(tiny_base, FAMILIES["sd1"]).graphs.vae, side // 2)
+    assert made.vae.least == side // 2
+    assert torch.allclose(fit(made.vae, 4).weights, fit(oracle, 4).weights, atol=0.2)
+    latents = torch.randn(1, 4, side, side + 8)
+    tiled, expected = (vae.decode(latents, tiled=True) for vae in (made.vae, oracle))
+    assert (tiled.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -195,7 +254,7 @@ class Shop:
 
     def executor(self, folder: Path) -> TensorRTExecutor:
         weights = TorchExecutor.load(folder, FAMILIES["sd1"])
-        lent = lambda: Stepping(Buffers(CPU), Graphs(uncaptured))  # noqa: E731
+        lent = lambda: Stepping(Buffers(CPU), Graphs(StrictCapture()))  # noqa: E731
         runtime = EngineRuntime.on(FakeTensorRT(), CPU, lent)  # type: ignore[arg-type]
         engines = Engines(weights.graphs, self.engines[self.base.digest], runtime)
         return TensorRTExecutor(
