@@ -27,11 +27,13 @@ class Probed:
     draws: tuple[bool, ...]
 
 
-def probe(scheduler: Any, start: int, eta: float) -> Probed:
-    """Run all steps from `start` on, after `set_timesteps`. Sigmas count in float64, so that nothing is rounded away;
-    the schedulers without any (DDIM, LCM, TCD) stay as they are. Raises what diffusers raises.
+def probe(scheduler: Any, start: int, eta: float, *, exact: bool) -> Probed:
+    """Run all steps from `start` on, after `set_timesteps`. Raises what diffusers raises.
+
+    If `exact`, sigmas are float64, so that steps round less; the schedulers without any (DDIM, LCM, TCD) stay as they
+    are.
     """
-    if hasattr(scheduler, "sigmas"):
+    if exact and hasattr(scheduler, "sigmas"):
         scheduler.sigmas = scheduler.sigmas.double()
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)

@@ -14,6 +14,7 @@ from scumble_server.denoise.solvers.prediction import original
 
 _FEW = 15
 """Below so many steps `lower_order_final` has an effect on the multistep solver."""
+_SAME = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,13 @@ class _Run:
         phi = -torch.expm1(-h)
         x = t.sigma / s.sigma * sample + t.alpha * phi * d0
         if self.stochastic:
-            x = t.sigma / s.sigma * torch.exp(-h / 2) * sample + t.alpha * phi * d0 + t.sigma * phi.sqrt() * self.given.n
+            # Sigmas that differ in their last bit are equal for diffusers, and do not go backwards.
+            share = torch.where(phi.abs() < _SAME, phi.clamp(min=0), phi)
+            x = (
+                torch.exp(-h / 2) * t.sigma / s.sigma * sample
+                + t.alpha * phi * d0
+                + t.sigma * share.sqrt() * self.given.n
+            )
         if d1 is not None:
             x = x + t.alpha * (phi / 2 if self.midpoint and d2 is None else 1 - phi / h) * d1
         if d2 is not None:
@@ -70,7 +77,7 @@ class _Run:
         return x
 
 
-def multistep(scheduler: Any, start: int, eta: float) -> Update:
+def multistep(scheduler: Any, start: int, _eta: float) -> Update:
     """Return the multistep solver, algorithm 2, of the order that the config and the end of the schedule allow."""
     run = _begin(scheduler, start, sample=False)
     orders = _multistep_orders(scheduler, run.index - start)
@@ -90,7 +97,7 @@ def multistep(scheduler: Any, start: int, eta: float) -> Update:
     return run.update(by_order(orders, forms), run.outputs)
 
 
-def singlestep(scheduler: Any, start: int, eta: float) -> Update:
+def singlestep(scheduler: Any, start: int, _eta: float) -> Update:
     """Return the single-step solver, algorithm 1, whose stages diffusers takes as steps of order 1, 2, (3), 1, …
 
     A later stage goes again from the sample with which its first one began.

@@ -10,7 +10,7 @@ from torch import Tensor
 from scumble_server.denoise.solvers.forms import Inputs, Update, inputs
 
 
-def euler(scheduler: Any, start: int, eta: float) -> Update:
+def euler(scheduler: Any, start: int, _eta: float) -> Update:
     """Return Euler's step from sigma to the next one."""
     sigma, to, given = _begin(scheduler, start)
     x0 = _original(scheduler, sigma, given)
@@ -18,7 +18,7 @@ def euler(scheduler: Any, start: int, eta: float) -> Update:
     return _update(sigma, x, x0, draws=False)
 
 
-def euler_ancestral(scheduler: Any, start: int, eta: float) -> Update:
+def euler_ancestral(scheduler: Any, start: int, _eta: float) -> Update:
     """Return a step down to σ_down and noise up to the next sigma: σ_up² + σ_down² = σ_to²."""
     if scheduler.config.prediction_type == "sample":
         raise NotImplementedError

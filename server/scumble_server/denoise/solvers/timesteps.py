@@ -24,7 +24,7 @@ def ddim(scheduler: Any, start: int, eta: float) -> Update:
     x0, epsilon = _predicted(scheduler, now, given)
     deviation = eta * ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
     x = before.sqrt() * x0 + _direction(now.float(), before.float(), eta) * epsilon + deviation * given.n
-    return _update(now, given, x, x0, torch.full_like(timesteps, eta > 0, dtype=torch.bool))
+    return _update(now, x, x0, torch.full_like(timesteps, eta > 0, dtype=torch.bool))
 
 
 def _direction(now: Tensor, before: Tensor, eta: float) -> Tensor:
@@ -37,7 +37,7 @@ def _direction(now: Tensor, before: Tensor, eta: float) -> Tensor:
     return (1 - before - deviation**2).double().sqrt()
 
 
-def lcm(scheduler: Any, start: int, eta: float) -> Update:
+def lcm(scheduler: Any, start: int, _eta: float) -> Update:
     """Return LCM's multistep sampling, algorithm 3, with the scalings of its boundary condition (appendix C)."""
     timesteps, given = _begin(scheduler, start)
     now = _alphas(scheduler, timesteps)
@@ -49,7 +49,7 @@ def lcm(scheduler: Any, start: int, eta: float) -> Update:
     denoised = c_out * x0 + c_skip * given.x
     draws = _all_but_last(timesteps)
     x = torch.where(draws[:, None], before.sqrt() * denoised + (1 - before).sqrt() * given.n, denoised)
-    return _update(now, given, x, denoised, draws)
+    return _update(now, x, denoised, draws)
 
 
 def tcd(scheduler: Any, start: int, eta: float) -> Update:
@@ -63,7 +63,7 @@ def tcd(scheduler: Any, start: int, eta: float) -> Update:
     x = between.sqrt() * x0 + (1 - between).sqrt() * epsilon
     draws = _all_but_last(timesteps) & (eta > 0)
     noised = (before / between).sqrt() * x + (1 - before / between).sqrt() * given.n
-    return _update(now, given, torch.where(draws[:, None], noised, x), x0, draws)
+    return _update(now, torch.where(draws[:, None], noised, x), x0, draws)
 
 
 def _begin(scheduler: Any, start: int) -> tuple[Tensor, Inputs]:
@@ -87,6 +87,6 @@ def _all_but_last(timesteps: Tensor) -> Tensor:
     return torch.arange(len(timesteps)) < len(timesteps) - 1
 
 
-def _update(alphas: Tensor, given: Inputs, x: Tensor, estimate: Tensor, draws: Tensor) -> Update:
+def _update(alphas: Tensor, x: Tensor, estimate: Tensor, draws: Tensor) -> Update:
     noised = alphas.sqrt(), (1 - alphas).sqrt()
     return Update(noised, torch.ones_like(alphas), x, (), estimate, draws)

@@ -13,7 +13,7 @@ from scumble_server.denoise.solvers.levels import Levels, levels
 from scumble_server.denoise.solvers.prediction import noise, original
 
 
-def unipc(scheduler: Any, start: int, eta: float) -> Update:
+def unipc(scheduler: Any, start: int, _eta: float) -> Update:
     """Return algorithms 5 and 6 (7 and 8 where x₀ is predicted): the sample is corrected, then the next predicted."""
     config = scheduler.config
     by_level, index = levels(scheduler), torch.arange(start, len(scheduler.timesteps))
@@ -73,9 +73,7 @@ class _Solver:
         """UniC-`order`: the sample of step `index` again, from the one before (x), with this step's output `newest`."""
         stride = _Stride.of(self, index - 1, order)
         differences = [*stride.differences(outputs), newest - outputs[-1]]
-        weights = (
-            [0.5 * torch.ones_like(stride.hh)] if order == 1 else _solve(stride.powers(), stride.moments())
-        )
+        weights = [0.5 * torch.ones_like(stride.hh)] if order == 1 else _solve(stride.powers(), stride.moments())
         return stride.integrate(x, outputs[-1], weights, differences)
 
 
