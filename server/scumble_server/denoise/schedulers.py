@@ -153,6 +153,7 @@ def _tabled(name: str, scheduler: Any, steps: int, start: int, eta: float) -> Ta
         raise InvalidRequest(f"steps is {steps}, this base has only {limit} timesteps", field="steps")
     try:
         _set_timesteps(scheduler, steps)
+        _check_memory(min(scheduler.config.get("solver_order", 1), steps - start) - 1)
         return _assemble(scheduler, KINDS[name][2](scheduler, start, eta), start)
     except NotImplementedError as error:
         predicts = scheduler.config.prediction_type
@@ -166,6 +167,9 @@ def _tabled(name: str, scheduler: Any, steps: int, start: int, eta: float) -> Ta
 def _make(name: str, config: dict[str, Any], changes: dict[str, Any]) -> Any:
     """diffusers' scheduler. Raises InvalidRequest if it cannot do what the base asks for, or no table can say it."""
     kind, named, _ = KINDS[name]
+    order = config.get("solver_order", 1)
+    if not isinstance(order, int) or order < 1:
+        raise InvalidRequest(f"the base's scheduler says solver_order {order!r}; it is 1 or more", field="scheduler")
     try:
         scheduler = kind.from_config(config, **named, **changes)
     except (ValueError, NotImplementedError, ImportError) as error:
@@ -191,6 +195,12 @@ def _set_timesteps(scheduler: Any, steps: int) -> None:
         )
 
 
+def _check_memory(needed: int) -> None:
+    """Raises ValueError for more earlier latents than a row remembers."""
+    if needed > HISTORY:
+        raise ValueError(f"its solver_order needs {needed} earlier latents, and at most {HISTORY} are kept")
+
+
 def _assemble(scheduler: Any, update: Update, start: int) -> Table:
     """Raises ValueError for coefficients that are not finite, and for more memory than a row has."""
     matrices = torch.stack([update.x, *update.memory, update.estimate], dim=1)
@@ -214,8 +224,7 @@ def _only_used(matrices: Tensor) -> Tensor:
     """
     places = matrices.shape[1] - 2
     used = [place for place in range(1, 1 + places) if matrices[:, :, place].any()]
-    if len(used) > HISTORY:
-        raise ValueError(f"its solver_order needs {len(used)} earlier latents, and at most {HISTORY} are kept")
+    _check_memory(len(used))
     reduced = matrices.new_zeros(len(matrices), 2 + HISTORY, 3 + HISTORY)
     there = [*range(1 + len(used))]
     rows, columns = [0, *used, places + 1], [0, *used, places + 1, places + 2]

@@ -15,6 +15,7 @@ from scumble_server.denoise.solvers.prediction import original
 _FEW = 15
 """Below so many steps `lower_order_final` has an effect on the multistep solver."""
 _SAME = 1e-6
+"""Levels as near as this are equal for diffusers, whose last bit may say that noise comes back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +54,17 @@ class _Run:
     ) -> Tensor:
         """Integrate from the level of step `base` (0 or earlier) to the next one, by x₀'s derivatives in λ there.
 
-        d1 without d2 is of second order by the solver's type. φ = 1 − e^−h, with h twice as long for the SDE, whose
-        other half goes into noise (equations 3.9 to 3.11, appendix B; SDE-DPM-Solver++: section 4).
+        d1 without d2 is of second order by the solver's type. φ = 1 − e^−h; for the SDE h is twice as long, and noise
+        makes up for what is lost of the variance.
         """
         s, t = self.level(base), self.level(1)
-        times = 2 if self.stochastic else 1
-        h = times * (t.lam - s.lam)
+        h = (t.lam - s.lam) * (2 if self.stochastic else 1)
         phi = -torch.expm1(-h)
-        x = t.sigma / s.sigma * sample + t.alpha * phi * d0
+        decay = torch.exp(-h / 2) if self.stochastic else 1.0
+        x = t.sigma / s.sigma * decay * sample + t.alpha * phi * d0
         if self.stochastic:
-            # Sigmas that differ in their last bit are equal for diffusers, and do not go backwards.
-            share = torch.where(phi.abs() < _SAME, phi.clamp(min=0), phi)
-            x = (
-                torch.exp(-h / 2) * t.sigma / s.sigma * sample
-                + t.alpha * phi * d0
-                + t.sigma * share.sqrt() * self.given.n
-            )
+            variance = torch.where(phi.abs() < _SAME, phi.clamp(min=0), phi)
+            x = x + t.sigma * variance.sqrt() * self.given.n
         if d1 is not None:
             x = x + t.alpha * (phi / 2 if self.midpoint and d2 is None else 1 - phi / h) * d1
         if d2 is not None:
@@ -78,7 +74,7 @@ class _Run:
 
 
 def multistep(scheduler: Any, start: int, _eta: float) -> Update:
-    """Return the multistep solver, algorithm 2, of the order that the config and the end of the schedule allow."""
+    """Return the multistep solver (algorithm 2 for order 2), of the order that config and end of the schedule allow."""
     run = _begin(scheduler, start, sample=False)
     orders = _multistep_orders(scheduler, run.index - start)
     m0, m1, m2 = _newest(run)
@@ -98,7 +94,7 @@ def multistep(scheduler: Any, start: int, _eta: float) -> Update:
 
 
 def singlestep(scheduler: Any, start: int, _eta: float) -> Update:
-    """Return the single-step solver, algorithm 1, whose stages diffusers takes as steps of order 1, 2, (3), 1, …
+    """Return the single-step solver (algorithm 1 for order 2), whose stages are diffusers' steps of order 1, 2, (3), …
 
     A later stage goes again from the sample with which its first one began.
     """

@@ -1,4 +1,8 @@
-"""Euler's method on the sigmas, without and with fresh noise (Karras et al., 2206.00364, algorithms 1 and 2)."""
+"""Euler's method on sigmas.
+
+Euler is algorithm 1 of Karras et al. (2206.00364) without its correction of second order. Euler ancestral is the
+ancestral sampling of Ho et al. (2006.11239) on the same sigmas, as in k-diffusion.
+"""
 
 from __future__ import annotations
 

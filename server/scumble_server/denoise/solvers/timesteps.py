@@ -38,7 +38,7 @@ def _direction(now: Tensor, before: Tensor, eta: float) -> Tensor:
 
 
 def lcm(scheduler: Any, start: int, _eta: float) -> Update:
-    """Return LCM's multistep sampling, algorithm 3, with the scalings of its boundary condition (appendix C)."""
+    """Return LCM's multistep sampling: c_skip·x + c_out·x̂₀, by its boundary condition, and noise for the next step."""
     timesteps, given = _begin(scheduler, start)
     now = _alphas(scheduler, timesteps)
     before = _alphas(scheduler, torch.cat([timesteps[1:], timesteps[-1:]]))
@@ -53,7 +53,7 @@ def lcm(scheduler: Any, start: int, _eta: float) -> Update:
 
 
 def tcd(scheduler: Any, start: int, eta: float) -> Update:
-    """Return TCD's strategic stochastic sampling, algorithm 4; eta is its gamma."""
+    """Return TCD's strategic stochastic sampling; eta is its gamma: down to s = (1 − γ)·t′, and by noise up to t′."""
     timesteps, given = _begin(scheduler, start)
     earlier = torch.cat([timesteps[1:], torch.zeros_like(timesteps[:1])])
     now, before = _alphas(scheduler, timesteps), _alphas(scheduler, earlier)

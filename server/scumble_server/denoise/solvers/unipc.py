@@ -1,4 +1,7 @@
-"""UniPC (Zhao et al., 2302.04867): a predictor and, with the next step's output, a corrector, of any order."""
+"""UniPC (Zhao et al., 2302.04867): a predictor and, with the next step's output, a corrector, of any order.
+
+UniC-p is its algorithm 1, UniP-p algorithm 2; appendix A has both for predictions of x₀.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from scumble_server.denoise.solvers.prediction import noise, original
 
 
 def unipc(scheduler: Any, start: int, _eta: float) -> Update:
-    """Return algorithms 5 and 6 (7 and 8 where x₀ is predicted): the sample is corrected, then the next predicted."""
+    """Return a step in diffusers' order: the sample is corrected with its own output, then the next one predicted."""
     config = scheduler.config
     by_level, index = levels(scheduler), torch.arange(start, len(scheduler.timesteps))
     given = inputs(len(index), config.solver_order, sample=True)
@@ -105,12 +108,12 @@ class _Stride:
         return self.hh if self.solver.bh1 else torch.expm1(self.hh)
 
     def powers(self) -> Tensor:
-        """R, `(steps, order, order)`: row i has r_k^i, with r = 1 for this step's own output at last (equation 5)."""
+        """R, `(steps, order, order)`: row i has r_k^i, with r = 1 for this step's own output at last."""
         ratios = torch.cat([*self.ratios, torch.ones_like(self.hh)], dim=1)
         return torch.stack([ratios**i for i in range(ratios.shape[1])], dim=1)
 
     def moments(self) -> Tensor:
-        """The right side, `(steps, order)`: h·φ_{i+1}(h)·i! / B(h), φ as in the paper's equation (6)."""
+        """The right side, `(steps, order)`: hⁱ·φᵢ₊₁(h)·i! / B(h) without its powers of h, φ₁(h) = (eʰ − 1)/h."""
         phi, factorial, moments = torch.expm1(self.hh) / self.hh - 1, 1, []
         for i in range(1, len(self.ratios) + 2):
             moments.append(phi * factorial / self.b())

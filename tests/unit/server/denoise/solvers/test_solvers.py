@@ -79,7 +79,7 @@ def test_equal_to_diffusers(name: str, config: dict[str, Any], steps: int, start
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("steps", [200, 998, 999])
+@pytest.mark.parametrize("steps", [200, 999])
 def test_equal_to_diffusers_in_many_steps(name: str, steps: int) -> None:
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
     assert compare(name, {**config, "original_inference_steps": 1000}, steps, 0, 0.3)
