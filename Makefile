@@ -88,11 +88,15 @@ bench: setup
 	PYTHONPATH=tests $(BIN)/python benches/mixed.py
 	PYTHONPATH=tests $(BIN)/python benches/kinds.py
 
-# What comes in: 10,000 mutated files, then coverage-guided ones, a minute for each reader.
+# What comes in: 10,000 mutated files, then coverage-guided ones, a minute for each reader. Then the searches for prompts
+# and schedules that take too long, which are brief in every test run, with so many times as many examples.
+SEARCH ?= 40
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -W ignore tests/support/fuzz_incoming.py --files 10000
 	for reader in zip pickle header; do \
 	  PYTHONPATH=tests $(BIN)/python tests/support/fuzz_guided.py $$reader -max_total_time=60 || exit 1; done
+	SCUMBLE_SEARCH=$(SEARCH) $(BIN)/pytest -q tests/unit/server/prompts/grammar/test_bounds.py \
+	  tests/unit/server/denoise/test_schedulers_bounds.py tests/unit/server/denoise/solvers
 
 # Engines without a GPU (TensorRT for RTX): all graphs of the demo base; real sizes with random weights, as a table.
 ENGINES := $(BIN)/python benches/engines.py --table

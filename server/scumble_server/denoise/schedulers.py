@@ -1,4 +1,4 @@
-"""Schedulers as tables of coefficients, computed ahead with diffusers, so that one update serves every row.
+"""Schedulers as tables of coefficients, computed ahead for all steps, so that one update serves every row.
 
 Every scheduler served here is linear in the sample x, the model's output m, what it remembers h₁ … h₃ (earlier
 predictions, an earlier sample) and fresh noise n. Step i of a row is then, whatever its scheduler:
@@ -7,18 +7,14 @@ predictions, an earlier sample) and fresh noise n. Step i of a row is then, what
     everything     [x′, h′₁, h′₂, h′₃, x̂₀] = matrix[i] · [x, h₁, h₂, h₃, m, n]
 
 x′ is the next sample, h′ what is remembered, x̂₀ the finished sample as far as this step can tell. What is not used is
-zero. The numbers are not derived here a second time: diffusers' own `step` is run once on the basis vectors, and what
-comes out are the coefficients.
-
-DDIM (Song et al., 2010.02502), Euler and Euler ancestral (Karras et al., 2206.00364), DPM-Solver++ (Lu et al.,
-2211.01095), UniPC (Zhao et al., 2302.04867), LCM (Luo et al., 2310.04378), TCD (Zheng et al., 2402.19159).
+zero. `solvers/` has the formulas; the tests compare them with what diffusers' own `step` makes of the basis vectors.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -35,36 +31,39 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from scumble.errors import InvalidRequest
+from scumble_server.denoise.solvers.dpm import multistep, singlestep
+from scumble_server.denoise.solvers.euler import euler, euler_ancestral
+from scumble_server.denoise.solvers.forms import Formula, Update
+from scumble_server.denoise.solvers.prediction import PREDICTIONS
+from scumble_server.denoise.solvers.timesteps import ddim, lcm, tcd
+from scumble_server.denoise.solvers.unipc import unipc
 
 HISTORY = 3
 """Latents that a row remembers beside its sample: what UniPC of order 2 needs, more than any other."""
 
 _ODE, _SDE = {"algorithm_type": "dpmsolver++"}, {"algorithm_type": "sde-dpmsolver++"}
 _KARRAS = {"use_karras_sigmas": True}
-# Class and what the name adds to the base's config: diffusers' own table of the webui's names. "DPM++ SDE" is there
-# the single-step solver, which draws noise only if its algorithm is the stochastic one.
-_KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_a": (EulerAncestralDiscreteScheduler, {}),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, _ODE),
-    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, _ODE | _KARRAS),
-    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, _SDE),
-    "dpmpp_2m_sde_karras": (DPMSolverMultistepScheduler, _SDE | _KARRAS),
-    "dpmpp_sde": (DPMSolverSinglestepScheduler, _SDE),
-    "dpmpp_sde_karras": (DPMSolverSinglestepScheduler, _SDE | _KARRAS),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "lcm": (LCMScheduler, {}),
-    "tcd": (TCDScheduler, {}),
+# Class, what the name adds to the base's config, formula: diffusers' own table of the webui's names. "DPM++ SDE" is
+# there the single-step solver, which draws noise only if its algorithm is the stochastic one.
+KINDS: dict[str, tuple[type[Any], dict[str, Any], Formula]] = {
+    "ddim": (DDIMScheduler, {}, ddim),
+    "euler": (EulerDiscreteScheduler, {}, euler),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}, euler_ancestral),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, _ODE, multistep),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, _ODE | _KARRAS, multistep),
+    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, _SDE, multistep),
+    "dpmpp_2m_sde_karras": (DPMSolverMultistepScheduler, _SDE | _KARRAS, multistep),
+    "dpmpp_sde": (DPMSolverSinglestepScheduler, _SDE, singlestep),
+    "dpmpp_sde_karras": (DPMSolverSinglestepScheduler, _SDE | _KARRAS, singlestep),
+    "unipc": (UniPCMultistepScheduler, {}, unipc),
+    "lcm": (LCMScheduler, {}, lcm),
+    "tcd": (TCDScheduler, {}, tcd),
 }
-# These make a step depend on the values of the sample, which no table of coefficients can say.
-_NOT_LINEAR = ("clip_sample", "thresholding")
-_PREDICTIONS = ("epsilon", "v_prediction", "sample")
-# Where schedulers keep a sample beside their `model_outputs`: UniPC, the single-step solver.
-_KEPT_SAMPLES = ("last_sample", "sample")
+# The first two make a step depend on the values of the sample, which no table of coefficients can say; the last one is
+# another scheduler for UniPC's predictor.
+_NOT_SERVED = ("clip_sample", "thresholding", "solver_p")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +104,9 @@ def table(
 
     None means what the config says; of `eta`, 0, as in diffusers' pipelines. Raises InvalidRequest if there is none.
     """
-    if name not in _KINDS:
-        raise InvalidRequest(f"unknown scheduler {name!r}; known are {sorted(_KINDS)}", field="scheduler")
-    kind = _KINDS[name][0]
+    if name not in KINDS:
+        raise InvalidRequest(f"unknown scheduler {name!r}; known are {sorted(KINDS)}", field="scheduler")
+    kind = KINDS[name][0]
     _check_option(name, kind, timestep_spacing, "timestep_spacing", "timestep_spacing")
     _check_option(name, kind, rescale_betas, "rescale_betas", "rescale_betas_zero_snr")
     _check_option(name, kind.step, eta, "eta", "eta")
@@ -116,7 +115,10 @@ def table(
     changes = {"timestep_spacing": timestep_spacing, "rescale_betas_zero_snr": rescale_betas}
     changes = {key: value for key, value in changes.items() if value is not None}
     # `_use_default_values` stays in: diffusers gives another scheduler class its own defaults for those.
-    return _table(name, json.dumps(dict(config), default=sorted), json.dumps(changes), steps, start, eta or 0.0)
+    tabled = _table(name, json.dumps(dict(config), default=sorted), json.dumps(changes), steps, start, eta or 0.0)
+    if isinstance(tabled, _Refusal):
+        raise InvalidRequest(tabled.message, field=tabled.field)
+    return tabled
 
 
 def first_step(steps: int, strength: float) -> int:
@@ -129,14 +131,30 @@ def _check_option(name: str, takes: Callable[..., Any], value: object, option: s
         raise InvalidRequest(f"scheduler {name} has no {option}; leave it out", field=f"options.{option}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why there is no table. It is remembered like one, so that asking again costs nothing."""
+
+    message: str
+    field: str
+
+
 @lru_cache(maxsize=1024)
-def _table(name: str, config_json: str, changes_json: str, steps: int, start: int, eta: float) -> Table:
-    scheduler = _make(name, json.loads(config_json), json.loads(changes_json))
+def _table(name: str, config_json: str, changes_json: str, steps: int, start: int, eta: float) -> Table | _Refusal:
+    try:
+        return _tabled(name, _make(name, json.loads(config_json), json.loads(changes_json)), steps, start, eta)
+    except InvalidRequest as error:
+        return _Refusal(error.message, error.fields["field"])
+
+
+def _tabled(name: str, scheduler: Any, steps: int, start: int, eta: float) -> Table:
     limit = scheduler.config.num_train_timesteps
     if steps > limit:
         raise InvalidRequest(f"steps is {steps}, this base has only {limit} timesteps", field="steps")
     try:
-        return _probe_all(scheduler, steps, start, eta)
+        _set_timesteps(scheduler, steps)
+        _check_memory(min(scheduler.config.get("solver_order", 1), steps - start) - 1)
+        return _assemble(scheduler, KINDS[name][2](scheduler, start, eta), start)
     except NotImplementedError as error:
         predicts = scheduler.config.prediction_type
         raise InvalidRequest(f"scheduler {name} cannot draw with a model of {predicts}", field="scheduler") from error
@@ -148,103 +166,55 @@ def _table(name: str, config_json: str, changes_json: str, steps: int, start: in
 
 def _make(name: str, config: dict[str, Any], changes: dict[str, Any]) -> Any:
     """diffusers' scheduler. Raises InvalidRequest if it cannot do what the base asks for, or no table can say it."""
-    kind, named = _KINDS[name]
+    kind, named, _ = KINDS[name]
+    order = config.get("solver_order", 1)
+    if not isinstance(order, int) or order < 1:
+        raise InvalidRequest(f"the base's scheduler says solver_order {order!r}; it is 1 or more", field="scheduler")
     try:
         scheduler = kind.from_config(config, **named, **changes)
     except (ValueError, NotImplementedError, ImportError) as error:
         raise InvalidRequest(f"scheduler {name} cannot serve this base: {error}", field="scheduler") from error
-    for option in _NOT_LINEAR:
+    for option in _NOT_SERVED:
         if scheduler.config.get(option):
             raise InvalidRequest(f"the base's scheduler asks for {option}, which is not served", field="scheduler")
-    if scheduler.config.prediction_type not in _PREDICTIONS:
+    if scheduler.config.prediction_type not in PREDICTIONS:
         raise InvalidRequest(
             f"the base's scheduler says prediction_type {scheduler.config.prediction_type!r}; "
-            f"{', '.join(_PREDICTIONS)} can be served",
+            f"{', '.join(PREDICTIONS)} can be served",
             field="scheduler",
         )
     return scheduler
 
 
-def _probe_all(scheduler: Any, steps: int, start: int, eta: float) -> Table:
-    """Raises IndexError, ValueError or NotImplementedError for what diffusers or a table cannot do."""
+def _set_timesteps(scheduler: Any, steps: int) -> None:
+    """Raises ValueError if diffusers cannot make just so many of them."""
     scheduler.set_timesteps(steps)
     if len(scheduler.timesteps) != steps:
         raise ValueError(
             f"the spacing of its timesteps gives {len(scheduler.timesteps)} of them; ask for another number"
         )
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(start)
-    timesteps = scheduler.timesteps[start:]
-    picture, noise = torch.eye(2, dtype=torch.float64)
-    noised, probed = [], []
-    for i, timestep in enumerate(timesteps):
-        noised.append(scheduler.add_noise(picture, noise, timesteps[i : i + 1]))
-        probed.append(_probe(scheduler, timestep, eta))
-    c_in, matrices, draws = zip(*probed, strict=True)
-    matrix = _only_used(torch.stack(matrices))
-    if not matrix.isfinite().all():
+
+
+def _check_memory(needed: int) -> None:
+    """Raises ValueError for more earlier latents than a row remembers."""
+    if needed > HISTORY:
+        raise ValueError(f"its solver_order needs {needed} earlier latents, and at most {HISTORY} are kept")
+
+
+def _assemble(scheduler: Any, update: Update, start: int) -> Table:
+    """Raises ValueError for coefficients that are not finite, and for more memory than a row has."""
+    matrices = torch.stack([update.x, *update.memory, update.estimate], dim=1)
+    if not matrices.isfinite().all():
         raise ValueError("some of its coefficients are not finite")
+    picture = torch.tensor([[1.0, 0.0]])
     return Table(
         float(scheduler.init_noise_sigma),
-        torch.stack([*noised, picture]).float(),
-        timesteps.float().clone(),
-        torch.tensor(c_in, dtype=torch.float32),
-        matrix.float(),
-        draws,
+        torch.cat([torch.cat(update.noised, dim=1).float(), picture]),
+        scheduler.timesteps[start:].float().clone(),
+        update.c_in[:, 0].float(),
+        _only_used(matrices).float(),
+        tuple(update.draws.tolist()),
     )
-
-
-def _probe(scheduler: Any, timestep: Tensor, eta: float) -> tuple[float, Tensor, bool]:
-    """c_in, matrix and whether noise was drawn: what diffusers makes of the basis vectors of (x, h…, m, n).
-
-    The matrix has a row and a column for every place in which this scheduler can remember something.
-    """
-    places = len(_memory(scheduler))
-    basis = torch.eye(3 + places, dtype=torch.float64)[..., None]  # some steps want (batch, channels)
-    x, m, n = basis[0], basis[-2], basis[-1]
-    _remember(scheduler, list(basis[1 : 1 + places]))
-    c_in = scheduler.scale_model_input(x, timestep)[0].item()
-    with _Given(n) as given:
-        stepped = scheduler.step(m, timestep, x, **({"eta": eta} if _takes_eta(scheduler) else {}))
-    nothing = torch.zeros_like(x)
-    remembered = [nothing if vector is None else vector for vector in _memory(scheduler)]
-    outputs = [stepped.prev_sample, *remembered, _estimate(scheduler, stepped, m, timestep, x)]
-    return c_in, torch.stack([output.double().flatten() for output in outputs]), given.drawn
-
-
-def _takes_eta(scheduler: Any) -> bool:
-    return "eta" in inspect.signature(scheduler.step).parameters
-
-
-def _memory(scheduler: Any) -> list[Tensor | None]:
-    """Return what a scheduler remembers from step to step; None for what is still empty."""
-    samples = [getattr(scheduler, name) for name in _KEPT_SAMPLES if hasattr(scheduler, name)]
-    return [*getattr(scheduler, "model_outputs", ()), *samples]
-
-
-def _remember(scheduler: Any, vectors: Sequence[Tensor]) -> None:
-    """Put `vectors` where the scheduler remembers something, in the order of `_memory`."""
-    rest = list(vectors)
-    outputs = getattr(scheduler, "model_outputs", [])
-    for i, output in enumerate(outputs):
-        vector = rest.pop(0)
-        outputs[i] = None if output is None else vector
-    for name in _KEPT_SAMPLES:
-        if hasattr(scheduler, name):
-            vector = rest.pop(0)
-            setattr(scheduler, name, None if getattr(scheduler, name) is None else vector)
-
-
-def _estimate(scheduler: Any, stepped: Any, m: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
-    """The finished sample as this step sees it. Multistep solvers remember it; of TCD, DDIM knows it."""
-    for name in ("pred_original_sample", "denoised"):
-        if hasattr(stepped, name):
-            return torch.as_tensor(getattr(stepped, name))
-    if outputs := getattr(scheduler, "model_outputs", None):
-        return torch.as_tensor(outputs[-1])
-    ddim = DDIMScheduler.from_config(scheduler.config)
-    ddim.set_timesteps(scheduler.num_inference_steps)
-    return torch.as_tensor(ddim.step(m, timestep, x).pred_original_sample)
 
 
 def _only_used(matrices: Tensor) -> Tensor:
@@ -254,8 +224,7 @@ def _only_used(matrices: Tensor) -> Tensor:
     """
     places = matrices.shape[1] - 2
     used = [place for place in range(1, 1 + places) if matrices[:, :, place].any()]
-    if len(used) > HISTORY:
-        raise ValueError(f"its solver_order needs {len(used)} earlier latents, and at most {HISTORY} are kept")
+    _check_memory(len(used))
     reduced = matrices.new_zeros(len(matrices), 2 + HISTORY, 3 + HISTORY)
     there = [*range(1 + len(used))]
     rows, columns = [0, *used, places + 1], [0, *used, places + 1, places + 2]
@@ -264,24 +233,3 @@ def _only_used(matrices: Tensor) -> Tensor:
         :, torch.tensor(rows)[:, None], torch.tensor(columns)
     ]
     return reduced
-
-
-class _Given(TorchFunctionMode):
-    """In it `torch.randn` gives `noise`, in this thread, and `drawn` says whether it was asked for."""
-
-    def __init__(self, noise: Tensor) -> None:
-        super().__init__()
-        self._noise = noise
-        self.drawn = False
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if function is torch.randn:
-            self.drawn = True
-            return self._noise.to((kwargs or {}).get("dtype"))
-        return function(*args, **(kwargs or {}))

@@ -235,6 +235,9 @@ def test_a_base_of_a_prediction_that_is_not_served_is_refused_by_its_name() -> N
     ("name", "config", "message"),
     [
         ("unipc", {"solver_order": 3, "_class_name": "UniPCMultistepScheduler"}, "solver_order"),
+        ("unipc", {"solver_order": 10**6, "_class_name": "UniPCMultistepScheduler"}, "solver_order needs 9 earlier"),
+        ("unipc", {"solver_p": {"_class_name": "X"}, "_class_name": "UniPCMultistepScheduler"}, "solver_p"),
+        ("dpmpp_sde", {"solver_order": 0, "_class_name": "DPMSolverSinglestepScheduler"}, "solver_order 0"),
         ("ddim", {"prediction_type": "flow_prediction"}, "flow_prediction"),
         (
             "dpmpp_2m_karras",

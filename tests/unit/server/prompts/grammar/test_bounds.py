@@ -23,6 +23,7 @@ from scumble_server.prompts.grammar.composition import parse_composition
 from scumble_server.prompts.grammar.schedule import texts_by_step
 from scumble_server.prompts.grammar.tags import find_tag, parse_tags
 from scumble_server.prompts.length import MAX_CHARACTERS, check_lengths
+from support.searching import examples
 
 MOST_STEPS = 1000
 CPU_SECONDS = 0.2
@@ -93,7 +94,7 @@ def test_nesting_and_many_changes(reader: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=4))
 def test_any_few_pieces_again_and_again(reader: str, pieces: list[str]) -> None:
     assert cpu_seconds(READERS[reader], filled("".join(pieces))) <= CPU_SECONDS
