@@ -118,9 +118,8 @@ class ControlNetUnion(ControlledEncoder):
 
     def present(self, types: Sequence[int]) -> Tensor:
         """Return the kinds of control as `residuals_of` takes them: `(kinds,)`, 1 for each one present, else 0."""
-        flags = torch.zeros(self.model.config.num_control_type, device=self.model.device)
-        flags[list(types)] = 1
-        return flags
+        flags = [float(kind in types) for kind in range(self.model.config.num_control_type)]
+        return torch.tensor(flags, device=self.model.device)
 
     def _type_embedding(self, types: Tensor, like: Tensor) -> Tensor:
         """Embed the kinds present as `(1, E)`."""
