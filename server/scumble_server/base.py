@@ -107,7 +107,7 @@ def load_base(registry: Registry, ref: str, config: ServerConfig, weights: Resid
     def load() -> Executor:
         return load_executor(registry, version, family, config)
 
-    nbytes = executor_bytes(folder, family, config)
+    nbytes = executor_bytes(registry, version, folder, family, config)
     with weights.open() as lease:
         executor = lease.get(("base", version.digest), nbytes, load, drop=lambda executor: executor.close())
         return Base(

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from scumble_build.engines.api import Flavour
 from scumble_build.engines.key import EngineKey
-from scumble_build.engines.profiles import WHOLE, Profile
+from scumble_build.engines.profiles import WHOLE, Profile, described
 from scumble_build.engines.store import Pulled, StoredEngine
 from scumble_build.export.cached import GraphCache
 from scumble_build.export.graph import Graph
@@ -45,7 +45,8 @@ def make_engines(
     for manifest in manifests:
         plan = folder / f"{manifest.graph}.plan"
         make_plan(folder / manifest.onnx.name, manifest, (profile,), plan)
-        key = EngineKey(manifest.graph, "g", of, Flavour.TENSORRT, "11", (89,), manifest.precision, "l", [], {})
+        shapes = described(manifest, (profile,))
+        key = EngineKey(manifest.graph, "g", of, Flavour.TENSORRT, "11", (89,), manifest.precision, "l", shapes, {})
         stored = StoredEngine(key, SimpleNamespace(digest=f"sha256:{artifact}"))  # type: ignore[arg-type]
         engines[manifest.graph] = Pulled(stored, manifest, plan)
     return engines

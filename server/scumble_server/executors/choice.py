@@ -13,6 +13,7 @@ from scumble_server.config import ServerConfig
 from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from scumble_server.executors.protocol import Executor
 from scumble_server.executors.tensorrt.executor import TensorRTExecutor
+from scumble_server.executors.tensorrt.fitting import engine_bytes
 from scumble_server.executors.torch.executor import TorchExecutor, weights_bytes
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ def load_executor(registry: Registry, version: Version, family: Family, config: 
     )
 
 
-def executor_bytes(folder: Path, family: Family, config: ServerConfig) -> int:
-    """Return how many bytes the weights of a base's executor take in memory."""
+def executor_bytes(registry: Registry, version: Version, folder: Path, family: Family, config: ServerConfig) -> int:
+    """Return how many bytes the weights of a base's executor take in device memory: its engines' all, once loaded."""
+    if config.executor in tuple(Flavour) and (engines := engine_bytes(registry, version, config)):
+        return engines
     copies = OnnxRuntimeExecutor.copies if config.executor == "onnxruntime" else TorchExecutor.copies
     return copies * weights_bytes(folder, family, config.precision)

@@ -26,8 +26,12 @@ class GraphLimits:
     profiles: tuple[Mapping[str, range], ...]
 
     def least(self, axis: str) -> int:
-        """Return the smallest size of an axis that any profile accepts; 1 if none says."""
+        """Return the smallest size of an axis that any profile accepts; 1 if none has the axis."""
         return min((profile[axis].start for profile in self.profiles if axis in profile), default=1)
+
+    def most(self, axis: str) -> int | None:
+        """Return the largest size of an axis that any profile accepts; None if none has the axis."""
+        return max((profile[axis].stop - 1 for profile in self.profiles if axis in profile), default=None)
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Check sizes of axes; those not in `sizes` are not checked. Raises Refused if no profile

@@ -72,6 +72,14 @@ class EngineRuntime:
         return EngineSession(pulled.manifest, RunningEngine(self.trt, pulled, stepping, self.device))
 
 
+def _limits(pulled: Pulled) -> GraphLimits:
+    ranges = [
+        {axis: range(least, most + 1) for axis, (least, _, most) in profile.items()}
+        for profile in pulled.stored.key.profiles
+    ]
+    return GraphLimits(pulled.manifest.graph, tuple(ranges))
+
+
 def _caller(graph: str) -> str:
     """Return the thread that runs a graph."""
     if graph.startswith("unet.") or graph == "controlnet":
@@ -144,15 +152,15 @@ class Engines:
             )
         return nearest
 
-    def most(self, port: str) -> int | None:
-        """Return the largest first dim of this input that all the denoiser's engines accept; None if none has the
-        input.
-        """
-        limits = [self[name].engine.limits for name in self.pulled if name.startswith("unet.")]
-        return min(
-            (max(profile.most[port][0] for profile in profiles) for profiles in limits if port in profiles[0].most),
-            default=None,
-        )
+    @property
+    def denoiser_limits(self) -> tuple[GraphLimits, ...]:
+        """The sizes of the denoiser's engines, as they were built. None of them is loaded for it."""
+        return tuple(_limits(engine) for name, engine in self.pulled.items() if name.startswith("unet."))
+
+    def most(self, axis: str) -> int | None:
+        """Return the largest size of an axis that all the denoiser's engines accept; None if none has the axis."""
+        sizes = [limits.most(axis) for limits in self.denoiser_limits]
+        return min((size for size in sizes if size is not None), default=None)
 
     def close(self) -> None:
         """Close its own engines, not `parent`'s."""

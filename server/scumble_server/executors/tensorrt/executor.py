@@ -50,14 +50,16 @@ class TensorRTExecutor(ExportedExecutor):
         receipt: Mapping[str, str],
         pull: PullEngines = lambda _version: {},
     ) -> None:
-        """Load the engines that every request runs, so that corrupt ones show now. `receipt` names TensorRT and the
+        """Load the engines that every request runs, so that corrupt ones show now; others when `prepare` asks for them.
+
+        `receipt` names TensorRT and the
         engines; `pull` finds the engines of a request's ControlNet or checkpoint.
         """
         self._engines, self._receipt, self._pull = engines, dict(receipt), pull
         super().__init__(weights, engines)
-        self.max_rows = min(weights.max_rows, engines.most("sample") or weights.max_rows)
-        self.most_pages = engines.most("A"), engines.most("A_rest")
-        self.limits = tuple(engines[name].limits for name in engines.pulled if name.startswith("unet."))
+        self.max_rows = min(weights.max_rows, engines.most("rows") or weights.max_rows)
+        self.most_pages = engines.most("resident"), engines.most("resident_rest")
+        self.limits = engines.denoiser_limits
 
     @classmethod
     def load(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from scumble.errors import NotFound, Refused
+from scumble.errors import NotFound, Refused, Unavailable
 from scumble_build.engines import store
+from scumble_build.engines.api import Flavour, load
+from scumble_build.engines.builder import current_sm
 from scumble_build.engines.key import Machine
 from scumble_build.engines.store import Pulled
 from scumble_build.export.manifest import Precision
@@ -31,6 +33,20 @@ def pull_fitting(registry: Registry, version: Version, machine: Machine, precisi
         else:
             pulled[name] = engine
     return pulled
+
+
+def engine_bytes(registry: Registry, version: Version, config: ServerConfig) -> int:
+    """Return the size of a version's engines that fit this machine; 0 if there are none, or TensorRT is not here."""
+    sm = current_sm()
+    if sm is None:
+        return 0
+    try:
+        flavour = Flavour(config.executor)
+        machine = Machine(flavour, load(flavour).__version__, sm)
+    except Unavailable:
+        return 0
+    fitting = store.fitting(store.listed(registry, version), machine, version.digest, config.precision)
+    return sum(engine.artifact.size for engine in fitting.values())
 
 
 def pull_base(registry: Registry, version: Version, machine: Machine, config: ServerConfig) -> dict[str, Pulled]:

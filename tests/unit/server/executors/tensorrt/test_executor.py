@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,10 +37,11 @@ from scumble_server.config import ServerConfig
 from scumble_server.executors import choice
 from scumble_server.executors.device import Buffers, Graphs, Stepping
 from scumble_server.executors.preview import fit
+from scumble_server.executors.tensorrt import fitting
 from scumble_server.executors.tensorrt.engines import EngineRuntime, Engines
 from scumble_server.executors.tensorrt.executor import TensorRTExecutor
 from scumble_server.executors.tensorrt.fitting import pull_base
-from scumble_server.executors.torch.executor import TorchExecutor
+from scumble_server.executors.torch.executor import TorchExecutor, weights_bytes
 from scumble_server.executors.torch.vae import TorchVae
 from support.control_nets import load_unet, make_net
 from support.engines import make_engines
@@ -70,6 +72,13 @@ NARROW = Profile(
 )
 
 
+def rebuilt(engine: Pulled, shapes: Sequence[Profile], plan: Path) -> Pulled:
+    """The same graph, built for other sizes."""
+    make_plan(engine.plan.with_suffix(".onnx"), engine.manifest, shapes, plan)
+    key = replace(engine.stored.key, profiles=profiles.described(engine.manifest, shapes))
+    return Pulled(replace(engine.stored, key=key), engine.manifest, plan)
+
+
 @pytest.fixture(scope="module")
 def narrow(pulled: dict[str, Pulled], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pulled]:
     """The same graphs, built for less."""
@@ -78,8 +87,7 @@ def narrow(pulled: dict[str, Pulled], tmp_path_factory: pytest.TempPathFactory) 
     for name, each in pulled.items():
         plan = folder / f"{name}.plan"
         profile = NARROW if name.startswith("unet.") else WHOLE
-        make_plan(each.plan.with_suffix(".onnx"), each.manifest, (profile,), plan)
-        found[name] = Pulled(each.stored, each.manifest, plan)
+        found[name] = rebuilt(each, (profile,), plan)
     return found
 
 
@@ -168,8 +176,7 @@ def test_a_base_starts_and_decodes_tiles_on_the_profiles_that_are_shipped(
     shipped = {}
     for name, each in pulled.items():
         plan = tmp_path / f"{name}.plan"
-        make_plan(each.plan.with_suffix(".onnx"), each.manifest, profiles.of(each.manifest, usual(side)), plan)
-        shipped[name] = Pulled(each.stored, each.manifest, plan)
+        shipped[name] = rebuilt(each, profiles.of(each.manifest, usual(side)), plan)
     made = executor(tiny_base, shipped)
     oracle = TorchVae(TorchExecutor.load(tiny_base, FAMILIES["sd1"]).graphs.vae, side // 2)
     assert made.vae.least == side // 2
@@ -439,6 +446,33 @@ def test_only_engines_of_this_machine_and_of_these_graphs_are_pulled(
         fresh = publish(registry, tmp_path, manifest)
         assert manifest.code == code_digest()
         assert pull_base(registry, version, machine, config)["unet.small"].stored == fresh
+
+
+def test_memory_is_counted_with_the_engines_that_fit_this_machine(
+    tiny_base: Path, tmp_path: Path, pulled: dict[str, Pulled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "current_sm", lambda: 89)
+    monkeypatch.setattr(fitting, "load", lambda _flavour: SimpleNamespace(__version__="11"))
+    config = ServerConfig(home=tmp_path / "home", base="tiny/base", executor="tensorrt")
+    with Registry.open(tmp_path / "home", create=True) as registry:
+        version = registry.publish(tiny_base, "tiny/base")
+        weights = choice.executor_bytes(registry, version, tiny_base, FAMILIES["sd1"], config)
+        assert weights == weights_bytes(tiny_base, FAMILIES["sd1"], "fp32"), "torch serves without engines"
+        engine = publish(registry, tmp_path, pulled["unet.small"].manifest)
+        publish(registry, tmp_path, pulled["vae_decoder"].manifest, sm=(120,))
+        found = choice.executor_bytes(registry, version, tiny_base, FAMILIES["sd1"], config)
+        assert found == engine.artifact.size
+
+
+def test_an_engine_that_no_request_needs_is_not_loaded(
+    tiny_base: Path, pulled: dict[str, Pulled], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.plan"
+    broken.write_bytes(b"no plan")
+    made = executor(tiny_base, {**pulled, "unet.every": replace(pulled["unet.small"], plan=broken)})
+    made.prepare(frozenset({"factors"}), {"rows": 2})
+    with pytest.raises(IntegrityError):
+        made.prepare(frozenset({"factors", "full"}), {"rows": 2})
 
 
 def test_a_missing_engine_is_built_if_the_configuration_says_so(
