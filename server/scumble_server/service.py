@@ -47,7 +47,7 @@ from scumble_server.memory.prefetch import Prefetcher
 from scumble_server.memory.residency import Lease, Residency
 from scumble_server.receipt import make_receipt
 from scumble_server.request.adapter import ResolvedAdapter
-from scumble_server.request.ending import check_wanted, device_lost, stopping
+from scumble_server.request.ending import check_wanted, device_lost, not_finite, stopping
 from scumble_server.request.original import original_of
 
 log = logging.getLogger(__name__)
@@ -361,6 +361,8 @@ class Service:
         assert active is not None and conditioned is not None and active.joined_at is not None
         start = monotonic()
         latents = torch.stack([image.sample for image in active.images])
+        if not latents.isfinite().all():
+            raise not_finite(active.images[0].table.steps)
         pixels = decode(conditioned.vae, latents, tiled=job.admitted.request.options.vae_tiling).numpy()
         end = monotonic()
         spent = {

@@ -30,6 +30,7 @@ from scumble_build.graphs.models import Models
 _setup_privateuseone_for_python_backend("gpu")
 GPU = torch.device("gpu:0")
 UPLOAD, DOWNLOAD, WAIT = "copy to the device", "copy to the host", "wait for the device"
+BESIDE = "copy that nobody waits for"
 _WAITING = ("nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "unique", "repeat_interleave.Tensor")
 """Operators whose result's size or value the host needs."""
 
@@ -132,7 +133,8 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         source = given[1] if name.startswith("aten.copy_") else given[0]
         target = isinstance(given[0], DeviceTensor) if name.startswith("aten.copy_") else goes_to_device
         if isinstance(source, DeviceTensor) != target:
-            _note(UPLOAD if target else DOWNLOAD)
+            beside = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
+            _note(BESIDE if beside else UPLOAD if target else DOWNLOAD)
     plain = {**kwargs, **({"device": torch.device("cpu")} if asked == "gpu" else {}), "pin_memory": False}
     plain = {key: value for key, value in plain.items() if key in kwargs}
     result = function(*tree_map(_plain, args), **tree_map(_plain, plain))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scumble_server.denoise import stacking
+from scumble_server.denoise.course import Course, NoiseAhead
 from scumble_server.denoise.image import Image
 from scumble_server.denoise.stacking import Stacked
 
@@ -34,49 +35,52 @@ class Batch:
         self._weight = torch.tensor(weights, device=device).view(-1, 1, 1, 1)
         guidance = [image.guidance for image, count in zip(self.images, counts, strict=True) for _ in range(count)]
         self._guidance = torch.tensor(guidance, device=device).view(-1, 1, 1, 1)
+        share = torch.tensor([image.rescale for image in self.images], device=device).view(-1, 1, 1, 1)
+        self._rescale_share = share if any(image.rescale for image in self.images) else None
+        channels = [image.inpaint_channels for image in self.images if image.inpaint_channels is not None]
+        self._channels = torch.stack(channels)[self._image_of_row] if channels else None
+        self._first_steps = [image.step for image in self.images]
+        self._noise = NoiseAhead(self.images, device)
+        self._course: Course | None = None
         self._stacked: Stacked | None = None
         """Made by the first step, so that what fails there fails as a step does."""
 
     def fits(self, images: Sequence[Image]) -> bool:
-        """Tell whether these are its images, each still in the phase that was stacked."""
-        return {id(image) for image in images} == {id(image) for image in self.images} and all(
-            image.phase is phase for image, phase in zip(self.images, self._phases, strict=True)
+        """Tell whether these are its images, each still in the phase that was stacked, and as far on as the others."""
+        return (
+            {id(image) for image in images} == {id(image) for image in self.images}
+            and all(image.phase is phase for image, phase in zip(self.images, self._phases, strict=True))
+            and len({image.step - first for image, first in zip(self.images, self._first_steps, strict=True)}) == 1
         )
 
-    def advance(self) -> None:
-        """Take one step of every image: its own timestep, guidance, scheduler and adapters."""
+    def advance(self) -> Tensor:
+        """Take one step of every image: its own timestep, guidance, scheduler and adapters.
+
+        Returns whether each new sample is finite, `(images,)` bool on the device. After the first step nothing is
+        copied to the device but fresh noise, and nothing is waited for.
+        """
         images, device = self.images, self._executor.device
+        if self._course is None:
+            self._course = Course.of(images, device)
+        course, step = self._course, images[0].step - self._first_steps[0]
         sample = torch.stack([image.sample for image in images])
         history = torch.stack([image.history for image in images])
-        timestep = torch.stack([image.table.timestep[image.step] for image in images]).to(device)[self._image_of_row]
-        c_in = torch.stack([image.table.c_in[image.step] for image in images]).to(device).view(-1, 1, 1, 1)
-        matrix = torch.stack([image.table.matrix[image.step] for image in images]).to(device)
-        scaled = (sample * c_in)[self._image_of_row]
+        timestep = course.timestep[step][self._image_of_row]
+        scaled = (sample * course.c_in[step])[self._image_of_row]
         if self._stacked is None:
             self._stacked = stacking.stack(self._phases, device)
         inputs = self._stacked.at(scaled, timestep)
-        output = self._executor.denoise(self._with_inpaint_channels(scaled), timestep, inputs)
-        m = self._guide(output)
-        state = torch.cat([sample[:, None], history, m[:, None], self._noise()[:, None]], 1)
-        following = torch.einsum("roi,richw->rochw", matrix, state)
+        read = scaled if self._channels is None else torch.cat([scaled, self._channels], 1)
+        m = self._guide(self._executor.denoise(read, timestep, inputs))
+        state = torch.cat([sample[:, None], history, m[:, None], self._noise.of_this_step()[:, None]], 1)
+        following = torch.einsum("roi,richw->rochw", course.matrix[step], state)
         for i, image in enumerate(images):
             image.sample, image.history, image.estimate = following[i, 0], following[i, 1:-1], following[i, -1]
             image.step += 1
             if image.original is not None:
                 image.sample = image.original.restore(image.sample, image.table.noised[image.step])
-
-    def _noise(self) -> Tensor:
-        """Draw `(images, 4, h, w)` for the images whose scheduler draws in this step, zero for the others."""
-        drawn = [
-            image.noise.of_step(image.step) if image.table.draws[image.step] else torch.zeros(image.sample.shape)
-            for image in self.images
-        ]
-        return torch.stack(drawn).to(self._executor.device)
-
-    def _with_inpaint_channels(self, scaled: Tensor) -> Tensor:
-        """Add what a UNet for inpainting reads. All images of a batch are of one base: all have it or none."""
-        channels = [image.inpaint_channels for image in self.images if image.inpaint_channels is not None]
-        return torch.cat([scaled, torch.stack(channels)[self._image_of_row]], 1) if channels else scaled
+        self._noise.draw_ahead()
+        return following[:, 0].isfinite().flatten(1).all(1)
 
     def _guide(self, output: Tensor) -> Tensor:
         """Predictions of the model rows `(rows, 4, h, w)` → of the images: the first row's, and what the others differ
@@ -85,16 +89,9 @@ class Batch:
         first = output[self._first_row]
         difference = self._weight * (output - first[self._image_of_row])
         guided = first.index_add(0, self._image_of_row, self._guidance * difference)
-        if not any(image.rescale for image in self.images):
+        if self._rescale_share is None:
             return guided
-        return self._rescale(guided, first.index_add(0, self._image_of_row, difference))
-
-    def _rescale(self, guided: Tensor, prompt: Tensor) -> Tensor:
-        """Both `(images, 4, h, w)`. An image that asks for none stays bit for bit what it is."""
-        share = torch.tensor([image.rescale for image in self.images], device=guided.device).view(-1, 1, 1, 1)
-        dims = (1, 2, 3)
-        rescaled = guided * (prompt.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
-        return torch.where(share > 0, share * rescaled + (1 - share) * guided, guided)
+        return _rescale(guided, first.index_add(0, self._image_of_row, difference), self._rescale_share)
 
     def mixed(self) -> bool:
         """Tell whether images with different adapters share this batch."""
@@ -118,3 +115,12 @@ def _by_factors(image: Image) -> tuple[bool, int]:
 def _prompt_weights(image: Image, count: int) -> list[float]:
     """The weights of an image's model rows; the first one's does not matter, for it does not differ from itself."""
     return [0.0] if count == 1 else [0.0, *image.conditioning.prompt_weights]
+
+
+def _rescale(guided: Tensor, prompt: Tensor, share: Tensor) -> Tensor:
+    """guided and prompt `(images, 4, h, w)`, share `(images, 1, 1, 1)`. An image that asks for none stays bit for bit
+    what it is.
+    """
+    dims = (1, 2, 3)
+    rescaled = guided * (prompt.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+    return torch.where(share > 0, share * rescaled + (1 - share) * guided, guided)

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -20,10 +21,18 @@ from scumble_server.denoise.headroom import Headroom
 from scumble_server.denoise.heartbeat import IDLE, Heartbeat, StepTimes
 from scumble_server.denoise.image import ActiveRequest, Image
 from scumble_server.denoise.schedule import Turns, most_urgent
-from scumble_server.executors.cuda import is_lost
-from scumble_server.request.ending import check_wanted, device_lost, stopping
+from scumble_server.executors.cuda import is_lost, read_later, settle
+from scumble_server.request.ending import check_wanted, device_lost, not_finite, stopping
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unchecked:
+    """A step of which nobody has looked whether it was finite: its images with their numbers of steps."""
+
+    images: list[tuple[Image, int]]
+    finite: Callable[[], list[bool]]
 
 
 class Loop:
@@ -39,6 +48,7 @@ class Loop:
         self._batches: dict[Hashable, list[Batch]] = {}
         self._turns = Turns()
         self._headroom = Headroom()
+        self._unchecked: _Unchecked | None = None
         self._changed = threading.Condition()
         self._closing = False
 
@@ -79,6 +89,8 @@ class Loop:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
+            if not self._images:
+                self._unchecked = None  # whatever was in it is being decoded, which looks at it too
             while not (self._arrived or self._images or self._closing):
                 self._heartbeat(IDLE)
                 self._changed.wait(IDLE)
@@ -122,7 +134,7 @@ class Loop:
         self._heartbeat(self._step_times.expected(kind))
         try:
             with torch.inference_mode():
-                batch.advance()
+                finite = read_later(batch.advance())
         except OutOfMemory as error:
             self._shrink(batch, error)
             return
@@ -132,10 +144,17 @@ class Loop:
         self._headroom.went_well(group)
         self._step_times.took(kind, time.monotonic() - start)
         self._counters.step(len(batch.images), batch.model_rows, batch.mixed(), time.monotonic() - start)
-        finite = torch.stack([image.sample.isfinite().all() for image in batch.images]).tolist()
-        for image, is_finite in zip(batch.images, finite, strict=True):
+        before, self._unchecked = self._unchecked, _Unchecked([(image, image.step) for image in batch.images], finite)
+        if before is not None:
+            self._check(before)
+
+    def _check(self, step: _Unchecked) -> None:
+        """Look at a step while the device computes the next one, so that it never waits for this thread. That also
+        keeps this thread from running ahead of it by more than a step.
+        """
+        for (image, number), is_finite in zip(step.images, step.finite(), strict=True):
             if not is_finite:
-                self._end(image.request, ScumbleError(f"the picture became NaN or infinite in step {image.step}"))
+                self._end(image.request, not_finite(number))
 
     def _blame(self, batch: Batch, error: Exception) -> None:
         """A step that fails touched no image. Each tries it alone, so that only the one to blame ends.
@@ -183,6 +202,7 @@ class Loop:
         self._forget(lambda image: image.done or image.request.ended)
 
     def _end(self, request: ActiveRequest, error: ScumbleError) -> None:
+        settle(request.images[0].sample.device)  # what it held may be given to others at once
         request.fail(Failed(error))
         self._forget(lambda image: image.request is request)
 

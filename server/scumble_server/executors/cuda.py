@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,35 @@ def mark(device: str | torch.device) -> Callable[[], None]:
     """Return what makes another thread's work wait for this thread's work so far. Neither thread waits itself."""
     if torch.device(device).type != "cuda":
         return lambda: None
+    return _event().wait
+
+
+def pinned(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Return a host tensor in memory that the device reads by itself, so that a copy need not be waited for."""
+    return tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+    """Begin to copy a small tensor to the host; what is returned waits for this copy alone, and gives its values."""
+    if tensor.device.type == "cpu":
+        return tensor.tolist
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    copy.copy_(tensor, non_blocking=True)
+    arrived = _event() if tensor.device.type == "cuda" else None
+
+    def read() -> list[Any]:
+        if arrived is not None:
+            arrived.synchronize()
+        values: list[Any] = copy.tolist()
+        return values
+
+    return read
+
+
+def _event() -> torch.cuda.Event:
     event = torch.cuda.Event()
     event.record()
-    return event.wait
+    return event
 
 
 def stream_handle(device: torch.device) -> int:

@@ -22,12 +22,14 @@ from scumble_server import service as service_module
 from scumble_server.config import ServerConfig
 from scumble_server.service import Service
 from support.every_kind import EveryKind, publish_every_kind, random_request, request_for, ways_to_ask
-from support.pretended_gpu import Watching, pretended
+from support.pretended_gpu import BESIDE, Watching, pretended
 
 
 @dataclass
 class Both:
     every: EveryKind
+    loop: Watching
+    """What the loop's thread does on the pretended GPU."""
     cpu: Service
     gpu: Service
 
@@ -40,19 +42,22 @@ def both(tiny_base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
     config = ServerConfig(home=home, base="every/base", threads=1, executor="torch")
 
     @contextmanager
-    def own_stream(device: str, *, urgent: bool = False) -> Iterator[None]:  # noqa: ARG001
+    def own_stream(device: str, *, urgent: bool = False) -> Iterator[None]:
         if device == "cpu":
             yield
             return
-        with Watching():
+        with Watching() as watching:
+            if urgent:
+                loop.append(watching)
             yield
 
+    loop: list[Watching] = []
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(service_module, "own_stream", own_stream)
         cpu = Service.open(config)
         with pretended() as device:
             gpu = Service.open(config.model_copy(update={"device": str(device)}))
-            yield Both(every, cpu, gpu)
+            yield Both(every, loop[0], cpu, gpu)
             gpu.close()
         cpu.close()
 
@@ -122,3 +127,26 @@ def test_devices_that_are_mixed_raise(both: Both) -> None:  # noqa: ARG001 - the
         torch.zeros(2, device="gpu:0") + torch.ones(2)
     with Watching():
         assert np.array_equal((torch.zeros(2, device="gpu:0") + 1).cpu().numpy(), [1, 1])
+
+
+def in_more_steps(both: Both, requests: list[Request]) -> dict[tuple[str, str], int]:
+    """What three more steps of the same requests copy and wait for, by kind and line."""
+    counts = []
+    for steps in (5, 8):
+        before = both.loop.notes.copy()
+        draw(both.gpu, [request.model_copy(update={"steps": steps}) for request in requests])
+        counts.append(both.loop.notes - before)
+    return dict(counts[1] - counts[0])
+
+
+@pytest.mark.parametrize("name", ["plain", *sorted(ways_to_ask(random.Random(0)))])
+def test_from_its_second_step_on_a_batch_copies_and_waits_for_nothing_but_fresh_noise_and_the_last_steps_check(
+    both: Both, name: str
+) -> None:
+    way = ways_to_ask(random.Random(0)).get(name)
+    adapters = [] if way is None else [{"ref": name, **way, "start": 0.0, "end": 1.0}]
+    fields = {**PLAIN, "options": {"guidance_rescale": 0.5}}
+    for scheduler, expected in (("euler_a", {"read_later", "of_this_step"}), ("ddim", {"read_later"})):
+        more = in_more_steps(both, [request_for(both.every, adapters, **{**fields, "scheduler": scheduler})])
+        assert {kind for kind, _ in more} == {BESIDE}, more
+        assert {line.rpartition(" ")[2] for _, line in more} == expected

@@ -285,6 +285,25 @@ def test_a_broken_row_fails_alone(running: Running, monkeypatch: pytest.MonkeyPa
     assert "NaN" in ends[1].error.message  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("broken_step", [2, 4])
+def test_what_breaks_in_the_middle_or_in_the_last_step_is_told(
+    running: Running, monkeypatch: pytest.MonkeyPatch, broken_step: int
+) -> None:
+    """The loop looks at a step while the next is computed; at the last one, whoever decodes it looks."""
+    executor, taken = running.executor, itertools.count(1)
+    denoise = executor.denoise
+
+    def breaking(*step: Any) -> torch.Tensor:
+        return denoise(*step) * (float("nan") if next(taken) == broken_step else 1.0)
+
+    monkeypatch.setattr(executor, "denoise", breaking)
+    listener = Listener()
+    running.service.submit(request(steps=4), listener)
+    end = listener.wait()
+    assert isinstance(end, Failed)
+    assert end.error.message == f"the picture became NaN or infinite in step {broken_step}"
+
+
 def test_a_step_that_raises_ends_only_the_row_to_blame(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = running.executor
     denoise = executor.denoise
