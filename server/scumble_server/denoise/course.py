@@ -47,17 +47,26 @@ class NoiseAhead:
         self._images, self._device = images, device
         self._none = torch.zeros(len(images), *images[0].sample.shape, device=device)
         self._ahead: Future[Tensor | None] | None = None
+        self._ahead_for: list[int] = []
 
     def of_this_step(self) -> Tensor:
         """Zeros for images whose scheduler draws none in this step."""
-        if self._ahead is None:
-            self._ahead = _drawing.submit(self._draw)
+        if self._ahead is None or self._ahead_for != self._steps():  # others may have taken the step that was next
+            self._begin()
+        assert self._ahead is not None
         drawn = self._ahead.result()
         return self._none if drawn is None else drawn.to(self._device, non_blocking=True)
 
     def draw_ahead(self) -> None:
         """Begin with the next step's. To be called after a step that went well: one that failed is tried again."""
-        self._ahead = None if any(image.done for image in self._images) else _drawing.submit(self._draw)
+        if not any(image.done for image in self._images):
+            self._begin()
+
+    def _begin(self) -> None:
+        self._ahead_for, self._ahead = self._steps(), _drawing.submit(self._draw)
+
+    def _steps(self) -> list[int]:
+        return [image.step for image in self._images]
 
     def _draw(self) -> Tensor | None:
         if not any(image.table.draws[image.step] for image in self._images):

@@ -52,4 +52,5 @@ def check(options: Options, *, inpaints: bool) -> None:
 def original_of(pixels: NDArray[np.uint8], mask: Picture | None) -> Original:
     """Make the original of a second pass: pixels `(H, W, 3)` of the first."""
     digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
-    return Original(Picture("", digest, pixels), mask)
+    height, width = pixels.shape[:2]
+    return Original(Picture("", digest, (width, height), lambda: pixels), mask)

@@ -1,11 +1,17 @@
-"""The pictures that a request brings: decoded and checked at the edge, before any work."""
+"""The pictures that a request brings: bounded by their headers, then read once at the edge to see that they can be.
+
+Their pixels are not kept: an open request holds its encoded files, and whoever looks at a picture reads it again and
+shrinks it to what it needs. So large pictures take no memory while a request waits.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,23 +24,30 @@ from scumble_build.pictures import BLACK, WHITE, lay_on, to_eight_bits
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 << 20
 """The most pixels of one picture: 4096 x 4096."""
+MAX_PIXELS_OF_REQUEST = 4 * MAX_PIXELS
+"""The most pixels of all pictures of one request."""
+MAX_PIXELS_AT_ONCE = 2 * MAX_PIXELS
+"""The most pixels that are read at once, of all open requests. Pillow needs up to 12 bytes for each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """pixels `(H, W, 3)` uint8 RGB, or `(H, W, 4)` where the file has transparency, upright.
-
-    `digest` is the sha256 of the encoded file: what caches and receipts know it by.
+    """A picture of a request. size: width and height, upright; `digest` is the sha256 of the encoded file: what caches
+    and receipts know it by.
     """
 
     name: str
     digest: str
-    pixels: NDArray[np.uint8]
+    size: tuple[int, int]
+    read: Callable[[], NDArray[np.uint8]]
+    """Makes its pixels, anew each time: see `pixels`."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Width and height."""
-        return self.pixels.shape[1], self.pixels.shape[0]
+    def pixels(self) -> NDArray[np.uint8]:
+        """`(H, W, 3)` uint8 RGB, or `(H, W, 4)` where the file has transparency, upright. Keep them no longer than
+        needed.
+        """
+        return self.read()
 
     @property
     def on_white(self) -> NDArray[np.uint8]:
@@ -47,16 +60,57 @@ class Picture:
         return lay_on(self.pixels, BLACK)
 
 
+class PixelBudget:
+    """Bounds how many pixels are read at once. Any thread may call it."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken = most, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room for a picture of this size. One that is larger than all goes alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken == 0 or self._taken + pixels <= self._most)
+            self._taken += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= pixels
+                self._changed.notify_all()
+
+
+_reading = PixelBudget(MAX_PIXELS_AT_ONCE)
+
+
 def decode_all(images: Mapping[str, bytes]) -> dict[str, Picture]:
-    """Raises InvalidRequest naming the picture that cannot be used."""
+    """Raises InvalidRequest naming the picture that cannot be used, or that is too much, before any is decoded."""
+    total = 0
+    for name, content in images.items():
+        width, height = _open(name, content).size
+        total += width * height
+        if total > MAX_PIXELS_OF_REQUEST:
+            raise InvalidRequest(
+                f"images.{name}: with it, the request's pictures have more than {MAX_PIXELS_OF_REQUEST} pixels in all; "
+                "send fewer, or smaller ones",
+                field=f"images.{name}",
+            )
     return {name: decode(name, content) for name, content in images.items()}
 
 
 def decode(name: str, content: bytes) -> Picture:
-    """A still PNG, JPEG or WebP; its size is read and checked before its pixels are.
+    """A still PNG, JPEG or WebP; its size is read and checked before its pixels are. Raises InvalidRequest."""
 
-    Raises InvalidRequest.
-    """
+    def read() -> NDArray[np.uint8]:
+        return _pixels(name, content)
+
+    height, width = read().shape[:2]
+    return Picture(name, f"sha256:{hashlib.sha256(content).hexdigest()}", (width, height), read)
+
+
+def _open(name: str, content: bytes) -> Image.Image:
+    """Read the header."""
     field = f"images.{name}"
     try:
         with warnings.catch_warnings():
@@ -72,12 +126,17 @@ def decode(name: str, content: bytes) -> Picture:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise _too_large(field, f"{width}x{height}")
-    try:
-        upright = ImageOps.exif_transpose(picture)
-        pixels = np.asarray(to_eight_bits(upright))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise InvalidRequest(f"{field}: the picture cannot be read ({error}); send another", field=field) from error
-    return Picture(name, f"sha256:{hashlib.sha256(content).hexdigest()}", pixels)
+    return picture
+
+
+def _pixels(name: str, content: bytes) -> NDArray[np.uint8]:
+    field, picture = f"images.{name}", _open(name, content)
+    with _reading.take(picture.width * picture.height):
+        try:
+            pixels: NDArray[np.uint8] = np.asarray(to_eight_bits(ImageOps.exif_transpose(picture)))
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise InvalidRequest(f"{field}: the picture cannot be read ({error}); send another", field=field) from error
+    return pixels
 
 
 def _too_large(field: str, what: str) -> InvalidRequest:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -71,3 +75,55 @@ def test_what_cannot_be_used_is_refused_by_name(content: bytes, message: str) ->
         pictures.decode("style", content)
     assert caught.value.fields["field"] == "images.style"
     assert "style" in caught.value.message
+
+
+def large(side: int = 4096) -> bytes:
+    return encode(Image.new("1", (side, side)), "PNG")
+
+
+def test_pixels_of_a_request_are_counted_from_headers_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "to_eight_bits", lambda _: pytest.fail("a picture was decoded"))
+    images = {f"p{index}": large() for index in range(5)}
+    with pytest.raises(InvalidRequest, match=r"images\.p4: with it, .* more than 67108864 pixels in all") as caught:
+        pictures.decode_all(images)
+    assert caught.value.fields["field"] == "images.p4"
+
+
+def test_an_open_request_keeps_no_pixels() -> None:
+    tracemalloc.start()
+    try:
+        kept = pictures.decode_all({f"p{index}": large() for index in range(4)})
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert {picture.size for picture in kept.values()} == {(4096, 4096)}
+    assert held < 1 << 20
+    assert peak < 13 * pictures.MAX_PIXELS, "one after another"
+
+
+def test_pictures_of_all_requests_are_read_within_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, most, lock = 0, 0, threading.Lock()
+    convert = pictures.to_eight_bits
+
+    def watched(picture: Image.Image) -> Image.Image:
+        nonlocal together, most
+        with lock:
+            together += picture.width * picture.height
+            most = max(most, together)
+        time.sleep(0.01)
+        converted = convert(picture)
+        with lock:
+            together -= picture.width * picture.height
+        return converted
+
+    monkeypatch.setattr(pictures, "to_eight_bits", watched)
+    monkeypatch.setattr(pictures, "_reading", pictures.PixelBudget(150 * 150))
+    content = encode(Image.new("RGB", (100, 100)), "PNG")
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda name: pictures.decode(str(name), content), range(16)))
+    assert most == 2 * 100 * 100
+
+
+def test_a_picture_that_is_larger_than_the_budget_is_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_reading", pictures.PixelBudget(1))
+    assert pictures.decode("a", encode(Image.new("RGB", (9, 5)), "PNG")).size == (9, 5)
