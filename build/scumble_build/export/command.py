@@ -111,13 +111,14 @@ def open_base(base: BaseFolder, precision: Precision) -> BaseGraphs:
 
     from scumble_build.export.graph import PRECISIONS
     from scumble_build.export.plan import BaseGraphs
+    from scumble_build.graphs.loading import load_whole
     from scumble_build.graphs.models import Models
 
     family, dtype = FAMILIES[base.family], PRECISIONS[precision]
     encoder = base.folder / "image_encoder"
     vision = None
     if (encoder / "config.json").is_file():
-        vision = CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=dtype, local_files_only=True)
+        vision = load_whole(CLIPVisionModelWithProjection, encoder, dtype)
     return BaseGraphs.of(Models.load(base.folder, family, dtype), family, precision, vision)
 
 

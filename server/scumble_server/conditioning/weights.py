@@ -8,6 +8,7 @@ from dataclasses import replace
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import VaeCompatibility
 from scumble_server.base import Base
+from scumble_server.executors.loading import loading
 from scumble_server.executors.protocol import Vae
 from scumble_server.memory.residency import Lease
 from scumble_server.methods import method_of
@@ -36,7 +37,8 @@ def _with_vae(weights: Weights, version: Version, registry: Registry, loaded: Le
     assert isinstance(compatibility, VaeCompatibility)
 
     def load() -> Vae:
-        return weights.executor.load_vae(registry.materialise(version))
+        with loading(version):
+            return weights.executor.load_vae(registry.materialise(version))
 
     key = ("vae", version.digest)
     itemsize = 4 if compatibility.float32 else weights.executor.dtype.itemsize

@@ -10,6 +10,7 @@ from scumble_build.engines.api import Flavour
 from scumble_build.graphs.families import Family
 from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
+from scumble_server.executors.loading import loading
 from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from scumble_server.executors.protocol import Executor
 from scumble_server.executors.tensorrt.executor import TensorRTExecutor
@@ -19,10 +20,15 @@ log = logging.getLogger(__name__)
 
 
 def load_executor(registry: Registry, version: Version, family: Family, config: ServerConfig) -> Executor:
-    """Load the executor of one base. Raises Unavailable, naming what is missing.
+    """Load the executor of one base. Raises Refused for one that is not whole, Unavailable, naming what is missing.
 
     If the configuration names TensorRT and no engine can be loaded, torch serves the base and a warning has the reason.
     """
+    with loading(version):
+        return _load(registry, version, family, config)
+
+
+def _load(registry: Registry, version: Version, family: Family, config: ServerConfig) -> Executor:
     folder = registry.materialise(version)
     if config.executor == "onnxruntime":
         cache = config.home / "cache" / "onnx"
