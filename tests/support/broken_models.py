@@ -1,4 +1,4 @@
-"""Models that are not whole, published as they could be before a model was compared with its config."""
+"""Models that are not whole, or whole in an old spelling; published as they could be before they were compared."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from scumble_registry.formats import structure
 
+Tensors = dict[str, torch.Tensor]
+
 
 @contextmanager
 def unchecked() -> Iterator[None]:
@@ -21,7 +23,7 @@ def unchecked() -> Iterator[None]:
         yield
 
 
-def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+def edit_tensors(file: Path, change: Callable[[Tensors], object]) -> Path:
     """Write a file of weights again after `change` altered the tensors by name."""
     tensors = load_file(file)
     change(tensors)
@@ -34,3 +36,19 @@ def without(folder: Path, copy: Path, file: str, tensor: str) -> Path:
     shutil.copytree(folder, copy)
     edit_tensors(copy / file, lambda tensors: tensors.pop(tensor))
     return copy
+
+
+def old_text(tensors: Tensors) -> None:
+    """Spell a text encoder as transformers < 4.31 did, as part of a whole CLIP."""
+    for name in list(tensors):
+        tensors["text_model." + name.removeprefix("text_model.")] = tensors.pop(name)
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    tensors["text_projection.weight"] = torch.zeros(32, 32)
+
+
+def old_vae(tensors: Tensors) -> None:
+    """Spell a VAE's attention as diffusers < 0.15 did."""
+    spellings = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for name in [name for name in tensors if ".attentions." in name]:
+        new, old = next(((new, old) for new, old in spellings.items() if f".{new}." in name), ("", ""))
+        tensors[name.replace(new, old) if new else name] = tensors.pop(name)

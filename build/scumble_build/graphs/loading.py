@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 
 from scumble.errors import Refused
-from scumble_registry.formats.structure import Mismatch, is_computed
+from scumble_registry.formats.structure import Mismatch, is_unused
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -34,7 +34,7 @@ def load_whole(kind: type[Model], folder: Path, dtype: torch.dtype) -> Model:
         raise Refused(f"{folder.name} cannot be loaded: {reason}") from error
     difference = Mismatch(
         missing=tuple(sorted(told["missing_keys"])),
-        unknown=tuple(sorted(name for name in told["unexpected_keys"] if not is_computed(name))),
+        unknown=tuple(sorted(name for name in told["unexpected_keys"] if not is_unused(kind.__name__, name))),
         misshapen={name: (tuple(actual), tuple(expected)) for name, actual, expected in told["mismatched_keys"]},
     )
     difference.refuse(folder.name)

@@ -33,6 +33,7 @@ _SHOWN = 8
 _OLD_ATTENTION = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _TEXT_PREFIX = "text_model."
+_OF_WHOLE_CLIP = frozenset({"text_projection.weight", "logit_scale"})
 _BUILD_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError, AttributeError)
 
 
@@ -73,17 +74,21 @@ def compare(kind: ModelClass, config: Mapping[str, Any], tensors: Mapping[str, S
 
     Raises Refused for a config that describes no such model, Unavailable without torch and diffusers.
     """
-    return compare_shapes(described(kind, json.dumps(config, sort_keys=True), 4 * len(tensors) + 1000), tensors)
+    needed = {name: shape for name, shape in tensors.items() if not is_unused(kind, name)}
+    return compare_shapes(described(kind, json.dumps(config, sort_keys=True), most_of(tensors)), needed)
 
 
-def compare_shapes(described_shapes: Mapping[str, Shape], tensors: Mapping[str, Shape]) -> Mismatch:
-    """Compare names and shapes, in any of the spellings that `current_name` knows."""
-    left = dict(described_shapes)
+def most_of(tensors: Mapping[str, Shape]) -> int:
+    """Return the number of tensors beyond which a config cannot be that of `tensors`, even if most are missing."""
+    return 4 * len(tensors) + 1000
+
+
+def compare_shapes(of_config: Mapping[str, Shape], tensors: Mapping[str, Shape]) -> Mismatch:
+    """Compare names and shapes; the names of `tensors` in any of the spellings that `current_name` knows."""
+    left = dict(of_config)
     unknown: list[str] = []
     misshapen: dict[str, tuple[Shape, Shape]] = {}
     for name, shape in sorted(tensors.items()):
-        if is_computed(name):
-            continue
         expected = left.pop(current_name(name), None)
         if expected is None:
             unknown.append(name)
@@ -103,9 +108,11 @@ def current_name(name: str) -> str:
     return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_NEW_ATTENTION[m[2]]}.", name.removeprefix(_TEXT_PREFIX))
 
 
-def is_computed(name: str) -> bool:
-    """Return whether it is a table that old files hold and loaders compute: the numbers of the positions."""
-    return name.endswith("embeddings.position_ids")
+def is_unused(kind: str, name: str) -> bool:
+    """Return whether old files of this class hold a tensor that is not needed: the numbers of positions, which are
+    computed; the projection and scale of the whole CLIP that a text encoder was a part of.
+    """
+    return name.endswith("embeddings.position_ids") or (kind == "CLIPTextModel" and name in _OF_WHOLE_CLIP)
 
 
 @lru_cache(maxsize=32)

@@ -28,7 +28,7 @@ from scumble_registry.formats.dreambooth.delta import (
 from scumble_registry.formats.format import Difference, Format
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source
-from scumble_registry.formats.structure import Mismatch, is_computed
+from scumble_registry.formats.structure import Mismatch, is_unused
 
 KIND = "dreambooth"
 _SCHEDULER = "scheduler/scheduler_config.json"
@@ -46,6 +46,7 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
     whole = base_format.in_diffusers_layout(source)
     own, _ = base_format.examine(whole.source)
     _check_architecture(own, base)
+    whole = base_format.only_whole_components(whole)
     folder = source.base_folder()
     files: dict[str, Path] = {}
     changed: dict[str, int] = {}
@@ -139,7 +140,8 @@ def read_changed(stored: Path, base_folder: Path) -> dict[str, dict[str, Array]]
         component = delta.parent.relative_to(stored).as_posix()
         of_base = _tensors(base_folder / component)
         if component not in by_component:
-            missing = {name for name in of_base if not is_computed(name)} - _published_names(stored / component)
+            needed = {name for name in of_base if not is_unused("CLIPTextModel", name)}
+            missing = needed - _published_names(stored / component)
             Mismatch(missing=tuple(sorted(missing))).refuse(component)
         changed = read_delta(delta, of_base)
         by_component.setdefault(component, {}).update({plain(name): values for name, values in changed.items()})
