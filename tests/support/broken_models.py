@@ -32,9 +32,9 @@ def edit_tensors(file: Path, change: Callable[[Tensors], object]) -> Path:
 
 
 def without(folder: Path, copy: Path, file: str, tensor: str) -> Path:
-    """Copy a folder, with one tensor fewer in one of its files."""
+    """Copy a folder; one of its files lacks the tensor whose name ends so."""
     shutil.copytree(folder, copy)
-    edit_tensors(copy / file, lambda tensors: tensors.pop(tensor))
+    edit_tensors(copy / file, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith(tensor))))
     return copy
 
 

@@ -91,7 +91,7 @@ def load_base(base: TrainingBase, *, dtype: torch.dtype | None = None) -> Pipeli
     from transformers.utils.logging import disable_progress_bar as disable_loading_bar
 
     from scumble_build.graphs.families import FAMILIES
-    from scumble_build.graphs.loading import load_whole
+    from scumble_build.graphs.loading import load_whole, loading
     from scumble_build.graphs.models import text_class
 
     disable_progress_bar()
@@ -100,17 +100,20 @@ def load_base(base: TrainingBase, *, dtype: torch.dtype | None = None) -> Pipeli
     unchecked = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
     chosen = dtype or torch.float32
     # Loaded here, because a pipeline fills what is missing at random.
-    texts = {
-        part.encoder: load_whole(text_class(part), base.folder / part.encoder, chosen)
-        for part in FAMILIES["sdxl" if xl else "sd1"].texts
-    }
+    with loading(base.ref or str(base.folder), base.digest):
+        whole = {
+            "unet": load_whole(UNet2DConditionModel, base.folder / "unet", chosen),
+            "vae": load_whole(AutoencoderKL, base.folder / "vae", torch.float32),
+            **{
+                part.encoder: load_whole(text_class(part), base.folder / part.encoder, chosen)
+                for part in FAMILIES["sdxl" if xl else "sd1"].texts
+            },
+        }
     pipeline: Pipeline = DiffusionPipeline.from_pretrained(
         base.folder,
         dtype={"default": chosen, "vae": torch.float32},
         local_files_only=True,
-        unet=load_whole(UNet2DConditionModel, base.folder / "unet", chosen),
-        vae=load_whole(AutoencoderKL, base.folder / "vae", torch.float32),
-        **texts,
+        **whole,
         **unchecked,
     )
     for part in pipeline.components.values():

@@ -5,6 +5,8 @@ diffusers and transformers fill missing tensors at random, or leave them without
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,3 +42,16 @@ def load_whole(kind: type[Model], folder: Path, dtype: torch.dtype) -> Model:
     difference.refuse(folder.name)
     loaded: Model = model
     return loaded
+
+
+@contextmanager
+def loading(ref: str, digest: str, part: str = "") -> Iterator[None]:
+    """Raise a Refused that names the version, and `part` of it, in place of one that names only tensors."""
+    try:
+        yield
+    except Refused as error:
+        of = f"{part} of " if part else ""
+        raise type(error)(
+            f"{of}{ref} ({digest}) cannot be loaded: {error.message}",
+            **{**error.fields, "ref": ref, "digest": digest},
+        ) from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from scumble_build.graphs.loading import loading
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import VaeCompatibility
 from scumble_server.base import Base
-from scumble_server.executors.loading import loading
 from scumble_server.executors.protocol import Vae
 from scumble_server.memory.residency import Lease
 from scumble_server.methods import method_of
@@ -37,7 +37,7 @@ def _with_vae(weights: Weights, version: Version, registry: Registry, loaded: Le
     assert isinstance(compatibility, VaeCompatibility)
 
     def load() -> Vae:
-        with loading(version):
+        with loading(version.ref, version.digest):
             return weights.executor.load_vae(registry.materialise(version))
 
     key = ("vae", version.digest)

@@ -8,9 +8,9 @@ from pathlib import Path
 from scumble.errors import IntegrityError, NotFound, Refused, Unavailable
 from scumble_build.engines.api import Flavour
 from scumble_build.graphs.families import Family
+from scumble_build.graphs.loading import loading
 from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
-from scumble_server.executors.loading import loading
 from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from scumble_server.executors.protocol import Executor
 from scumble_server.executors.tensorrt.executor import TensorRTExecutor
@@ -24,7 +24,7 @@ def load_executor(registry: Registry, version: Version, family: Family, config: 
 
     If the configuration names TensorRT and no engine can be loaded, torch serves the base and a warning has the reason.
     """
-    with loading(version):
+    with loading(version.ref, version.digest):
         return _load(registry, version, family, config)
 
 

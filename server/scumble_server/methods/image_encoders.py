@@ -11,12 +11,12 @@ from math import prod
 from pathlib import Path
 
 from scumble.errors import Incompatible, Refused
+from scumble_build.graphs.loading import loading
 from scumble_build.graphs.vision import PREPARATION, EncodedPictures, ImageEncoder
 from scumble_registry import Version
 from scumble_registry.compatibility import ImageEncoderCompatibility, IpAdapterCompatibility
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.base import Base
-from scumble_server.executors.loading import loading
 from scumble_server.methods.context import Context
 from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.pictures import Picture
@@ -117,7 +117,7 @@ def _load(context: Context, location: ImageEncoderLocation) -> ImageEncoder:
     nbytes = sum(prod(info.shape) for info in header.tensors.values()) * dtype.itemsize
 
     def load() -> ImageEncoder:
-        with loading(location.version, location.part):
+        with loading(location.version.ref, location.version.digest, location.part):
             return ImageEncoder(location.folder, location.preparation, context.executor.device, dtype)
 
     return context.device.get(("image_encoder", location.key), nbytes, load)

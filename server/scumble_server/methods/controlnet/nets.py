@@ -19,7 +19,7 @@ from scumble_build.control_maps import Pixels, control_map
 from scumble_build.graphs.control_models import load_net, load_t2i, load_union
 from scumble_build.graphs.inputs import level_sizes
 from scumble_build.graphs.lllite import Embeddings, LLLite, load_lllite
-from scumble_server.executors.loading import loading
+from scumble_build.graphs.loading import loading
 from scumble_server.executors.protocol import Net, NetModel
 from scumble_server.methods.context import Context, Text
 from scumble_server.methods.controlnet.checks import (
@@ -77,7 +77,7 @@ def _control(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Contro
 def _lite(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Control:
     def load() -> LLLite:
         folder = context.registry.materialise(adapter.version)
-        with loading(adapter.version):
+        with loading(adapter.version.ref, adapter.version.digest):
             return load_lllite(folder, context.base.compatibility.targets).to_like(like)
 
     key = ("lllite", adapter.version.digest, context.base.version.digest)
@@ -120,7 +120,7 @@ def _net(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Net:
 
     def load() -> NetModel:
         folder = context.registry.materialise(adapter.version)
-        with loading(adapter.version):
+        with loading(adapter.version.ref, adapter.version.digest):
             return load_union(folder) if fit.form == "union" else load_net(folder, unet)
 
     executor = context.base_weights.executor
@@ -150,7 +150,7 @@ def _features(context: Context, adapter: ResolvedAdapter, like: Tensor) -> tuple
 
     def load() -> T2IAdapter:
         folder = context.registry.materialise(adapter.version)
-        with loading(adapter.version):
+        with loading(adapter.version.ref, adapter.version.digest):
             return load_t2i(folder).to(like.device, like.dtype)
 
     network = context.device.get(("t2i", adapter.version.digest), fit.parameters * like.element_size(), load)

@@ -14,11 +14,11 @@ from transformers import CLIPTokenizer
 
 from scumble.errors import Incompatible, InvalidRequest
 from scumble_build.graphs.arrays import as_tensor
+from scumble_build.graphs.loading import loading
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import DreamboothCompatibility
 from scumble_registry.formats.dreambooth import KIND, read_changed
 from scumble_server.base import Base, load_tokenizers
-from scumble_server.executors.loading import loading
 from scumble_server.executors.protocol import Executor
 from scumble_server.memory.residency import Lease
 from scumble_server.methods.context import Weights
@@ -88,7 +88,7 @@ class _Checkpoint:
 
 def _load(version: Version, own: Weights, base: Base, registry: Registry) -> _Checkpoint:
     stored, of_base = registry.stored(version), registry.stored(base.version)
-    with loading(version):
+    with loading(version.ref, version.digest):
         changed = {
             component: {name: as_tensor(values) for name, values in tensors.items()}
             for component, tensors in read_changed(stored, of_base).items()
