@@ -31,7 +31,7 @@ _LIBRARIES = {
     "stable_diffusion",
     None,
 }  # the libraries that model_index.json may name; a folder's own modules are refused
-_CLASSES: dict[str, ModelClass] = {
+CLASSES: dict[str, ModelClass] = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
@@ -75,7 +75,7 @@ def in_diffusers_layout(source: Source) -> Unpacked:
 def only_whole_components(unpacked: Unpacked) -> Unpacked:
     """Compare every component that is served with its config. Raises Refused, naming what differs, and Unavailable."""
     source = unpacked.source
-    classes = {folder: kind for folder, kind in _CLASSES.items() if f"{folder}/config.json" in source.files}
+    classes = {folder: kind for folder, kind in CLASSES.items() if f"{folder}/config.json" in source.files}
     if image_encoder.has_config(source, image_encoder.FOLDER):
         classes["image_encoder"] = "CLIPVisionModelWithProjection"
     whole = only_whole(source, classes)

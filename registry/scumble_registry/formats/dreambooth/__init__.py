@@ -140,7 +140,8 @@ def read_changed(stored: Path, base_folder: Path) -> dict[str, dict[str, Array]]
         component = delta.parent.relative_to(stored).as_posix()
         of_base = _tensors(base_folder / component)
         if component not in by_component:
-            needed = {name for name in of_base if not is_unused("CLIPTextModel", name)}
+            kind = base_format.CLASSES.get(component, "")
+            needed = {name for name in of_base if not is_unused(kind, name)}
             missing = needed - _published_names(stored / component)
             Mismatch(missing=tuple(sorted(missing))).refuse(component)
         changed = read_delta(delta, of_base)

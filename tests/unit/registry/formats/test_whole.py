@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +14,16 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from scumble.errors import Refused
+from scumble.errors import Refused, Unavailable
 from scumble_registry import Registry
+from scumble_registry.formats import structure
+from scumble_registry.formats.dreambooth import read_changed
 from scumble_registry.formats.source import Hints
 from support import control_nets
-from support.broken_models import Tensors, edit_tensors, old_text, old_vae
+from support.broken_models import Tensors, edit_tensors, old_text, old_vae, unchecked
 from support.commands import Scumble
 from support.single_files import write_single_file
+from support.tiny_families import make_tiny_sdxl
 from support.tiny_ip import make_image_encoder, make_ip_adapter
 from support.tiny_variant import make_checkpoint
 
@@ -171,6 +175,32 @@ def test_a_checkpoint_without_a_norm_does_not_take_its_bases(
     edit_tensors(tuned / UNET, take("conv_norm_out.weight"))
     with pytest.raises(Refused, match=r"unet lacks 1 tensor that its config describes: conv_norm_out\.weight"):
         registry.publish(tuned, "b/a", base="b/base")
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor"), [(UNET, "conv_norm_out.weight"), (f"text_encoder_2/{TRANSFORMERS}", "final_layer_norm.bias")]
+)
+def test_nor_does_one_that_was_published_before_this_was_checked(
+    registry: Registry, tmp_path: Path, file: str, tensor: str
+) -> None:
+    base = make_tiny_sdxl(tmp_path / "base")
+    parts = ("unet", "text_encoder_2")
+    tuned = make_checkpoint(base, tmp_path / "tuned", seed=1, components=parts)
+    edit_tensors(tuned / file, take(tensor))
+    first = registry.publish(base, "b/base")
+    with unchecked():
+        version = registry.publish(tuned, "b/a", base="b/base")
+    with pytest.raises(Refused, match=rf"lacks 1 tensor .*{re.escape(tensor)}"):
+        read_changed(registry.stored(version), registry.stored(first))
+
+
+def test_without_diffusers_a_whole_model_cannot_be_published(
+    registry: Registry, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers.utils", None)
+    structure.described.cache_clear()
+    with pytest.raises(Unavailable, match=r"pip install 'scumble\[build\]'"):
+        registry.publish(folder, "b/a")
 
 
 def test_an_image_encoder_that_is_not_whole_is_refused_alone_and_in_an_adapters_folder(
