@@ -57,6 +57,14 @@ class Base:
     """In its own `image_encoder/`, for IP-Adapters that come without."""
 
     @property
+    def ref(self) -> str:
+        return self.version.ref
+
+    @property
+    def digest(self) -> str:
+        return self.version.digest
+
+    @property
     def family(self) -> Family:
         return FAMILIES[self.compatibility.family]
 

@@ -32,7 +32,8 @@ from scumble_registry import Registry
 from scumble_server import request_log
 from scumble_server.admission.admit import Admitted, admit
 from scumble_server.admission.open_requests import OpenRequests
-from scumble_server.base import Base, load_base
+from scumble_server.base import Base
+from scumble_server.bases import FailedBase, load_bases
 from scumble_server.conditioning.condition import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
 from scumble_server.denoise.counters import Counters
@@ -109,12 +110,13 @@ class Service:
         self,
         config: ServerConfig,
         registry: Registry,
-        bases: Sequence[Base],
+        bases: Sequence[Base | FailedBase],
         weights: Residency,
         heartbeat: Heartbeat = lambda _: None,
     ) -> None:
         """The first of `bases` is for requests that name none; `weights` holds what is loaded of them."""
-        self.bases = tuple(bases)
+        self._all_bases = tuple(bases)
+        self.bases = tuple(base for base in bases if isinstance(base, Base))
         self._config = config
         self._registry = registry
         self._counters = Counters()
@@ -141,14 +143,17 @@ class Service:
 
     @classmethod
     def open(cls, config: ServerConfig, heartbeat: Heartbeat = lambda _: None) -> Service:
-        """Load the bases and start. Raises ScumbleError if the registry or one of them is not there."""
+        """Load the bases and start. One that cannot be loaded is logged, and requests for it are refused.
+
+        Raises ScumbleError if the registry is not there or no base can be loaded.
+        """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         registry = Registry.open(config.home, create=False)
         weights = Residency(config.weights_cache_bytes, "weight")
         try:
             with own_stream(config.device):
-                bases = [load_base(registry, ref, config, weights) for ref in (config.base, *config.more_bases)]
+                bases = load_bases(registry, config, weights)
                 settle(config.device)
         except BaseException:
             weights.clear()
@@ -202,7 +207,7 @@ class Service:
             job.check()
             request = read()
             job.limit_by(request.options)
-            admitted = admit(request, self.bases, self._registry, self._config.max_pixels)
+            admitted = admit(request, self._all_bases, self._registry, self._config.max_pixels)
             job.check()
             job.admit(admitted)
         except Exception as error:
@@ -221,7 +226,7 @@ class Service:
         return Stats(
             **self._counters.snapshot().model_dump(),
             open_requests=self._open_requests.count,
-            base=self.bases[0].version.ref,
+            base=self._all_bases[0].ref,
             bases=[base.version.ref for base in self.bases],
             host_cache=self._host.stats(),
             device_cache=self._device.stats(),

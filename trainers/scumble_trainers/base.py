@@ -82,20 +82,39 @@ def identify_base(located: LocatedBase, home: Path) -> TrainingBase:
 def load_base(base: TrainingBase, *, dtype: torch.dtype | None = None) -> Pipeline:
     """Load a base as a diffusers pipeline without safety checker, all weights frozen, the autoencoder in fp32.
 
-    `dtype` is that of the other components, by default fp32.
+    `dtype` is that of the other components, by default fp32. Raises Refused for a base that is not whole.
     """
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
     from diffusers.utils.logging import disable_progress_bar
     from torch import nn
     from transformers.utils.logging import disable_progress_bar as disable_loading_bar
+
+    from scumble_build.graphs.families import FAMILIES
+    from scumble_build.graphs.loading import load_whole, loading
+    from scumble_build.graphs.models import text_class
 
     disable_progress_bar()
     disable_loading_bar()
     xl = pipeline_kind(base.folder) == "StableDiffusionXLPipeline"
     unchecked = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
+    chosen = dtype or torch.float32
+    # Loaded here, because a pipeline fills what is missing at random.
+    with loading(base.ref or str(base.folder), base.digest):
+        whole = {
+            "unet": load_whole(UNet2DConditionModel, base.folder / "unet", chosen),
+            "vae": load_whole(AutoencoderKL, base.folder / "vae", torch.float32),
+            **{
+                part.encoder: load_whole(text_class(part), base.folder / part.encoder, chosen)
+                for part in FAMILIES["sdxl" if xl else "sd1"].texts
+            },
+        }
     pipeline: Pipeline = DiffusionPipeline.from_pretrained(
-        base.folder, dtype={"default": dtype or torch.float32, "vae": torch.float32}, local_files_only=True, **unchecked
+        base.folder,
+        dtype={"default": chosen, "vae": torch.float32},
+        local_files_only=True,
+        **whole,
+        **unchecked,
     )
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):

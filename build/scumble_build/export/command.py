@@ -113,19 +113,21 @@ def find_base(ref: str, home: Path) -> BaseFolder:
 
 
 def open_base(base: BaseFolder, precision: Precision) -> BaseGraphs:
-    """Load a base's networks."""
+    """Load a base's networks. Raises Refused for one that is not whole."""
     from transformers import CLIPVisionModelWithProjection
 
     from scumble_build.export.graph import PRECISIONS
     from scumble_build.export.plan import BaseGraphs
+    from scumble_build.graphs.loading import load_whole, loading
     from scumble_build.graphs.models import Models
 
     family, dtype = FAMILIES[base.family], PRECISIONS[precision]
     encoder = base.folder / "image_encoder"
     vision = None
-    if (encoder / "config.json").is_file():
-        vision = CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=dtype, local_files_only=True)
-    return BaseGraphs.of(Models.load(base.folder, family, dtype), family, precision, vision)
+    with loading(str(base.folder), base.digest):
+        if (encoder / "config.json").is_file():
+            vision = load_whole(CLIPVisionModelWithProjection, encoder, dtype)
+        return BaseGraphs.of(Models.load(base.folder, family, dtype), family, precision, vision)
 
 
 def open_net(ref: str, base: BaseFolder, home: Path, precision: Precision) -> tuple[NetGraphs, str]:
@@ -134,6 +136,7 @@ def open_net(ref: str, base: BaseFolder, home: Path, precision: Precision) -> tu
     """
     from scumble_build.export.control import NetGraphs
     from scumble_build.graphs.control_models import load_net, load_union
+    from scumble_build.graphs.loading import loading
 
     with Registry.open(home) as registry:
         version = registry.resolve(ref)
@@ -141,5 +144,6 @@ def open_net(ref: str, base: BaseFolder, home: Path, precision: Precision) -> tu
         if not isinstance(compatibility, ControlNetCompatibility) or compatibility.form in {"t2i", "lllite"}:
             raise Refused(f"{version.ref} is not a ControlNet; name one, or leave --controlnet out", ref=ref)
         folder = registry.materialise(version)
-    model = load_union(folder) if compatibility.form == "union" else load_net(folder, lambda: base.folder / "unet")
+    with loading(version.ref, version.digest):
+        model = load_union(folder) if compatibility.form == "union" else load_net(folder, lambda: base.folder / "unet")
     return NetGraphs.of(model, precision), version.digest

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scumble.errors import Refused
 from scumble_build.graphs.arrays import as_tensor
+from scumble_build.graphs.loading import load_whole
 from scumble_registry.formats.controlnet import FILE_NAME, NetWeights, is_original, read_weights
 from scumble_registry.formats.safetensors_header import read_header
 
@@ -82,7 +83,7 @@ def _structure(weights: NetWeights, unet: Path) -> ControlNetModel:
     while (name := f"{_EMBEDDING}blocks.{2 * len(widths) - 1}.weight") in full:
         widths.append(full[name].shape[0])
     if weights.needs_base:
-        base = UNet2DConditionModel.from_pretrained(unet, local_files_only=True, torch_dtype=torch.float32)
+        base = load_whole(UNet2DConditionModel, unet, torch.float32)
     else:
         with torch.device("meta"):
             base = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(unet, local_files_only=True))

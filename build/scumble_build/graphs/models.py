@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble_build.graphs.families import Family, TextPart
+from scumble_build.graphs.loading import load_whole
 
 TextModel: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
@@ -26,12 +27,10 @@ class Models:
 
     @classmethod
     def load(cls, folder: Path, family: Family, dtype: torch.dtype) -> Models:
-        texts = {
-            part.encoder: text_class(part).from_pretrained(folder / part.encoder, dtype=dtype, local_files_only=True)
-            for part in family.texts
-        }
+        """Load a base strictly. Raises Refused, naming component and tensors, if it is not whole."""
+        texts = {part.encoder: load_whole(text_class(part), folder / part.encoder, dtype) for part in family.texts}
         return cls(
-            UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True),
+            load_whole(UNet2DConditionModel, folder / "unet", dtype),
             texts,
             load_autoencoder(folder / "vae", dtype),
         )
@@ -42,9 +41,9 @@ def text_class(part: TextPart) -> type[TextModel]:
 
 
 def load_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
-    """Load the VAE from a folder in the diffusers layout."""
+    """Load the VAE strictly from a folder in the diffusers layout. Raises Refused."""
     config = AutoencoderKL.load_config(folder, local_files_only=True)
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=vae_dtype(config, dtype), local_files_only=True)
+    return load_whole(AutoencoderKL, folder, vae_dtype(config, dtype))
 
 
 def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:

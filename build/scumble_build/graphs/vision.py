@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
+from scumble_build.graphs.loading import load_whole
+
 PREPARATION = "preprocessor_config.json"
 
 
@@ -32,9 +34,9 @@ class ImageEncoder:
         """Load the tower from `folder`, as CLIPVisionModelWithProjection saves it.
 
         `preparation` is a folder with preprocessor_config.json; None prepares pictures as CLIP does, at the tower's
-        size.
+        size. Raises Refused if the tower is not whole.
         """
-        model: Any = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
+        model: Any = load_whole(CLIPVisionModelWithProjection, folder, torch.float32)
         size: int = model.config.image_size
         # Not CLIPImageProcessor: with torchvision installed that is another class, which resizes slightly differently.
         self._preparation: Any = (

@@ -38,7 +38,11 @@ SamplingText = Annotated[
     typer.Option(help="""How it is meant to be sampled: JSON or a file, e.g. '{"scheduler": "lcm", "steps": 4}'."""),
 ]
 AllowLeftover = Annotated[
-    bool, typer.Option("--allow-leftover", help="Leave unknown keys out; the manifest names them.")
+    bool,
+    typer.Option(
+        "--allow-leftover",
+        help="Leave unknown keys out, and what they do to pictures with them; the manifest names them.",
+    ),
 ]
 MaxSize = Annotated[
     str | None,

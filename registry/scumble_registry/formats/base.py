@@ -7,19 +7,21 @@ Everything is read from configs and headers. Weights that a folder holds in one 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry.compatibility import BaseCompatibility, Family, PredictionType, Shape, canonical_name, vae_scale
-from scumble_registry.formats import checkpoint
+from scumble_registry.formats import checkpoint, image_encoder
 from scumble_registry.formats.checkpoint.precision import one_precision
 from scumble_registry.formats.floats import check_finite
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, Unpacked, check_plain
+from scumble_registry.formats.structure import ModelClass
+from scumble_registry.formats.whole import only_whole
 from scumble_registry.manifest import Defaults
 
 KIND = "base"
@@ -29,6 +31,13 @@ _LIBRARIES = {
     "stable_diffusion",
     None,
 }  # the libraries that model_index.json may name; a folder's own modules are refused
+CLASSES: dict[str, ModelClass] = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
+"""The classes that a server loads the components as."""
 _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _OPENCLIP_WIDTH = 1024  # SD 2's text encoder
 
@@ -42,6 +51,7 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
         raise InvalidRequest("a base is published for no other base: leave --base out", field="base")
     whole = in_diffusers_layout(source)
     compatibility, defaults = examine(whole.source)
+    whole = only_whole_components(whole)
     details = {**whole.details, "serving": "base", "family_told_by": f"text encoders {compatibility.text_widths} wide"}
     return Draft(
         whole.source.files,
@@ -60,6 +70,16 @@ def in_diffusers_layout(source: Source) -> Unpacked:
     if source.hints.like is not None or source.hints.ema:
         raise InvalidRequest("a folder in the diffusers layout is complete of its own: leave --like and --ema out")
     return one_precision(source)
+
+
+def only_whole_components(unpacked: Unpacked) -> Unpacked:
+    """Compare every component that is served with its config. Raises Refused, naming what differs, and Unavailable."""
+    source = unpacked.source
+    classes = {folder: kind for folder, kind in CLASSES.items() if f"{folder}/config.json" in source.files}
+    if image_encoder.has_config(source, image_encoder.FOLDER):
+        classes["image_encoder"] = "CLIPVisionModelWithProjection"
+    whole = only_whole(source, classes)
+    return replace(unpacked, source=whole.source, leftover=tuple(sorted({*unpacked.leftover, *whole.leftover})))
 
 
 def examine(source: Source) -> tuple[BaseCompatibility, Defaults]:

@@ -15,23 +15,32 @@ from scumble_registry.formats.floats import check_finite
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
+from scumble_registry.formats.whole import only_whole
 
 KIND = "image_encoder"
 FOLDER = "image_encoder/"
 """The folder of an IP-Adapter's own encoder, beside its file."""
+_MODEL_TYPE = "clip_vision_model"
 _DEFAULTS = {"hidden_size": 768, "projection_dim": 512, "image_size": 224, "patch_size": 32}
 """transformers' defaults for fields that a config leaves out."""
 
 
 def recognises(source: Source) -> bool:
-    return "config.json" in source.files and _config(source, "").get("model_type") == "clip_vision_model"
+    return has_config(source, "")
+
+
+def has_config(source: Source, prefix: str) -> bool:
+    """Return whether `prefix + config.json` is an image encoder's."""
+    return f"{prefix}config.json" in source.files and _config(source, prefix).get("model_type") == _MODEL_TYPE
 
 
 def read(source: Source, base: BaseCompatibility | None) -> Draft:
     if base is not None:
         raise InvalidRequest("an image encoder is published for no base: leave --base out", field="base")
     check_plain(source)
-    return Draft(source.files, inspect(source, ""))
+    compatibility = inspect(source, "")
+    whole = only_whole(source, {"": "CLIPVisionModelWithProjection"}, "the image encoder")
+    return Draft(whole.source.files, compatibility, leftover=whole.leftover)
 
 
 def inspect(source: Source, prefix: str) -> ImageEncoderCompatibility:
@@ -40,7 +49,7 @@ def inspect(source: Source, prefix: str) -> ImageEncoderCompatibility:
     Raises Refused where weights and config disagree.
     """
     config = _config(source, prefix)
-    if config.get("model_type") != "clip_vision_model":
+    if config.get("model_type") != _MODEL_TYPE:
         raise Refused(
             f"{prefix}config.json has model_type {config.get('model_type')!r}; an image encoder is a "
             "CLIPVisionModelWithProjection (clip_vision_model)"

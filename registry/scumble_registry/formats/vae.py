@@ -17,6 +17,7 @@ from scumble_registry.formats.floats import check_finite
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, Unpacked, check_plain
+from scumble_registry.formats.whole import only_whole
 
 KIND = "vae"
 
@@ -47,8 +48,10 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
         raise Refused(
             f"config.json has latent_channels = {config.get('latent_channels', 4)!r}, but the weights have {channels}"
         )
+    complete = only_whole(source, {"": "AutoencoderKL"}, "the VAE")
+    tensors = read_header(complete.source.files[FILE_NAME]).tensors
     return Draft(
-        source.files,
+        complete.source.files,
         VaeCompatibility(
             latent_channels=channels,
             scale=vae_scale(config),
@@ -59,7 +62,7 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
         ),
         dialect=whole.dialect,
         details={"serving": "decodes and encodes images", **whole.details},
-        leftover=whole.leftover,
+        leftover=tuple(sorted({*whole.leftover, *complete.leftover})),
     )
 
 

@@ -13,6 +13,7 @@ from scumble_server.admission.resolve import resolve_adapter, resolve_base, reso
 from scumble_server.admission.settle import settle_passes
 from scumble_server.admission.texts import read_texts
 from scumble_server.base import Base
+from scumble_server.bases import FailedBase
 from scumble_server.denoise.schedulers import Table, table
 from scumble_server.methods import METHODS, method_of, scheduler_config_of
 from scumble_server.prompts.length import check_lengths
@@ -47,7 +48,7 @@ class Admitted:
     """The second pass, larger, which begins with the pictures of this one."""
 
 
-def admit(request: Request, bases: Sequence[Base], registry: Registry, max_pixels: int) -> Admitted:
+def admit(request: Request, bases: Sequence[Base | FailedBase], registry: Registry, max_pixels: int) -> Admitted:
     """Check a request and resolve what it names. The first of `bases` is for requests that name none.
 
     Raises InvalidRequest, NotFound or Refused, naming what is wrong.

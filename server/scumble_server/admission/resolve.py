@@ -9,25 +9,32 @@ from scumble.request import Adapter, Options, Request
 from scumble_registry import Registry, Version
 from scumble_server.admission.inputs import Inputs
 from scumble_server.base import Base
+from scumble_server.bases import FailedBase
 from scumble_server.methods import METHODS
 from scumble_server.methods.method import check_fields
 from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.block_weights import block_weights
 
 
-def resolve_base(request: Request, bases: Sequence[Base], registry: Registry) -> Base:
-    """The first of `bases` is for requests that name none. Raises NotFound, Refused."""
+def resolve_base(request: Request, bases: Sequence[Base | FailedBase], registry: Registry) -> Base:
+    """The first of `bases` is for requests that name none. Raises NotFound; Refused, also if it could not be loaded."""
     if request.base is None:
-        return bases[0]
+        return _loaded(bases[0])
     asked = registry.resolve(request.base)
     for base in bases:
-        if asked.digest == base.version.digest:
-            return base
-    served = ", ".join(base.version.ref for base in bases)
+        if asked.digest == base.digest:
+            return _loaded(base)
+    served = ", ".join(base.ref for base in bases if isinstance(base, Base))
     raise Refused(
         f"this server serves {served}, not {asked.ref}; name one of these, or start a server with --base {asked.ref}",
         base=served,
     )
+
+
+def _loaded(base: Base | FailedBase) -> Base:
+    if isinstance(base, FailedBase):
+        raise base.refused()
+    return base
 
 
 def resolve_vae(options: Options, base: Base, registry: Registry) -> Version | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from scumble_build.graphs.loading import loading
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import VaeCompatibility
 from scumble_server.base import Base
@@ -36,7 +37,8 @@ def _with_vae(weights: Weights, version: Version, registry: Registry, loaded: Le
     assert isinstance(compatibility, VaeCompatibility)
 
     def load() -> Vae:
-        return weights.executor.load_vae(registry.materialise(version))
+        with loading(version.ref, version.digest):
+            return weights.executor.load_vae(registry.materialise(version))
 
     key = ("vae", version.digest)
     itemsize = 4 if compatibility.float32 else weights.executor.dtype.itemsize

@@ -8,6 +8,7 @@ from pathlib import Path
 from scumble.errors import IntegrityError, NotFound, Refused, Unavailable
 from scumble_build.engines.api import Flavour
 from scumble_build.graphs.families import Family
+from scumble_build.graphs.loading import loading
 from scumble_registry import Registry, Version
 from scumble_server.config import ServerConfig
 from scumble_server.executors.onnxruntime.executor import OnnxRuntimeExecutor
@@ -20,10 +21,15 @@ log = logging.getLogger(__name__)
 
 
 def load_executor(registry: Registry, version: Version, family: Family, config: ServerConfig) -> Executor:
-    """Load the executor of one base. Raises Unavailable, naming what is missing.
+    """Load the executor of one base. Raises Refused for one that is not whole, Unavailable, naming what is missing.
 
     If the configuration names TensorRT and no engine can be loaded, torch serves the base and a warning has the reason.
     """
+    with loading(version.ref, version.digest):
+        return _load(registry, version, family, config)
+
+
+def _load(registry: Registry, version: Version, family: Family, config: ServerConfig) -> Executor:
     folder = registry.materialise(version)
     if config.executor == "onnxruntime":
         cache = config.home / "cache" / "onnx"

@@ -11,7 +11,9 @@ from math import prod
 from pathlib import Path
 
 from scumble.errors import Incompatible, Refused
+from scumble_build.graphs.loading import loading
 from scumble_build.graphs.vision import PREPARATION, EncodedPictures, ImageEncoder
+from scumble_registry import Version
 from scumble_registry.compatibility import ImageEncoderCompatibility, IpAdapterCompatibility
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.base import Base
@@ -25,12 +27,19 @@ _BASES_PREPARATION = "feature_extractor"  # where diffusers keeps it
 
 @dataclass(frozen=True, slots=True)
 class ImageEncoderLocation:
-    """An image encoder on disk. `key` names its content; `preparation` is the folder with preprocessor_config.json."""
+    """An image encoder on disk. `preparation` is the folder with preprocessor_config.json."""
 
-    key: tuple[str, str]
+    version: Version
+    part: str
+    """Its folder in the version; empty where it is the whole version."""
     folder: Path
     preparation: Path | None
     compatibility: ImageEncoderCompatibility
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The name of its content."""
+        return self.version.digest, self.part
 
     @property
     def positions(self) -> int:
@@ -71,14 +80,12 @@ def encoder_of(context: Context, adapter: ResolvedAdapter) -> ImageEncoderLocati
     registry, reads, named = context.registry, _compatibility(adapter), adapter.version.manifest.image_encoder
     if reads.encoder is not None:
         folder = registry.materialise(adapter.version) / _FOLDER
-        return ImageEncoderLocation((adapter.version.digest, _FOLDER), folder, _with_preparation(folder), reads.encoder)
+        return ImageEncoderLocation(adapter.version, _FOLDER, folder, _with_preparation(folder), reads.encoder)
     if named is not None:
         version = registry.resolve_digest(named)
         assert isinstance(version.manifest.compatibility, ImageEncoderCompatibility)
         folder = registry.materialise(version)
-        return ImageEncoderLocation(
-            (version.digest, ""), folder, _with_preparation(folder), version.manifest.compatibility
-        )
+        return ImageEncoderLocation(version, "", folder, _with_preparation(folder), version.manifest.compatibility)
     return encoder_in_base(context)
 
 
@@ -88,7 +95,7 @@ def encoder_in_base(context: Context) -> ImageEncoderLocation:
     assert base.image_encoder is not None
     root = context.registry.materialise(base.version)
     preparation = _with_preparation(root / _FOLDER, root / _BASES_PREPARATION)
-    return ImageEncoderLocation((base.version.digest, _FOLDER), root / _FOLDER, preparation, base.image_encoder)
+    return ImageEncoderLocation(base.version, _FOLDER, root / _FOLDER, preparation, base.image_encoder)
 
 
 def encode(context: Context, location: ImageEncoderLocation, picture: Picture | None) -> EncodedPictures:
@@ -108,11 +115,12 @@ def _load(context: Context, location: ImageEncoderLocation) -> ImageEncoder:
     dtype = context.executor.dtype
     header = read_header(location.folder / "model.safetensors")
     nbytes = sum(prod(info.shape) for info in header.tensors.values()) * dtype.itemsize
-    return context.device.get(
-        ("image_encoder", location.key),
-        nbytes,
-        lambda: ImageEncoder(location.folder, location.preparation, context.executor.device, dtype),
-    )
+
+    def load() -> ImageEncoder:
+        with loading(location.version.ref, location.version.digest, location.part):
+            return ImageEncoder(location.folder, location.preparation, context.executor.device, dtype)
+
+    return context.device.get(("image_encoder", location.key), nbytes, load)
 
 
 def _with_preparation(*folders: Path) -> Path | None:

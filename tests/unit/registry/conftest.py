@@ -1,10 +1,11 @@
-"""A base folder and LoRA files small enough to write in milliseconds: no torch."""
+"""A base folder and LoRA files small enough to write in milliseconds."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,35 @@ settings.load_profile("registry")  # machines are shared; a test never times
 
 WIDTH = 8
 UNET = {
-    "conv_in.weight": (4, 4, 3, 3),
-    "conv_in.bias": (4,),
-    "down_blocks.0.attentions.0.proj_in.weight": (4, 4, 1, 1),
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": (4, 4),
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (4, WIDTH),
-    "mid_block.resnets.0.norm1.weight": (4,),
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 16,
+    "in_channels": 4,
+    "cross_attention_dim": WIDTH,
+    "block_out_channels": [4],
+    "layers_per_block": 1,
+    "attention_head_dim": 1,
+    "norm_num_groups": 2,
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "latent_channels": 4,
+    "block_out_channels": [8, 8, 8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 TEXT = {
-    "encoder.layers.0.self_attn.q_proj.weight": (WIDTH, WIDTH),
-    "encoder.layers.0.layer_norm1.weight": (WIDTH,),
-    "embeddings.token_embedding.weight": (20, WIDTH),
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "vocab_size": 20,
+    "projection_dim": WIDTH,
 }
+_ENCODERS = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 Q_PROJ = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
@@ -69,29 +87,44 @@ def registry(home: Path) -> Iterator[Registry]:
         yield opened
 
 
+@cache
+def shapes_of(kind: str, config: str) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a model's tensors, as its own library saves them. Imports torch when a test first asks."""
+    import diffusers
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        if kind.startswith("CLIP"):
+            model = getattr(transformers, kind)(transformers.CLIPTextConfig(**json.loads(config)))
+        else:
+            model = getattr(diffusers, kind).from_config(json.loads(config))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def save_model(folder: Path, kind: str, config: dict[str, Any], draw: np.random.Generator, prefix: str = "") -> None:
+    """A whole model of random numbers with its config; `prefix` begins names that only old transformers had."""
+    shapes = shapes_of(kind, json.dumps(config))
+    names = {name: name if name.startswith((prefix, "text_projection")) else prefix + name for name in shapes}
+    tensors = {names[name]: draw.normal(size=shape).astype(np.float16) for name, shape in shapes.items()}
+    save(folder / f"{'model' if kind.startswith('CLIP') else 'diffusion_pytorch_model'}.safetensors", tensors)
+    save_json(folder / "config.json", config)
+
+
 @pytest.fixture
 def write_base(tmp_path: Path) -> BaseWriter:
-    def write_folder(name: str = "base", seed: int = 0, prefix: str = "text_model.") -> Path:
+    def write_folder(
+        name: str = "base", seed: int = 0, prefix: str = "text_model.", width: int = WIDTH, encoders: int = 1
+    ) -> Path:
         folder = tmp_path / name
         draw = np.random.default_rng(seed)
-        half = {key: draw.normal(size=shape).astype(np.float16) for key, shape in UNET.items()}
-        text = {prefix + key: draw.normal(size=shape).astype(np.float16) for key, shape in TEXT.items()}
-        save(folder / "unet/diffusion_pytorch_model.safetensors", half)
-        save(folder / "text_encoder/model.safetensors", text)
-        save(folder / "vae/diffusion_pytorch_model.safetensors", {"conv.weight": np.ones((1, 1), np.float16)})
-        save_json(
-            folder / "model_index.json",
-            {
-                "_class_name": "StableDiffusionPipeline",
-                "unet": ["diffusers", "UNet2DConditionModel"],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-            },
-        )
-        unet = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": WIDTH, "in_channels": 4}
-        save_json(folder / "unet/config.json", unet | {"sample_size": 16})
-        vae = {"_class_name": "AutoencoderKL", "latent_channels": 4, "block_out_channels": [8, 8, 8, 8]}
-        save_json(folder / "vae/config.json", vae)
-        save_json(folder / "text_encoder/config.json", {"hidden_size": WIDTH})
+        save_model(folder / "unet", "UNet2DConditionModel", UNET | {"cross_attention_dim": width * encoders}, draw)
+        index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+        for kind, encoder in list(_ENCODERS.items())[:encoders]:
+            save_model(folder / encoder, kind, TEXT | {"hidden_size": width}, draw, prefix)
+            index[encoder] = ["transformers", kind]
+        save_model(folder / "vae", "AutoencoderKL", VAE, draw)
+        save_json(folder / "model_index.json", index)
         save_json(folder / "scheduler/scheduler_config.json", {"beta_schedule": "scaled_linear"})
         save_json(folder / "tokenizer/vocab.json", {"a": 0})
         return folder

@@ -15,6 +15,7 @@ from scumble_build.graphs.families import FAMILIES
 from scumble_registry import Registry
 from scumble_server.executors.torch.executor import TorchExecutor, weights_bytes
 from scumble_server.memory.residency import Residency
+from support.broken_models import unchecked, without
 from support.tiny_families import make_tiny_sd2, make_tiny_sdxl
 
 if TYPE_CHECKING:
@@ -209,3 +210,39 @@ def test_absent_and_empty_negative_prompts_are_as_in_diffusers(
         assert (found[-1] - theirs).abs().max() <= 1e-3
     running.service.close()
     assert (bool((found[0] - found[1]).abs().max() >= 0.01)) == zero
+
+
+@pytest.fixture(scope="module")
+def broken(home: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Publish a base that lacks a norm, as it could be before that was refused."""
+    file, norm = "unet/diffusion_pytorch_model.safetensors", "conv_norm_out.weight"
+    folder = without(tiny_base, tmp_path_factory.mktemp("broken") / "base", file, norm)
+    with Registry.open(home) as registry, unchecked():
+        return registry.publish(folder, name="tiny/broken").digest
+
+
+def test_a_base_that_cannot_load_keeps_no_other_from_being_served(
+    home: Path, start: Callable[..., Running], broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = start(home, "tiny/broken", {}, more_bases=(BASES[0], BASES[1]))
+    try:
+        assert "the base tiny/broken is not served" in caplog.text
+        assert running.service.stats().bases == ["tiny/base@1", "tiny/sd2@1"]
+        assert running.service.stats().base == "tiny/broken@1"
+        drawn = running.run([request(name) for name in BASES[:2]])
+        assert [result.done.receipt.base.name for result in drawn] == list(BASES[:2])
+        says = rf"tiny/broken@1 could not be loaded.*{broken}.*unet lacks 1 tensor.*: conv_norm_out\.weight"
+        for name in ("tiny/broken", "tiny/broken@1", None):
+            with pytest.raises(Refused, match=says):
+                running.run([request(name)])
+        with pytest.raises(Refused, match=r"serves tiny/base@1, tiny/sd2@1, not tiny/sdxl@1"):
+            running.run([request(BASES[2])])
+    finally:
+        running.service.close()
+
+
+def test_without_any_base_that_can_load_the_start_fails(home: Path, start: Callable[..., Running], broken: str) -> None:
+    with pytest.raises(Refused, match=rf"tiny/broken@1 \({broken}\) cannot be loaded: unet lacks 1 tensor"):
+        start(home, "tiny/broken", {})
+    with pytest.raises(Refused, match="cannot be loaded"):
+        start(home, "tiny/broken", {}, more_bases=("tiny/nowhere",))

@@ -57,7 +57,7 @@ def unet_config(shapes: Shapes, family: Family, prediction: PredictionType) -> d
         config |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": shapes["add_embedding.linear_1.weight"][1],
+            "projection_class_embeddings_input_dim": shapes.get("add_embedding.linear_1.weight", (0, 0))[1],
         }
     return config
 
@@ -138,6 +138,9 @@ def text_config(shapes: Shapes, *, is_open_clip: bool) -> dict[str, Any]:
             f"the checkpoint's text encoder has {rows} tokens, CLIP's {VOCABULARY}; name a folder in the diffusers "
             "layout, or a base, that has its tokenizer and config: --like"
         )
+    for name in ("encoder.layers.0.mlp.fc1.weight", "embeddings.position_embedding.weight"):
+        if len(shapes.get(f"text_model.{name}", ())) != 2:
+            raise Refused(f"the checkpoint's text encoder lacks {name}; get the whole file", tensor=name)
     layers = {name.split(".")[3] for name in shapes if name.startswith("text_model.encoder.layers.")}
     projection = shapes.get("text_projection.weight")
     return {

@@ -29,6 +29,7 @@ from scumble_registry.formats.controlnet.derive import CLASSES, derive
 from scumble_registry.formats.controlnet.export import LAYOUTS, export_version
 from scumble_registry.formats.controlnet.refused_models import refused_model
 from scumble_registry.formats.controlnet.weights import CONTROL_LORA, NetWeights, read_weights
+from scumble_registry.formats.controlnet.whole_net import only_whole_net
 from scumble_registry.formats.floats import check_finite
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.safetensors_header import Header, read_header, read_tensors
@@ -84,7 +85,10 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
     header = read_header(converted.file)
     _check_values(converted.file, header)
     config = converted.config or {}
-    compatibility = derive(header, str(config.get("_class_name", "")), dict(config), base)
+    derive(header, str(config.get("_class_name", "")), dict(config), base)
+    if not lllite.is_lllite(header.tensors):
+        converted = only_whole_net(source, converted)
+    compatibility = derive(read_header(converted.file), str(config.get("_class_name", "")), dict(config), base)
     others = {key: path for key, path in source.files.items() if path != file} if source.path.is_dir() else {}
     if converted.config is not None and not name:
         others["config.json"] = write_config(source, converted.config)

@@ -24,8 +24,13 @@ def is_diffusers_net(names: Mapping[str, object]) -> bool:
     return any(name.startswith(EMBEDDING) for name in names)
 
 
-def net_config(shapes: Mapping[str, Shape], unet: Mapping[str, Any] | None, *, pools: bool) -> dict[str, Any]:
-    """Return the config; `unet` is the base's. Raises Refused where the heads are unknown or tensors are missing."""
+def net_config(
+    shapes: Mapping[str, Shape], unet: Mapping[str, Any] | None, *, pools: bool, heads: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Return the config; `unet` is the base's, `heads` are fields to be taken instead of its or the family's.
+
+    Raises Refused where the heads are unknown or tensors are missing.
+    """
     text = next((shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), ())
     proj_in = next((shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")), ())
     if len(text) != 2 or not proj_in or len(shapes.get("conv_in.weight", ())) != 4:
@@ -42,9 +47,9 @@ def net_config(shapes: Mapping[str, Shape], unet: Mapping[str, Any] | None, *, p
         "transformer_layers_per_block": [depth or 1 for depth in depths],
         "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
         "conditioning_channels": shapes.get(f"{EMBEDDING}conv_in.weight", (0, 0))[1],
-        "conditioning_embedding_out_channels": _embedding_widths(shapes),
+        "conditioning_embedding_out_channels": list(embedding_widths(shapes)),
         "global_pool_conditions": pools,
-        **_heads(widths, text[1], unet),
+        **(_heads(widths, text[1], unet) if heads is None else heads),
     }
     if "add_embedding.linear_1.weight" in shapes:
         read = shapes["add_embedding.linear_1.weight"][1]
@@ -65,11 +70,12 @@ def _levels(shapes: Mapping[str, Shape]) -> tuple[list[int], int]:
     return [depths.get(level, 0) for level in range(1 + max(depths, default=-1))], layers
 
 
-def _embedding_widths(shapes: Mapping[str, Shape]) -> list[int]:
+def embedding_widths(shapes: Mapping[str, Shape]) -> tuple[int, ...]:
+    """Return the widths of the control image's embedding, level by level."""
     widths = [shapes.get(f"{EMBEDDING}conv_in.weight", (0,))[0]]
     while (name := f"{EMBEDDING}blocks.{2 * len(widths) - 1}.weight") in shapes:
         widths.append(shapes[name][0])
-    return widths
+    return tuple(widths)
 
 
 def _heads(widths: list[int], context: int, unet: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -36,6 +36,16 @@ class NetWeights:
         return bool(self.factors or self.differences)
 
 
+def is_difference(header: Header) -> bool:
+    """Return whether the file changes its base's weights, and so may lack those that it leaves as they are."""
+    return any(name.removeprefix(ldm.PREFIX) in _MARKS for name in header.tensors)
+
+
+def is_own(name: str) -> bool:
+    """Return whether a UNet's encoder does not have this tensor of a ControlNetModel."""
+    return name.startswith(_OWN)
+
+
 def names_of(header: Header) -> dict[str, str]:
     """Map tensors, without the marks, to diffusers' names. Raises Refused for an unknown tensor."""
     names = [name for name in header.tensors if name.removeprefix(ldm.PREFIX) not in _MARKS]
@@ -73,6 +83,6 @@ def read_weights(path: Path) -> NetWeights:
         if role == "up":
             weights.factors[f"{stem}.weight"] = (values, renamed[f"{stem}.down"])
         elif role != "down":
-            of_encoder = differences and not name.startswith(_OWN)
+            of_encoder = differences and not is_own(name)
             (weights.differences if of_encoder else weights.full)[name] = values
     return weights

@@ -20,6 +20,7 @@ from scumble_registry.formats.dreambooth.delta import (
     SUFFIX,
     expand,
     is_expanded,
+    published_names,
     published_sha256,
     read_delta,
     write_delta,
@@ -27,6 +28,7 @@ from scumble_registry.formats.dreambooth.delta import (
 from scumble_registry.formats.format import Difference, Format
 from scumble_registry.formats.safetensors_header import Array, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source
+from scumble_registry.formats.structure import Mismatch, is_unused
 
 KIND = "dreambooth"
 _SCHEDULER = "scheduler/scheduler_config.json"
@@ -44,6 +46,7 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
     whole = base_format.in_diffusers_layout(source)
     own, _ = base_format.examine(whole.source)
     _check_architecture(own, base)
+    whole = base_format.only_whole_components(whole)
     folder = source.base_folder()
     files: dict[str, Path] = {}
     changed: dict[str, int] = {}
@@ -130,14 +133,27 @@ def published_digests(stored: Path) -> list[str]:
 def read_changed(stored: Path, base_folder: Path) -> dict[str, dict[str, Array]]:
     """Return component (`unet`, `vae` …) → plain name → tensor, for tensors that differ from the base's.
 
-    Raises IntegrityError.
+    Raises IntegrityError, and Refused for a checkpoint that lacks a tensor: the base's would take its place.
     """
     by_component: dict[str, dict[str, Array]] = {}
     for delta in sorted(stored.rglob(f"*{SUFFIX}")):
         component = delta.parent.relative_to(stored).as_posix()
-        changed = read_delta(delta, _tensors(base_folder / component))
+        of_base = _tensors(base_folder / component)
+        if component not in by_component:
+            kind = base_format.CLASSES.get(component, "")
+            needed = {name for name in of_base if not is_unused(kind, name)}
+            missing = needed - _published_names(stored / component)
+            Mismatch(missing=tuple(sorted(missing))).refuse(component)
+        changed = read_delta(delta, of_base)
         by_component.setdefault(component, {}).update({plain(name): values for name, values in changed.items()})
     return by_component
+
+
+def _published_names(component: Path) -> set[str]:
+    """Return the plain names of all tensors that a component had when it was published."""
+    of_deltas = [published_names(delta) for delta in component.glob(f"*{SUFFIX}")]
+    whole = [frozenset(read_header(file).tensors) for file in component.glob("*.safetensors")]
+    return {plain(name) for names in (*of_deltas, *whole) for name in names}
 
 
 def _check_architecture(own: BaseCompatibility, base: BaseCompatibility) -> None:

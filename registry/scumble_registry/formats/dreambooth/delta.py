@@ -86,6 +86,11 @@ def published_sha256(path: Path) -> str:
     return _open(path)[1]
 
 
+def published_names(path: Path) -> frozenset[str]:
+    """Return the names of all tensors of the file that `expand` writes. Raises IntegrityError if this is no delta."""
+    return frozenset(header_of(_open(path)[0]["header"].tobytes()).tensors)
+
+
 def _tensors(path: Path, base: Mapping[str, Array]) -> Iterator[tuple[str, Array, bool]]:
     """Yield name, values and whether they differ from the base's, in the order of the published file."""
     parts, _ = _open(path)

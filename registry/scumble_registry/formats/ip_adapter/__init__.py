@@ -39,6 +39,7 @@ from scumble_registry.formats.lora.record import LoraModule, make_module
 from scumble_registry.formats.safetensors_header import Array, Header, read_header
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.formats.unknown_keys import leave_out, refuse_unknown_keys
+from scumble_registry.formats.whole import Whole, only_whole
 
 KIND = "ip_adapter"
 FILE_NAME, FILE_NAME_V2 = "ip-adapter.safetensors", "ip-adapter-plusv2.safetensors"
@@ -74,21 +75,21 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
     projection_part, attention_part = _split(tensors)
     projection = inspect({name: values.shape for name, values in projection_part.items()})
     record = _parse(projection_part, attention_part, base)
-    encoder = (
-        image_encoder.inspect(source, image_encoder.FOLDER)
-        if f"{image_encoder.FOLDER}config.json" in source.files
-        else None
-    )
+    encoder = None
+    whole = Whole(source)
+    if f"{image_encoder.FOLDER}config.json" in source.files:
+        encoder = image_encoder.inspect(source, image_encoder.FOLDER)
+        whole = only_whole(source, {"image_encoder": "CLIPVisionModelWithProjection"})
     shortcut = _has_shortcut(source, header, file) if projection.kind == "faceid_plus" else _no_shortcut(source)
     compatibility = _derive(projection, record, base, shortcut=shortcut, encoder=encoder)
     name = FILE_NAME_V2 if shortcut else FILE_NAME
     return Draft(
-        files=source.files if source.path.is_dir() else {name: file},
+        files=whole.source.files if source.path.is_dir() else {name: file},
         compatibility=compatibility,
         record=unwritten(record),
         dialect=_dialect(tensors),
         details=_details(compatibility),
-        leftover=leftover,
+        leftover=tuple(sorted({*leftover, *whole.leftover})),
     )
 
 

@@ -21,7 +21,7 @@ from scumble_registry.formats.floats import read_floats
 from scumble_registry.formats.format import Format
 from scumble_registry.formats.lora import metadata as header_metadata
 from scumble_registry.formats.lora.export import LAYOUTS, export_version
-from scumble_registry.formats.lora.names import Names, without_adapter_names
+from scumble_registry.formats.lora.names import FLAT, Names, is_key, without_adapter_names
 from scumble_registry.formats.lora.parse import Parsed, parse
 from scumble_registry.formats.lora.peft import Scaling, parse_config, parse_metadata
 from scumble_registry.formats.lora.record import (
@@ -51,7 +51,6 @@ _MAX_BYTES = 2 << 30
 _CONTEXT_FAMILY: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _WORDS = ("lora", "hada_", "lokr_", "oft_", "boft_", "ia3_l", "dora_scale", "w_norm", "vera_", "fourierft_")
 _ENDS = (".on_input", ".a1.weight", ".diff", ".diff_b", ":up")
-_FLAT = ("lora_unet_", "lora_te", "oft_unet_", "lycoris_")
 
 
 def recognises(source: Source) -> bool:
@@ -149,7 +148,7 @@ def _weights(source: Source) -> dict[str, Path]:
 
 def _check_leftover(parsed: Parsed, source: Source, base: BaseCompatibility | None) -> None:
     """Raises Refused for unknown keys, unless the publisher allows to leave them out and there are known ones."""
-    if base is None and (flat := [key for key in parsed.leftover if key.startswith(_FLAT)]):
+    if base is None and (flat := [key for key in parsed.leftover if key.startswith(FLAT)]):
         refused = refused_model(flat)
         refuse_unknown_keys(flat if refused else (), "", of=refused)
         raise Refused(
@@ -169,7 +168,7 @@ def _fitting_families(tensors: Mapping[str, Array], scalings: Mapping[str, Scali
 
     Often one; none for a file for another size; two where it only changes shapes that SD 1.x and 2.x share.
     """
-    keys = [key for key in tensors if key.startswith((*_FLAT, "diffusion_model."))]
+    keys = [key for key in tensors if key.startswith((*FLAT, "diffusion_model."))]
     fitting = []
     for base in map(stable_diffusion, FAMILIES) if keys else ():
         names = Names(base)
@@ -219,7 +218,8 @@ def _details(parsed: Parsed, metadata: Mapping[str, str], rests_on: str) -> dict
 
 
 def _looks_like_lora(header: Header) -> bool:
-    return any(any(word in name for word in _WORDS) or name.endswith(_ENDS) for name in header.tensors)
+    names = header.tensors
+    return any(any(word in name for word in _WORDS) or name.endswith(_ENDS) or is_key(name) for name in names)
 
 
 FORMAT = Format(

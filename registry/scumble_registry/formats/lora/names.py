@@ -62,6 +62,10 @@ _NAMED = re.compile(
 )
 _UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
 _TEXT = ("text_model.", "encoder.layers.", "text_projection.")
+_MODULES = (*_TEXT, "base_model.model.", "diffusion_model.", "model.diffusion_model.", "text_encoders.")
+"""What dotted modules may begin with, beside a component and the UNet's own modules."""
+FLAT = ("lora_unet_", "lora_te", "oft_unet_", "lycoris_")
+"""What flat modules begin with."""
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _TOWERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "clip_h": "text_encoder"}
 _IN_TEXT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
@@ -74,6 +78,21 @@ class NamedKey:
     target: str
     part: str
     dialect: str
+
+
+def is_key(key: str) -> bool:
+    """Return whether it names a module of some base and a part of a change: no embedding's token looks like this.
+
+    >>> is_key("lora_te_text_model_final_layer_norm.w_norm"), is_key("unet.conv_norm_out.diff"), is_key("<lora-cat>")
+    (True, True, False)
+    """
+    module, _, part = key.partition(".")
+    if module.startswith(FLAT):
+        return part in PARTS
+    match = _DOTTED.fullmatch(key)
+    if match is None or match["part"] == "weight":  # a model's own
+        return False
+    return f"{match['module']}.".startswith(_MODULES) or _with_component(match["module"])[0] is not None
 
 
 class Names:

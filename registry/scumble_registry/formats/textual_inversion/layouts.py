@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from scumble.errors import Refused
 from scumble_registry.compatibility import Shape
+from scumble_registry.formats.lora.names import is_key
 from scumble_registry.formats.pickled import RAW, Plain
 
 FIRST, SECOND = "text_encoder", "text_encoder_2"
@@ -71,7 +72,7 @@ def find(shapes: Mapping[str, Shape], plain: Plain) -> Embedding | None:
     if len(names) != 1:
         return None
     ((name, shape),) = shapes.items()
-    if len(shape) not in {1, 2} or name.rpartition(".")[2] in _PARAMETERS:
+    if len(shape) not in {1, 2} or name.rpartition(".")[2] in _PARAMETERS or is_key(name):
         return None
     if name == RAW and plain is not None:
         return Embedding({name: FIRST}, _ALONE, None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import T2IAdapter
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from scumble_build.control_maps import Pixels, control_map
 from scumble_build.graphs.control_models import load_net, load_t2i, load_union
 from scumble_build.graphs.inputs import level_sizes
 from scumble_build.graphs.lllite import Embeddings, LLLite, load_lllite
+from scumble_build.graphs.loading import loading
 from scumble_server.executors.protocol import Net, NetModel
 from scumble_server.methods.context import Context, Text
 from scumble_server.methods.controlnet.checks import (
@@ -75,7 +77,8 @@ def _control(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Contro
 def _lite(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Control:
     def load() -> LLLite:
         folder = context.registry.materialise(adapter.version)
-        return load_lllite(folder, context.base.compatibility.targets).to_like(like)
+        with loading(adapter.version.ref, adapter.version.digest):
+            return load_lllite(folder, context.base.compatibility.targets).to_like(like)
 
     key = ("lllite", adapter.version.digest, context.base.version.digest)
     lite = context.device.get(key, compatibility(adapter).parameters * like.element_size(), load)
@@ -117,7 +120,8 @@ def _net(context: Context, adapter: ResolvedAdapter, like: Tensor) -> Net:
 
     def load() -> NetModel:
         folder = context.registry.materialise(adapter.version)
-        return load_union(folder) if fit.form == "union" else load_net(folder, unet)
+        with loading(adapter.version.ref, adapter.version.digest):
+            return load_union(folder) if fit.form == "union" else load_net(folder, unet)
 
     executor = context.base_weights.executor
     nets = context.device.get(
@@ -144,11 +148,12 @@ def _features(context: Context, adapter: ResolvedAdapter, like: Tensor) -> tuple
         sizes = [sizes[1], *sizes[1:], sizes[-1]]
     nbytes = sum(c * h * w for c, (h, w) in zip(fit.widths, sizes, strict=True)) * like.element_size()
 
-    network = context.device.get(
-        ("t2i", adapter.version.digest),
-        fit.parameters * like.element_size(),
-        lambda: load_t2i(context.registry.materialise(adapter.version)).to(like.device, like.dtype),
-    )
+    def load() -> T2IAdapter:
+        folder = context.registry.materialise(adapter.version)
+        with loading(adapter.version.ref, adapter.version.digest):
+            return load_t2i(folder).to(like.device, like.dtype)
+
+    network = context.device.get(("t2i", adapter.version.digest), fit.parameters * like.element_size(), load)
 
     @torch.inference_mode()
     def draw() -> tuple[Tensor, ...]:

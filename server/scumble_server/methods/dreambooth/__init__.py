@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from scumble.errors import Incompatible, InvalidRequest
 from scumble_build.graphs.arrays import as_tensor
+from scumble_build.graphs.loading import loading
 from scumble_registry import Registry, Version
 from scumble_registry.compatibility import DreamboothCompatibility
 from scumble_registry.formats.dreambooth import KIND, read_changed
@@ -87,11 +88,12 @@ class _Checkpoint:
 
 def _load(version: Version, own: Weights, base: Base, registry: Registry) -> _Checkpoint:
     stored, of_base = registry.stored(version), registry.stored(base.version)
-    changed = {
-        component: {name: as_tensor(values) for name, values in tensors.items()}
-        for component, tensors in read_changed(stored, of_base).items()
-    }
-    return _Checkpoint(own.executor.variant(changed, stored, version), load_tokenizers(stored, base.family))
+    with loading(version.ref, version.digest):
+        changed = {
+            component: {name: as_tensor(values) for name, values in tensors.items()}
+            for component, tensors in read_changed(stored, of_base).items()
+        }
+        return _Checkpoint(own.executor.variant(changed, stored, version), load_tokenizers(stored, base.family))
 
 
 def _compatibility(adapter: ResolvedAdapter) -> DreamboothCompatibility:

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from scumble.errors import Refused
 from scumble_registry import Registry
@@ -35,12 +38,14 @@ def test_everything_is_derived_from_the_folder(registry: Registry, base: Path) -
     assert found.prediction_type == "epsilon"
     assert (found.latent_channels, found.sample_size, found.vae_scale) == (4, 16, 8)
     assert (found.cross_attention_dim, found.text_widths) == (8, (8,))
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    text = CLIPTextModel.from_pretrained(base / "text_encoder")
+    matrices = (torch.nn.Linear, torch.nn.Conv2d)
     assert found.targets == {
-        "unet.conv_in": (4, 4, 3, 3),
-        "unet.down_blocks.0.attentions.0.proj_in": (4, 4, 1, 1),
-        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (4, 4),
-        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": (4, 8),
-        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (8, 8),
+        f"{component}{name}": tuple(module.weight.shape)
+        for component, model in (("unet.", unet), ("text_encoder.text_model.", text))
+        for name, module in model.named_modules()
+        if isinstance(module, matrices)
     }
 
 
@@ -54,17 +59,12 @@ def test_v_prediction_comes_from_the_scheduler(registry: Registry, base: Path) -
     assert compatibility(registry, base).prediction_type == "v_prediction"
 
 
-def test_a_text_encoder_of_width_1024_is_sd2(registry: Registry, base: Path) -> None:
-    edit(base / "text_encoder/config.json", hidden_size=1024)
-    edit(base / "unet/config.json", cross_attention_dim=1024)
-    assert compatibility(registry, base).family == "sd2"
+def test_a_text_encoder_of_width_1024_is_sd2(registry: Registry, write_base: BaseWriter) -> None:
+    assert compatibility(registry, write_base(width=1024)).family == "sd2"
 
 
-def test_two_text_encoders_are_sdxl(registry: Registry, base: Path) -> None:
-    shutil.copytree(base / "text_encoder", base / "text_encoder_2")
-    edit(base / "unet/config.json", cross_attention_dim=16)
-    edit(base / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
-    found = compatibility(registry, base)
+def test_two_text_encoders_are_sdxl(registry: Registry, write_base: BaseWriter) -> None:
+    found = compatibility(registry, write_base(encoders=2))
     assert (found.family, found.text_widths) == ("sdxl", (8, 8))
     assert "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj" in found.targets
 

@@ -241,7 +241,7 @@ def test_what_is_no_sound_predictor_is_refused(
 
 def test_a_predictor_of_another_base_does_not_fit(registry: Registry, base: Path, tmp_path: Path) -> None:
     registry.publish(base, "demo/base")
-    elsewhere = config(targets=["unet.mid_block.attentions.0.proj_in"])
+    elsewhere = config(targets=["unet.mid_block.attentions.1.proj_in"])
     with pytest.raises(Incompatible, match="mid_block"):
         registry.publish(save_predictor(tmp_path / "a.safetensors", elsewhere), "h/a", base="demo/base")
     text = config(condition="text")

@@ -38,6 +38,7 @@ def published(registry: Registry, file: Path, **options: Any) -> TextualInversio
         ("learned_embeds", {"<cat-toy>": ones(WIDTH)}, ("<cat-toy>", 1, (WIDTH,))),
         ("learned_embeds", {"<cat-toy>": ones(4, WIDTH)}, ("<cat-toy>", 4, (WIDTH,))),
         ("learned_embeds", {"<lora-cat>": ones(WIDTH)}, ("<lora-cat>", 1, (WIDTH,))),
+        ("learned_embeds", {"norm.diff": ones(WIDTH)}, ("norm.diff", 1, (WIDTH,))),
         ("EasyNegative", {"emb_params": ones(8, WIDTH)}, ("EasyNegative", 8, (WIDTH,))),
         ("bad.hands v2", {"clip_l": ones(2, WIDTH)}, ("bad.hands v2", 2, (WIDTH,))),
         ("xl", {"clip_l": ones(2, 768), "clip_g": ones(2, 1280)}, ("xl", 2, (768, 1280))),

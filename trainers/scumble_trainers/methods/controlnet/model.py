@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scumble.errors import Incompatible, InvalidRequest
 from scumble_build.control_maps import parse
+from scumble_build.graphs.loading import load_whole
 from scumble_build.pictures import BLACK
 from scumble_trainers.base import Pipeline, TrainingBase
 from scumble_trainers.data.dataset import Example, load_picture
@@ -100,7 +101,7 @@ class ControlNetTraining(TrainingMethod[ControlNetSettings]):
             )
         if not (init / "config.json").is_file():
             raise Incompatible(f"{init} is no ControlNet folder: it has no config.json", field="init")
-        return ControlNetModel.from_pretrained(init, local_files_only=True)
+        return load_whole(ControlNetModel, init, torch.float32)
 
     def _hint(self) -> tuple[int, ...]:
         """Return the widths of the hint's layers, as many as bring a picture to the latents' size."""

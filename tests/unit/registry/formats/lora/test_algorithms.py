@@ -93,6 +93,25 @@ def test_norms_and_biases_are_merged(published: Any, registry: Registry) -> None
 
 
 @pytest.mark.parametrize(
+    ("key", "shape", "target"),
+    [
+        (f"{NORM}.w_norm", (4,), "unet.down_blocks.0.attentions.0.norm"),
+        (f"{NORM}.b_norm", (4,), "unet.down_blocks.0.attentions.0.norm"),
+        ("lora_te_text_model_final_layer_norm.w_norm", (8,), "text_encoder.text_model.final_layer_norm"),
+        ("unet.conv_norm_out.diff", (4,), "unet.conv_norm_out"),
+        ("diffusion_model.out.0.diff_b", (4,), "unet.conv_norm_out"),
+        ("base_model.model.text_model.final_layer_norm.w_norm", (8,), "text_encoder.text_model.final_layer_norm"),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.diff", (8, 8), None),
+        (f"{CONV}.diff_b", (4,), "unet.conv_in"),
+    ],
+)
+def test_a_file_of_one_key_is_no_embedding(
+    published: Any, key: str, shape: tuple[int, ...], target: str | None
+) -> None:
+    assert set(published({key: draw(*shape)})) == {target or key.removesuffix(".diff")}
+
+
+@pytest.mark.parametrize(
     ("tensors", "says"),
     [
         ({f"{KOHYA_TO_Q}.oft_blocks": draw(3, 2, 2)}, "do not rotate 4 rows"),

@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
+from torch.nn.functional import interpolate
 
+from scumble_build.graphs.inputs import level_sizes
 from scumble_server.methods.ip_adapter.masks import area
 
 
@@ -41,6 +43,26 @@ def test_odd_sides_keep_their_shape() -> None:
     assert second[:, 0].abs().max() < 0.1
     assert (second[:, -1] - 1).abs().max() < 0.1
     assert torch.allclose(second, second[:1].expand(3, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "level", "theirs"),
+    [(480, 288, 3, (4, 10)), (256, 264, 1, (16, 17)), (1152, 448, 3, (6, 21))],
+)
+def test_where_diffusers_guesses_wrong_the_docs_say_so(
+    width: int, height: int, level: int, theirs: tuple[int, int]
+) -> None:
+    pixels = mask(64, 64)
+    prepared = IPAdapterMaskProcessor().preprocess([Image.fromarray(pixels)], height=height, width=width)
+    sizes = level_sizes(height // 8, width // 8, 4)
+    start = sum(h * w for h, w in sizes[:level])
+    positions = sizes[level][0] * sizes[level][1]
+    ours = area(pixels, width, height, vae_scale=8, levels=4)[start : start + positions]
+    guessed = IPAdapterMaskProcessor.downsample(prepared[0], 1, positions, 1)[0, :, 0]
+    sheared = interpolate(prepared[:1], size=theirs, mode="bicubic").flatten()
+    assert torch.allclose(guessed[: len(sheared)], sheared[:positions])
+    assert torch.equal(ours, interpolate(prepared[:1], size=sizes[level], mode="bicubic").flatten())
+    assert (ours - guessed).abs().max() > 0.5
 
 
 def test_alpha_is_left_out() -> None:
