@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import monotonic
 
 import numpy as np
@@ -48,7 +49,8 @@ from scumble_server.memory.prefetch import Prefetcher
 from scumble_server.memory.residency import Lease, Residency
 from scumble_server.receipt import make_receipt
 from scumble_server.request.adapter import ResolvedAdapter
-from scumble_server.request.ending import check_wanted, device_lost, not_finite, stopping
+from scumble_server.request.ending import check_wanted, device_lost, stopping
+from scumble_server.request.extremes import not_finite
 from scumble_server.request.original import original_of
 
 log = logging.getLogger(__name__)
@@ -319,6 +321,7 @@ class Service:
             lambda _: self._hand_over(job),
             priority=options.priority,
             deadline=job.deadline,
+            not_finite=partial(not_finite, request=job.admitted.request),
             preview=base.colours.preview,
             preview_every=options.preview_every or 0,
             steps_before=0 if current is job.admitted else job.admitted.table.steps,
@@ -367,7 +370,7 @@ class Service:
         start = monotonic()
         latents = torch.stack([image.sample for image in active.images])
         if not latents.isfinite().all():
-            raise not_finite(active.images[0].table.steps)
+            raise active.not_finite(active.images[0].table.steps)
         pixels = decode(conditioned.vae, latents, tiled=job.admitted.request.options.vae_tiling).numpy()
         end = monotonic()
         spent = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -37,7 +37,11 @@ MAX_INPUTS = 64
 """The most input images, and the most input tensors, of one request."""
 
 Format = Literal["png", "webp", "jpeg"]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+MAX_WEIGHT = 100.0
+"""The largest weight, positive or negative, of an adapter, a block, a layer or words: twenty times what people use, and
+as much as half precision bears.
+"""
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 Pixel = Annotated[int, Field(ge=0, le=16384)]
 PixelSize = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
 
@@ -60,11 +64,11 @@ class Adapter(_Strict):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     ref: str
-    weight: Finite = 1.0
+    weight: Weight = 1.0
     """How strongly the adapter acts; negative is allowed, 0 drops the adapter (the receipt lists it)."""
-    text_weight: Finite | None = None
+    text_weight: Weight | None = None
     """The weight on the text encoder; None means the same as `weight`."""
-    blocks: dict[str, Finite] | tuple[Finite, ...] | None = None
+    blocks: dict[str, Weight] | tuple[Weight, ...] | None = None
     """Weight by block, multiplied by `weight`: the webui's list, or by name (`IN01`, `up_blocks.1`, `BASE`)."""
     start: Annotated[float, Field(ge=0, le=1)] = 0.0
     end: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -94,6 +98,13 @@ class Adapter(_Strict):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("scale")
+    @classmethod
+    def _bounded(cls, value: LayerScale | None) -> LayerScale | None:
+        if any(not abs(number) <= MAX_WEIGHT for number in _numbers(value)):
+            raise ValueError(f"each number must be between {-MAX_WEIGHT:g} and {MAX_WEIGHT:g}")
+        return value
 
     def is_active(self, step: int, steps: int) -> bool:
         return not (step / steps < self.start or (step + 1) / steps > self.end)
@@ -220,6 +231,15 @@ class Request(_Strict):
             raise _explain(error) from error
 
 
+def _numbers(scale: LayerScale | None) -> Iterator[float]:
+    """Yield all numbers of a scale."""
+    if isinstance(scale, tuple | dict):
+        for value in scale.values() if isinstance(scale, dict) else scale:
+            yield from _numbers(value)
+    elif scale is not None:
+        yield scale
+
+
 def parse_adapter(text: str) -> Adapter:
     """Parse `REF[:WEIGHT]` of the command line. A digest's own colon does not begin a weight. Raises InvalidRequest.
 
@@ -234,9 +254,10 @@ def parse_adapter(text: str) -> Adapter:
         value = float(weight)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= MAX_WEIGHT:
         raise InvalidRequest(
-            f"weight {weight!r} of adapter {ref!r} is not a finite number; write REF:WEIGHT, e.g. {ref}:0.8",
+            f"weight {weight!r} of adapter {ref!r} is not a finite number between {-MAX_WEIGHT:g} and {MAX_WEIGHT:g}; "
+            f"write REF:WEIGHT, e.g. {ref}:0.8",
             field="adapters.weight",
         )
     return Adapter(ref=ref, weight=value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from scumble.errors import ScumbleError
 from scumble.events import Event, Failed, Step
 from scumble_server.denoise.noise import Noise
 from scumble_server.denoise.phase import Phase
@@ -52,6 +53,8 @@ class ActiveRequest:
     """Steps of an earlier pass."""
     steps_after: int = 0
     """Steps of a later pass."""
+    not_finite: Callable[[int], ScumbleError] = lambda step: ScumbleError(f"NaN in step {step}")
+    """Makes the error of a picture that became NaN or infinite in a step."""
 
     def report(self) -> None:
         """Send the slowest image's step, if it moved, and a preview, if one is due."""

@@ -22,7 +22,7 @@ from scumble_server.denoise.heartbeat import IDLE, Heartbeat, StepTimes
 from scumble_server.denoise.image import ActiveRequest, Image
 from scumble_server.denoise.schedule import Turns, most_urgent
 from scumble_server.executors.cuda import is_lost, read_later, settle
-from scumble_server.request.ending import check_wanted, device_lost, not_finite, stopping
+from scumble_server.request.ending import check_wanted, device_lost, stopping
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class Loop:
         """
         for (image, number), is_finite in zip(step.images, step.finite(), strict=True):
             if not is_finite:
-                self._end(image.request, not_finite(number))
+                self._end(image.request, image.request.not_finite(number))
 
     def _blame(self, batch: Batch, error: Exception) -> None:
         """A step that fails touched no image. Each tries it alone, so that only the one to blame ends.

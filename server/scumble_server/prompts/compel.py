@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
+from math import inf
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import CLIPTokenizer
 from scumble.errors import InvalidRequest
 from scumble_server.prompts.compel_parsing import parse
 from scumble_server.prompts.tokens import PromptWord, Slot, Tokens, ids_and_words
+from scumble_server.prompts.weights import check_weight
 
 Run = Callable[[Tokens, Tensor | None], Tensor]
 """One chunk and its attention mask `(1, 77)`, or None → states `(1, 77, C)`."""
@@ -67,9 +69,28 @@ def _embed(vocabulary: _Tokenizer, parsed: Any, run: Run) -> Tensor:
 
 
 def _check(conjunction: Any, field: str) -> None:
-    """compel would leave this to its caller, in silence."""
+    """compel would leave this to its caller, in silence, or divide by it."""
+    for part, weight in zip(conjunction.prompts, conjunction.weights, strict=True):
+        check_weight(weight, _words_of(part), field)
+        blended = zip(part.prompts, _blend_weights(part), strict=True) if hasattr(part, "weights") else [(part, 1.0)]
+        for prompt, share in blended:
+            check_weight(share, _words_of(prompt), field)
+            for fragment in prompt.children:
+                check_weight(getattr(fragment, "weight", 1.0), getattr(fragment, "text", ""), field)
     if any(getattr(part, "wants_cross_attention_control", False) for part in conjunction.prompts):
         raise InvalidRequest(f"{field}: swap changes attention, which is not drawn here; leave it out", field=field)
+
+
+def _blend_weights(blend: Any) -> list[float]:
+    """As compel uses them."""
+    total = sum(blend.weights) if blend.normalize_weights else 1.0
+    return [weight / total if total else inf for weight in blend.weights]
+
+
+def _words_of(prompt: Any) -> str:
+    """The words of a prompt or a blend, for a message."""
+    parts = getattr(prompt, "prompts", None) or prompt.children
+    return " ".join(_words_of(part) if hasattr(part, "children") else getattr(part, "text", "") for part in parts)
 
 
 @cache

@@ -12,11 +12,12 @@ from scumble.errors import InvalidRequest
 from scumble.request import Options
 from scumble_build.chunks import MAX_CHUNKS
 from scumble_server.prompts.compel import CompelPrompt, read_compel
-from scumble_server.prompts.grammar.attention import parse_attention
+from scumble_server.prompts.grammar.attention import Span, parse_attention
 from scumble_server.prompts.grammar.composition import PromptPart, parse_composition
 from scumble_server.prompts.grammar.schedule import texts_by_step
 from scumble_server.prompts.script import Script
 from scumble_server.prompts.tokens import PromptWord, Tokens, tokenize, tokenize_weighted
+from scumble_server.prompts.weights import check_weight
 from scumble_server.request.settings import Settings
 
 Field: TypeAlias = Literal["prompt", "negative_prompt"]
@@ -87,7 +88,11 @@ class Reading:
             return tokenize(tokenizer, words, names)
         if self.options.grammar == "compel":
             return read_compel(tokenizer, words, names, field)
-        return tokenize_weighted(tokenizer, parse_attention(words), names)
+        pieces = parse_attention(words)
+        for piece in pieces:
+            if isinstance(piece, Span):
+                check_weight(piece.weight, piece.text, field)
+        return tokenize_weighted(tokenizer, pieces, names)
 
 
 def read(settings: Settings, options: Options, encoders: int) -> Reading:
@@ -100,6 +105,8 @@ def read(settings: Settings, options: Options, encoders: int) -> Reading:
     parts = parse_composition(settings.prompt) if options.grammar == "webui" else [PromptPart(settings.prompt, 1.0)]
     if len(parts) > MAX_PARTS:
         raise InvalidRequest(f"AND joins {len(parts)} prompts, {MAX_PARTS} at most are drawn", field="prompt")
+    for part in parts:
+        check_weight(part.weight, part.text, "prompt")
     weights = tuple(part.weight for part in parts)
     skip = options.clip_skip or 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic
 
-from scumble.errors import Cancelled, DeadlineExceeded, ScumbleError, Unavailable
+from scumble.errors import Cancelled, DeadlineExceeded, Unavailable
 
 
 def check_wanted(is_cancelled: Callable[[], bool], deadline: float | None) -> None:
@@ -19,11 +19,6 @@ def check_wanted(is_cancelled: Callable[[], bool], deadline: float | None) -> No
 def device_lost() -> Unavailable:
     """The error of a request whose device does nothing any more, until the server has started again."""
     return Unavailable("the device failed, and the server starts again; try again in a minute", retry_after=60.0)
-
-
-def not_finite(step: int) -> ScumbleError:
-    """The error of a picture of which nothing can be seen any more."""
-    return ScumbleError(f"the picture became NaN or infinite in step {step}")
 
 
 def stopping() -> Unavailable:

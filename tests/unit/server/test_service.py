@@ -301,7 +301,7 @@ def test_what_breaks_in_the_middle_or_in_the_last_step_is_told(
     running.service.submit(request(steps=4), listener)
     end = listener.wait()
     assert isinstance(end, Failed)
-    assert end.error.message == f"the picture became NaN or infinite in step {broken_step}"
+    assert end.error.message.startswith(f"the picture became NaN or infinite in step {broken_step};")
 
 
 def test_a_step_that_raises_ends_only_the_row_to_blame(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

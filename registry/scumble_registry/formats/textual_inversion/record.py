@@ -22,6 +22,8 @@ from scumble_registry.formats.safetensors_header import Array, read_header, read
 MAX_VECTORS = 75
 """The most tokens of a prompt between its start and end tokens."""
 
+MAX_VALUE = 1e3
+"""The largest number of a vector."""
 _METADATA = {"format": "scumble.textual_inversion.1"}
 _PREFIX = "vectors."
 
@@ -39,6 +41,11 @@ def make_record(vectors: dict[str, Array]) -> TextualInversionRecord:
             raise Refused(f"the embedding has {len(values)} vectors; a prompt holds at most {MAX_VECTORS}")
         if not np.isfinite(values).all():
             raise Refused("the embedding holds NaN or infinite values; the training went wrong")
+        if (largest := float(abs(values).max())) > MAX_VALUE:
+            raise Refused(
+                f"the embedding holds values up to {largest:g}, where words have less than 1 and {MAX_VALUE:g} is the "
+                "most; the training went wrong"
+            )
     if len({len(values) for values in record.values()}) != 1:
         counts = ", ".join(f"{len(values)} for {name}" for name, values in record.items())
         raise Refused(f"the embedding has {counts} vectors; every text encoder needs the same number")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from scumble.errors import InvalidRequest
+from scumble.request import MAX_WEIGHT
 
 _OPENING = re.compile(r"<(lora|lyco|hypernet):")
 EXAMPLE = "<lora:ns/name:0.8>"
@@ -79,8 +80,8 @@ def _number(text: str, value: str) -> float:
         number = float(value)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise _invalid(text, f"{value!r} is not a finite number; write {EXAMPLE}")
+    if not abs(number) <= MAX_WEIGHT:
+        raise _invalid(text, f"{value!r} is not a finite number up to {MAX_WEIGHT:g}; write {EXAMPLE}")
     return number
 
 
