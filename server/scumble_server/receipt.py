@@ -33,7 +33,7 @@ def make_receipt(admitted: Admitted, conditioned: Conditioned, timings_ms: Mappi
         schema=SCHEMA,
         request=_asked(admitted),
         base=BoundVersion(**_named(admitted.base.version)),
-        adapters=tuple(_bound(adapter) for adapter in conditioned.adapters),
+        adapters=tuple(_bound(adapter, conditioned.layers.get(adapter)) for adapter in conditioned.adapters),
         dropped=tuple(
             DroppedAdapter(ref=spec.ref, reason=reason)
             for spec, reason in (*admitted.dropped, *conditioned.dropped)
@@ -74,14 +74,18 @@ def _asked(admitted: Admitted) -> AskedRequest:
     )
 
 
-def _bound(adapter: ResolvedAdapter) -> BoundAdapter:
+def _bound(adapter: ResolvedAdapter, layers: int | None) -> BoundAdapter:
     return BoundAdapter(
         **_named(adapter.version) | {"ref": adapter.spec.ref},
         kind=adapter.kind,
         weight=adapter.spec.weight,
         text_weight=adapter.text_weight,
-        **method_of(adapter).describe(adapter),
+        **_layers(layers) | method_of(adapter).describe(adapter),
     )
+
+
+def _layers(count: int | None) -> dict[str, Any]:
+    return {} if count is None else {"layers": count}
 
 
 def _described(values: NDArray[Any]) -> TensorInput:

@@ -82,6 +82,8 @@ class _Job:
     conditioned: Conditioned | None = None
     bound: tuple[ResolvedAdapter, ...] = ()
     """The adapters that acted in any pass so far."""
+    layers: dict[ResolvedAdapter, int] = field(default_factory=dict)
+    """How many layers each of them was bound to, if it is a LoRA."""
     active: ActiveRequest | None = None
     denoised: Callable[[], None] = lambda: None
     """Makes the decoding thread's work wait for the loop's."""
@@ -380,6 +382,7 @@ class Service:
             "decode": (end - start) * 1e3,
         }
         job.spent = {name: value + job.spent.get(name, 0.0) for name, value in spent.items()}
+        job.layers |= conditioned.layers
         job.bound += tuple(adapter for adapter in conditioned.adapters if adapter not in job.bound)
         if job.current.second is not None:
             mask = next((original.mask for original in job.current.originals), None)
@@ -395,7 +398,7 @@ class Service:
         maps = np.stack(conditioned.maps) if conditioned.maps else None
         return _done(
             pixels,
-            make_receipt(job.admitted, replace(conditioned, adapters=job.bound), timings),
+            make_receipt(job.admitted, replace(conditioned, adapters=job.bound, layers=job.layers), timings),
             maps,
             job.admitted.request.options,
         )

@@ -41,6 +41,8 @@ class BoundAdapter(BoundVersion):
     kind: str
     weight: float
     text_weight: float
+    layers: int | None = None
+    """How many layers it was bound to, of an adapter that is a LoRA or becomes one."""
 
     @property
     def details(self) -> dict[str, JsonValue]:

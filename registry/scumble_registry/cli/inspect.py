@@ -24,6 +24,7 @@ from scumble_registry.cli.options import (
     registry_if_there,
 )
 from scumble_registry.cli.printing import listed, plain, print_json, print_rows, print_table
+from scumble_registry.compatibility import LoraCompatibility
 from scumble_registry.formats.source import Hints
 from scumble_registry.inspection import Inspection, hashes_to_dict
 from scumble_registry.inspection import inspect as look_at
@@ -97,6 +98,7 @@ def _rows(inspection: Inspection) -> dict[str, object]:
         "trigger words": listed(inspection.trigger_words),
         "sampling": inspection.sampling and inspection.sampling.model_dump_json(),
         "unknown keys": unknown if keys else None,
+        "warning": "every change in it is zero: it changes no picture" if _is_idle(inspection) else None,
         "base": fit if inspection.base else None,
         "size": f"{sum(blob.size for blob in inspection.files.values()):,} bytes in {len(inspection.files)} files",
         "sha256": hashes["sha256"],
@@ -105,6 +107,10 @@ def _rows(inspection: Inspection) -> dict[str, object]:
         "record": inspection.record,
         "published": _published(inspection),
     }
+
+
+def _is_idle(inspection: Inspection) -> bool:
+    return isinstance(inspection.compatibility, LoraCompatibility) and inspection.compatibility.idle
 
 
 def _published(inspection: Inspection) -> str:

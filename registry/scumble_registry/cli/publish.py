@@ -11,6 +11,7 @@ import typer
 from scumble_registry.cli.options import Alias, Home, Json, PublishedName, Ref, open_registry
 from scumble_registry.cli.printing import listed, plain, print_version
 from scumble_registry.cli.publish_options import PublishOptions, with_publish_options
+from scumble_registry.compatibility import LoraCompatibility
 from scumble_registry.extract import extract
 from scumble_registry.store.catalogue import Version
 
@@ -64,4 +65,6 @@ def derived(version: Version) -> str:
         lines.append(f"sampling: {manifest.sampling.model_dump_json()}")
     if manifest.leftover:
         lines.append(f"left out: {len(manifest.leftover)} unknown keys: {listed(manifest.leftover)}")
+    if isinstance(manifest.compatibility, LoraCompatibility) and manifest.compatibility.idle:
+        lines.append("warning: every change in it is zero, so it changes no picture; were the trained weights saved?")
     return "\n".join(lines)

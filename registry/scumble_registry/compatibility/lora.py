@@ -25,11 +25,14 @@ class LoraCompatibility(Compatibility):
     merged: tuple[str, ...] = ()
     """Targets whose change has no low-rank factors, sorted: it is merged into copies of the base's weights."""
 
+    idle: bool = False
+    """Whether every change in it is zero, so that it changes no picture."""
+
     @model_serializer(mode="wrap")
     def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave newer fields out where they are empty, so that the digests of plain LoRAs do not change."""
         data: dict[str, Any] = serialise(self)
-        later = {"magnitudes": self.magnitudes, "merged": self.merged}
+        later = {"magnitudes": self.magnitudes, "merged": self.merged, "idle": self.idle}
         return {key: value for key, value in data.items() if later.get(key, True)}
 
     def fits(self, base: BaseCompatibility) -> None:

@@ -6,6 +6,7 @@ next request that asks for the same finds it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import monotonic
 
@@ -21,7 +22,7 @@ from scumble_server.denoise.image import Conditioning
 from scumble_server.denoise.original import OriginalLatents
 from scumble_server.executors.protocol import Vae
 from scumble_server.factors.merging import merge_into_text
-from scumble_server.factors.request import bind_for_request, targets_to_merge
+from scumble_server.factors.request import RequestFactors, bind_for_request, targets_to_merge
 from scumble_server.memory.pages import Pools
 from scumble_server.memory.residency import Lease, Residency
 from scumble_server.methods import control_maps_of, loras_of, method_of, words_of
@@ -43,6 +44,8 @@ class Conditioned:
     maps: tuple[Pixels, ...]
     originals: tuple[OriginalLatents, ...]
     vae: Vae
+    layers: Mapping[ResolvedAdapter, int]
+    """How many layers each adapter that is a LoRA, or becomes one, changes."""
 
 
 class Conditioner:
@@ -127,4 +130,11 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
         maps,
         tuple(originals.encode(context, original) for original in admitted.originals),
         context.weights.vae,
+        _layers(factors, to_merge),
     )
+
+
+def _layers(factors: RequestFactors, merged: frozenset[str]) -> dict[ResolvedAdapter, int]:
+    """Count what is bound as factors, and what is merged into weights."""
+    bound = factors.layers()
+    return {lora.adapter: len(bound[lora.adapter] | (merged & {*lora.targets})) for lora in factors.loras}

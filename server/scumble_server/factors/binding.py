@@ -59,13 +59,14 @@ def bind(
     count = max(pages_for(sum(widths)), 1)
     A, B = torch.zeros(count, PAGE * extent.total_in), torch.zeros(count, PAGE * extent.total_out)
     start = 0
-    stretches = []
+    stretches, layers = [], []
     for piece, modules, width in zip(pieces, own, widths, strict=True):
-        stretch = _Stretching(extent)
+        stretch, changed = _Stretching(extent), set[str]()
         for name, module in modules.items():
             target, block = layout.targets[name], piece.block(name)
             if isinstance(module, Gain):
                 stretch.add(target, module.axis, tensor(module.values, A) * block)
+                changed.add(name)
                 continue
             assert isinstance(module, LoraModule)
             down, up = _columns(module, target, weight_of)
@@ -76,11 +77,14 @@ def bind(
                 down, up = _stretched(down, up, gain, module.magnitude.axis)
             _place(A, target.in_offset, start, down)
             _place(B, target.out_offset, start, up.T * block)
+            if block and (module.magnitude is not None or (down.any() and up.any())):
+                changed.add(name)
         start += width
         stretches.append(stretch.done())
+        layers.append(frozenset(changed))
     small_in, small_out = PAGE * layout.small.total_in, PAGE * layout.small.total_out
     rest = None if extent == layout.small else PageSet.own(A[:, small_in:], B[:, small_out:])
-    return BoundSet(PageSet.own(A[:, :small_in], B[:, :small_out]), rest, widths, tuple(stretches))
+    return BoundSet(PageSet.own(A[:, :small_in], B[:, :small_out]), rest, widths, tuple(stretches), tuple(layers))
 
 
 def _place(pages: Tensor, offset: int, start: int, columns: Tensor) -> None:

@@ -25,13 +25,14 @@ class BoundSet:
     layout.
 
     `ranks[i]` columns belong to LoRA i; the columns behind the last are zero. `stretches[i]` is None unless LoRA i
-    is a DoRA.
+    is a DoRA. `layers[i]` are the targets at which LoRA i changes something.
     """
 
     small: PageSet
     rest: PageSet | None
     ranks: tuple[int, ...]
     stretches: tuple[Stretch | None, ...] = ()
+    layers: tuple[frozenset[str], ...] = ()
 
     @property
     def rank(self) -> int:

@@ -30,6 +30,14 @@ class RequestFactors:
     kv: BoundSet | None
     step: BoundSet | None
 
+    def layers(self) -> dict[ResolvedAdapter, frozenset[str]]:
+        """The targets at which each LoRA changes something, of all graphs."""
+        sets = [bound for bound in (*self.texts, self.kv, self.step) if bound is not None]
+        return {
+            lora.adapter: frozenset[str]().union(*(bound.layers[index] for bound in sets))
+            for index, lora in enumerate(self.loras)
+        }
+
     def of_text(self, encoder: int) -> RowFactors | None:
         """The factors in text encoder number `encoder`, where weights follow no schedule."""
         return self._at(self.texts[encoder], [lora.adapter.text_weight for lora in self.loras])

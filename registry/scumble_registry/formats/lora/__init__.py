@@ -35,7 +35,7 @@ from scumble_registry.formats.lora.record import (
 )
 from scumble_registry.formats.lora.refused_models import refused_model
 from scumble_registry.formats.lora.sampling_hints import sampling_of
-from scumble_registry.formats.lora.serving import count_modules, describe_modules, serving
+from scumble_registry.formats.lora.serving import count_modules, describe_modules, is_change, serving
 from scumble_registry.formats.safetensors_header import DTYPES, Array, Header, read_header, read_tensors
 from scumble_registry.formats.source import Draft, Source, check_plain
 from scumble_registry.formats.stable_diffusion import FAMILIES, stable_diffusion
@@ -198,6 +198,7 @@ def _derive(record: LoraRecord, base: BaseCompatibility | None, family: Family |
         ranks=in_rows,
         magnitudes=any(serving(target, record[target]) == "row with gain" for target in in_rows),
         merged=tuple(sorted(record.keys() - in_rows.keys())),
+        idle=not any(map(is_change, record.values())),
     )
 
 

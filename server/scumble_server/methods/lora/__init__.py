@@ -48,6 +48,11 @@ def check_targets(lora: Lora, base: Base) -> None:
 
 def why_idle(lora: Lora, steps: int) -> str | None:
     """Say why a LoRA would change nothing, or None. In the text encoders its weight follows no schedule."""
+    if lora.compatibility.idle:
+        return "every change in it is zero"
+    blocks = lora.adapter.blocks
+    if blocks is not None and not any(map(blocks.of, lora.targets)):
+        return "the weights of all blocks that it changes are 0"
     has_text = any(name.startswith("text_encoder") for name in lora.targets)
     return None if lora.adapter.text_weight and has_text else lora.adapter.why_never(steps)
 

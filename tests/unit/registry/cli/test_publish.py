@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from support.commands import Scumble, as_json
 
@@ -31,6 +33,21 @@ def test_sampling_that_cannot_be_read_is_refused(scumble: Scumble, lora: Path, s
 def test_a_base_has_no_sampling(scumble: Scumble, base: Path) -> None:
     status, _, said = scumble("publish", base, "--name", "demo/base", "--sampling", '{"steps": 4}')
     assert (status, "scumble.json" in said) == (2, True)
+
+
+def test_a_lora_that_changes_nothing_is_told_and_published(scumble: Scumble, lora: Path) -> None:
+    tensors = load_file(lora)
+    zeros = {name: np.zeros_like(values) for name, values in tensors.items() if "lora_B" in name}
+    told = "every change in it is zero"
+    save_file(tensors | dict(list(zeros.items())[:1]), lora)
+    assert told not in scumble("inspect", lora)[1]
+    assert as_json(scumble("inspect", lora, "--json"))["details"]["counts"]["change nothing"] == 1
+    save_file(tensors | zeros, lora)
+    assert told in scumble("inspect", lora)[1]
+    status, out, _ = scumble("publish", lora, "--name", "styles/zero")
+    assert status == 0
+    assert told in out
+    assert as_json(scumble("show", "styles/zero", "--json"))["manifest"]["compatibility"]["idle"] is True
 
 
 def test_a_missing_option_exits_with_2(scumble: Scumble, lora: Path) -> None:

@@ -246,7 +246,7 @@ def test_the_receipt_says_what_was_bound(world: World) -> None:
 def test_fields_without_meaning_are_refused_by_name(world: World, fields: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest, match="means nothing") as caught:
         world.running.run([request({**BOTH, **fields})])
-    assert caught.value.fields == {"field": field}
+    assert caught.value.fields["field"] == field
 
 
 def test_a_network_of_another_base_is_refused_when_asked_for(world: World, tmp_path: Path) -> None:
