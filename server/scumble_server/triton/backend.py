@@ -12,9 +12,12 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from scumble.errors import Unavailable
+from scumble_server.triton.bytes_inputs import MAX_VALUES, deserialize
 
 Tensors: TypeAlias = Mapping[str, NDArray[Any]]
 Parameters: TypeAlias = dict[str, str | int | bool]
+
+pb_utils.deserialize_bytes_tensor = deserialize
 
 
 class Sender(Protocol):
@@ -66,9 +69,16 @@ def _flags(final: bool) -> int:
 
 
 def read_inputs(request: TritonRequest) -> dict[str, NDArray[Any]]:
-    """Copy the inputs, whose memory Triton frees when `execute` returns. Raises ValueError for malformed BYTES."""
+    """Copy the inputs, whose memory Triton frees when `execute` returns.
+
+    Raises ValueError for malformed BYTES, and for more values than any request has, before they are copied.
+    """
     try:
-        return {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
+        inputs = request.inputs()
+        for tensor in inputs:
+            if len(tensor.shape()) == 1 and tensor.shape()[0] > MAX_VALUES:
+                raise ValueError(f"{tensor.name()} has {tensor.shape()[0]} values, at most {MAX_VALUES} are read")
+        return {tensor.name(): np.array(tensor.as_numpy()) for tensor in inputs}
     except Exception as error:
         raise ValueError(f"an input cannot be read: {error}") from error
 

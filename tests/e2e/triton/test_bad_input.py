@@ -110,3 +110,9 @@ def test_nobody_loads_models(http: Any, grpc: Any, call: str) -> None:
     for api in (http, grpc):
         with pytest.raises(InferenceServerException):
             getattr(api, call)("scumble")
+
+
+def test_millions_of_values_are_refused_before_they_are_read(infer_grpc: Callable[..., Any]) -> None:
+    values = np.full(2_000_000, b"", np.object_)
+    with pytest.raises(InferenceServerException, match="images has 2000000 values, at most 1024 are read"):
+        infer_grpc(PROMPT | {"images": values})
