@@ -118,6 +118,8 @@ class Manifest(BaseModel):
     (`sources/`)."""
     metrics: dict[str, JsonValue] = Field(default_factory=dict)
     sample_grid: Blob | None = None
+    card: Blob | None = None
+    """The model card, README.md, as its trainer or publisher wrote it."""
 
     @field_validator("files")
     @classmethod
@@ -141,7 +143,7 @@ class Manifest(BaseModel):
     @property
     def blobs(self) -> dict[str, Blob]:
         """Every blob that this version needs, by the name that error messages use for it."""
-        extra = {"(record)": self.record, "(sample grid)": self.sample_grid}
+        extra = {"(record)": self.record, "(sample grid)": self.sample_grid, "(card)": self.card}
         return self.files | {word: blob for word, blob in extra.items() if blob is not None}
 
     def canonical(self) -> bytes:

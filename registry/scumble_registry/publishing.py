@@ -39,6 +39,7 @@ class PublisherMetadata:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     sample_grid: Path | None = None
+    card: Path | None = None
     sampling: Sampling | None = None
 
 
@@ -126,6 +127,7 @@ def store(
         if encoder is not None:
             format_of(draft.compatibility.kind).check_image_encoder(draft.compatibility, encoder.compatibility)
         grid = _put_picture(details.sample_grid, blobs) if details.sample_grid else None
+        card = put_file(details.card, blobs) if details.card else None
         files, record, tensors = _put_all(examined, blobs)
         known = {file: files[name] for name, file in draft.files.items()}
         hashes = hashes_of(examined.source.files, known, record, tensors)
@@ -133,6 +135,7 @@ def store(
         "base": base.digest if base else None,
         "image_encoder": encoder.digest if encoder else None,
         "sample_grid": grid,
+        "card": card,
         "sampling": details.sampling or draft.sampling,
         "dialect": None if draft.dialect.startswith(_OWN) else draft.dialect or None,
         "training": training_metadata.for_manifest(examined.training),

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from scumble.errors import IntegrityError, InvalidRequest, NotFound, Refused, Unavailable
 from scumble.files import explain_os_errors, new_folder, private_folder, sync_folder
-from scumble_registry import publishing
+from scumble_registry import publishing, results
 from scumble_registry.blob import Blob
 from scumble_registry.checking import Checked, check_all
 from scumble_registry.formats import format_of
@@ -105,6 +105,7 @@ class Registry:
         provenance: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         sample_grid: Path | None = None,
+        card: Path | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,
         description: str = "",
         allow_leftover: bool = False,
@@ -125,7 +126,9 @@ class Registry:
             parse_alias(alias)
         words = (trigger_words,) if isinstance(trigger_words, str) else tuple(trigger_words)
         profile = Sampling.parse(sampling) if sampling is not None else None
-        details = PublisherMetadata(license, description, words, provenance or {}, metrics or {}, sample_grid, profile)
+        details = PublisherMetadata(
+            license, description, words, provenance or {}, metrics or {}, sample_grid, card, profile
+        )
         published_for = self.published_for(base) if base is not None else None
         encoder = self.resolve(image_encoder).manifest if image_encoder is not None else None
         read_options = ReadOptions(allow_leftover, max_bytes, hints or Hints())
@@ -318,12 +321,31 @@ class Registry:
         grid = version.manifest.sample_grid
         return self._cache.blob(grid, f"the sample grid of {version.ref}") if grid else None
 
-    def pull(self, ref: str, target: Path) -> Version:
-        """Write the files of `ref` into `target` (new or empty), all or none. Raises Refused if it is not empty."""
+    def card_path(self, version: Version) -> Path | None:
+        """Return the path of the model card, README.md; None if the version has none. Raises IntegrityError."""
+        card = version.manifest.card
+        return self._cache.blob(card, f"the card of {version.ref}") if card else None
+
+    def pull(self, ref: str, target: Path, *, about: bool = False) -> Version:
+        """Write the files of `ref` into `target` (new or empty), all or none. Raises Refused if it is not empty.
+
+        `about`: with the grid, the card and training.json, as a finished training leaves them (`results.py`).
+        """
         version = self.resolve(ref)
         with new_folder(target) as work:
             self.copy(version, work)
+            if about:
+                self._write_about(version, work)
         return version
+
+    def _write_about(self, version: Version, folder: Path) -> None:
+        adapter = next(iter(version.manifest.files)) if len(version.manifest.files) == 1 else "."
+        about = {results.GRID: self.sample_grid_path(version), results.CARD: self.card_path(version)}
+        for name, file in about.items():
+            if file is not None and not (folder / name).exists():
+                shutil.copyfile(file, folder / name)
+        if not (folder / results.RESULT).exists():
+            results.write_result(folder, results.result_of(version, adapter))
 
     def copy(self, version: Version, folder: Path) -> None:
         """Write the files as published, as copies of the caller's own, into an empty folder. Raises IntegrityError."""

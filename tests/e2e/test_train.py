@@ -15,10 +15,10 @@ from PIL import Image
 from scumble_demo.evaluation import lora as effect
 from scumble_demo.evaluation import trial
 from scumble_demo.evaluation.run import measure
+from scumble_registry.results import read_result
 from scumble_trainers.base import find_base
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.results.result import read_result
 from scumble_trainers.run import train
 
 SCUMBLE = str(Path(sys.executable).with_name("scumble"))

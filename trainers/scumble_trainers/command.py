@@ -21,7 +21,7 @@ from scumble_trainers.options import Common, command_of
 from scumble_trainers.settings import TrainSettings, parse_settings, read_config
 
 if TYPE_CHECKING:
-    from scumble_trainers.results.result import Result
+    from scumble_registry.results import Result
 
 
 def method_command(entry: MethodEntry) -> Callable[..., None]:
@@ -61,12 +61,12 @@ def _check_names(common: Common) -> None:
 def train_and_publish(entry: MethodEntry, common: Common, settings: TrainSettings) -> dict[str, Any] | None:
     """Train, evaluate and publish. Returns what `--json` prints, or None in all processes but the first."""
     from scumble_registry import Registry, default_home
+    from scumble_registry.results import publish_result
     from scumble_trainers.base import identify_base, locate_base
     from scumble_trainers.data.checking import check_data
     from scumble_trainers.interrupted import explain_how_to_go_on
     from scumble_trainers.processes import is_first_process
     from scumble_trainers.progress import progress
-    from scumble_trainers.results.result import publish_result
 
     home, publish = default_home(), common["publish"]
     located = locate_base(common["base"], home)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from scumble.errors import Unavailable
+from scumble_registry.results import Result
 from scumble_trainers.base import TrainingBase
-from scumble_trainers.results.result import Result
 
 GROUP = "scumble.evaluation"
 """Entry point for a module that implements `Evaluator`."""

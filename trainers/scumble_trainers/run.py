@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from scumble.errors import InvalidRequest
+from scumble_registry.results import GRID, RESULT, Result, read_result, write_result
 from scumble_trainers.base import TrainingBase, load_base, schedule_config, side_multiple
 from scumble_trainers.data.buckets import Size, choose_sizes
 from scumble_trainers.data.captions import read_captions
@@ -22,7 +23,6 @@ from scumble_trainers.method import Material, TrainingMethod
 from scumble_trainers.progress import ProgressReport, silent
 from scumble_trainers.results.card import write_card
 from scumble_trainers.results.provenance import provenance
-from scumble_trainers.results.result import CARD, GRID, Result, read_result, write_result
 from scumble_trainers.results.sampling import Samples
 from scumble_trainers.results.writing import explain_write_errors
 from scumble_trainers.settings import TrainSettings
@@ -71,7 +71,7 @@ def train(
     keep_freed_memory()
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / CARD).unlink(missing_ok=True)
+        (out / RESULT).unlink(missing_ok=True)
         accelerator = _accelerator(out, kind.name, settings)
         run = _prepare(accelerator, kind, base, examples, out, settings, identity, report)
         run.train(checkpoint)
@@ -228,5 +228,5 @@ def _clear(out: Path) -> None:
     if finished:
         adapter = out / finished.adapter
         shutil.rmtree(adapter, ignore_errors=True) if adapter.is_dir() else adapter.unlink(missing_ok=True)
-    for file in (CARD, GRID):
+    for file in (RESULT, GRID):
         (out / file).unlink(missing_ok=True)

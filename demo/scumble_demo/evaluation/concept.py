@@ -18,9 +18,9 @@ from scumble_demo.emoji.packages import fetch_packages
 from scumble_demo.evaluation.measures import concept_rate, similarity
 from scumble_demo.evaluation.trial import ADAPTER, COUNT, Metrics, Trial, rounded, show
 from scumble_demo.scorer import Scorer
+from scumble_registry.results import Result
 from scumble_trainers.base import TrainingBase
 from scumble_trainers.data.sidecars import METADATA
-from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import Served
 
 _SAID = ("{thing}, {style}", "a drawing of {thing}, {style}", "a picture of {thing} in {style}")

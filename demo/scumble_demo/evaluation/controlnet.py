@@ -14,8 +14,8 @@ from scumble_demo.evaluation.measures import edge_f1
 from scumble_demo.evaluation.trial import ADAPTER, COUNT, Metrics, Trial, known_prompts, rounded, show, some_concepts
 from scumble_demo.evaluation.unseen import unseen_pictures
 from scumble_demo.scorer import Scorer
+from scumble_registry.results import Result
 from scumble_trainers.base import TrainingBase
-from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import Served, served
 
 

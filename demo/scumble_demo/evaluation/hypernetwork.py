@@ -27,6 +27,7 @@ from scumble_demo.evaluation.trial import ADAPTER, Metrics, Trial, rounded, show
 from scumble_demo.scorer import Scorer
 from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
+from scumble_registry.results import Result
 from scumble_trainers.base import TrainingBase, native_resolution
 from scumble_trainers.data.dataset import read_examples
 from scumble_trainers.data.sidecars import METADATA
@@ -35,7 +36,6 @@ from scumble_trainers.methods.hypernetwork.model import HypernetworkTraining
 from scumble_trainers.methods.hypernetwork.settings import HypernetworkSettings
 from scumble_trainers.methods.lora.model import LoraTraining
 from scumble_trainers.methods.lora.settings import LoraSettings
-from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import served
 from scumble_trainers.run import train
 

@@ -13,8 +13,8 @@ from scumble_demo.evaluation.measures import concept_rate, first_rate
 from scumble_demo.evaluation.trial import ADAPTER, COUNT, Metrics, Trial, known_prompts, rounded, show, some_concepts
 from scumble_demo.evaluation.unseen import unseen_drawings, unseen_pictures
 from scumble_demo.scorer import Scorer
+from scumble_registry.results import Result
 from scumble_trainers.base import TrainingBase
-from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import Served, served
 
 SCALES = (0.0, 0.5, 1.0)

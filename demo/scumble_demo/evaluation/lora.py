@@ -10,8 +10,8 @@ from scumble_demo.emoji.concepts import Style, style
 from scumble_demo.evaluation.measures import concept_rate, style_rate
 from scumble_demo.evaluation.trial import ADAPTER, Metrics, Trial, known_prompts, rounded, show, some_concepts
 from scumble_demo.scorer import Scorer
+from scumble_registry.results import Result
 from scumble_trainers.base import TrainingBase
-from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import served
 
 _END = " style"

@@ -11,9 +11,9 @@ from scumble.errors import InvalidRequest
 from scumble_demo.evaluation import controlnet, dreambooth, hypernetwork, ip_adapter, lora, textual_inversion
 from scumble_demo.evaluation.trial import Metrics
 from scumble_demo.scorer import SCORER_FILE, Scorer
+from scumble_registry.results import Result, write_result
 from scumble_trainers.base import TrainingBase
 from scumble_trainers.results.card import write_card
-from scumble_trainers.results.result import Result, write_result
 
 
 class Evaluate(Protocol):

@@ -7,8 +7,8 @@ from pathlib import Path
 from scumble_demo.evaluation.concept import measure_concept, read_taught
 from scumble_demo.evaluation.trial import ADAPTER, Metrics
 from scumble_demo.scorer import Scorer
+from scumble_registry.results import Result
 from scumble_trainers.base import TrainingBase
-from scumble_trainers.results.result import Result
 from scumble_trainers.results.serving import served
 
 

@@ -24,9 +24,9 @@ from scumble.stats import Stats
 from scumble_demo.grid.grid import draw_grid
 from scumble_demo.grid.plan import GridColumn, GridPlan, GridRow, Publish
 from scumble_registry import Registry, Version
+from scumble_registry.results import RESULT, publish_result
 from scumble_server.config import ServerConfig
 from scumble_server.triton.running import running_server
-from scumble_trainers.results.result import CARD, publish_result
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -84,7 +84,7 @@ def publish(plan: GridPlan, home: Path) -> list[Version]:
 
 def _publish(registry: Registry, part: Publish, base: str) -> Version:
     """Publish an entry, with provenance and metrics if its folder is a trainer's result."""
-    if (part.path / CARD).is_file():
+    if (part.path / RESULT).is_file():
         return publish_result(registry, part.path, part.name, base=base)
     return registry.publish(
         part.path,

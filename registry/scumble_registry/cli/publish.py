@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from scumble_registry import results
 from scumble_registry.cli.options import Alias, Home, Json, PublishedName, Ref, open_registry
 from scumble_registry.cli.printing import listed, plain, print_version
 from scumble_registry.cli.publish_options import PublishOptions, with_publish_options
@@ -29,9 +30,15 @@ def publish(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Publish a file or folder as the next version. Content that is published already gives its existing version."""
+    """Publish a file or folder as the next version. Content that is published already gives its existing version.
+
+    Of a folder that a training left (training.json), the adapter in it is published, with all that is said there.
+    """
     with open_registry(home, create=True) as registry:
-        version = registry.publish(path, **options.arguments(registry))
+        if path.is_dir() and results.read_result(path) is not None:
+            version = results.publish_result(registry, path, **options.arguments(registry))
+        else:
+            version = registry.publish(path, **options.arguments(registry))
     print_version(version, as_json, f"{version.ref} ({version.status}) {version.digest}\n{derived(version)}")
 
 

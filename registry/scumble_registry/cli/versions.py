@@ -126,6 +126,8 @@ def show(ref: Ref, home: Home = None, as_json: Json = False) -> None:
         "description": plain(manifest.description, 20_000),
         "defaults": manifest.defaults and manifest.defaults.model_dump_json(),
         "sampling": manifest.sampling and manifest.sampling.model_dump_json(),
+        "sample grid": manifest.sample_grid and manifest.sample_grid.digest,
+        "card": manifest.card and manifest.card.digest,
         "metrics": manifest.metrics and json.dumps(manifest.metrics),
         "training": manifest.training and json.dumps(manifest.training),
         "left out": listed(manifest.leftover),
@@ -191,11 +193,15 @@ def resolve(ref: Ref, home: Home = None, as_json: Json = False) -> None:
 def pull(
     ref: Ref,
     out: Annotated[Path, typer.Option("-o", "--out", help="A new or empty folder.", metavar="DIR")],
+    about: Annotated[
+        bool,
+        typer.Option("--about", help="With sample grid, card and training.json, as a training leaves them."),
+    ] = False,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Write the files of a version into a folder, and check their hashes."""
     with open_registry(home) as registry:
-        version = registry.pull(ref, out)
+        version = registry.pull(ref, out, about=about)
     print_version(version, as_json, f"{version.ref}: {len(version.manifest.files)} files in {out}")
     note(version)

@@ -11,7 +11,7 @@ import pytest
 from scumble.events import Done, Event, Failed, Preview
 from scumble.request import Adapter, Request
 from scumble_registry import Registry
-from scumble_trainers.results.result import publish_result
+from scumble_registry.results import publish_result
 from support.places import DEMO
 
 if TYPE_CHECKING:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from scumble_trainers.results.result import GRID, Result
-
-FILE = "README.md"
+from scumble_registry.results import CARD, GRID, Result
 
 
 def write_card(out: Path, result: Result, *, base: str | None) -> None:
@@ -25,7 +23,7 @@ def write_card(out: Path, result: Result, *, base: str | None) -> None:
     libraries = ", ".join(f"{name} {version}" for name, version in provenance["libraries"].items())
     config = json.dumps(provenance["config"], indent=2, ensure_ascii=False)
     metrics = json.dumps(result.metrics, indent=2, ensure_ascii=False)
-    (out / FILE).write_text(
+    (out / CARD).write_text(
         f"""---
 {front}
 ---

@@ -16,8 +16,8 @@ from scumble.client import Client
 from scumble.local import local_server
 from scumble.request import Request
 from scumble_registry import Registry
+from scumble_registry.results import publish_result
 from scumble_trainers.base import TrainingBase
-from scumble_trainers.results.result import publish_result
 
 BASE = "trained/base"
 HOME = "SCUMBLE_HOME"

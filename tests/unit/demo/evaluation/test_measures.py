@@ -16,8 +16,8 @@ from scumble_demo.evaluation.measures import edge_f1, first_rate, similarity
 from scumble_demo.evaluation.run import check_measurable
 from scumble_demo.evaluation.trial import COUNT, known_prompts, some_concepts
 from scumble_demo.scorer import Scorer
+from scumble_registry.results import Result
 from scumble_trainers.base import find_base
-from scumble_trainers.results.result import Result
 from support.places import DEMO_BASE
 
 SIDE = 128

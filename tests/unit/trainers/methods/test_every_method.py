@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from scumble_registry import Registry
+from scumble_registry.results import publish_result
 from scumble_trainers.base import TrainingBase, find_base
-from scumble_trainers.results.result import publish_result
 from scumble_trainers.run import train
 from scumble_trainers.steps.loop import Run
 from support.every_method import ENTRIES, make_settings, run_method

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from scumble.errors import Incompatible, InvalidRequest
 from scumble_registry import Registry
+from scumble_registry.results import publish_result
 from scumble_trainers.base import TrainingBase, find_base
-from scumble_trainers.results.result import publish_result
 from scumble_trainers.run import train
 from support.every_method import ENTRIES, make_settings, run_method
 from support.tiny_ip import make_image_encoder

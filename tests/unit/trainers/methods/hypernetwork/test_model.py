@@ -17,13 +17,13 @@ from scumble_build.graphs.predictor import Predictor
 from scumble_registry import Registry
 from scumble_registry.formats.hypernetwork import read_record
 from scumble_registry.formats.hypernetwork.predictor import PredictorRecord
+from scumble_registry.results import publish_result
 from scumble_trainers.base import TrainingBase, find_base
 from scumble_trainers.data.dataset import read_examples
 from scumble_trainers.method import Condition
 from scumble_trainers.methods.hypernetwork.layers import expand_rows
 from scumble_trainers.methods.hypernetwork.model import HypernetworkTraining
 from scumble_trainers.methods.lora.files import FILE
-from scumble_trainers.results.result import publish_result
 from scumble_trainers.run import train
 from scumble_trainers.steps.loop import Run
 from support.every_method import ENTRIES, make_settings, run_method
