@@ -13,7 +13,6 @@ from vulture.core import Item, Vulture
 
 PYTHON, TRITON, TENSORRT = "Python calls it", "Triton calls it", "TensorRT calls it"
 CONTRACT = "the wire's contract, to which a test holds config.pbtxt"
-TESTS = "tests alone use it"
 BY_NAME = "loaded by its name, from a table or an entry point"
 ALLOWED = {
     "__getattr__": PYTHON,
@@ -32,7 +31,6 @@ ALLOWED = {
     "prepare_style": BY_NAME,
     **dict.fromkeys(("TextualInversionTraining", "DreamboothTraining"), BY_NAME),
     **dict.fromkeys(("IpAdapterTraining", "ControlNetTraining"), BY_NAME),
-    "sample_grid_path": TESTS,
 }
 DECORATORS = ["@*.command", "@*.command*", "@field_validator", "@model_validator", "@model_serializer"]
 

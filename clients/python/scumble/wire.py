@@ -91,6 +91,7 @@ STREAM_OUTPUTS = (
 _JSON_FIELDS: dict[str, type[list[Any] | dict[str, Any]]] = {"adapters": list, "options": dict}
 _MAX_TEXT_BYTES = 1 << 20
 _MAX_TENSORS_BYTES = 16 << 20
+_MAX_HEADER_BYTES = 64 << 10
 _DATATYPES = {spec.name: spec.datatype for spec in STREAM_INPUTS}
 
 
@@ -300,6 +301,8 @@ def _from_safetensors(tensor: NDArray[Any]) -> dict[str, NDArray[Any]]:
         raise InvalidRequest(
             f"tensors: takes one safetensors file of at most {_MAX_TENSORS_BYTES} bytes", field="tensors"
         )
+    if int.from_bytes(content[:8], "little") > _MAX_HEADER_BYTES:
+        raise InvalidRequest(f"tensors: a header of more than {_MAX_HEADER_BYTES} bytes", field="tensors")
     try:
         return load(content)
     except (SafetensorError, KeyError, ValueError) as error:

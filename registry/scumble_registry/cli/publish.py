@@ -14,12 +14,13 @@ from scumble_registry.cli.printing import listed, plain, print_version
 from scumble_registry.cli.publish_options import PublishOptions, with_publish_options
 from scumble_registry.compatibility import LoraCompatibility
 from scumble_registry.extract import extract
+from scumble_registry.formats import FORMATS
 from scumble_registry.store.catalogue import Version
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(epilog="Kinds: " + "; ".join(f"{form.kind}: {form.hint}" for form in FORMATS) + ".")
 @with_publish_options
 def publish(
     path: Annotated[

@@ -5,6 +5,8 @@ A new kind is a module here and one line in FORMATS.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from scumble.errors import Refused
 from scumble_registry.compatibility import BaseCompatibility
 from scumble_registry.formats import (
@@ -39,6 +41,10 @@ FORMATS: tuple[Format, ...] = (
 as an embedding's only tensor may have any name, and keys of a FaceID IP-Adapter and a control-LoRA mention LoRA."""
 
 
+_SHOWN = 4
+"""Names in a message."""
+
+
 def format_of(kind: str) -> Format:
     """Return the format of a manifest's kind, which is one of FORMATS."""
     return next(form for form in FORMATS if form.kind == kind)
@@ -55,8 +61,30 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
             return form.read(source, base)
     for name, file in source.weights().items():
         refuse_known_models(read_header(file).tensors, name)
-    known = "; ".join(f"{form.kind}: {form.hint}" for form in FORMATS)
-    raise Refused(f"{source.path} is none of the kinds that can be published; these can: {known}")
+    raise Refused(
+        f"{source.path} is none of the kinds that can be published (`scumble registry publish --help` lists them): "
+        f"{_seen(source)}"
+    )
+
+
+def _seen(source: Source) -> str:
+    """Say what a source looks like, of which no format knows anything, and what may help."""
+    weights, files = source.weights(), _some(sorted(source.files))
+    if "adapter_config.json" in source.files and not weights:
+        return "it has PEFT's adapter_config.json, but no adapter_model.safetensors; put the weights beside it"
+    if not weights:
+        return f"it has no weights, only {files}" if files else "it is empty"
+    if len(weights) > 1:
+        return (
+            f"it has {len(weights)} files of weights ({_some(sorted(weights))}); publish one, or a whole model's folder"
+        )
+    name, file = next(iter(weights.items()))
+    tensors = read_header(file).tensors
+    return f"{name} has {len(tensors)} tensors that no kind has ({_some(sorted(tensors))}); is it for another model?"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
 
 
 __all__ = ["FORMATS", "Draft", "Format", "Source", "format_of", "read"]

@@ -46,7 +46,7 @@ class Format:
     kind: str
     """The kind's name in the manifest."""
     hint: str
-    """A short description of its files, for the message that refuses unknown files."""
+    """A short description of its files, for `publish --help`."""
     recognises: Callable[[Source], bool]
     """Return whether the files look like this kind, by content, not by name."""
     read: Callable[[Source, BaseCompatibility | None], Draft]

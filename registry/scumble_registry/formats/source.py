@@ -98,7 +98,7 @@ class Source:
         if file.stat().st_size > _MAX_JSON:
             raise Refused(f"{name} is larger than {_MAX_JSON} bytes, too large for JSON of this kind")
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return json.loads(file.read_text(encoding="utf-8-sig"))  # some editors write a mark first
         except (ValueError, RecursionError) as error:
             raise Refused(f"{name} is not JSON: {error}") from error
 

@@ -1,6 +1,7 @@
 """The wire carries requests and events without loss, and names what does not belong on it."""
 
 import json
+import time
 from typing import Any, get_args
 
 import numpy as np
@@ -243,3 +244,14 @@ def _spec(tensor: Any, *, optional: bool) -> wire.TensorSpec:
 def test_events_are_json_that_any_language_reads() -> None:
     event = wire.event_to_tensors(Step(1, 2))["event"][0]
     assert json.loads(event) == {"type": "step", "step": 1, "steps": 2}
+
+
+def test_a_header_of_more_tensors_than_a_request_may_have_is_refused_before_it_is_read() -> None:
+    header = json.dumps(
+        {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
+    ).encode()
+    content = len(header).to_bytes(8, "little") + header
+    start = time.thread_time()
+    with pytest.raises(InvalidRequest, match="a header of more than 65536 bytes"):
+        wire.tensors_to_request({"prompt": text(""), "tensors": text(content)})
+    assert time.thread_time() - start < 0.1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -48,6 +48,8 @@ CONFIG_NAME = "adapter_config.json"
 """The config beside the weights of a PEFT folder."""
 
 _MAX_BYTES = 2 << 30
+_HALVES = (("lora_A.", "lora_B."), ("lora_down.", "lora_up."), (".down.weight", ".up.weight"))
+"""How keys of the two factors of one module differ."""
 _CONTEXT_FAMILY: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _WORDS = ("lora", "hada_", "lokr_", "oft_", "boft_", "ia3_l", "dora_scale", "w_norm", "vera_", "fourierft_")
 _ENDS = (".on_input", ".a1.weight", ".diff", ".diff_b", ":up")
@@ -59,6 +61,8 @@ def recognises(source: Source) -> bool:
     A PEFT folder has such a file for each component.
     """
     weights = list(source.weights().values()) or ([source.path] if source.path.is_file() else [])
+    if not weights:
+        return False
     if len(weights) != 1 and not _configs(source):
         return False
     return all(_looks_like_lora(read_header(file)) for file in weights)
@@ -71,6 +75,8 @@ def read(source: Source, base: BaseCompatibility | None) -> Draft:
     fitting = _fitting_families(tensors, scalings) if base is None else []
     naming_base = fitting[0] if fitting else base
     parsed = parse(tensors, scalings, naming_base)
+    if not source.allow_leftover:
+        _check_halves(parsed.leftover, tensors)
     _check_leftover(parsed, source, naming_base)
     family = base.family if base is not None else fitting[0].family if len(fitting) == 1 else None
     return Draft(
@@ -144,6 +150,19 @@ def _in_component(key: str, component: str) -> str:
 
 def _weights(source: Source) -> dict[str, Path]:
     return source.weights() or {source.path.name: source.path}
+
+
+def _check_halves(leftover: Collection[str], keys: Container[str]) -> None:
+    """Raises Refused for a module that has one of its two factors only, unless the file is of a model known by name."""
+    for key in leftover if refused_model(leftover) is None else ():
+        for own, other in (*_HALVES, *((other, own) for own, other in _HALVES)):
+            if key.endswith(".weight") and own in key and key.replace(own, other) not in keys:
+                raise Refused(
+                    f"{key} is one half of a LoRA module, whose other half {key.replace(own, other)} is missing: the "
+                    "file was cut or badly converted; fetch or save it again; nothing was published",
+                    tensor=key,
+                    keys=sorted(leftover),
+                )
 
 
 def _check_leftover(parsed: Parsed, source: Source, base: BaseCompatibility | None) -> None:

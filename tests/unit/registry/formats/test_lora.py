@@ -10,11 +10,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from scumble.errors import Incompatible, Refused
-from scumble_registry import Registry
+from scumble_registry import Registry, formats
 from scumble_registry.formats.lora import LoraRecord, read_record
 from scumble_registry.formats.safetensors_header import write
+from scumble_registry.formats.source import Source
 
 LoraWriter = Callable[..., Path]
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -259,3 +261,33 @@ def test_a_folder_with_one_lora_keeps_its_files(registry: Registry, lora: Path, 
     (folder / "second.safetensors").write_bytes((folder / "ink.safetensors").read_bytes())
     with pytest.raises(Refused, match="none of the kinds"):
         registry.publish(folder, "styles/ink")
+
+
+def test_one_half_of_a_module_is_named_with_the_other(write_lora: LoraWriter) -> None:
+    file = write_lora()
+    tensors = load_file(file)
+    gone = next(name for name in tensors if "lora_B" in name)
+    save_file({name: values for name, values in tensors.items() if name != gone}, file)
+    with pytest.raises(Refused, match="is one half of a LoRA module, whose other half") as caught:
+        formats.read(Source.scan(file), None)
+    assert gone in caught.value.message
+    assert caught.value.fields["tensor"] == gone.replace("lora_B", "lora_A")
+
+
+def test_a_peft_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(Refused, match=r"no adapter_model\.safetensors; put the weights beside it"):
+        formats.read(Source.scan(tmp_path), None)
+
+
+def test_a_byte_order_mark_before_a_config_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(b'\xef\xbb\xbf{"r": 4}')
+    assert Source.scan(tmp_path).json("adapter_config.json") == {"r": 4}
+
+
+def test_unknown_weights_are_told_by_what_they_are(tmp_path: Path) -> None:
+    save_file({f"foo.{index}": np.zeros((2, 3, 2), np.float32) for index in range(6)}, tmp_path / "a.safetensors")
+    with pytest.raises(Refused) as caught:
+        formats.read(Source.scan(tmp_path / "a.safetensors"), None)
+    assert "6 tensors that no kind has (foo.0, foo.1, foo.2, foo.3 …)" in caught.value.message
+    assert len(caught.value.message) < 300 + len(str(tmp_path))
