@@ -83,7 +83,7 @@ def _engines(
         "tokens": Range(77, 77, 77),
         **dict.fromkeys(("height", "width"), side),
         **dict.fromkeys(("pixel_height", "pixel_width"), pixels),
-        "resident": Range(1, 64, 100),
+        "resident": Range(1, 64, 256),
         "rank_pages": Range(1, 2, 8),
     }
     built = build_graphs(

@@ -1,0 +1,152 @@
+"""On a pretended GPU every kind of request is drawn as on the CPU, alone and with strangers.
+
+Mixing devices raises there as CUDA does. What only a GPU can show, its kernels, streams and graphs, is not shown.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scumble.events import Done, Event, Failed
+from scumble.request import Request
+from scumble_registry import Registry
+from scumble_server import service as service_module
+from scumble_server.config import ServerConfig
+from scumble_server.service import Service
+from support.every_kind import EveryKind, publish_every_kind, random_request, request_for, ways_to_ask
+from support.pretended_gpu import BESIDE, Watching, pretended
+
+
+@dataclass
+class Both:
+    every: EveryKind
+    loop: Watching
+    """What the loop's thread does on the pretended GPU."""
+    cpu: Service
+    gpu: Service
+
+
+@pytest.fixture(scope="module")
+def both(tiny_base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    home = tmp_path_factory.mktemp("both")
+    with Registry.open(home, create=True) as registry:
+        every = publish_every_kind(registry, tiny_base, tmp_path_factory.mktemp("kinds"))
+    config = ServerConfig(home=home, base="every/base", threads=1, executor="torch")
+
+    @contextmanager
+    def own_stream(device: str, *, urgent: bool = False) -> Iterator[None]:
+        if device == "cpu":
+            yield
+            return
+        with Watching() as watching:
+            if urgent:
+                loop.append(watching)
+            yield
+
+    loop: list[Watching] = []
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(service_module, "own_stream", own_stream)
+        cpu = Service.open(config)
+        with pretended() as device:
+            gpu = Service.open(config.model_copy(update={"device": str(device)}))
+            yield Both(every, loop[0], cpu, gpu)
+            gpu.close()
+        cpu.close()
+
+
+def draw(service: Service, requests: list[Request]) -> list[Done]:
+    """All at once. Raises the first failure."""
+    ends: list[queue.Queue[Event]] = [queue.Queue() for _ in requests]
+    for request, end in zip(requests, ends, strict=True):
+        service.submit(request, lambda event, end=end: end.put(event) if isinstance(event, Done | Failed) else None)  # type: ignore[misc]
+    done = []
+    for end in ends:
+        event = end.get(timeout=300)
+        if isinstance(event, Failed):
+            raise event.error
+        assert isinstance(event, Done)
+        done.append(event)
+    return done
+
+
+def check_equal(both: Both, requests: list[Request]) -> None:
+    for request, theirs in zip(requests, draw(both.gpu, requests), strict=True):
+        (expected,) = draw(both.cpu, [request])
+        if theirs.encoded:
+            continue
+        assert abs(theirs.images.astype(int) - expected.images.astype(int)).max() <= 1
+
+
+PLAIN = {"prompt": "a <bad> apple", "steps": 3, "seed": 7, "width": 64, "height": 64, "scheduler": "euler_a"}
+OTHERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "webui": {"options": {"grammar": "webui"}, "prompt": "a ([apple:pear:0.5]:1.3) AND a boat :0.7"},
+    "compel": {"options": {"grammar": "compel"}, "prompt": "a (red)1.3 boat"},
+    "img2img": {"options": {"image": "red", "strength": 0.6}},
+    "inpainting": {"options": {"image": "red", "mask": "left"}},
+    "hires": {"options": {"hires": {"scale": 2.0}}},
+    "previews": {"options": {"preview_every": 1}},
+    "tiles": {"options": {"vae_tiling": True}},
+    "rescale": {"options": {"guidance_rescale": 0.7}},
+    "files": {"options": {"format": "png"}},
+}
+
+
+@pytest.mark.parametrize("name", sorted(ways_to_ask(random.Random(0))))
+def test_each_kind_of_adapter_is_drawn_as_on_the_cpu(both: Both, name: str) -> None:
+    way = ways_to_ask(random.Random(0))[name]
+    check_equal(both, [request_for(both.every, [{"ref": name, **way}], **PLAIN)])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_each_other_way_to_ask_is_drawn_as_on_the_cpu(both: Both, name: str) -> None:
+    fields = OTHERS[name]
+    pictures = {each: both.every.pictures[each] for each in ("red", "left")}
+    images = {key: value for key, value in pictures.items() if key in fields.get("options", {}).values()}
+    check_equal(both, [Request.parse({**PLAIN, "images": images, **fields})])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_strangers_are_drawn_as_each_alone_on_the_cpu(both: Both, seed: int) -> None:
+    rng = random.Random(seed)
+    check_equal(both, [random_request(both.every, rng) for _ in range(6)])
+
+
+def test_devices_that_are_mixed_raise(both: Both) -> None:  # noqa: ARG001 - the device is there
+    import torch
+
+    with Watching(), pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        torch.zeros(2, device="gpu:0") + torch.ones(2)
+    with Watching():
+        assert np.array_equal((torch.zeros(2, device="gpu:0") + 1).cpu().numpy(), [1, 1])
+
+
+def in_more_steps(both: Both, requests: list[Request]) -> dict[tuple[str, str], int]:
+    """What three more steps of the same requests copy and wait for, by kind and line."""
+    counts = []
+    for steps in (5, 8):
+        before = both.loop.notes.copy()
+        draw(both.gpu, [request.model_copy(update={"steps": steps}) for request in requests])
+        counts.append(both.loop.notes - before)
+    return dict(counts[1] - counts[0])
+
+
+@pytest.mark.parametrize("name", ["plain", *sorted(ways_to_ask(random.Random(0)))])
+def test_from_its_second_step_on_a_batch_copies_and_waits_for_nothing_but_fresh_noise_and_the_last_steps_check(
+    both: Both, name: str
+) -> None:
+    way = ways_to_ask(random.Random(0)).get(name)
+    adapters = [] if way is None else [{"ref": name, **way, "start": 0.0, "end": 1.0}]
+    fields = {**PLAIN, "options": {"guidance_rescale": 0.5}}
+    for scheduler, expected in (("euler_a", {"read_later", "of_this_step"}), ("ddim", {"read_later"})):
+        more = in_more_steps(both, [request_for(both.every, adapters, **{**fields, "scheduler": scheduler})])
+        assert {kind for kind, _ in more} == {BESIDE}, more
+        assert {line.rpartition(" ")[2] for _, line in more} == expected
