@@ -131,3 +131,9 @@ def test_the_loop_tells_it_so(running: Running, monkeypatch: pytest.MonkeyPatch)
     error = draw(running, {"adapters": [{"ref": "l/a", "weight": 50}], "steps": 3})
     assert isinstance(error, InvalidRequest)
     assert error.fields["field"] == "adapters.0.weight"
+
+
+def test_a_vae_that_overflows_is_told_and_draws_no_black_picture(running: Running) -> None:
+    vae = running.executor.vae
+    with pytest.raises(Refused, match=r"the VAE made NaN or infinite pixels in float32: name one .* in options\.vae"):
+        vae.decode(torch.full((1, 4, 8, 8), 3e38))

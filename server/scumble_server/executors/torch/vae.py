@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from scumble.errors import Refused
 from scumble_server.executors.device import faults
 from scumble_server.executors.protocol import LatentDistribution
 from scumble_server.executors.tiles import decode_tiles
@@ -31,6 +32,11 @@ class TorchVae:
         latents = (latents * deviation + mean).to(self._model.dtype)
         with faults(f"decoding {len(latents)} pictures"):
             decoded = decode_tiles(self._decode, latents, self._tile) if tiled else self._decode(latents)
+        if not decoded.isfinite().all():  # it would be drawn black
+            raise Refused(
+                f"the VAE made NaN or infinite pixels in {str(self._model.dtype).removeprefix('torch.')}: name one that "
+                "bears it in options.vae (for SDXL one that is safe in half precision), or serve with --precision fp32"
+            )
         pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return pixels.round().to(torch.uint8).cpu()
 
