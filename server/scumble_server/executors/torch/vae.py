@@ -35,8 +35,8 @@ class TorchVae:
         if not decoded.isfinite().all():  # it would be drawn black
             dtype = str(self._model.dtype).removeprefix("torch.")
             raise Refused(
-                f"the VAE made NaN or infinite pixels in {dtype}: name one in options.vae that bears it (for SDXL one that "
-                "is safe in half precision), or serve with --precision fp32"
+                f"the VAE made NaN or infinite pixels in {dtype}: name one in options.vae that bears it (for SDXL one "
+                "that is safe in half precision), or serve with --precision fp32"
             )
         pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return pixels.round().to(torch.uint8).cpu()
