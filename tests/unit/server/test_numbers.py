@@ -135,5 +135,5 @@ def test_the_loop_tells_it_so(running: Running, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_vae_that_overflows_is_told_and_draws_no_black_picture(running: Running) -> None:
     vae = running.executor.vae
-    with pytest.raises(Refused, match=r"the VAE made NaN or infinite pixels in float32: name one .* in options\.vae"):
+    with pytest.raises(Refused, match=r"the VAE made NaN or infinite pixels in float32: name one in options\.vae"):
         vae.decode(torch.full((1, 4, 8, 8), 3e38))
