@@ -42,7 +42,7 @@ class BoundAdapter(BoundVersion):
     weight: float
     text_weight: float
     layers: int | None = None
-    """How many layers it was bound to, of an adapter that is a LoRA or becomes one."""
+    """How many of the base's layers it was bound to; None for an embedding, a checkpoint, a webui hypernetwork."""
 
     @property
     def details(self) -> dict[str, JsonValue]:

@@ -6,7 +6,7 @@ next request that asks for the same finds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -45,7 +45,7 @@ class Conditioned:
     originals: tuple[OriginalLatents, ...]
     vae: Vae
     layers: Mapping[ResolvedAdapter, int]
-    """How many layers each adapter that is a LoRA, or becomes one, changes."""
+    """How many layers each adapter acts on, where that can be said."""
 
 
 class Conditioner:
@@ -130,11 +130,15 @@ def _condition(context: Context, admitted: Admitted) -> Conditioned:
         maps,
         tuple(originals.encode(context, original) for original in admitted.originals),
         context.weights.vae,
-        _layers(factors, to_merge),
+        _layers(context, adapters, factors, to_merge),
     )
 
 
-def _layers(factors: RequestFactors, merged: frozenset[str]) -> dict[ResolvedAdapter, int]:
-    """Count what is bound as factors, and what is merged into weights."""
+def _layers(
+    context: Context, adapters: Sequence[ResolvedAdapter], factors: RequestFactors, merged: frozenset[str]
+) -> dict[ResolvedAdapter, int]:
+    """Count what is bound as factors, what is merged into weights, and what other methods act on."""
     bound = factors.layers()
-    return {lora.adapter: len(bound[lora.adapter] | (merged & {*lora.targets})) for lora in factors.loras}
+    loras = {lora.adapter: len(bound[lora.adapter] | (merged & {*lora.targets})) for lora in factors.loras}
+    others = {adapter: method_of(adapter).layers(context, adapter) for adapter in adapters}
+    return loras | {adapter: count for adapter, count in others.items() if count is not None}

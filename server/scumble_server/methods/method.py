@@ -156,6 +156,12 @@ class Method:
 
     # The receipt.
 
+    def layers(self, context: Context, adapter: ResolvedAdapter) -> int | None:  # noqa: ARG002
+        """How many of the base's layers the bound adapter acts on; None for what is no part of a layer. A LoRA's are
+        counted where its factors are laid out.
+        """
+        return None
+
     def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:  # noqa: ARG002
         """What the receipt says of it beside its version and weights. Plain JSON."""
         return {}

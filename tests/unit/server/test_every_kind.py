@@ -22,6 +22,7 @@ from scumble_build.graphs.adapted import Factors
 from scumble_registry import Registry
 from scumble_server.denoise.batch import Batch
 from scumble_server.denoise.image import Image
+from support.control_nets import load_unet
 from support.every_kind import EveryKind, publish_every_kind, random_request, request_for, ways_to_ask
 from support.tiny_families import make_tiny_sdxl
 
@@ -209,3 +210,24 @@ def test_the_receipt_pins_every_adapter_and_picture(shared: Shared) -> None:
     assert {each.ref: each.digest for each in receipt.adapters} == expected
     assert set(receipt.request.images) >= {"red", "shape", "blue"}
     assert all(each.digest.startswith("sha256:") for each in receipt.request.images.values())
+
+
+def test_the_receipt_counts_the_layers_of_each_kind(shared: Shared) -> None:
+    ways = ways_to_ask(random.Random(0))
+    plain = {"ip/base": {"image": "red"}, "net/t2i": {"image": "shape"}, "net/one": {"image": "shape"}}
+    adapters = [{"ref": name, **plain.get(name, ways[name])} for name in ("ip/base", "net/one", "net/t2i", "word/bad")]
+    half = [{"ref": "ip/base", "image": "red", "scale": {"up": {"block_1": [0.0, 1.0]}}}]
+    fields = {"prompt": "a <bad> apple", "steps": 2, "width": 64, "height": 64}
+    whole, part = (
+        shared.running.run([request_for(shared.every, asked, **fields)])[0].done.receipt.adapters
+        for asked in (adapters, half)
+    )
+    unet = load_unet(shared.every.files["every/base"])
+    crossing = [name for name, _ in unet.named_modules() if name.endswith("attn2")]
+    counts = {adapter.name: adapter.layers for adapter in whole}
+    assert counts["ip/base"] == len(crossing)
+    assert part[0].layers == 1
+    residuals = 1 + sum(len(block.resnets) + bool(block.downsamplers) for block in unet.down_blocks) + 1
+    assert counts["net/one"] == residuals
+    assert counts["net/t2i"] == len(unet.down_blocks)
+    assert counts["word/bad"] is None

@@ -14,7 +14,7 @@ from scumble_registry.formats.controlnet import KIND
 from scumble_server.base import Base
 from scumble_server.methods.context import Context, Text
 from scumble_server.methods.controlnet import checks
-from scumble_server.methods.controlnet.nets import control_maps
+from scumble_server.methods.controlnet.nets import control_maps, control_of
 from scumble_server.methods.controlnet.part import ControlPart
 from scumble_server.methods.method import Method
 from scumble_server.request.adapter import ResolvedAdapter
@@ -41,6 +41,11 @@ class ControlNetMethod(Method):
 
     def control_maps(self, context: Context, adapter: ResolvedAdapter) -> Sequence[Pixels]:
         return control_maps(context, adapter) if adapter.spec.preprocess is not None else ()
+
+    def layers(self, context: Context, adapter: ResolvedAdapter) -> int:
+        """The places at which something is added: residuals, features, or the matrices that an LLLite changes."""
+        control = control_of(context, adapter)
+        return len(control.features) or len(control.embeddings) or len(checks.compatibility(adapter).widths)
 
     def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         """Everything that was settled, defaults too."""

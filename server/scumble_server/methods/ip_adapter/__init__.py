@@ -54,6 +54,10 @@ class IpAdapterMethod(Method):
     def carry(self, context: Context, weights: Mapping[ResolvedAdapter, float], text: Text) -> ImagesPart | None:  # noqa: ARG002
         return ImagesPart.of(context, weights)
 
+    def layers(self, context: Context, adapter: ResolvedAdapter) -> int:  # noqa: ARG002
+        """The cross-attentions in which any of its pictures has a scale."""
+        return len({name for of_picture in scales_of(adapter) for name, scale in of_picture.items() if scale})
+
     def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         compatibility = compatibility_of(adapter)
         return {
