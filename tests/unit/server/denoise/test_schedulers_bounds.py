@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from typing import Any
 
 import pytest
@@ -14,14 +12,13 @@ from hypothesis import strategies as st
 from scumble.errors import InvalidRequest
 from scumble_server.denoise import schedulers
 from scumble_server.denoise.schedulers import table
+from support.cpu_time import cpu_seconds
 from support.oracle import SCHEDULERS
 from support.scheduler_configs import configs
 from support.searching import examples
 
 MOST_STEPS = 1000
 CPU_SECONDS = 0.1
-TRACED_IS_SLOWER = 10
-"""How much a line tracer, as `make coverage` sets one, slows pure Python at most."""
 SD15: dict[str, Any] = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -45,17 +42,14 @@ def warm() -> None:
 
 
 def tabled_seconds(name: str, config: dict[str, Any], steps: int, **options: Any) -> float:
-    """The lesser of two with an empty cache, as a busy sibling core may slow one."""
-    spent = []
-    for _ in range(2):
+    """With an empty cache."""
+
+    def make() -> None:
         schedulers._table.cache_clear()
-        start = time.thread_time()
         with contextlib.suppress(InvalidRequest):
             table(name, config, steps, **options)
-        spent.append((time.thread_time() - start) / (TRACED_IS_SLOWER if sys.gettrace() else 1))
-        if spent[-1] <= CPU_SECONDS:
-            break
-    return min(spent)
+
+    return cpu_seconds(make, CPU_SECONDS)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 999, 1000])

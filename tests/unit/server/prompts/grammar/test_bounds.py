@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -23,12 +21,11 @@ from scumble_server.prompts.grammar.composition import parse_composition
 from scumble_server.prompts.grammar.schedule import texts_by_step
 from scumble_server.prompts.grammar.tags import find_tag, parse_tags
 from scumble_server.prompts.length import MAX_CHARACTERS, check_lengths
+from support.cpu_time import cpu_seconds
 from support.searching import examples
 
 MOST_STEPS = 1000
 CPU_SECONDS = 0.2
-TRACED_IS_SLOWER = 10
-"""How much a line tracer, as `make coverage` sets one, slows pure Python at most."""
 READERS: dict[str, Callable[[str], object]] = {
     "attention": parse_attention,
     "schedule": lambda text: texts_by_step(text, MOST_STEPS),
@@ -54,17 +51,12 @@ def collected_as_in_a_server() -> Iterator[None]:
     gc.set_threshold(*usual)
 
 
-def cpu_seconds(read: Callable[[str], object], text: str) -> float:
-    """The least of three, as a collection of garbage or a busy sibling core may fall into one."""
-    spent = []
-    for _ in range(3):
-        start = time.process_time()
+def seconds(reader: str, text: str) -> float:
+    def read() -> None:
         with contextlib.suppress(InvalidRequest, RecursionError, ParseBaseException, PromptParser.ParsingException):
-            read(text)
-        spent.append((time.process_time() - start) / (TRACED_IS_SLOWER if sys.gettrace() else 1))
-        if spent[-1] <= CPU_SECONDS:
-            break
-    return min(spent)
+            READERS[reader](text)
+
+    return cpu_seconds(read, CPU_SECONDS)
 
 
 def filled(piece: str) -> str:
@@ -74,7 +66,7 @@ def filled(piece: str) -> str:
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("piece", PIECES)
 def test_one_piece_again_and_again(reader: str, piece: str) -> None:
-    assert cpu_seconds(READERS[reader], filled(piece)) <= CPU_SECONDS
+    assert seconds(reader, filled(piece)) <= CPU_SECONDS
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -90,28 +82,28 @@ def test_one_piece_again_and_again(reader: str, piece: str) -> None:
     ids=["deep", "deep and closed", "a change at each step", "nested alternations", "tags that never close"],
 )
 def test_nesting_and_many_changes(reader: str, text: str) -> None:
-    assert cpu_seconds(READERS[reader], text) <= CPU_SECONDS
+    assert seconds(reader, text) <= CPU_SECONDS
 
 
 @pytest.mark.parametrize("reader", READERS)
 @settings(max_examples=examples(25), deadline=None)
 @given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=4))
 def test_any_few_pieces_again_and_again(reader: str, pieces: list[str]) -> None:
-    assert cpu_seconds(READERS[reader], filled("".join(pieces))) <= CPU_SECONDS
+    assert seconds(reader, filled("".join(pieces))) <= CPU_SECONDS
 
 
 @pytest.mark.parametrize("word", ["a+ ", "cat++ ", "cat- "])
 def test_150_weighted_words_of_compel_are_read_soon(word: str) -> None:
     text = word * 150
     parse(text, "prompt")
-    assert cpu_seconds(READERS["compel"], text) <= CPU_SECONDS
-    assert cpu_seconds(READERS["compel"], "cat " * 1000 + text) <= CPU_SECONDS, "what is plain costs nothing"
+    assert seconds("compel", text) <= CPU_SECONDS
+    assert seconds("compel", "cat " * 1000 + text) <= CPU_SECONDS, "what is plain costs nothing"
 
 
 @pytest.mark.parametrize("phrase", ["(cat)1.2 ", "(a big cat)1.2 ", "(a)1 "])
 def test_100_weighted_phrases_of_compel_are_read_soon(phrase: str) -> None:
     parse(phrase * 100, "prompt")
-    assert cpu_seconds(READERS["compel"], phrase * 100) <= CPU_SECONDS
+    assert seconds("compel", phrase * 100) <= CPU_SECONDS
 
 
 def test_more_syntax_than_compel_reads_soon_is_refused() -> None:
