@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from scumble.errors import NotFound
 from scumble_demo.emoji.concepts import STYLES, Concept, Style, concepts
+from scumble_registry.formats.safetensors_header import read_header
 
 SIZE = 128
 NEAR = 0.005  # mean squared distance of thumbnails; one real rendering in 100 is this close to any other
@@ -149,6 +150,7 @@ class Scorer:
         """Load `scorer/` of a base's folder. Raises NotFound if it has none."""
         if not (base / SCORER_FILE).is_file():
             raise NotFound(f"{base} has no scorer ({SCORER_FILE})", path=str(base))
+        read_header(base / SCORER_FILE, SCORER_FILE)  # with limits
         weights = load_file(base / SCORER_FILE)
         net = ScorerNet(len(weights["concept_head.bias"]), len(weights["style_head.2.bias"]), len(weights["templates"]))
         net.load_state_dict(weights)

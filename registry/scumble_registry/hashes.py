@@ -13,11 +13,12 @@ manifest's digest; a version may have several.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from scumble.errors import InvalidRequest, Refused
 from scumble_registry.blob import Blob
@@ -93,3 +94,9 @@ def tensors_sha256(file: Path) -> str | None:
     with file.open("rb") as source:
         source.seek(start)
         return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def content_digest(files: Mapping[str, str]) -> str:
+    """Return `sha256:…` of a folder's content, from name → sha256 in hex of its files, whatever its version or path."""
+    listing = json.dumps([(name, files[name]) for name in sorted(files, key=PurePosixPath)], ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"

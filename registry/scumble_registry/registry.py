@@ -147,7 +147,7 @@ class Registry:
     def scratch(self) -> Iterator[Path]:
         """Make a temporary folder on the registry's own disk for large files. Raises Unavailable."""
         with explain_os_errors(self._scratch):
-            self._scratch.mkdir(parents=True, exist_ok=True)
+            private_folder(self._scratch)
             work = tempfile.TemporaryDirectory(prefix="work-", dir=self._scratch)
         with work as folder:
             yield Path(folder)

@@ -21,7 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from scumble.errors import InvalidRequest, NotFound, Refused
 from scumble.files import write_whole
+from scumble_registry.formats import base as base_format
 from scumble_registry.formats import dreambooth
+from scumble_registry.hashes import content_digest
+from scumble_registry.store.catalogue import Status
 
 if TYPE_CHECKING:
     from scumble_registry.registry import Registry
@@ -104,11 +107,23 @@ def result_of(version: Version, adapter: str) -> Result:
 
 
 def _parent(registry: Registry, result: Result) -> str | None:
-    """Return the reference of the base that was trained on, if it is published here."""
+    """Return the reference of the base that was trained on, if it is published here.
+
+    `parent` is its version's digest, or its content's if it was not published when it was trained on.
+    """
+    parent = result.provenance.get("parent")
     try:
-        return registry.resolve_digest(str(result.provenance.get("parent"))).ref
+        return registry.resolve_digest(str(parent)).ref
     except (InvalidRequest, NotFound, Refused):
-        return None
+        everything = (version for name in registry.names() for version in registry.versions(name))
+    same = [
+        version.ref
+        for version in everything
+        if version.manifest.kind == base_format.KIND
+        and version.status is Status.APPROVED
+        and content_digest({name: blob.hex for name, blob in version.manifest.files.items()}) == parent
+    ]
+    return same[-1] if same else None
 
 
 def _inside(out: Path, name: str) -> Path:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from scumble.errors import Incompatible, NotFound
+from scumble.errors import Incompatible, NotFound, Refused
 from scumble_registry import Registry, Status, Version
 from scumble_registry.compatibility import vae_scale
+from scumble_registry.formats.safetensors_header import read_header
+from scumble_registry.formats.whole import check_headers
+from scumble_registry.hashes import content_digest
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +29,15 @@ _HOW_TO_GET_ONE = (
     "or `scumble registry publish FOLDER --name NS/NAME`"
 )
 
-KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_SCHEDULER = "scheduler/scheduler_config.json"
+_COMPONENTS = {
+    "StableDiffusionPipeline": ("unet", "vae", "text_encoder"),
+    "StableDiffusionXLPipeline": ("unet", "vae", "text_encoder", "text_encoder_2"),
+}
+"""Kind → folders of the models that are trained with."""
+KINDS = tuple(_COMPONENTS)
 """Pipelines of SD 1.x and 2.x, and of SDXL."""
+_UNUSED = "safety_checker"
 
 Pipeline: TypeAlias = Any
 """A pipeline of one of KINDS. diffusers sets `unet`, `vae`, `text_encoder` … at run time, unseen by type checkers."""
@@ -57,16 +67,17 @@ class LocatedBase:
 def find_base(base: str, home: Path) -> TrainingBase:
     """Find a base by folder or reference; a folder is also looked up in the registry.
 
-    Raises NotFound, or Incompatible for a folder that is not one of KINDS.
+    Raises NotFound, Incompatible for a folder that is not one of KINDS, Refused for one with a broken file.
     """
     return identify_base(locate_base(base, home), home)
 
 
 def locate_base(base: str, home: Path) -> LocatedBase:
-    """Find a base's files, without reading its weights. Raises as `find_base`."""
+    """Find a base's files, of whose weights only the headers are read. Raises as `find_base`."""
     folder = Path(base).expanduser()
     located = LocatedBase(folder.resolve(), None) if folder.is_dir() else _from_registry(base, home)
     _check_kind(located.folder)
+    _check_files(located.folder)
     return located
 
 
@@ -124,33 +135,31 @@ def load_base(base: TrainingBase, *, dtype: torch.dtype | None = None) -> Pipeli
 
 def pipeline_kind(folder: Path) -> str:
     """Return the class name of the pipeline in a diffusers folder."""
-    return str(json.loads((folder / INDEX).read_text("utf-8")).get("_class_name"))
+    return str(_config(folder, INDEX).get("_class_name"))
 
 
 def native_resolution(folder: Path) -> int:
     """Return the side in pixels that a base was trained at, from its configuration."""
-    unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
-    vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
+    unet = _config(folder, "unet/config.json")
+    vae = _config(folder, "vae/config.json")
     return int(unet["sample_size"]) * vae_scale(vae)
 
 
-def schedule_config(base: TrainingBase) -> dict[str, object]:
+def schedule_config(base: TrainingBase) -> dict[str, Any]:
     """Return the configuration of a base's scheduler."""
-    config: dict[str, object] = json.loads((base.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
-    return config
+    return _config(base.folder, _SCHEDULER)
 
 
 def side_multiple(folder: Path) -> int:
     """Return the number of pixels that sides must be a multiple of, as the UNet halves latents between its levels."""
-    unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
-    vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
+    unet = _config(folder, "unet/config.json")
+    vae = _config(folder, "vae/config.json")
     return int(vae_scale(vae) * 2 ** (len(unet["block_out_channels"]) - 1))
 
 
 def folder_digest(folder: Path) -> str:
     """Return `sha256:…` over the names and bytes of all files of a folder."""
-    listing = json.dumps(list(_files(folder)), ensure_ascii=False)
-    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+    return content_digest(dict(_files(folder)))
 
 
 def _from_registry(base: str, home: Path) -> LocatedBase:
@@ -215,8 +224,35 @@ def _check_kind(folder: Path) -> None:
     kind = pipeline_kind(folder)
     if kind not in KINDS:
         raise Incompatible(f"{folder} is a {kind}; trainers take a {' or '.join(KINDS)}", field="base")
-    unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+    unet = _config(folder, "unet/config.json")
     if unet["in_channels"] != unet["out_channels"]:
         raise Incompatible(
             f"{folder} is an inpainting base; train on the plain base that it was made from", field="base"
         )
+
+
+def _check_files(folder: Path) -> None:
+    """Check that configs are JSON and weights are what they are called, as far as a pipeline of them is loaded.
+
+    Raises Refused, naming the file and what to do.
+    """
+    for component in _COMPONENTS[pipeline_kind(folder)]:
+        _config(folder, f"{component}/config.json")
+        check_headers(folder / component)
+    _config(folder, _SCHEDULER)
+    for component in sorted(_config(folder, INDEX).keys() - {_UNUSED}):
+        for file in sorted((folder / component).glob("*.safetensors")):
+            read_header(file, f"{component}/{file.name}")
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    """Read a base's JSON file. Raises Refused, naming it."""
+    try:
+        config = json.loads((folder / name).read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise Refused(f"{folder} lacks {name}; get the whole folder", field="base") from error
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{name} in {folder} is not JSON: {error}; get it again", field="base") from error
+    if not isinstance(config, dict):
+        raise Refused(f"{name} in {folder} must hold a JSON object; get it again", field="base")
+    return config

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from scumble.errors import InvalidRequest
+from scumble.files import explain_os_errors, private_folder
 from scumble_trainers.methods import MethodEntry
 from scumble_trainers.options import Common, command_of
 from scumble_trainers.settings import TrainSettings, parse_settings, read_config
@@ -74,7 +75,11 @@ def train_and_publish(entry: MethodEntry, common: Common, settings: TrainSetting
     for warning in settings.warnings(data.examples) if is_first_process() else ():
         print(f"scumble: {warning}", file=sys.stderr)
     base = identify_base(located, home)
-    out = common["out"] or default_out(home, entry.name, publish)
+    out = common["out"]
+    if out is None:
+        out = default_out(home, entry.name, publish)
+        with explain_os_errors(home):
+            private_folder(home)  # there is none yet if nothing was published
 
     with explain_how_to_go_on(out, sys.argv):
         from accelerate import PartialState  # type: ignore[import-untyped]

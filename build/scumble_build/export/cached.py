@@ -20,7 +20,7 @@ from typing import Any
 
 import onnx
 
-from scumble.files import write_whole
+from scumble.files import private_folder, write_whole
 from scumble_build.export.graph import Graph
 from scumble_build.export.provenance import code_digest, versions
 from scumble_build.export.tracing.trace import trace
@@ -48,7 +48,7 @@ class GraphCache:
         return traced
 
     def _write(self, stem: Path, traced: Traced) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self._folder)
         write_whole(stem.with_suffix(".json"), json.dumps(dict(traced.parameters)).encode())
         write_whole(stem.with_suffix(".onnx"), traced.model.SerializeToString())
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from scumble.errors import Refused
 from scumble_registry.formats.structure import Mismatch, is_unused
+from scumble_registry.formats.whole import check_headers
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -25,12 +26,15 @@ def load_whole(kind: type[Model], folder: Path, dtype: torch.dtype) -> Model:
 
     Raises Refused, naming tensors that are missing, unknown or of another shape, and where a file cannot be read.
     """
+    check_headers(folder)
     loader: Any = kind
     is_diffusers = issubclass(kind, ModelMixin)
     # transformers tells of shapes instead of raising; diffusers' own error names the tensor.
     how = {"torch_dtype": dtype} if is_diffusers else {"dtype": dtype, "ignore_mismatched_sizes": True}
     try:
-        model, told = loader.from_pretrained(folder, local_files_only=True, output_loading_info=True, **how)
+        model, told = loader.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, use_safetensors=True, **how
+        )
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).partition(". If you want")[0]
         raise Refused(f"{folder.name} cannot be loaded: {reason}") from error

@@ -5,10 +5,12 @@ A reader sees the old content or the new, never a part. With `durable` the conte
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _CHUNK = 1 << 18
+OTHERS = 0o077
+"""Rights of other users on a file."""
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a place that may not be written, or has no room: it can still be read."""
 
@@ -37,6 +41,15 @@ def private_folder(path: Path) -> None:
     for folder in (*reversed(path.parents), path):
         if not folder.is_dir():
             folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def take_from_others(path: Path) -> None:
+    """Take every right on a file, or on a folder and all in it, from other users. What they own stays."""
+    for entry in (path, *(path.rglob("*") if path.is_dir() else ())):
+        mode = stat.S_IMODE(entry.lstat().st_mode)
+        if mode & OTHERS and not entry.is_symlink():
+            with contextlib.suppress(PermissionError):
+                entry.chmod(mode & ~OTHERS)
 
 
 @contextmanager
@@ -88,9 +101,10 @@ def new_folder(target: Path) -> Iterator[Path]:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise Refused(f"{target} is not an empty folder; choose another, nothing was overwritten")
     with explain_os_errors(target), work_folder(target.parent, f".{target.name}-") as work:
-        yield work
-        work.chmod(0o755)
-        work.replace(target)
+        new = work / target.name
+        new.mkdir()  # with the rights that the user gives to new folders, which `work` has not
+        yield new
+        new.replace(target)
 
 
 @contextmanager

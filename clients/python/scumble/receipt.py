@@ -42,7 +42,7 @@ class BoundAdapter(BoundVersion):
     weight: float
     text_weight: float
     layers: int | None = None
-    """How many of the base's layers it was bound to; None for an embedding, a checkpoint, a webui hypernetwork."""
+    """How many of the base's layers it was bound to; None for an embedding, which is no part of a layer."""
 
     @property
     def details(self) -> dict[str, JsonValue]:

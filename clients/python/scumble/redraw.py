@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from scumble.errors import InvalidRequest, NotFound
 from scumble.images import receipt_text
 from scumble.receipt import SCHEMA, Receipt, TensorInput, pin, pinned_adapters
 from scumble.request import Request
+from scumble.tensors import load_bounded
 
 MAX_INPUT_BYTES = 256 << 20
 """Larger files are not searched for a request's inputs."""
+_MAX_HEADER_BYTES = 1 << 20
+"""Nor are safetensors files with a larger header, of some 10,000 tensors."""
 
 
 def read_receipt(path: Path) -> Receipt:
@@ -99,9 +100,9 @@ def _contents(path: Path) -> list[bytes]:
     if path.suffix != ".safetensors":
         return [content]
     try:
-        return [values.tobytes() for values in load(content).values()]
-    except (SafetensorError, KeyError, ValueError):
-        return []  # another file, of dtypes that numpy does not have
+        return [values.tobytes() for values in load_bounded(content, _MAX_HEADER_BYTES).values()]
+    except ValueError:
+        return []  # another file
 
 
 def _input(name: str, digest: str, contents: Mapping[str, bytes]) -> bytes:

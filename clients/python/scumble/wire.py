@@ -19,14 +19,14 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from scumble.errors import InvalidRequest, ScumbleError, from_dict
 from scumble.events import Done, Event, Failed, Preview, Queued, Step
 from scumble.receipt import Receipt
 from scumble.request import MAX_ADAPTERS, Request
 from scumble.stats import Stats
+from scumble.tensors import load_bounded
 
 STREAM_MODEL = "scumble_stream"
 UNARY_MODEL = "scumble"
@@ -301,14 +301,10 @@ def _from_safetensors(tensor: NDArray[Any]) -> dict[str, NDArray[Any]]:
         raise InvalidRequest(
             f"tensors: takes one safetensors file of at most {_MAX_TENSORS_BYTES} bytes", field="tensors"
         )
-    if int.from_bytes(content[:8], "little") > _MAX_HEADER_BYTES:
-        raise InvalidRequest(f"tensors: a header of more than {_MAX_HEADER_BYTES} bytes", field="tensors")
     try:
-        return load(content)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise InvalidRequest(
-            f"tensors: not a safetensors file with dtypes of numpy ({error})", field="tensors"
-        ) from error
+        return load_bounded(content, _MAX_HEADER_BYTES)
+    except ValueError as error:
+        raise InvalidRequest(f"tensors: {error}", field="tensors") from error
 
 
 def _plain(value: NDArray[Any]) -> NDArray[Any]:

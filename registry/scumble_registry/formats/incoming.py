@@ -1,20 +1,23 @@
-"""Convert pickles to safetensors before a format is chosen, so that formats see only safetensors weights.
+"""Convert pickles to safetensors before a format is chosen, so that formats see only safetensors weights, all sound.
 
 Content decides what a file is, not its name. A pickle (torch.save's, say) is converted into `source.work`; the
 safetensors file takes its place in the source and in the store, under the same name with the ending `.safetensors`.
 A tensor's name is its path through the pickle, joined with '.' (`state_dict.model.weight`, `320.0.linear.0.weight`; a
 pickled tensor alone is `tensor`). `source.plain` has, by the new file name, the pickle's values that are not tensors.
+The byte order mark that some editors write before JSON is taken off: diffusers does not read such files.
 """
 
 from __future__ import annotations
 
+import shutil
 import struct
+from codecs import BOM_UTF8
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from scumble.errors import Refused
 from scumble_registry.formats.pickled import Plain, to_safetensors
-from scumble_registry.formats.safetensors_header import MAX_HEADER
+from scumble_registry.formats.safetensors_header import MAX_HEADER, read_header
 from scumble_registry.formats.source import WEIGHTS, Source
 
 SUFFIX = ".safetensors"
@@ -24,7 +27,9 @@ _PICKLES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2
 
 
 def with_safetensors(source: Source) -> Source:
-    """Return `source` with every pickle converted. Raises Refused, naming file and reason."""
+    """Return `source` with every pickle converted and every header of weights read. Raises Refused, naming file and
+    reason.
+    """
     _check_size(source)
     files: dict[str, Path] = {}
     plain: dict[str, Plain] = {}
@@ -40,7 +45,22 @@ def with_safetensors(source: Source) -> Source:
             files[new] = source.work / "converted" / new
             files[new].parent.mkdir(parents=True, exist_ok=True)
             plain[new] = to_safetensors(file, files[new], source.limit(_LARGEST))
+        elif new.endswith(SUFFIX):
+            read_header(file, name)
+        elif new.endswith(".json") and source.work is not None:
+            files[new] = _without_mark(file, source.work / "converted" / new)
     return replace(source, files=dict(sorted(files.items())), plain=plain)
+
+
+def _without_mark(file: Path, target: Path) -> Path:
+    """Return `file`, or a copy without its byte order mark as `target`."""
+    with file.open("rb") as content:
+        if content.read(len(BOM_UTF8)) != BOM_UTF8:
+            return file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as copy:
+            shutil.copyfileobj(content, copy)
+    return target
 
 
 def _check_size(source: Source) -> None:

@@ -43,6 +43,8 @@ Array = NDArray[Any]
 Buffer: TypeAlias = bytes | memoryview
 _START = 64
 """Bytes of a file's beginning that tell what it is instead."""
+_SHOWN = 32
+"""Characters of a text in a message."""
 _KNOWN_STARTS: tuple[tuple[bytes, str], ...] = (
     (
         b"version https://git-lfs",
@@ -81,32 +83,34 @@ class Header:
     data_start: int
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, name: str | None = None) -> Header:
     """Parse a file's header, and check that every tensor is inside the file and none overlap.
 
-    Cached until the file changes, as publishing reads it several times. Raises Refused, naming the file and the fault.
+    Cached until the file changes, as publishing reads it several times. Raises Refused, naming the file (as `name`, if
+    it is one of a folder) and the fault.
     """
     stats = path.stat()
-    return _read_header(path, (stats.st_dev, stats.st_ino, stats.st_size, stats.st_mtime_ns, stats.st_ctime_ns))
+    stamp = (stats.st_dev, stats.st_ino, stats.st_size, stats.st_mtime_ns, stats.st_ctime_ns)
+    try:
+        return _read_header(path, stamp)
+    except (ValueError, RecursionError) as error:
+        name = name or path.name
+        raise Refused(f"{name} is not a sound safetensors file: {error}", file=name) from error
 
 
 @lru_cache(maxsize=16)
 def _read_header(path: Path, stamp: tuple[int, ...]) -> Header:
+    """Raises ValueError, RecursionError."""
     size = stamp[2]
-    try:
-        with path.open("rb") as file:
-            start = file.read(_START)
-            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise ValueError(
-                    what_it_is(start) or f"a header of {length} bytes in a file of {size} (at most {MAX_HEADER})"
-                )
-            file.seek(8)
-            entries = _parse_json(file.read(length))
-        header = _header_of(entries, 8 + length)
-        _check_layout(header.tensors, size - 8 - length)
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{path.name} is not a sound safetensors file: {error}", file=path.name) from error
+    with path.open("rb") as file:
+        start = file.read(_START)
+        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise ValueError(what_it_is(start) or _no_header(start, length, size))
+        file.seek(8)
+        entries = _parse_json(file.read(length))
+    header = _header_of(entries, 8 + length)
+    _check_layout(header.tensors, size - 8 - length)
     return header
 
 
@@ -115,7 +119,20 @@ def what_it_is(start: bytes) -> str | None:
     if not start.strip(b"\0"):
         return "it is empty, or holds zeros only; download it again"
     begins = start.lstrip().lower()
-    return next((what for known, what in _KNOWN_STARTS if begins.startswith(known)), None)
+    if what := next((what for known, what in _KNOWN_STARTS if begins.startswith(known)), None):
+        return what
+    text = " ".join(start.decode("utf-8", "ignore").split())
+    is_text = text.isprintable() and len(text.encode()) > len(start) / 2 and b"\0" not in start
+    return f"it is text, which begins with {text[:_SHOWN]!r}; download the file itself" if is_text else None
+
+
+def _no_header(start: bytes, length: int, size: int) -> str:
+    """Say why a file of `size` bytes cannot have the header of `length` bytes that it begins with."""
+    if start[8:9] != b"{":
+        return f"it begins with the bytes {start[:9].hex(' ')}, as none does; is it the right file, and whole?"
+    if length > MAX_HEADER:
+        return f"it claims a header of {length:,} bytes; at most {MAX_HEADER:,} are read"
+    return f"it is cut off inside its header, at {size:,} bytes; download it again"
 
 
 def header_of(start: bytes) -> Header:
@@ -242,5 +259,9 @@ def _check_layout(tensors: dict[str, TensorInfo], size: int) -> None:
         if info.begin != position:
             raise ValueError(f"tensor {name!r} begins at byte {info.begin}, not where the one before ends ({position})")
         position = info.end
-    if position != size:
-        raise ValueError(f"the tensors take {position} bytes, but the file has {size} after its header")
+    if position > size:
+        raise ValueError(
+            f"it is cut off: its tensors take {position:,} bytes, of which {size:,} are there; download it again"
+        )
+    if position < size:
+        raise ValueError(f"the tensors take {position:,} bytes, but the file has {size:,} after its header")

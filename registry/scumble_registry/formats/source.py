@@ -17,7 +17,7 @@ from scumble.errors import NotFound, Refused
 from scumble.files import reading
 from scumble_registry.compatibility import Compatibility, PredictionType
 from scumble_registry.formats.pickled.tree import Plain
-from scumble_registry.formats.safetensors_header import Unwritten
+from scumble_registry.formats.safetensors_header import Unwritten, what_it_is
 from scumble_registry.manifest import Defaults, Sampling
 
 _MAX_FILES = 2000
@@ -150,9 +150,11 @@ def check_plain(source: Source) -> None:
     for name, file in source.files.items():
         ending = PurePosixPath(name).suffix.lower()
         if ending in WEIGHTS:
+            what = what_it_is(_start(file)) or (
+                "save the model with safe_serialization=True (diffusers' default) and remove other files"
+            )
             raise Refused(
-                f"{name} is neither safetensors nor a pickle by torch.save, so its weights cannot be read. Save the "
-                "model with safe_serialization=True (diffusers' default) and remove other files",
+                f"{name} is neither safetensors nor a pickle by torch.save, so its weights cannot be read: {what}",
                 file=name,
             )
         if ending == ".json":
@@ -164,14 +166,18 @@ def check_plain(source: Source) -> None:
 def _is_plain(name: str, file: Path) -> bool:
     path = PurePosixPath(name)
     if path.suffix == ".safetensors":
-        return True  # its header is parsed where it is read
-    with file.open("rb") as source:
-        start = source.read(4096)
+        return True  # its header was parsed when it came in (`incoming.py`)
+    start = _start(file)
     if path.suffix in _PICTURES:
         return start.startswith(_PICTURES[path.suffix])
     if path.suffix == ".model":  # sentencepiece
         return True
     return (path.suffix in _TEXT or path.name in _PLAIN_NAMES) and b"\0" not in start
+
+
+def _start(file: Path) -> bytes:
+    with file.open("rb") as source:
+        return source.read(4096)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -49,6 +49,18 @@ def only_whole(source: Source, components: Mapping[str, ModelClass], what: str =
     return Whole(replace(source, files=files), tuple(sorted(leftover)))
 
 
+def check_headers(folder: Path) -> None:
+    """Read the headers of a component's weights, with limits that the libraries do not have.
+
+    Raises Refused, naming the file and what it is instead, or the folder that has no such file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise Refused(f"{folder.name} has no weights in safetensors; get the whole folder again, or save it as such")
+    for file in files:
+        read_header(file, f"{folder.name}/{file.name}")
+
+
 def write_without(file: Path, names: Collection[str], target: Path) -> Path:
     """Write a file of weights again, as `target`, without these tensors. Returns `target`."""
     header = read_header(file)

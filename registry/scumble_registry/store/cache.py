@@ -1,4 +1,7 @@
-"""Published files by path, for readers that need paths. Filled and checked on demand; may be deleted at any time."""
+"""Published files by path, for readers that need paths. Filled and checked on demand; may be deleted at any time.
+
+Folders and files are for their user alone, as the home is: files are links to blobs, or may hold as much as they do.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from scumble.errors import IntegrityError, Unavailable
-from scumble.files import UNWRITABLE, explain_os_errors, work_folder
+from scumble.files import UNWRITABLE, explain_os_errors, private_folder, take_from_others, work_folder
 from scumble_registry.blob import Blob
 from scumble_registry.store.blobs import BlobStore, check
 
@@ -132,6 +135,7 @@ class Cache:
         return sorted(folders + list((self._root / "blobs").glob("*")))
 
     def _fill(self, manifest: Files, final: Path) -> None:
+        private_folder(final.parent)
         with work_folder(final.parent, _FILLING) as work:
             for name, blob in manifest.files.items():
                 path = work / name
@@ -139,16 +143,17 @@ class Cache:
                 self._blobs.place(blob, path)
                 with path.open("rb") as source:
                     check(source, blob, name)
-            work.chmod(0o755)
+            take_from_others(work)
             _swap(work, final, manifest)
 
     def _place_checked(self, blob: Blob, path: Path, what: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         with work_folder(path.parent.parent, _FILLING) as work:
             copy = work / path.name
             self._blobs.place(blob, copy)
             with copy.open("rb") as source:
                 check(source, blob, what)
+            take_from_others(copy)
             copy.replace(path)
 
 
@@ -160,9 +165,10 @@ def _made(final: Path, fill: Callable[[Path], None], is_whole: Callable[[Path], 
                 return final
             log.warning("%s in the cache is damaged; making it again", final)
             shutil.rmtree(final, ignore_errors=True)
+        private_folder(final.parent)
         with work_folder(final.parent, _FILLING) as work:
             fill(work)
-            work.chmod(0o755)
+            take_from_others(work)
             if not final.is_dir():  # another process may have made it meanwhile
                 work.rename(final)
     return final

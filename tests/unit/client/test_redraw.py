@@ -85,6 +85,16 @@ def test_inputs_are_found_by_what_they_hold(tmp_path: Path) -> None:
     assert find_inputs([picture, face], places) == {picture: b"picture", face: values.tobytes()}
 
 
+def test_a_file_with_a_header_that_takes_seconds_is_passed_by(tmp_path: Path) -> None:
+    values = np.arange(4, dtype=np.float32)
+    digest = f"sha256:{hashlib.sha256(values.tobytes()).hexdigest()}"
+    for name, empty in (("few", 10), ("many", 20_000)):
+        save_file({"x": values, **{f"t{i}": np.zeros(0, np.float32) for i in range(empty)}}, tmp_path / name)
+        (tmp_path / name).rename(tmp_path / f"{name}.safetensors")
+    assert find_inputs([digest], [tmp_path / "few.safetensors"]) == {digest: values.tobytes()}
+    assert find_inputs([digest], [tmp_path / "many.safetensors"]) == {}
+
+
 def test_a_receipt_with_inputs_becomes_the_request_that_brought_them() -> None:
     values = np.arange(4, dtype=np.float32).reshape(2, 2)
     picture, face = (f"sha256:{hashlib.sha256(content).hexdigest()}" for content in (b"picture", values.tobytes()))

@@ -101,6 +101,22 @@ def test_every_bundled_folder_is_published_alike(scumble: Scumble) -> None:
     assert {folder.parent.name for folder in folders} >= {"dreambooth", "lora", "ip_adapter"}
 
 
+def test_the_bundled_checkpoint_finds_its_base_by_the_content_that_it_was_trained_on(scumble: Scumble) -> None:
+    digest = as_json(scumble("publish", DEMO_BASE, "--name", "scumble/demo", "--json"))["digest"]
+    assert scumble("publish", DEMO / "adapters" / "dreambooth" / "tomato", "--name", "people/tomato")[0] == 0
+    manifest = as_json(scumble("show", "people/tomato", "--json"))["manifest"]
+    assert manifest["compatibility"]["kind"] == "dreambooth"
+    assert manifest["base"] == digest != manifest["provenance"]["parent"]
+
+
+def test_a_quarantined_base_is_not_found_by_its_content(scumble: Scumble) -> None:
+    scumble("publish", DEMO_BASE, "--name", "scumble/demo")
+    scumble("quarantine", "scumble/demo@1")
+    status, _, error = scumble("publish", DEMO / "adapters" / "dreambooth" / "tomato", "--name", "people/tomato")
+    assert status == 4
+    assert "publish it with --base REF" in error
+
+
 def test_a_difference_needs_its_base(scumble: Scumble) -> None:
     status, _, error = scumble("publish", DEMO / "adapters" / "dreambooth" / "tomato", "--name", "people/tomato")
     assert status == 4

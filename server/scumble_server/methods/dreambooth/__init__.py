@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from scumble.errors import Incompatible, InvalidRequest
@@ -21,7 +22,7 @@ from scumble_registry.formats.dreambooth import KIND, read_changed
 from scumble_server.base import Base, load_tokenizers
 from scumble_server.executors.protocol import Executor
 from scumble_server.memory.residency import Lease
-from scumble_server.methods.context import Weights
+from scumble_server.methods.context import Context, Weights
 from scumble_server.methods.method import Method
 from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.settings import Settings
@@ -62,19 +63,19 @@ class DreamboothMethod(Method):
 
     def weights(self, adapter: ResolvedAdapter, own: Weights, base: Base, registry: Registry, loaded: Lease) -> Weights:
         """Load the checkpoint beside its base, unless it is resident."""
-        version = adapter.version
-        key = ("checkpoint", base.version.digest, version.digest)
-        nbytes = sum(_compatibility(adapter).changed.values()) * own.executor.dtype.itemsize
-        checkpoint = loaded.get(
-            key,
-            nbytes,
-            lambda: _load(version, own, base, registry),
-            of=own.key,
-            drop=lambda checkpoint: checkpoint.executor.close(),
-        )
+        version, checkpoint = adapter.version, _checkpoint(adapter, own, base, registry, loaded)
         return Weights(
-            version, key, checkpoint.executor, checkpoint.tokenizers, checkpoint.executor.vae, version.digest
+            version,
+            _key(adapter, base),
+            checkpoint.executor,
+            checkpoint.tokenizers,
+            checkpoint.executor.vae,
+            version.digest,
         )
+
+    def layers(self, context: Context, adapter: ResolvedAdapter) -> int:
+        """The layers of UNet and text encoders, norms included, of which the loaded checkpoint has other weights."""
+        return _checkpoint(adapter, context.base_weights, context.base, context.registry, context.loaded).layers
 
     def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         return {"changed": _compatibility(adapter).changed}
@@ -84,6 +85,23 @@ class DreamboothMethod(Method):
 class _Checkpoint:
     executor: Executor
     tokenizers: tuple[CLIPTokenizer, ...]
+    layers: int
+    """How many layers of UNet and text encoders were replaced."""
+
+
+def _key(adapter: ResolvedAdapter, base: Base) -> tuple[str, str, str]:
+    return "checkpoint", base.version.digest, adapter.version.digest
+
+
+def _checkpoint(adapter: ResolvedAdapter, own: Weights, base: Base, registry: Registry, loaded: Lease) -> _Checkpoint:
+    nbytes = sum(_compatibility(adapter).changed.values()) * own.executor.dtype.itemsize
+    return loaded.get(
+        _key(adapter, base),
+        nbytes,
+        lambda: _load(adapter.version, own, base, registry),
+        of=own.key,
+        drop=lambda checkpoint: checkpoint.executor.close(),
+    )
 
 
 def _load(version: Version, own: Weights, base: Base, registry: Registry) -> _Checkpoint:
@@ -93,7 +111,18 @@ def _load(version: Version, own: Weights, base: Base, registry: Registry) -> _Ch
             component: {name: as_tensor(values) for name, values in tensors.items()}
             for component, tensors in read_changed(stored, of_base).items()
         }
-        return _Checkpoint(own.executor.variant(changed, stored, version), load_tokenizers(stored, base.family))
+        return _Checkpoint(
+            own.executor.variant(changed, stored, version), load_tokenizers(stored, base.family), _count_layers(changed)
+        )
+
+
+def _count_layers(changed: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Count the layers of tensors by component; a layer's weight and bias are one."""
+    return sum(
+        len({name.rpartition(".")[0] for name in tensors})
+        for component, tensors in changed.items()
+        if component == "unet" or component.startswith("text_encoder")
+    )
 
 
 def _compatibility(adapter: ResolvedAdapter) -> DreamboothCompatibility:

@@ -16,7 +16,12 @@ from scumble_registry.formats.hypernetwork import KIND, read_record
 from scumble_server.base import Base
 from scumble_server.methods.context import Context, Text
 from scumble_server.methods.hypernetwork import predictor
-from scumble_server.methods.hypernetwork.context_networks import ContextsPart, change_of_text, networks_of
+from scumble_server.methods.hypernetwork.context_networks import (
+    ContextsPart,
+    change_of_text,
+    count_attentions,
+    networks_of,
+)
 from scumble_server.methods.lora import check_targets, describe_lora, why_idle
 from scumble_server.methods.method import Lora, Method, TextChange
 from scumble_server.request.adapter import ResolvedAdapter
@@ -53,6 +58,10 @@ class HypernetworkMethod(Method):
 
     def carry(self, context: Context, weights: Mapping[ResolvedAdapter, float], text: Text) -> ContextsPart | None:  # noqa: ARG002
         return ContextsPart.of(context, weights)
+
+    def layers(self, context: Context, adapter: ResolvedAdapter) -> int | None:
+        """The attentions whose context the loaded networks change; a predicted LoRA's are counted as a LoRA's."""
+        return None if networks_of(adapter) is None else count_attentions(context, adapter)
 
     def describe(self, adapter: ResolvedAdapter) -> dict[str, Any]:
         networks = networks_of(adapter)

@@ -64,6 +64,13 @@ def change_of_text(context: Context, weights: Mapping[ResolvedAdapter, float]) -
     return TextChange(tuple((link.digest, link.weight) for link in links), apply) if links else None
 
 
+def count_attentions(context: Context, adapter: ResolvedAdapter) -> int:
+    """Return how many attentions of the UNet read a context of a width that the loaded networks change."""
+    widths = _load(context, adapter).widths
+    targets = context.base.compatibility.targets
+    return sum(shape[1] in widths for name, shape in targets.items() if name.endswith((".attn1.to_k", ".attn2.to_k")))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ContextsPart(Part):
     """Hypernetworks on what self-attention reads, one behind the other; weight `(n,)`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from scumble.errors import Refused
@@ -59,7 +60,20 @@ def test_what_is_not_whole_is_refused_by_name(tiny_base: Path, tmp_path: Path, f
 
 def test_no_weights_at_all_are_refused(tiny_base: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_base / "unet", tmp_path / "unet")
-    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"version https://git-lfs.github.com")
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"version https://git-lfs.github.com")
+    with pytest.raises(Refused, match=f"unet/{weights.name} is not a sound .* git-lfs pointer"):
+        load_whole(UNet2DConditionModel, tmp_path / "unet", torch.float32)
+    weights.unlink()
+    with pytest.raises(Refused, match="unet has no weights in safetensors"):
+        load_whole(UNet2DConditionModel, tmp_path / "unet", torch.float32)
+
+
+def test_no_pickle_takes_the_place_of_missing_weights(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base / "unet", tmp_path / "unet")
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.rename(weights.with_name("other.safetensors"))
     with pytest.raises(Refused, match="unet cannot be loaded"):
         load_whole(UNet2DConditionModel, tmp_path / "unet", torch.float32)
 

@@ -106,7 +106,18 @@ def add_nan(folder: Path) -> None:
     (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(bad)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a git-lfs pointer": (
+        lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_text(POINTER),
+        "vae/diffusion_pytorch_model.safetensors is not a sound .*git-lfs pointer.*git lfs pull",
+    ),
+    "a pointer that nothing reads": (
+        lambda f: (f / "old.safetensors").write_text(POINTER),
+        "old.safetensors is not a sound .*git-lfs pointer",
+    ),
+    "a pointer to a pickle": (lambda f: (f / "unet/more.bin").write_text(POINTER), "unet/more.bin .*git lfs pull"),
     "a value that is none": (add_nan, "tensor conv.weight holds NaN"),
     "other weights": (add_pickle, "publish one of the two"),
     "no weights": (lambda f: (f / "unet/more.bin").write_bytes(b"nothing"), "neither safetensors nor a pickle"),

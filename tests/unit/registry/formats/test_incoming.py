@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from scumble.errors import Refused
@@ -113,3 +115,23 @@ def test_the_publishers_limit_goes_before_the_sound_one(tmp_path: Path) -> None:
     source = replace(Source.scan(tmp_path / "a.pt"), work=tmp_path / "work", max_bytes=100)
     with pytest.raises(Refused, match="more than 100; --max-size raises the limit"):
         with_safetensors(source)
+
+
+def test_a_mark_before_a_base_s_config_is_taken_off_so_that_diffusers_reads_it(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    plain = registry.publish(tiny_base, "b/plain")
+    shutil.copytree(tiny_base, tmp_path / "base")
+    config = tmp_path / "base" / "unet" / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    with pytest.raises(OSError, match="not a valid JSON file"):
+        UNet2DConditionModel.load_config(config.parent)
+    assert registry.publish(tmp_path / "base", "b/plain").digest == plain.digest
+
+
+def test_weights_that_no_format_reads_are_sound_too(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / "safety_checker").mkdir()
+    (tmp_path / "base" / "safety_checker" / "model.safetensors").write_text("<html>login</html>")
+    with pytest.raises(Refused, match=r"^safety_checker/model\.safetensors is not a sound .* it is a web page"):
+        registry.publish(tmp_path / "base", "b/broken")

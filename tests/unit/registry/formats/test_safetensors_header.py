@@ -94,7 +94,21 @@ ATTACKS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "error in JSON": (lambda p: p.write_text('{"error":"unauthorized"}') and p, "it is JSON.*download"),
     "gzip": (lambda p: p.write_bytes(gzip.compress(b"weights" * 99)) and p, "gzip; unpack"),
     "picture": (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)) and p, "it is a picture"),
-    "cut off in its length": (lambda p: p.write_bytes(b"\x07\0\0") and p, "a header of 0 bytes in a file of 3"),
+    "cut off in its length": (lambda p: p.write_bytes(b"\x07\0\0") and p, "begins with the bytes 07 00 00, as none"),
+    "cut off in its header": (
+        lambda p: p.write_bytes(struct.pack("<Q", 900) + b'{"a":{"dtype"' + b" " * 99) and p,
+        "cut off inside its header, at 120 bytes; download it again",
+    ),
+    "cut off in its data": (
+        lambda p: file_of(p, {"a": entry(shape=(2,), offsets=(0, 8))}, b"0000"),
+        "cut off: its tensors take 8 bytes, of which 4 are there",
+    ),
+    "text": (
+        lambda p: p.write_text("Access to model x is restricted.\nYou must be authenticated to access it.") and p,
+        "it is text, which begins with 'Access to model x is restricted.'; download",
+    ),
+    "text in another script": (lambda p: p.write_text("привет " * 20) and p, "it is text, which begins with 'привет"),
+    "noise": (lambda p: p.write_bytes(bytes(range(200, 256)) * 3) and p, "begins with the bytes c8 c9 ca"),
     "8-bit floats": (lambda p: file_of(p, {"a": entry("F8_E4M3")}, b"0000"), "F8_E4M3, a float of less than 16"),
     "header of 2^62 bytes": (lambda p: p.write_bytes(struct.pack("<Q", 2**62) + b"{}") and p, "at most"),
     "header over 8 MB": (lambda p: file_of(p, b"{" + b" " * (9 << 20) + b"}"), "at most"),
@@ -121,7 +135,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "overlap": (lambda p: file_of(p, {"a": entry(), "b": entry()}, b"0000"), "not where the one before"),
     "hole": (lambda p: file_of(p, {"a": entry(offsets=(4, 8))}, b"0" * 8), "not where the one before"),
     "bytes after the end": (lambda p: file_of(p, {"a": entry()}, b"0" * 8), "has 8 after"),
-    "beyond the end": (lambda p: file_of(p, {"a": entry()}, b""), "has 0 after"),
+    "beyond the end": (lambda p: file_of(p, {"a": entry()}, b""), "take 4 bytes, of which 0 are there"),
     "metadata that is no text": (lambda p: file_of(p, {"__metadata__": {"a": 1}}), "strings to strings"),
     "a pickle": (lambda p: p.write_bytes(b"\x80\x04\x95" + b"0" * 40) and p, "save it as safetensors"),
     "torch.save": (lambda p: p.write_bytes(b"PK\x03\x04" + b"0" * 40) and p, "save it as safetensors"),
@@ -133,5 +147,7 @@ def test_a_file_made_to_hurt_is_refused(attack: str, tmp_path: Path) -> None:
     make, says = ATTACKS[attack]
     path = tmp_path / "bad.safetensors"
     make(path)
-    with pytest.raises(Refused, match=says):
-        read_header(path)
+    with pytest.raises(Refused, match=says) as caught:
+        read_header(path, "unet/bad.safetensors")
+    assert caught.value.message.startswith("unet/bad.safetensors is not a sound safetensors file")
+    assert caught.value.fields["file"] == "unet/bad.safetensors"
