@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from safetensors.torch import load_file
 from torch import Tensor
 
 import scumble_server.conditioning.phases
@@ -231,3 +232,20 @@ def test_the_receipt_counts_the_layers_of_each_kind(shared: Shared) -> None:
     assert counts["net/one"] == residuals
     assert counts["net/t2i"] == len(unet.down_blocks)
     assert counts["word/bad"] is None
+
+
+def test_the_receipt_counts_what_networks_and_checkpoints_change(shared: Shared) -> None:
+    asked = [{"ref": "dream/dog"}, {"ref": "hyper/context", "weight": 0.5}]
+    fields = {"prompt": "an apple", "steps": 2, "width": 64, "height": 64}
+    receipt = shared.running.run([request_for(shared.every, asked, **fields)])[0].done.receipt
+    counts = {adapter.name: adapter.layers for adapter in receipt.adapters}
+    unet = load_unet(shared.every.files["every/base"])
+    assert counts["hyper/context"] == len([name for name, _ in unet.named_modules() if name.endswith(".to_k")])
+    changed = 0
+    for component in ("unet", "text_encoder"):
+        of_base, of_checkpoint = (
+            load_file(next((shared.every.files[name] / component).glob("*.safetensors")))
+            for name in ("every/base", "dream/dog")
+        )
+        changed += sum(not values.equal(of_base[name]) for name, values in of_checkpoint.items())
+    assert counts["dream/dog"] == changed
