@@ -117,7 +117,8 @@ class Pool:
         self._free.extend(range(len(new[0]) - 1, count - 1, -1))
 
     def _make(self, count: int) -> tuple[Tensor, Tensor]:
-        with faults(f"{count} rank pages"):
+        # Whoever asks for the pool first: a tensor made in inference mode is not to be written outside it.
+        with faults(f"{count} rank pages"), torch.inference_mode(mode=False):
             A, B = (
                 aligned(count * width * self._dtype.itemsize, self._device).view(self._dtype).view(count, width)
                 for width in self._widths
