@@ -39,12 +39,14 @@ from scumble_server.conditioning.condition import Conditioned, Conditioner
 from scumble_server.config import ServerConfig
 from scumble_server.denoise.counters import Counters
 from scumble_server.denoise.decoding import decode
-from scumble_server.denoise.heartbeat import Heartbeat
+from scumble_server.denoise.heartbeat import UNKNOWN, Heartbeat
 from scumble_server.denoise.image import ActiveRequest, Image
 from scumble_server.denoise.loop import Loop
 from scumble_server.denoise.noise import Noise
 from scumble_server.denoise.original import start_from
+from scumble_server.denoise.warm_up import warm_up
 from scumble_server.executors.cuda import is_lost, mark, own_stream, settle
+from scumble_server.memory.pages import Pools
 from scumble_server.memory.prefetch import Prefetcher
 from scumble_server.memory.residency import Lease, Residency
 from scumble_server.receipt import make_receipt
@@ -128,7 +130,10 @@ class Service:
         self._host = Residency(config.host_cache_bytes, "host")
         self._device = Residency(config.device_cache_bytes, "device")
         self._weights = weights
-        self._conditioner = Conditioner(registry, self._host)
+        self._pools = Pools(config.device_cache_bytes)
+        self._conditioner = Conditioner(registry, self._host, self._pools)
+        self._heartbeat = heartbeat
+        self._warm = threading.Event()
         self._prefetcher = Prefetcher()
         # The most urgent first, then first come; the last of all ends the thread.
         self._incoming: queue.PriorityQueue[tuple[float, int, _Job | None]] = queue.PriorityQueue()
@@ -140,14 +145,15 @@ class Service:
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
             for name, work in (
                 ("conditioning", self._condition_all),
-                ("loop", self._loop.run),
+                ("loop", self._draw_all),
                 ("decoding", self._decode_all),
             )
         ]
 
     @classmethod
     def open(cls, config: ServerConfig, heartbeat: Heartbeat = lambda _: None) -> Service:
-        """Load the bases and start. One that cannot be loaded is logged, and requests for it are refused.
+        """Load the bases and start; on CUDA, capture common steps. A base that cannot be loaded is logged, and requests
+        for it are refused.
 
         Raises ScumbleError if the registry is not there or no base can be loaded.
         """
@@ -166,6 +172,7 @@ class Service:
         service = cls(config, registry, bases, weights, heartbeat)
         for thread in service._threads:
             thread.start()
+        service._warm.wait()
         return service
 
     def submit(
@@ -289,11 +296,33 @@ class Service:
     def _guard(self, work: Callable[[], None]) -> None:
         device = self._config.device
         try:
-            with own_stream(device, urgent=work == self._loop.run):
+            with own_stream(device, urgent=work == self._draw_all):
                 work()
         except BaseException:
             log.exception("thread %s died", threading.current_thread().name)
             raise
+
+    def _draw_all(self) -> None:
+        try:
+            if self._config.device == "cuda" and self._config.cuda_graphs:
+                self._warm_up()
+        finally:
+            self._warm.set()
+        self._loop.run()
+
+    def _warm_up(self) -> None:
+        """Capture common steps of the first base, in the thread that replays them. Raises only if the device is lost:
+        what cannot be captured now may be later.
+        """
+        self._heartbeat(UNKNOWN)
+        try:
+            with self._weights.open() as lease:
+                warm_up(self.bases[0], self.bases[0].executor(lease), self._pools, self._config.max_batch_images)
+            settle(self._config.device)
+        except Exception as error:
+            if is_lost(error, self._config.device):
+                raise
+            log.warning("steps were not captured at the start: %s", error)
 
     def _condition_all(self) -> None:
         while (job := self._incoming.get()[2]) is not None:

@@ -51,13 +51,13 @@ class Conditioned:
 class Conditioner:
     """Turns requests into what their rows carry. `condition` is called from one thread.
 
-    `host` keeps records; the leases of a request keep what is made of them.
+    `host` keeps records; the leases of a request keep what is made of them. Factors lie in `pools`.
     """
 
-    def __init__(self, registry: Registry, host: Residency) -> None:
+    def __init__(self, registry: Registry, host: Residency, pools: Pools) -> None:
         self._registry = registry
         self._host = host
-        self._pools = Pools()
+        self._pools = pools
 
     def condition(self, admitted: Admitted, device: Lease, loaded: Lease) -> Conditioned:
         """`device` pins what the rows carry, and `loaded` the weights that draw them, until the request has ended.

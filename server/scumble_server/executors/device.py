@@ -173,6 +173,11 @@ class Graphs:
             self._seen.popitem(last=False)
         return is_new
 
+    @property
+    def captures(self) -> bool:
+        """Whether work is captured at all."""
+        return self._capture is not None
+
     def forget(self) -> None:
         with self._lock:
             self._known.clear()
@@ -292,6 +297,11 @@ class Captured:
         self._buffers, self._graphs, self._compute = stepping.buffers, stepping.graphs, compute
         self._owner = object()
         weakref.finalize(self, self._graphs.drop, self._owner)
+
+    @property
+    def captures(self) -> bool:
+        """False where every call runs as it is."""
+        return self._graphs.captures
 
     def __call__(self, record: object) -> Tensor:
         """Run the function. The result is overwritten by the next call."""

@@ -40,11 +40,13 @@ class BoundSet:
 
 
 def move_to_pools(bound: BoundSet, pools: Sequence[Pool]) -> BoundSet:
-    """Copy a set into two pools: small layout, and rest. Raises OutOfMemory, Refused; then nothing is left there."""
-    small_pool, rest_pool = pools
+    """Copy a set into its pools: small layout, and rest if it has any. Raises OutOfMemory, Refused; then nothing is
+    left there.
+    """
+    small_pool, *rest_pools = pools
     small = small_pool.put(*bound.small.holder.tensors)
     try:
-        rest = None if bound.rest is None else rest_pool.put(*bound.rest.holder.tensors)
+        rest = None if bound.rest is None else rest_pools[0].put(*bound.rest.holder.tensors)
     except BaseException:
         small_pool.drop(small)
         raise

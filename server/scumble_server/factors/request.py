@@ -119,7 +119,9 @@ def _bind(
             sent = uploads(executor.device).send(*bound.small.holder.tensors, dtype=executor.dtype)
             return replace(bound, small=PageSet.own(*sent))
         device, dtype = torch.device(executor.device), executor.dtype
-        parts = zip((layout.small, layout.rest), executor.most_pages, strict=True)
-        return move_to_pools(bound, [context.pools.of(extent, device, dtype, most) for extent, most in parts])
+        parts = zip((bound.small, bound.rest), (layout.small, layout.rest), executor.most_pages, strict=True)
+        return move_to_pools(
+            bound, [context.pools.of(extent, device, dtype, most) for part, extent, most in parts if part is not None]
+        )
 
     return context.device.get(key, nbytes, make, drop=release_pages if pooled else None)

@@ -20,7 +20,9 @@ from scumble_server.executors.cuda import settle
 from scumble_server.executors.device import Uploads, aligned, faults
 
 _FIRST = 8
-"""Initial number of pages of a pool."""
+"""Initial number of pages of a pool that grows, on a CPU."""
+_FIRST_SHARE = 2
+"""On a GPU it starts with the pages that the budget divided by this holds."""
 
 
 class Paged(Protocol):
@@ -51,17 +53,24 @@ class Pool:
     """Pages of one width, on one device, in one dtype. Page 0 is zeros and belongs to no set: rows whose set has fewer
     pages than the batch's largest read it.
 
-    A pool only grows, by half or more. Its pages are then copied to new tensors; batches that were stacked before keep
-    the old ones. The conditioning thread calls `put`, any thread the rest.
+    A pool for engines takes all its pages at once, so that their axis `resident` never changes, nor the CUDA graphs.
+    Another only grows, by half or more. Its pages are then copied to new tensors; batches that were stacked before keep
+    the old ones, and CUDA graphs that read them are of no more use. The conditioning thread calls `put`, any thread the
+    rest.
     """
 
-    def __init__(self, extent: Extent, device: torch.device, dtype: torch.dtype, most: int | None = None) -> None:
-        """Make an empty pool of `most` pages at most, the number that the graphs accept (None: no limit)."""
+    def __init__(
+        self, extent: Extent, device: torch.device, dtype: torch.dtype, most: int | None = None, first: int = _FIRST
+    ) -> None:
+        """Make an empty pool of `most` pages, the number that the graphs accept, or of `first` pages that grows (None).
+
+        Raises OutOfMemory.
+        """
         self._widths = PAGE * extent.total_in, PAGE * extent.total_out
         self._device, self._dtype, self._most = device, dtype, most
         self._uploads = Uploads(device)
         self._lock = threading.Lock()
-        self._tensors = self._make(min(_FIRST, most or _FIRST))
+        self._tensors = self._make(first if most is None else most)
         self._free = list(range(len(self._tensors[0]) - 1, 0, -1))
 
     @property
@@ -95,15 +104,12 @@ class Pool:
 
     def _grow(self, needed: int) -> None:
         old, count = self._tensors, len(self._tensors[0])
-        size = count + max(needed, count // 2)
-        if self._most is not None and size > self._most:
-            if count + needed > self._most:
-                raise Refused(
-                    f"the LoRAs in memory need more than the {self._most} rank pages that the engines were built for; "
-                    "serve with a smaller --device-cache, or build with a wider --profile"
-                )
-            size = self._most
-        new = self._make(size)
+        if self._most is not None:
+            raise Refused(
+                f"the LoRAs in memory need more than the {self._most} rank pages that the engines were built for; "
+                "serve with a smaller --device-cache, or build with a wider --profile"
+            )
+        new = self._make(count + max(needed, count // 2))
         for target, source in zip(new, old, strict=True):
             target[:count] = source
         settle(self._device)  # the loop may read the new ones at once
@@ -111,7 +117,8 @@ class Pool:
         self._free.extend(range(len(new[0]) - 1, count - 1, -1))
 
     def _make(self, count: int) -> tuple[Tensor, Tensor]:
-        with faults(f"{count} rank pages"):
+        # Whoever asks for the pool first: a tensor made in inference mode is not to be written outside it.
+        with faults(f"{count} rank pages"), torch.inference_mode(mode=False):
             A, B = (
                 aligned(count * width * self._dtype.itemsize, self._device).view(self._dtype).view(count, width)
                 for width in self._widths
@@ -121,18 +128,41 @@ class Pool:
 
 
 class Pools:
-    """A pool for each width, device and dtype: bases with the same structure, and their checkpoints, share one. Used by
-    the conditioning thread.
+    """A pool for each width, device and dtype: bases with the same structure, and their checkpoints, share one. Any
+    thread may call it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget_bytes: int | None = None) -> None:
+        """`budget_bytes` is what the sets in all pools may take: no pool for engines is larger, and none on a GPU much
+        smaller (None: pools start small).
+        """
+        self._budget = budget_bytes
+        self._lock = threading.Lock()
         self._pools: dict[tuple[Extent, torch.device, torch.dtype, int | None], Pool] = {}
 
     def of(self, extent: Extent, device: torch.device, dtype: torch.dtype, most: int | None = None) -> Pool:
+        """Return the pool; its first caller makes it. `most` is the number of pages that the graphs accept.
+
+        Raises OutOfMemory.
+        """
         key = extent, device, dtype, most
-        if key not in self._pools:
-            self._pools[key] = Pool(*key)
-        return self._pools[key]
+        with self._lock:
+            if key not in self._pools:
+                self._pools[key] = self._make(*key)
+            return self._pools[key]
+
+    def _make(self, extent: Extent, device: torch.device, dtype: torch.dtype, most: int | None) -> Pool:
+        first = _FIRST
+        if self._budget is not None:
+            fitting = self._budget // page_bytes(extent, dtype)  # and page 0, which is no set's
+            most = min(most, 1 + fitting) if most is not None else None
+            first = max(_FIRST, 1 + fitting // _FIRST_SHARE) if device.type == "cuda" else _FIRST
+        return Pool(extent, device, dtype, most, first)
+
+
+def page_bytes(extent: Extent, dtype: torch.dtype) -> int:
+    """Return the size of a page."""
+    return PAGE * (extent.total_in + extent.total_out) * dtype.itemsize
 
 
 def table(sets: Sequence[PageSet | None], width: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -30,21 +29,13 @@ from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
 from scumble_server.executors.device import Captured, Stepping, faults
 from scumble_server.executors.limits import GraphLimits
+from scumble_server.executors.padding import Padding, Step
 from scumble_server.executors.protocol import Changed, NetModel, Nets
 from scumble_server.executors.torch.net import torch_nets
 from scumble_server.executors.torch.vae import TorchVae
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 PRECISION_OF: dict[torch.dtype, Precision] = {dtype: name for name, dtype in PRECISIONS.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """The arguments of one call of the denoiser."""
-
-    sample: Tensor
-    timestep: Tensor
-    inputs: StepInputs
 
 
 class TorchExecutor:
@@ -79,6 +70,7 @@ class TorchExecutor:
         self.text_layouts = tuple(text.layout for text in self._texts)
         self._stepping = stepping
         self._captured = Captured(stepping, _computing(graphs.denoiser)) if stepping is not None else None
+        self._padding = Padding()
         self._parameters = {
             (component, plain(name)): tensor
             for component, state in graphs.states.items()
@@ -171,9 +163,11 @@ class TorchExecutor:
     @torch.inference_mode()
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
         with faults(f"a step of {len(sample)} rows"):
-            step = _Step(sample.to(self._dtype), timestep, inputs.to(self._device, self._dtype))
-            prediction = self._captured(step) if self._captured is not None else _computing(self.graphs.denoiser)(step)
-            return prediction.float()
+            step = Step(sample.to(self._dtype), timestep, inputs.to(self._device, self._dtype))
+            if self._captured is None:
+                return _computing(self.graphs.denoiser)(step).float()
+            padded = self._padding(step) if self._captured.captures else step
+            return self._captured(padded)[: len(sample)].float()
 
     def _cast(self, factors: Factors | None) -> Factors | None:
         return factors.to(self._device, self._dtype) if factors is not None else None
@@ -213,8 +207,8 @@ class TorchExecutor:
         return {"executor": "torch", "device": self.device, "precision": precision}
 
 
-def _computing(denoiser: Denoiser) -> Callable[[_Step], Tensor]:
-    def compute(step: _Step) -> Tensor:
+def _computing(denoiser: Denoiser) -> Callable[[Step], Tensor]:
+    def compute(step: Step) -> Tensor:
         prediction: Tensor = denoiser(step.sample, step.timestep, step.inputs)
         return prediction
 

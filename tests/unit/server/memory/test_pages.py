@@ -11,7 +11,7 @@ from torch import Tensor
 from scumble.errors import Refused
 from scumble_build.graphs.layout import PAGE, Extent
 from scumble_server.factors.bound_set import BoundSet, move_to_pools, release_pages
-from scumble_server.memory.pages import PageSet, Pool, Pools, table
+from scumble_server.memory.pages import PageSet, Pool, Pools, page_bytes, table
 
 EXTENT = Extent(5, 3)
 CPU = torch.device("cpu")
@@ -65,6 +65,31 @@ def test_no_more_pages_than_graphs_take() -> None:
         pool.put(*pages(3))
     pool.drop(held)
     pool.put(*pages(19))
+
+
+def test_a_pool_for_engines_has_all_its_pages_from_the_start_and_never_moves() -> None:
+    pool = small_pool(most=20)
+    before = pool.tensors
+    pool.put(*pages(19))
+    assert pool.tensors is before
+    assert len(before[0]) == len(before[1]) == 20
+
+
+def test_it_is_no_larger_than_the_budget_lets_it_fill() -> None:
+    size = page_bytes(EXTENT, torch.float32)
+    assert size == sum(page.nbytes for page in pages(1))
+    known = Pools(10 * size + 1)
+    assert len(known.of(EXTENT, CPU, torch.float32, 20).tensors[0]) == 11, "and page 0, which is no set's"
+    assert len(known.of(EXTENT, CPU, torch.float32, 5).tensors[0]) == 5
+    assert len(known.of(EXTENT, CPU, torch.float32).tensors[0]) == 8, "that which grows starts small on a CPU"
+    known.of(EXTENT, CPU, torch.float32, 20).put(*pages(10))
+
+
+def test_a_pool_that_was_made_within_a_step_is_written_outside_it() -> None:
+    with torch.inference_mode():
+        pool = small_pool()
+    pool.put(*pages(2))
+    pool.put(*pages(20))
 
 
 def test_a_set_that_does_not_fit_holds_nothing() -> None:
