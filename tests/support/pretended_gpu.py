@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import threading
 import traceback
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 from unittest.mock import patch
@@ -31,8 +32,12 @@ _setup_privateuseone_for_python_backend("gpu")
 GPU = torch.device("gpu:0")
 UPLOAD, DOWNLOAD, WAIT = "copy to the device", "copy to the host", "wait for the device"
 BESIDE = "copy that nobody waits for"
-_WAITING = ("nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "unique", "repeat_interleave.Tensor")
+WAITING = ("nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "unique", "repeat_interleave.Tensor")
 """Operators whose result's size or value the host needs."""
+
+
+_alive: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+_alive_lock = threading.RLock()
 
 
 class DeviceTensor(Tensor):
@@ -52,6 +57,8 @@ class DeviceTensor(Tensor):
             device=GPU,
         )
         made.values = values
+        with _alive_lock:
+            _alive[id(made)] = made
         return made  # type: ignore[no-any-return]
 
     @classmethod
@@ -73,6 +80,12 @@ class DeviceTensor(Tensor):
 
     def pin_memory(self) -> Tensor:  # type: ignore[override]
         raise RuntimeError("cannot pin 'gpu:0', only dense CPU tensors can be pinned")
+
+
+def tensors_on_device() -> list[Tensor]:
+    """All that there are."""
+    with _alive_lock:
+        return list(_alive.values())
 
 
 class Watching(TorchDispatchMode):
@@ -127,7 +140,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             f"{_line()}, {[tuple(tensor.shape) for tensor in strangers]})"
         )
     goes_to_device = asked == "gpu" or (bool(on_device) and asked != "cpu")
-    if on_device and any(waiting in name for waiting in _WAITING):
+    if on_device and any(waiting in name for waiting in WAITING):
         _note(WAIT)
     if is_copy:
         source = given[1] if name.startswith("aten.copy_") else given[0]
@@ -138,11 +151,28 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain = {**kwargs, **({"device": torch.device("cpu")} if asked == "gpu" else {}), "pin_memory": False}
     plain = {key: value for key, value in plain.items() if key in kwargs}
     result = function(*tree_map(_plain, args), **tree_map(_plain, plain))
+    check: Check | None = getattr(_watching, "check", None)
+    if check is not None:
+        check(name, given, [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
     if _is_in_place(name, args):
         return args[0]
     if "_local_scalar_dense" in name or not goes_to_device:
         return result
     return tree_map(lambda each: DeviceTensor(each) if type(each) is Tensor else each, result)
+
+
+Check = Callable[[str, list[Tensor], list[Tensor]], None]
+"""Gets each operator's name, its tensors, and those that it returned."""
+
+
+@contextmanager
+def check_operators(check: Check) -> Iterator[None]:
+    """Call `check` for every operator of this thread."""
+    _watching.check = check
+    try:
+        yield
+    finally:
+        _watching.check = None
 
 
 def _plain(value: Any) -> Any:

@@ -293,8 +293,11 @@ class Stepping:
 class Captured:
     """A function of a record of tensors, captured once per structure and then replayed. Owned by one thread."""
 
-    def __init__(self, stepping: Stepping, compute: Callable[[Any], Tensor]) -> None:
-        self._buffers, self._graphs, self._compute = stepping.buffers, stepping.graphs, compute
+    def __init__(self, stepping: Stepping, compute: Callable[[Any], Any], prefix: str = "") -> None:
+        """Name the buffers of the record's tensors `prefix` and their path: functions that take turns in a step, and
+        read other tensors, are to have others.
+        """
+        self._buffers, self._graphs, self._compute, self._prefix = stepping.buffers, stepping.graphs, compute, prefix
         self._owner = object()
         weakref.finalize(self, self._graphs.drop, self._owner)
 
@@ -303,10 +306,16 @@ class Captured:
         """False where every call runs as it is."""
         return self._graphs.captures
 
-    def __call__(self, record: object) -> Tensor:
+    def __call__(self, record: object) -> Any:
         """Run the function. The result is overwritten by the next call."""
-        fixed = {path: self._buffers.fill(path, tensor) for path, tensor in tensors_of(record)}
+        fixed = {path: self._buffers.fill(self._prefix + path, tensor) for path, tensor in tensors_of(record)}
         key = self._owner, structure(record), tuple(tensor.data_ptr() for tensor in fixed.values())
         held, compute = with_tensors(record, fixed), self._compute
-        result: Tensor = self._graphs.run(key, lambda: compute(held))
-        return result
+        return self._graphs.run(key, lambda: compute(held))
+
+    def outputs(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return memory to be part of a record, for the function to write results to: what many graphs return in memory
+        of their own adds up.
+        """
+        taken = (self._buffers.take(f"{self._prefix}out.{index}", shape, dtype) for index, shape in enumerate(shapes))
+        return tuple(torch.nn.Buffer(each, persistent=False) for each in taken)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from scumble_build.graphs.adapted import Factors, Pages
-from scumble_build.graphs.inputs import ContextInputs, ImageInputs, LiteInputs, StepInputs
+from scumble_build.graphs.inputs import ContextInputs, ImageInputs, LiteInputs, NetInputs, StepInputs
 from scumble_build.graphs.layout import PAGE
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32)
@@ -87,6 +87,14 @@ class Padding:
             self._grown("sizes", inputs.sizes, rows) if inputs.sizes is not None else None,
         )
         return Step(_grown(step.sample, rows), _grown(step.timestep, rows), padded)
+
+    def of_net(self, sample: Tensor, timestep: Tensor, inputs: NetInputs) -> tuple[Tensor, Tensor, NetInputs]:
+        """Return the padded arguments of a ControlNet, likewise."""
+        rows = bucket(len(sample), ROWS)
+        kv, mask = self._text(inputs.kv, inputs.kv_mask, rows)
+        added = self._grown("added", inputs.added, rows) if inputs.added is not None else None
+        padded = NetInputs(kv, self._grown("hint", inputs.hint, rows), added, mask)
+        return _grown(sample, rows), _grown(timestep, rows), padded
 
     def _text(self, kv: Tensor, mask: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
         given, length = kv.shape[:2]

@@ -1,28 +1,35 @@
 """On a pretended GPU every kind of request is drawn as on the CPU, alone and with strangers.
 
-Mixing devices raises there as CUDA does. What only a GPU can show, its kernels, streams and graphs, is not shown.
+Mixing devices raises there as CUDA does, and steps are captured by a lint (`support/capture_lint.py`). What only a GPU
+can show, its kernels, streams and graphs, is not shown.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from scumble.events import Done, Event, Failed
 from scumble.request import Request
 from scumble_registry import Registry
 from scumble_server import service as service_module
 from scumble_server.config import ServerConfig
+from scumble_server.executors.device import Buffers, Graphs, Stepping
 from scumble_server.service import Service
+from support.capture_lint import LintedCapture
 from support.every_kind import EveryKind, publish_every_kind, random_request, request_for, ways_to_ask
-from support.pretended_gpu import BESIDE, Watching, pretended
+from support.pretended_gpu import BESIDE, GPU, Watching, pretended
 
 
 @dataclass
@@ -32,6 +39,7 @@ class Both:
     """What the loop's thread does on the pretended GPU."""
     cpu: Service
     gpu: Service
+    lints: list[LintedCapture]
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +59,21 @@ def both(tiny_base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
                 loop.append(watching)
             yield
 
+    def stepping(device: Any, *, graphs: bool = True) -> Stepping:  # noqa: ARG001 - always
+        lint, buffers = LintedCapture(), Buffers(device)
+        lint.of(buffers)
+        lints.append(lint)
+        return Stepping(buffers, Graphs(lint))
+
     loop: list[Watching] = []
+    lints: list[LintedCapture] = []
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(service_module, "own_stream", own_stream)
+        patches.setattr(Stepping, "on", stepping)
         cpu = Service.open(config)
         with pretended() as device:
             gpu = Service.open(config.model_copy(update={"device": str(device)}))
-            yield Both(every, loop[0], cpu, gpu)
+            yield Both(every, loop[0], cpu, gpu, lints)
             gpu.close()
         cpu.close()
 
@@ -83,6 +99,11 @@ def check_equal(both: Both, requests: list[Request]) -> None:
         if theirs.encoded:
             continue
         assert abs(theirs.images.astype(int) - expected.images.astype(int)).max() <= 1
+    assert [lint.faults for lint in both.lints if lint.faults] == []
+
+
+def replays(both: Both) -> int:
+    return sum(lint.replayed for lint in both.lints)
 
 
 PLAIN = {"prompt": "a <bad> apple", "steps": 3, "seed": 7, "width": 64, "height": 64, "scheduler": "euler_a"}
@@ -103,7 +124,11 @@ OTHERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", sorted(ways_to_ask(random.Random(0))))
 def test_each_kind_of_adapter_is_drawn_as_on_the_cpu(both: Both, name: str) -> None:
     way = ways_to_ask(random.Random(0))[name]
-    check_equal(both, [request_for(both.every, [{"ref": name, **way}], **PLAIN)])
+    request = request_for(both.every, [{"ref": name, **way}], **{**PLAIN, "steps": 4})
+    check_equal(both, [request])
+    before = replays(both)
+    check_equal(both, [request.model_copy(update={"seed": 8})])
+    assert replays(both) > before, "its steps are captured, and linted"
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -121,8 +146,6 @@ def test_strangers_are_drawn_as_each_alone_on_the_cpu(both: Both, seed: int) -> 
 
 
 def test_devices_that_are_mixed_raise(both: Both) -> None:  # noqa: ARG001 - the device is there
-    import torch
-
     with Watching(), pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         torch.zeros(2, device="gpu:0") + torch.ones(2)
     with Watching():
@@ -150,3 +173,25 @@ def test_from_its_second_step_on_a_batch_copies_and_waits_for_nothing_but_fresh_
         more = in_more_steps(both, [request_for(both.every, adapters, **{**fields, "scheduler": scheduler})])
         assert {kind for kind, _ in more} == {BESIDE}, more
         assert {line.rpartition(" ")[2] for _, line in more} == expected
+
+
+CAPTURES: dict[str, tuple[Callable[[Tensor, Tensor], object], str]] = {
+    "sound": (lambda fixed, _other: (fixed + 1) * 2, ""),
+    "foreign": (lambda fixed, other: fixed + other, r"add.* reads \(3,\) from outside"),
+    "host": (lambda fixed, _other: fixed.copy_(torch.ones(3)), "reads a host tensor"),
+    "wait": (lambda fixed, _other: fixed[fixed.sum() > 0], "waits for the device"),
+    "item": (lambda fixed, _other: fixed.sum().item(), "_local_scalar_dense.* waits for the device"),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURES)
+def test_a_capture_that_would_hold_a_fault_is_told(both: Both, name: str) -> None:  # noqa: ARG001 - the device is there
+    work, fault = CAPTURES[name]
+    with Watching():
+        buffers, lint = Buffers(GPU), LintedCapture()
+        lint.of(buffers)
+        fixed, other = buffers.fill("x", torch.ones(3)), torch.ones(3, device=GPU)
+        with contextlib.suppress(AssertionError):
+            lint(lambda: work(fixed, other))
+    assert re.search(fault, " ".join(lint.faults))
+    assert len(lint.faults) == (name != "sound")

@@ -137,7 +137,8 @@ class TensorRTExecutor(ExportedExecutor):
             version.ref,
         )
         with faults(f"the weights of {version.ref}"):
-            return torch_nets(load(), torch.empty(0, dtype=self.dtype, device=self.device))
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            return torch_nets(load(), like, self._engines.runtime.steppings["denoise"])
 
     def load_vae(self, folder: Path) -> TorchVae:
         """Load a VAE in torch, on the same device."""

@@ -95,7 +95,7 @@ class TorchExecutor:
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("the device is cuda, but torch sees no CUDA device; use --device cpu")
         dtype, torch_device = PRECISIONS[precision], torch.device(device)
-        stepping = Stepping.on(torch_device, graphs=graphs) if device == "cuda" else None
+        stepping = Stepping.on(torch_device, graphs=graphs) if torch_device.type != "cpu" else None
         with faults(f"the weights of {folder.name}"):
             return cls(Models.load(folder, family, dtype), family, torch_device, dtype, max_rows, stepping)
 
@@ -167,7 +167,8 @@ class TorchExecutor:
             if self._captured is None:
                 return _computing(self.graphs.denoiser)(step).float()
             padded = self._padding(step) if self._captured.captures else step
-            return self._captured(padded)[: len(sample)].float()
+            prediction: Tensor = self._captured(padded)
+            return prediction[: len(sample)].float()
 
     def _cast(self, factors: Factors | None) -> Factors | None:
         return factors.to(self._device, self._dtype) if factors is not None else None
@@ -177,7 +178,7 @@ class TorchExecutor:
 
     def load_net(self, version: Version, load: Callable[[], NetModel]) -> Nets:  # noqa: ARG002 - TensorRT chooses engines by it
         with faults("a ControlNet's weights"):
-            return torch_nets(load(), torch.empty(0, dtype=self._dtype, device=self._device))
+            return torch_nets(load(), torch.empty(0, dtype=self._dtype, device=self._device), self._stepping)
 
     def load_vae(self, folder: Path) -> TorchVae:
         return TorchVae(self._place(load_autoencoder(folder, self._dtype)))
