@@ -2,15 +2,20 @@
 
     python benches/gpu.py                 SD 1.5 at 512² and SDXL at 1024² on CUDA
     python benches/gpu.py --engines       on TensorRT too
-        python benches/gpu.py --tiny          the same script on a CPU with toy sizes, to test that it works
+    python benches/gpu.py --tiny          the same script on a CPU with toy sizes, to test that it works
 
-It measures the following; `aims` in the output compares each figure with a threshold:
+Scumble need not be installed, only what it imports. Each section's result is told on stderr as it comes. `floor_s` is
+what the arithmetic or the bytes would take at the rates that this device reaches (`rates`). It measures the following;
+`aims` in the output compares each figure with a threshold:
 
+* every kind of request, drawn by a real Service on the device, against one on the CPU
 * correctness: a mixed step in the serving precision against fp32 on the CPU
 * bare: our graph without adapters against diffusers' own UNet
 * mixed: 8 rows with 8 sets of LoRAs against 8 bare rows, and against the added arithmetic of the factors
 * switch: a set joins a batch from the device (warm) or from host memory (cold)
-* traffic: images with different adapters, drawn by Scumble in one batch, by diffusers with PEFT one after another
+* checkpoint: another checkpoint's UNet from host memory, until its first step may start
+* traffic: images with different adapters, drawn by Scumble in one batch; by diffusers with PEFT one after another, by
+  diffusers compiled with hot-swapped LoRAs, and in one batch with one shared LoRA, which is the limit
 * exported (with `--engines`, which builds them first and takes longer): steps on Scumble's engines against an engine of
   diffusers' UNet exported as it is, and the overhead of a graph with factors for a batch without any
 """
@@ -26,20 +31,21 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401 - first
 import exported
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from engines import random_models
+from gpu_aims import RANKS, aims, aims_of_kinds
+from gpu_baselines import Diffusers
+from gpu_floors import Rates, measure_rates
+from gpu_plans import Plan, real_plan, tiny_plan
+from gpu_service import every_kind
 from measure import count_flops, machine
-from memory import FAMILIES, FamilyConfigs
-from peft import LoraConfig
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from scumble_build.export.manifest import Precision
 from scumble_build.graphs.families import FAMILIES as OURS
@@ -55,23 +61,7 @@ from scumble_server.factors.bound_set import BoundSet, move_to_pools, release_pa
 from scumble_server.factors.rows import RowFactors
 from scumble_server.memory.pages import PageSet, Pool
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-RANKS = (16, 64)
 SETS = 8
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A base to measure: `latents` is the side of a square; `context` the width of text states."""
-
-    name: str
-    models: Callable[[], Models]
-    family: str
-    latents: int
-    context: int
-    steps: int
-    images: int
-    aim_traffic: float
 
 
 def main() -> None:
@@ -86,14 +76,20 @@ def main() -> None:
     end = time.monotonic() + 60 * arguments.minutes
     plans = [tiny_plan()] if arguments.tiny else [real_plan("sd1.5", 4.0), real_plan("sdxl", 2.0)]
     report: dict[str, Any] = {"machine": machine() | device_info(device), "bases": {}, "left_out": []}
+    report["every_kind"] = attempt("every kind", partial(every_kind, device.type))
     with own_stream(device, urgent=True):  # as the loop's thread: a graph is not captured on the default stream
+        rates = measure_rates(device, dtype_on(device))
+        report["rates"] = rates.report
         for plan in plans:
             results = report["bases"][plan.name] = {}
-            bench = attempt(f"{plan.name}: weights", partial(Bench, plan, device))
+            if (reason := too_small(plan, device)) is not None:
+                report["left_out"].append(reason)
+                continue
+            bench = attempt(f"{plan.name}: weights", partial(Bench, plan, device, rates))
             if not isinstance(bench, Bench):
                 results["weights"] = bench
                 continue
-            sections = [bench.correctness, bench.bare, bench.mixed, bench.switch, bench.traffic]
+            sections = [bench.correctness, bench.bare, bench.mixed, bench.switch, bench.checkpoint, bench.traffic]
             for section in [*sections, bench.exported] if arguments.engines or arguments.tiny else sections:
                 if time.monotonic() > end:
                     report["left_out"].append(f"{plan.name}: {section.__name__}")
@@ -102,7 +98,9 @@ def main() -> None:
             del bench
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    report["aims"] = aims(report["bases"], {plan.name: plan.aim_traffic for plan in plans})
+    report["aims"] = aims(report["bases"], {plan.name: plan.aim_traffic for plan in plans}) | aims_of_kinds(
+        report["every_kind"]
+    )
     print(json.dumps(report, indent=2))
 
 
@@ -118,6 +116,18 @@ def attempt(name: str, measure: Callable[[], Any]) -> Any:
     return found
 
 
+def dtype_on(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def too_small(plan: Plan, device: torch.device) -> str | None:
+    """Say why a card cannot hold our UNet, diffusers', a checkpoint's, and 4 GiB of what they compute with."""
+    if device.type == "cpu":
+        return None
+    needed, has = 3 * plan.unet_bytes + (4 << 30), torch.cuda.get_device_properties(device).total_memory
+    return f"{plan.name}: needs {needed >> 30} GiB, the card has {has >> 30}" if has < needed else None
+
+
 def device_info(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {"device": "cpu"}
@@ -128,9 +138,9 @@ def device_info(device: torch.device) -> dict[str, Any]:
 class Bench:
     """One base on one device: the torch executor, diffusers' UNet with the same weights, sets of LoRAs."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
-        self.dtype = torch.float16 if device.type == "cuda" else torch.float32
+    def __init__(self, plan: Plan, device: torch.device, rates: Rates) -> None:
+        self.plan, self.device, self.rates = plan, device, rates
+        self.dtype = dtype_on(device)
         models = plan.models()
         self.theirs: Any = copy.deepcopy(models.unet).to(device, self.dtype).eval().requires_grad_(requires_grad=False)
         family = OURS[plan.family]  # type: ignore[index]
@@ -174,7 +184,8 @@ class Bench:
             self.theirs(typed, timestep, states, added_cond_kwargs=added, return_dict=False)
 
         ours, theirs = self.timed(lambda: self.executor.denoise(sample, timestep, inputs)), self.timed(plain)
-        return {"ours_s": ours, "diffusers_s": theirs, "ratio": ours / theirs}
+        floor = self.flops(sample, timestep, inputs) / self.rates.flops
+        return {"ours_s": ours, "diffusers_s": theirs, "ratio": ours / theirs, "floor_s": floor}
 
     def mixed(self) -> dict[str, Any]:
         """Measure eight rows with a set each, and the arithmetic that the factors add."""
@@ -191,6 +202,7 @@ class Bench:
                 "of_bare_throughput": bare / seconds,
                 "cost": seconds / bare - 1,
                 "arithmetic": added - 1,
+                "floor_s": added * bare_flops / self.rates.flops,
             }
         return report
 
@@ -212,41 +224,54 @@ class Bench:
         step = self.timed(lambda: self.executor.denoise(*base))
         warm = self.timed(lambda: [join(one) for one in sets]) / len(sets)
         nbytes = sum(tensor.nbytes for tensor in on_host.small.holder.tensors)
-        return {"set_bytes": nbytes, "warm_s": max(warm - step, 0.0), "cold_s": max(self.timed(cold) - step, 0.0)}
+        return {
+            "set_bytes": nbytes,
+            "warm_s": max(warm - step, 0.0),
+            "cold_s": max(self.timed(cold) - step, 0.0),
+            "cold_floor_s": nbytes / self.rates.uploaded_bytes,
+        }
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Measure the time to step with another checkpoint's UNet, all of which is in host memory."""
+        changed = {"unet": {name: values.cpu() for name, values in self.executor.graphs.states["unet"].items()}}
+        batch = self.batch(1)
+        nbytes = sum(values.nbytes for values in changed["unet"].values())
+        cold = self.timed(lambda: self.executor.variant(changed).denoise(*batch))
+        step = self.timed(lambda: self.executor.denoise(*batch))
+        return {"bytes": nbytes, "host_s": max(cold - step, 0.0), "floor_s": nbytes / self.rates.uploaded_bytes}
 
     def traffic(self) -> dict[str, Any]:
         """Draw guided images with a LoRA each, from noise to pixels: by Scumble in one batch, by diffusers in turn."""
         plan, images = self.plan, self.plan.images
         sample, timestep, inputs = self.batch(2 * images, sets=images, rank=16, rows_each=2)
-        latents = torch.randn(images, 4, plan.latents, plan.latents, device=self.device)
-        decode = self.executor.vae.decode
+        one = torch.randn(1, 4, plan.latents, plan.latents, device=self.device)
+        states = torch.randn(2 * images, 77, plan.context, device=self.device, dtype=self.dtype)
+        typed = sample.to(self.dtype)
+
+        def decode() -> None:
+            self.executor.vae.decode(one)
 
         def ours() -> None:
             for _ in range(plan.steps):
                 self.executor.denoise(sample, timestep, inputs)
-            for one in latents:
-                decode(one[None])
+            for _ in range(images):
+                decode()
 
-        names = [f"a{index}" for index in range(images)]
-        for name in names:
-            self.theirs.add_adapter(LoraConfig(r=16, target_modules=TARGETS, init_lora_weights=False), name)
-        self.theirs.to(self.device, self.dtype)
-        states = torch.randn(2, 77, plan.context, device=self.device, dtype=self.dtype)
-        added = {
-            "text_embeds": None if inputs.pooled is None else inputs.pooled[:2],
-            "time_ids": None if inputs.sizes is None else inputs.sizes[:2],
-        }
-        typed = sample[:2].to(self.dtype)
+        def step(unet: Any, rows: int) -> None:
+            pooled, sizes = (None if each is None else each[:rows] for each in (inputs.pooled, inputs.sizes))
+            added = {"text_embeds": pooled, "time_ids": sizes}
+            unet(typed[:rows], timestep[:rows], states[:rows], added_cond_kwargs=added, return_dict=False)
 
-        def theirs() -> None:
-            for name, one in zip(names, latents, strict=True):
-                self.theirs.set_adapters(name)
-                for _ in range(plan.steps):
-                    self.theirs(typed, timestep[:2], states, added_cond_kwargs=added, return_dict=False)
-                decode(one[None])
-
-        mine, others = self.timed(ours, rounds=1), self.timed(theirs, rounds=1)
-        return {"images": images, "steps": plan.steps, "ours_s": mine, "diffusers_s": others, "speedup": others / mine}
+        theirs = Diffusers(self.theirs, 16, images, step)
+        theirs.load()
+        seconds = {"ours_s": self.timed(ours)}
+        seconds["diffusers_s"] = self.timed(lambda: theirs.one_after_another(plan.steps, decode))
+        seconds["diffusers_shared_s"] = self.timed(lambda: theirs.one_shared(plan.steps, decode))
+        theirs.compile()
+        seconds["diffusers_hot_swapped_s"] = self.timed(lambda: theirs.hot_swapped(plan.steps, decode))
+        floor = plan.steps * self.flops(sample, timestep, inputs) / self.rates.flops
+        of_ours = {f"{name.removesuffix('_s')}_speedup": value / seconds["ours_s"] for name, value in seconds.items()}
+        return {"images": images, "steps": plan.steps, **seconds, "floor_s": floor, **of_ours}
 
     def exported(self) -> dict[str, Any]:
         """Measure exported graphs: without adapters, with eight sets, and with factors of scale 0."""
@@ -321,73 +346,6 @@ class Bench:
                     torch.cuda.synchronize()
                 measured.append(time.perf_counter() - start)
         return statistics.median(measured[1:])
-
-
-def aims(bases: dict[str, Any], traffic: dict[str, float]) -> dict[str, bool]:
-    """Compare the figures with thresholds; sections that were left out or failed have no entry."""
-    met: dict[str, bool] = {}
-    for name, sections in bases.items():
-        figures = {section: found for section, found in sections.items() if "failed" not in found}
-        if "relative_error" in figures.get("correctness", {}):
-            met[f"{name}: a mixed step within 2 % of fp32"] = figures["correctness"]["relative_error"] <= 0.02
-        if "bare" in figures:
-            met[f"{name}: the bare graph at most 1.03x diffusers'"] = figures["bare"]["ratio"] <= 1.03
-        for rank in RANKS if "mixed" in figures else ():
-            at = figures["mixed"][f"rank_{rank}"]
-            met[f"{name}: rank {rank}, 8 sets, 90 % of the bare batch"] = at["of_bare_throughput"] >= 0.9
-            met[f"{name}: rank {rank} costs at most 1.5x its arithmetic"] = at["cost"] <= 1.5 * at["arithmetic"]
-        if "exported" in figures:
-            at = figures["exported"]
-            met[f"{name}: the bare graph exported at most 1.03x a plain export"] = at["bare_s"] <= 1.03 * at["plain_s"]
-            for rank in RANKS:
-                met[f"{name}: rank {rank} exported, 90 % of the bare batch"] = (
-                    at["bare_s"] >= 0.9 * at[f"rank_{rank}_s"]
-                )
-        if "switch" in figures:
-            met[f"{name}: a warm switch in 15 ms"] = figures["switch"]["warm_s"] <= 0.015
-        if "traffic" in figures:
-            met[f"{name}: {traffic[name]:g}x diffusers on mixed traffic"] = (
-                figures["traffic"]["speedup"] >= traffic[name]
-            )
-    return met
-
-
-def real_plan(name: str, aim: float) -> Plan:
-    family: FamilyConfigs = FAMILIES[name]
-    ours = {"sd1.5": "sd1", "sdxl": "sdxl"}[name]
-    return Plan(
-        name, lambda: random_models(family, name), ours, family.latents, family.unet["cross_attention_dim"], 20, 4, aim
-    )
-
-
-def tiny_plan() -> Plan:
-    def models() -> Models:
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            cross_attention_dim=32,
-            attention_head_dim=4,
-            norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8, 16, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-            )
-        )
-        return Models(unet, {"text_encoder": text}, vae)
-
-    return Plan("tiny", models, "sd1", 8, 32, 2, 2, 1.0)
 
 
 if __name__ == "__main__":
