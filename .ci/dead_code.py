@@ -28,11 +28,21 @@ ALLOWED = {
     **dict.fromkeys(("handle_error", "log_message"), "http.server calls it"),
     "STREAM_OUTPUTS": CONTRACT,
     "serve": BY_NAME,
+    "gateway": BY_NAME,
     "prepare_style": BY_NAME,
     **dict.fromkeys(("TextualInversionTraining", "DreamboothTraining"), BY_NAME),
     **dict.fromkeys(("IpAdapterTraining", "ControlNetTraining"), BY_NAME),
 }
-DECORATORS = ["@*.command", "@*.command*", "@field_validator", "@model_validator", "@model_serializer"]
+DECORATORS = [
+    "@*.command",
+    "@*.command*",
+    "@field_validator",
+    "@model_validator",
+    "@model_serializer",
+    "@*.get",
+    "@*.post",
+    "@*.exception_handler",
+]
 
 
 def matters(item: Item) -> bool:

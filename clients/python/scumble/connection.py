@@ -14,7 +14,7 @@ from scumble import kserve
 from scumble.errors import Cancelled, InvalidRequest, ScumbleError, Unavailable
 from scumble.wire import MAX_MESSAGE_BYTES, Tensors
 
-_OPTIONS = (
+CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),  # reconnects to a restarted server soon
@@ -28,8 +28,8 @@ class Connection:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        target, secure = _parse_url(url)
-        options = [*_OPTIONS, ("grpc.enable_http_proxy", 0)] if _is_loopback(target) else [*_OPTIONS]
+        target, secure = parse_url(url)
+        options = [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)] if _is_loopback(target) else [*CHANNEL_OPTIONS]
         if secure:
             self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=options)
         else:
@@ -55,7 +55,7 @@ class Connection:
                 if answer.infer_response.outputs:
                     yield kserve.response_tensors(answer.infer_response)
         except grpc.RpcError as error:
-            raise self._explain(error, timeout) from error
+            raise explain(error, self.url, timeout) from error
         except ValueError as error:
             raise ScumbleError(f"the server at {self.url} sent a response that cannot be read: {error}") from error
         finally:
@@ -74,25 +74,27 @@ class Connection:
         try:
             return getattr(self._stub, method)(message, timeout=timeout)
         except grpc.RpcError as error:
-            raise self._explain(error, timeout) from error
-
-    def _explain(self, error: Any, timeout: float | None) -> ScumbleError:
-        detail = error.details()
-        match error.code():
-            case grpc.StatusCode.UNAVAILABLE:
-                text = f"no Scumble server answers at {self.url} ({detail}); start one with `scumble serve`"
-            case grpc.StatusCode.DEADLINE_EXCEEDED:
-                text = f"the server at {self.url} gave no result within {timeout:.3g} s"
-            case grpc.StatusCode.CANCELLED:
-                return Cancelled("the request was cancelled", url=self.url)
-            case grpc.StatusCode.UNIMPLEMENTED:
-                text = f"the server at {self.url} is not a Triton server; {_ADDRESS_HINT}"
-            case code:
-                text = f"the call to {self.url} failed: {code.name}: {detail}"
-        return Unavailable(text, url=self.url)
+            raise explain(error, self.url, timeout) from error
 
 
-def _parse_url(url: str) -> tuple[str, bool]:
+def explain(error: Any, url: str, timeout: float | None) -> ScumbleError:
+    """Make the typed error of a failed call (`grpc.RpcError`)."""
+    detail = error.details()
+    match error.code():
+        case grpc.StatusCode.UNAVAILABLE:
+            text = f"no Scumble server answers at {url} ({detail}); start one with `scumble serve`"
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            text = f"the server at {url} gave no result within {timeout:.3g} s"
+        case grpc.StatusCode.CANCELLED:
+            return Cancelled("the request was cancelled", url=url)
+        case grpc.StatusCode.UNIMPLEMENTED:
+            text = f"the server at {url} is not a Triton server; {_ADDRESS_HINT}"
+        case code:
+            text = f"the call to {url} failed: {code.name}: {detail}"
+    return Unavailable(text, url=url)
+
+
+def parse_url(url: str) -> tuple[str, bool]:
     """Return target and whether to encrypt, of `host:port`, `grpc://host:port` or `grpcs://host:port`.
 
     Raises InvalidRequest.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scumble.connection import Connection, _is_loopback, _parse_url
+from scumble.connection import Connection, _is_loopback, parse_url
 from scumble.errors import InvalidRequest, Unavailable
 
 
@@ -18,7 +18,7 @@ from scumble.errors import InvalidRequest, Unavailable
     ],
 )
 def test_addresses_are_read_as_they_are_printed(url: str, target: str, secure: bool) -> None:
-    assert _parse_url(url) == (target, secure)
+    assert parse_url(url) == (target, secure)
 
 
 @pytest.mark.parametrize("url", ["", "localhost", "http://a:8000", ":8001", "a:", "a:b", "://a:1"])
