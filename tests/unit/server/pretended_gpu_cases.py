@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ class Both:
     every: EveryKind
     loop: Watching
     """What the loop's thread does on the pretended GPU."""
+    decoding: Watching
+    """What the decoding thread does there."""
+    urgent: dict[str, bool]
+    """The threads that have a stream of their own, and whether its kernels go first."""
     cpu: Service
     gpu: Service
 
@@ -47,17 +52,17 @@ def both(tiny_base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
             yield
             return
         with Watching() as watching:
-            if urgent:
-                loop.append(watching)
+            streams[threading.current_thread().name] = watching, urgent
             yield
 
-    loop: list[Watching] = []
+    streams: dict[str, tuple[Watching, bool]] = {}
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(service_module, "own_stream", own_stream)
         cpu = Service.open(config)
         with pretended() as device:
             gpu = Service.open(config.model_copy(update={"device": str(device)}))
-            yield Both(every, loop[0], cpu, gpu)
+            urgent = {name: first for name, (_, first) in streams.items()}
+            yield Both(every, streams["loop"][0], streams["decoding"][0], urgent, cpu, gpu)
             gpu.close()
         cpu.close()
 
@@ -150,3 +155,23 @@ def test_from_its_second_step_on_a_batch_copies_and_waits_for_nothing_but_fresh_
         more = in_more_steps(both, [request_for(both.every, adapters, **{**fields, "scheduler": scheduler})])
         assert {kind for kind, _ in more} == {BESIDE}, more
         assert {line.rpartition(" ")[2] for _, line in more} == expected
+
+
+def test_pictures_are_decoded_on_a_stream_of_their_own_that_lets_the_steps_go_first(both: Both) -> None:
+    assert both.urgent["loop"] and not both.urgent["decoding"] and not both.urgent["conditioning"]
+    before = both.loop.notes.copy(), both.decoding.notes.copy()
+    draw(both.gpu, [Request.parse(PLAIN)])
+    of_loop, of_decoding = both.loop.notes - before[0], both.decoding.notes - before[1]
+    assert any("executors/torch/vae.py" in line for _, line in of_decoding)
+    assert not any("executors/torch/vae.py" in line for _, line in of_loop)
+
+
+def test_convolutions_weights_have_their_channels_last_on_a_gpu(both: Both) -> None:
+    import torch
+
+    with both.gpu._weights.open() as lease:
+        executor = both.gpu.bases[0].executor(lease)
+        states = executor.graphs.states  # type: ignore[attr-defined]
+    for component in ("unet", "vae"):
+        kernels = [tensor for tensor in states[component].values() if tensor.ndim == 4]
+        assert kernels and all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in kernels)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scumble_build.graphs.controlnet import ControlledEncoder, ControlNet, ControlNetUnion
 from scumble_build.graphs.inputs import NetInputs
+from scumble_server.executors.cuda import memory_format
 from scumble_server.executors.protocol import NetModel
 
 
@@ -18,7 +19,8 @@ class _TorchNet:
 
     def __init__(self, graph: ControlledEncoder, like: Tensor) -> None:
         """Move the graph to `like`'s device and dtype."""
-        self._graph = graph.to(like.device, like.dtype).eval().requires_grad_(requires_grad=False)
+        graph.to(like.device, like.dtype, memory_format=memory_format(like.device))  # type: ignore[call-overload]
+        self._graph = graph.eval().requires_grad_(requires_grad=False)
         self._like = like.new_empty(0)
 
     @property
