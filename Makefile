@@ -7,7 +7,7 @@ DEMO_READY := $(VENV)/.demo-ready
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 export SCUMBLE_HOME ?= $(HOME)/.scumble
 
-.PHONY: setup bundled demo test coverage check format style lint types layers dead circles links doctests formats-table bench engines-demo engines-sd15 engines-sdxl fuzz serve lock clean
+.PHONY: setup bundled demo test test-compiled coverage check format style lint types layers dead circles links doctests formats-table bench engines-demo engines-sd15 engines-sdxl fuzz serve lock clean
 
 setup: $(READY)
 
@@ -32,6 +32,10 @@ demo: $(DEMO_READY)
 WORKERS ?= 2
 test: setup
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+# Minutes on a busy machine: TorchInductor compiles a denoiser in C++.
+test-compiled: setup
+	$(BIN)/pytest -q -m compiles
 
 # Says only what is wrong; `make format` mends what a tool can mend. The quick ones first.
 check: setup style lint layers circles links dead doctests types test

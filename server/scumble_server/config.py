@@ -46,6 +46,10 @@ class ServerConfig(BaseModel):
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     cuda_graphs: bool = True
     """Capture steps as CUDA graphs. A step that cannot be captured runs without, in any case."""
+    compile_steps: bool = False
+    """Compile the torch executor's denoiser by torch.compile: quicker steps, a minute for each new structure."""
+    png_level: int = Field(default=1, ge=0, le=9)
+    """zlib's level of PNGs that requests ask for, 0 (none) to 9: higher ones are smaller and take longer."""
     max_batch_images: int = Field(default=8, ge=1, le=64)
     """Images that share one step; a guided image is two rows."""
     max_queue: int = Field(default=256, ge=1)

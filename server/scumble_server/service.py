@@ -54,6 +54,7 @@ from scumble_server.request.adapter import ResolvedAdapter
 from scumble_server.request.ending import check_wanted, device_lost, stopping
 from scumble_server.request.extremes import not_finite
 from scumble_server.request.original import original_of
+from scumble_server.switching import switch_often
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ class Service:
         self._config = config
         self._registry = registry
         self._counters = Counters()
-        self._loop = Loop(config.max_batch_images, self._counters, heartbeat)
+        least_expected = UNKNOWN if config.compile_steps else 0.0
+        self._loop = Loop(config.max_batch_images, self._counters, heartbeat, least_expected)
         self._host = Residency(config.host_cache_bytes, "host")
         self._device = Residency(config.device_cache_bytes, "device")
         self._weights = weights
@@ -153,12 +155,13 @@ class Service:
     @classmethod
     def open(cls, config: ServerConfig, heartbeat: Heartbeat = lambda _: None) -> Service:
         """Load the bases and start; on CUDA, capture common steps. A base that cannot be loaded is logged, and requests
-        for it are refused.
+        for it are refused. Threads of this process take turns more often from then on (`switching`).
 
         Raises ScumbleError if the registry is not there or no base can be loaded.
         """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        switch_often()
         registry = Registry.open(config.home, create=False)
         weights = Residency(config.weights_cache_bytes, "weight")
         try:
@@ -314,10 +317,11 @@ class Service:
         """Capture common steps of the first base, in the thread that replays them. Raises only if the device is lost:
         what cannot be captured now may be later.
         """
-        self._heartbeat(UNKNOWN)
+        base, most = self.bases[0], self._config.max_batch_images
         try:
             with self._weights.open() as lease:
-                warm_up(self.bases[0], self.bases[0].executor(lease), self._pools, self._config.max_batch_images)
+                beat = partial(self._heartbeat, UNKNOWN)
+                warm_up(base, base.executor(lease), self._pools, most, before_each=beat)
             settle(self._config.device)
         except Exception as error:
             if is_lost(error, self._config.device):
@@ -430,14 +434,21 @@ class Service:
             make_receipt(job.admitted, replace(conditioned, adapters=job.bound, layers=job.layers), timings),
             maps,
             job.admitted.request.options,
+            self._config.png_level,
         )
 
 
-def _done(pixels: Pixels, receipt: Receipt, maps: Pixels | None, options: Options) -> Done:
+def _done(pixels: Pixels, receipt: Receipt, maps: Pixels | None, options: Options, png_level: int) -> Done:
     if options.format is None:
         return Done(pixels, receipt, maps)
     files = tuple(
-        encode(fromarray(picture), options.format, receipt.of_image(index), options.quality or QUALITY)
+        encode(
+            fromarray(picture),
+            options.format,
+            receipt.of_image(index),
+            options.quality or QUALITY,
+            png_level=png_level,
+        )
         for index, picture in enumerate(pixels)
     )
     return Done(np.zeros((0, 0, 0, 3), np.uint8), receipt, maps, files)

@@ -203,7 +203,7 @@ _module_to = torch.nn.Module.to
 
 def _move_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
     """In the place of `Module.to`, which cannot put such tensors into parameters."""
-    device, dtype = kwargs.get("device"), kwargs.get("dtype")
+    device, dtype, layout = kwargs.get("device"), kwargs.get("dtype"), kwargs.get("memory_format")
     for value in args:
         if isinstance(value, torch.dtype):
             dtype = value
@@ -218,7 +218,9 @@ def _move_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn
             for name, tensor in own.items():
                 if tensor is not None:
                     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                    own[name] = wrap(DeviceTensor(_plain(tensor.detach()).to(wanted)))
+                    moved = _plain(tensor.detach()).to(wanted)
+                    moved = moved.to(memory_format=layout) if layout is not None and moved.ndim == 4 else moved
+                    own[name] = wrap(DeviceTensor(moved))
     return module
 
 

@@ -24,6 +24,8 @@ EXIF_RECEIPT = 0x010E
 FORMATS: dict[str, Format] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 """Ending of a file → its format."""
 QUALITY = 90
+PNG_LEVEL = 6
+"""zlib's level of a PNG, 0 (none) to 9, where nobody waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,10 @@ class Images:
         return paths
 
 
-def encode(image: Image.Image, kind: Format, receipt: Receipt, quality: int = QUALITY) -> bytes:
-    """Encode an image with its receipt inside; `quality` (1–100) has no effect on PNG.
+def encode(
+    image: Image.Image, kind: Format, receipt: Receipt, quality: int = QUALITY, *, png_level: int = PNG_LEVEL
+) -> bytes:
+    """Encode an image with its receipt inside; `quality` (1–100) is not for PNG, `png_level` (0–9) for PNG alone.
 
     Raises InvalidRequest if the receipt does not fit (a JPEG holds 64 KB).
     """
@@ -73,7 +77,7 @@ def encode(image: Image.Image, kind: Format, receipt: Receipt, quality: int = QU
     if kind == "png":
         info = PngInfo()
         info.add_itxt(PNG_RECEIPT, text)
-        image.save(buffer, "PNG", pnginfo=info)
+        image.save(buffer, "PNG", pnginfo=info, compress_level=png_level)
         return buffer.getvalue()
     exif = Image.Exif()
     exif[EXIF_RECEIPT] = text

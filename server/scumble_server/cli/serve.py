@@ -53,6 +53,10 @@ def serve(
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
     precision: Annotated[Precision, typer.Option(help="Numbers that the denoiser computes with.")] = "fp32",
     cuda_graphs: Annotated[bool, typer.Option(help="Capture steps as CUDA graphs.")] = True,
+    compile_steps: Annotated[
+        bool, typer.Option("--compile", help="Compile the denoiser by torch.compile (executor torch).")
+    ] = False,
+    png_level: Annotated[int, typer.Option(min=0, max=9, help="Compression of PNGs: higher is smaller, slower.")] = 1,
     max_batch_images: Annotated[int, typer.Option(min=1, max=64, help="Images that share a step.")] = 8,
     max_queue: Annotated[int, typer.Option(min=1, help="Open requests; more are refused.")] = 256,
     host_cache: Annotated[float, typer.Option(min=0.001, help="GiB of host memory for adapters.")] = 1.0,
@@ -67,7 +71,9 @@ def serve(
     triton: Annotated[Path | None, typer.Option(help="tritonserver to run. [SCUMBLE_TRITON]")] = None,
     start_timeout: Annotated[
         float | None,
-        typer.Option(min=1, help="Seconds until it must be ready. [600; a day with --build-engines]"),
+        typer.Option(
+            min=1, help="Seconds until it must be ready. [600; 7200 with --compile; a day with --build-engines]"
+        ),
     ] = None,
     exit_with_parent: Annotated[bool, typer.Option(help="Stop when the starting process ends.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON once ready.")] = False,
@@ -84,6 +90,8 @@ def serve(
         device=device,
         precision=precision,
         cuda_graphs=cuda_graphs,
+        compile_steps=compile_steps,
+        png_level=png_level,
         max_batch_images=max_batch_images,
         max_queue=max_queue,
         host_cache_bytes=int(host_cache * GIB),

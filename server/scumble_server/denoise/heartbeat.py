@@ -20,12 +20,14 @@ class StepTimes:
     Used by the loop's thread alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least: float = 0.0) -> None:
+        """`least`: seconds below which no step is expected."""
+        self._least = least
         self._seconds: dict[int, float] = {}
 
     def expected(self, kind: Hashable) -> float:
         """The longest time lately, in seconds; UNKNOWN before the first."""
-        return self._seconds.get(hash(kind), UNKNOWN)
+        return max(self._least, self._seconds.get(hash(kind), UNKNOWN))
 
     def took(self, kind: Hashable, seconds: float) -> None:
         """Note how long a step took. A slow one is forgotten by and by."""

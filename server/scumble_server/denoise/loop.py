@@ -38,10 +38,13 @@ class _Unchecked:
 class Loop:
     """Owns the images that are being denoised; at most `max_images` are active, chosen anew before each step."""
 
-    def __init__(self, max_images: int, counters: Counters, heartbeat: Heartbeat = lambda _: None) -> None:
+    def __init__(
+        self, max_images: int, counters: Counters, heartbeat: Heartbeat = lambda _: None, least_expected: float = 0.0
+    ) -> None:
+        """`least_expected`: seconds that any step may take, as one whose structure is new does where it is compiled."""
         self._max_images = max_images
         self._heartbeat = heartbeat
-        self._step_times = StepTimes()
+        self._step_times = StepTimes(least_expected)
         self._counters = counters
         self._arrived: list[Image] = []
         self._images: list[Image] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -23,12 +23,20 @@ RANK = 16
 
 
 @torch.inference_mode()
-def warm_up(base: Base, executor: Executor, pools: Pools, max_images: int) -> int:
+def warm_up(
+    base: Base,
+    executor: Executor,
+    pools: Pools,
+    max_images: int,
+    *,
+    before_each: Callable[[], object] = lambda: None,
+) -> int:
     """Take steps of guided images at the base's native size: without LoRAs, with one for all, with one for each.
 
     Each step is taken twice, as what comes a second time is captured. Returns the number of different steps. To be
-    called by the loop's thread. Raises what a step raises.
+    called by the loop's thread, which says that it runs by `before_each`. Raises what a step raises.
     """
+    before_each()
     steps = [
         inputs for images in IMAGES if images <= max_images for inputs in _steps(base, executor, pools, 2 * images)
     ]
@@ -39,6 +47,7 @@ def warm_up(base: Base, executor: Executor, pools: Pools, max_images: int) -> in
         rows = len(inputs.kv)
         sample = torch.zeros(rows, base.compatibility.in_channels, height, width, device=executor.device)
         for _ in range(2):
+            before_each()
             executor.denoise(sample, torch.zeros(rows, device=executor.device), inputs)
     return len(steps)
 

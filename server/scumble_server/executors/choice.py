@@ -30,6 +30,8 @@ def load_executor(registry: Registry, version: Version, family: Family, config: 
 
 
 def _load(registry: Registry, version: Version, family: Family, config: ServerConfig) -> Executor:
+    if config.compile_steps and config.executor == "onnxruntime":
+        log.warning("--compile is for torch alone; onnxruntime serves %s as it is", version.ref)
     folder = registry.materialise(version)
     if config.executor == "onnxruntime":
         cache = config.home / "cache" / "onnx"
@@ -40,7 +42,13 @@ def _load(registry: Registry, version: Version, family: Family, config: ServerCo
         except (IntegrityError, NotFound, Refused, Unavailable) as error:
             log.warning("%s is served by torch, not by %s: %s", version.ref, config.executor, error)
     return TorchExecutor.load(
-        folder, family, config.device, config.precision, config.max_rows, graphs=config.cuda_graphs
+        folder,
+        family,
+        config.device,
+        config.precision,
+        config.max_rows,
+        graphs=config.cuda_graphs,
+        compiles=config.compile_steps,
     )
 
 

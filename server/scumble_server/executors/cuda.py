@@ -38,6 +38,17 @@ def own_stream(device: str | torch.device, *, urgent: bool = False) -> Iterator[
         yield
 
 
+def memory_format(device: str | torch.device) -> torch.memory_format:
+    """Return the layout of convolutions' weights: channels last on a GPU, as tensor cores read it; maps follow."""
+    return torch.preserve_format if torch.device(device).type == "cpu" else torch.channels_last
+
+
+def choose_kernels_by_time(device: str | torch.device) -> None:
+    """Let cuDNN time its kernels at the first convolution of each shape, and use the quickest from then on."""
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
 def settle(device: str | torch.device) -> None:
     """Wait until all that this thread started has been computed, so that any thread may read it."""
     if torch.device(device).type == "cuda":

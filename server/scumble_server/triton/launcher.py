@@ -20,7 +20,7 @@ from scumble_server.triton.run_folder import RunFolder
 
 EXIT_TIMEOUT = 10
 """Seconds until tritonserver exits although clients hold connections; the supervisor kills it sooner."""
-START_TIMEOUT, BUILD_TIMEOUT = 600.0, 86400.0
+START_TIMEOUT, COMPILE_TIMEOUT, BUILD_TIMEOUT = 600.0, 7200.0, 86400.0
 """Seconds in which a server must be ready: a base on a slow disk takes minutes, engines that are built first hours."""
 SHM_BYTES = 4 * 1024 * 1024
 CLOSED_APIS = "model-repository,shared-memory,trace,logging"
@@ -90,7 +90,9 @@ def assemble_backend(install: TritonInstall, run: RunFolder) -> Path:
 
 def patience(config: ServerConfig) -> float:
     """Return the seconds in which a server of this configuration must be ready."""
-    return BUILD_TIMEOUT if config.build_engines else START_TIMEOUT
+    if config.build_engines:
+        return BUILD_TIMEOUT
+    return COMPILE_TIMEOUT if config.compile_steps else START_TIMEOUT
 
 
 def command(

@@ -10,6 +10,7 @@ import contextlib
 import queue
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ class Both:
     every: EveryKind
     loop: Watching
     """What the loop's thread does on the pretended GPU."""
+    decoding: Watching
+    """What the decoding thread does there."""
+    urgent: dict[str, bool]
+    """The threads that have a stream of their own, and whether its kernels go first."""
     cpu: Service
     gpu: Service
     lints: list[LintedCapture]
@@ -55,8 +60,7 @@ def both(tiny_base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
             yield
             return
         with Watching() as watching:
-            if urgent:
-                loop.append(watching)
+            streams[threading.current_thread().name] = watching, urgent
             yield
 
     def stepping(device: Any, *, graphs: bool = True) -> Stepping:  # noqa: ARG001 - always
@@ -65,15 +69,16 @@ def both(tiny_base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
         lints.append(lint)
         return Stepping(buffers, Graphs(lint))
 
-    loop: list[Watching] = []
     lints: list[LintedCapture] = []
+    streams: dict[str, tuple[Watching, bool]] = {}
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(service_module, "own_stream", own_stream)
         patches.setattr(Stepping, "on", stepping)
         cpu = Service.open(config)
         with pretended() as device:
             gpu = Service.open(config.model_copy(update={"device": str(device)}))
-            yield Both(every, loop[0], cpu, gpu, lints)
+            urgent = {name: first for name, (_, first) in streams.items()}
+            yield Both(every, streams["loop"][0], streams["decoding"][0], urgent, cpu, gpu, lints)
             gpu.close()
         cpu.close()
 
@@ -195,3 +200,21 @@ def test_a_capture_that_would_hold_a_fault_is_told(both: Both, name: str) -> Non
             lint(lambda: work(fixed, other))
     assert re.search(fault, " ".join(lint.faults))
     assert len(lint.faults) == (name != "sound")
+
+
+def test_pictures_are_decoded_on_a_stream_of_their_own_that_lets_the_steps_go_first(both: Both) -> None:
+    assert both.urgent["loop"] and not both.urgent["decoding"] and not both.urgent["conditioning"]
+    before = both.loop.notes.copy(), both.decoding.notes.copy()
+    draw(both.gpu, [Request.parse(PLAIN)])
+    of_loop, of_decoding = both.loop.notes - before[0], both.decoding.notes - before[1]
+    assert any("executors/torch/vae.py" in line for _, line in of_decoding)
+    assert not any("executors/torch/vae.py" in line for _, line in of_loop)
+
+
+def test_convolutions_weights_have_their_channels_last_on_a_gpu(both: Both) -> None:
+    with both.gpu._weights.open() as lease:
+        executor = both.gpu.bases[0].executor(lease)
+        states = executor.graphs.states  # type: ignore[attr-defined]
+    for component in ("unet", "vae"):
+        kernels = [tensor for tensor in states[component].values() if tensor.ndim == 4]
+        assert kernels and all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in kernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import random
 import threading
@@ -9,6 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -478,3 +481,17 @@ def test_a_server_without_registry_says_so(tmp_path: Path) -> None:
 def test_an_adapter_is_no_base(published: tuple[Path, dict[str, Path]]) -> None:
     with pytest.raises(Refused, match="not a base"):
         Service.open(ServerConfig(home=published[0], base="l/a"))
+
+
+def test_pngs_are_as_small_as_the_configuration_asks_and_always_the_same_picture(
+    published: tuple[Path, dict[str, Path]], start: Callable[..., Running]
+) -> None:
+    home, files = published
+    files_by_level = {}
+    for level in (0, 1, 9):
+        running = start(home, "tiny/base", files, png_level=level)
+        (files_by_level[level],) = running.run([request(options=Options(format="png"))])[0].done.encoded
+        running.service.close()
+    assert len(files_by_level[0]) > len(files_by_level[1]) > len(files_by_level[9])
+    pictures = [np.asarray(PIL.Image.open(io.BytesIO(content))) for content in files_by_level.values()]
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)

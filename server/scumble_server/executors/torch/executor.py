@@ -27,10 +27,12 @@ from scumble_build.graphs.text import EncodedText, TextInputs
 from scumble_registry import Version
 from scumble_registry.formats.dreambooth import plain
 from scumble_registry.formats.safetensors_header import read_header
+from scumble_server.executors.cuda import choose_kernels_by_time, memory_format
 from scumble_server.executors.device import Captured, Stepping, faults
 from scumble_server.executors.limits import GraphLimits
 from scumble_server.executors.padding import Padding, Step
 from scumble_server.executors.protocol import Changed, NetModel, Nets
+from scumble_server.executors.torch.compiling import check_compiler, compiled
 from scumble_server.executors.torch.net import torch_nets
 from scumble_server.executors.torch.vae import TorchVae
 
@@ -54,6 +56,8 @@ class TorchExecutor:
         dtype: torch.dtype,
         max_rows: int,
         stepping: Stepping | None = None,
+        *,
+        compiles: bool = False,
     ) -> None:
         """Take models that are in `dtype` already. With `stepping`, steps run in its buffers and graphs."""
         self._family, self._device, self._dtype, self.max_rows = family, device, dtype, max_rows
@@ -68,8 +72,10 @@ class TorchExecutor:
         self.kv_layout = graphs.projection.layout
         self.kv_slices = graphs.projection.slices
         self.text_layouts = tuple(text.layout for text in self._texts)
-        self._stepping = stepping
-        self._captured = Captured(stepping, _computing(graphs.denoiser)) if stepping is not None else None
+        self._stepping, self._compiles = stepping, compiles
+        compute = _computing(graphs.denoiser)
+        self._compute = compiled(compute) if compiles else compute
+        self._captured = Captured(stepping, self._compute) if stepping is not None else None
         self._padding = Padding()
         self._parameters = {
             (component, plain(name)): tensor
@@ -87,17 +93,23 @@ class TorchExecutor:
         max_rows: int = 32,
         *,
         graphs: bool = True,
+        compiles: bool = False,
     ) -> Self:
-        """Load a base from a folder in the diffusers layout. `graphs`: capture steps, where the device can.
+        """Load a base from a folder in the diffusers layout. `graphs`: capture steps, where the device can. `compiles`:
+        compile them, too.
 
-        Raises Unavailable if there is no such device.
+        Raises Unavailable if there is no such device, or nothing to compile with.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("the device is cuda, but torch sees no CUDA device; use --device cpu")
         dtype, torch_device = PRECISIONS[precision], torch.device(device)
+        choose_kernels_by_time(torch_device)
+        if compiles:
+            check_compiler(torch_device)
         stepping = Stepping.on(torch_device, graphs=graphs) if torch_device.type != "cpu" else None
         with faults(f"the weights of {folder.name}"):
-            return cls(Models.load(folder, family, dtype), family, torch_device, dtype, max_rows, stepping)
+            models = Models.load(folder, family, dtype)
+            return cls(models, family, torch_device, dtype, max_rows, stepping, compiles=compiles)
 
     def variant(
         self,
@@ -106,6 +118,9 @@ class TorchExecutor:
         of: Version | None = None,  # noqa: ARG002 - TensorRT chooses engines by it
     ) -> Self:
         states = {component: dict(state) for component, state in self.graphs.states.items()}
+        if configs is not None and "vae" in changed:  # it may be another than the base's, and bear less
+            of_vae = vae_dtype(self._config("vae", configs), self._dtype)
+            states["vae"] = {name: tensor.to(of_vae) for name, tensor in states["vae"].items()}
         for component, tensors in changed.items():
             if component not in states:
                 continue  # such as a safety checker or an image encoder, which drawing does not use
@@ -129,7 +144,15 @@ class TorchExecutor:
             _build(AutoencoderKL, self._config("vae", configs), states["vae"]),
         )
         with faults("a variant's weights"):
-            return type(self)(models, self._family, self._device, self._dtype, self.max_rows, self._stepping)
+            return type(self)(
+                models,
+                self._family,
+                self._device,
+                self._dtype,
+                self.max_rows,
+                self._stepping,
+                compiles=self._compiles,
+            )
 
     def _config(self, component: str, configs: Path | None) -> Any:
         """Return a component's config: the checkpoint's, whose scaling may differ, or the base's."""
@@ -138,7 +161,8 @@ class TorchExecutor:
         return json.loads((configs / component / "config.json").read_text())
 
     def _place(self, model: Model) -> Model:
-        return model.to(self._device).eval().requires_grad_(False)
+        model.to(self._device, memory_format=memory_format(self._device))  # type: ignore[call-overload]
+        return model.eval().requires_grad_(False)
 
     @property
     def device(self) -> str:
@@ -164,10 +188,10 @@ class TorchExecutor:
     def denoise(self, sample: Tensor, timestep: Tensor, inputs: StepInputs) -> Tensor:
         with faults(f"a step of {len(sample)} rows"):
             step = Step(sample.to(self._dtype), timestep, inputs.to(self._device, self._dtype))
-            if self._captured is None:
-                return _computing(self.graphs.denoiser)(step).float()
-            padded = self._padding(step) if self._captured.captures else step
-            prediction: Tensor = self._captured(padded)
+            if self._compiles or (self._captured is not None and self._captured.captures):
+                step = self._padding(step)
+            compute = self._captured or self._compute
+            prediction: Tensor = compute(step)
             return prediction[: len(sample)].float()
 
     def _cast(self, factors: Factors | None) -> Factors | None:

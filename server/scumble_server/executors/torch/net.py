@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scumble_build.graphs.controlnet import ControlledEncoder, ControlNet, ControlNetUnion
 from scumble_build.graphs.inputs import NetInputs
+from scumble_server.executors.cuda import memory_format
 from scumble_server.executors.device import Captured, Stepping
 from scumble_server.executors.padding import Padding
 from scumble_server.executors.protocol import NetModel
@@ -68,7 +69,8 @@ class _TorchNet:
         self, graph: ControlledEncoder, residuals: Residuals, like: Tensor, stepping: Stepping | None = None
     ) -> None:
         """Move the graph, which `residuals` runs, to `like`'s device and dtype."""
-        self._graph = graph.to(like.device, like.dtype).eval().requires_grad_(requires_grad=False)
+        graph.to(like.device, like.dtype, memory_format=memory_format(like.device))  # type: ignore[call-overload]
+        self._graph = graph.eval().requires_grad_(requires_grad=False)
         self._like = like.new_empty(0)
         self._residuals = residuals if stepping is None else _CapturedNet(stepping, residuals)
 

@@ -13,6 +13,7 @@ from scumble.request import Adapter, Request
 from scumble_registry import Registry
 from scumble_server import service as service_module
 from scumble_server.config import ServerConfig
+from scumble_server.denoise.heartbeat import UNKNOWN
 from scumble_server.denoise.warm_up import warm_up
 from scumble_server.executors.device import Buffers, Captured, Graphs, Stepping
 from scumble_server.executors.protocol import Executor
@@ -102,9 +103,11 @@ def test_a_server_warms_up_where_graphs_are_captured_and_serves_even_if_that_fai
 ) -> None:
     """The device is named after the start, so that all is computed on the CPU."""
     asked: list[int] = []
+    beats: list[float] = []
 
-    def failing(*arguments: Any) -> int:
+    def failing(*arguments: Any, before_each: Callable[[], object]) -> int:
         asked.append(arguments[-1])
+        before_each()
         raise RuntimeError("nothing can be captured")
 
     config = ServerConfig(home=published[0], base="tiny/base", executor="torch", cuda_graphs=graphs, max_batch_images=5)
@@ -114,9 +117,11 @@ def test_a_server_warms_up_where_graphs_are_captured_and_serves_even_if_that_fai
             patches.setattr(service_module, "warm_up", failing)
             patches.setattr(service_module, "is_lost", lambda *_: False)
             patches.setattr(service._loop, "run", lambda: None)
+            patches.setattr(service, "_heartbeat", beats.append)
             patches.setattr(service, "_config", config.model_copy(update={"device": device}))
             service._draw_all()
         assert asked == [5] * calls
+        assert beats == [UNKNOWN] * calls
         assert ("nothing can be captured" in caplog.text) == bool(calls)
     finally:
         service.close()

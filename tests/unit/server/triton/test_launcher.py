@@ -16,6 +16,7 @@ from scumble_server.config import ServerConfig
 from scumble_server.triton.binaries import TritonInstall
 from scumble_server.triton.launcher import (
     BUILD_TIMEOUT,
+    COMPILE_TIMEOUT,
     START_TIMEOUT,
     Ports,
     claim_ports,
@@ -105,10 +106,13 @@ def test_the_stub_finds_this_python(install: TritonInstall, tmp_path: Path) -> N
     assert variables["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_a_server_that_builds_engines_has_the_time_that_it_needs(install: TritonInstall, tmp_path: Path) -> None:
+def test_a_server_that_builds_engines_or_compiles_has_the_time_that_it_needs(
+    install: TritonInstall, tmp_path: Path
+) -> None:
     plain = ServerConfig(home=tmp_path, base="tiny/base")
     builds = plain.model_copy(update={"build_engines": True})
     assert patience(plain) == START_TIMEOUT
     assert patience(builds) == BUILD_TIMEOUT
+    assert patience(plain.model_copy(update={"compile_steps": True})) == COMPILE_TIMEOUT
     arguments = command(install, OwnedRun(tmp_path).folder, builds, tmp_path, HOST, Ports(2, 3, 4), patience(builds))
     assert f"--backend-config=python,stub-timeout-seconds={BUILD_TIMEOUT:.0f}" in arguments
