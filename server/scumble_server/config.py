@@ -46,6 +46,8 @@ class ServerConfig(BaseModel):
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     cuda_graphs: bool = True
     """Capture steps as CUDA graphs. A step that cannot be captured runs without, in any case."""
+    fused_lora: bool | None = None
+    """Add LoRAs with the fused kernel, which needs CUDA and the package `triton`. None: where both are there."""
     max_batch_images: int = Field(default=8, ge=1, le=64)
     """Images that share one step; a guided image is two rows."""
     max_queue: int = Field(default=256, ge=1)

@@ -53,6 +53,10 @@ def serve(
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
     precision: Annotated[Precision, typer.Option(help="Numbers that the denoiser computes with.")] = "fp32",
     cuda_graphs: Annotated[bool, typer.Option(help="Capture steps as CUDA graphs.")] = True,
+    fused_lora: Annotated[
+        bool | None,
+        typer.Option("--fused-lora/--no-fused-lora", help="Add LoRAs with the fused kernel. [on CUDA, with triton]"),
+    ] = None,
     max_batch_images: Annotated[int, typer.Option(min=1, max=64, help="Images that share a step.")] = 8,
     max_queue: Annotated[int, typer.Option(min=1, help="Open requests; more are refused.")] = 256,
     host_cache: Annotated[float, typer.Option(min=0.001, help="GiB of host memory for adapters.")] = 1.0,
@@ -84,6 +88,7 @@ def serve(
         device=device,
         precision=precision,
         cuda_graphs=cuda_graphs,
+        fused_lora=fused_lora,
         max_batch_images=max_batch_images,
         max_queue=max_queue,
         host_cache_bytes=int(host_cache * GIB),

@@ -40,7 +40,13 @@ def _load(registry: Registry, version: Version, family: Family, config: ServerCo
         except (IntegrityError, NotFound, Refused, Unavailable) as error:
             log.warning("%s is served by torch, not by %s: %s", version.ref, config.executor, error)
     return TorchExecutor.load(
-        folder, family, config.device, config.precision, config.max_rows, graphs=config.cuda_graphs
+        folder,
+        family,
+        config.device,
+        config.precision,
+        config.max_rows,
+        graphs=config.cuda_graphs,
+        fused_lora=config.fused_lora,
     )
 
 

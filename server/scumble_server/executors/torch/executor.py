@@ -31,6 +31,7 @@ from scumble_server.executors.device import Captured, Stepping, faults
 from scumble_server.executors.limits import GraphLimits
 from scumble_server.executors.padding import Padding, Step
 from scumble_server.executors.protocol import Changed, NetModel, Nets
+from scumble_server.executors.torch.kernel import FusedKernel, choose_kernel
 from scumble_server.executors.torch.net import torch_nets
 from scumble_server.executors.torch.vae import TorchVae
 
@@ -54,8 +55,11 @@ class TorchExecutor:
         dtype: torch.dtype,
         max_rows: int,
         stepping: Stepping | None = None,
+        kernel: FusedKernel | None = None,
     ) -> None:
-        """Take models that are in `dtype` already. With `stepping`, steps run in its buffers and graphs."""
+        """Take models that are in `dtype` already. With `stepping`, steps run in its buffers and graphs; with `kernel`,
+        it adds linear layers' factors.
+        """
         self._family, self._device, self._dtype, self.max_rows = family, device, dtype, max_rows
         for model in (models.unet, *models.texts.values(), models.vae):
             self._place(model)
@@ -68,6 +72,9 @@ class TorchExecutor:
         self.kv_layout = graphs.projection.layout
         self.kv_slices = graphs.projection.slices
         self.text_layouts = tuple(text.layout for text in self._texts)
+        self._kernel = kernel
+        for source in (graphs.denoiser.source, graphs.projection.source, *(text.source for text in self._texts)):
+            source.kernel = kernel
         self._stepping = stepping
         self._captured = Captured(stepping, _computing(graphs.denoiser)) if stepping is not None else None
         self._padding = Padding()
@@ -87,17 +94,19 @@ class TorchExecutor:
         max_rows: int = 32,
         *,
         graphs: bool = True,
+        fused_lora: bool | None = None,
     ) -> Self:
         """Load a base from a folder in the diffusers layout. `graphs`: capture steps, where the device can.
 
-        Raises Unavailable if there is no such device.
+        `fused_lora` is what `choose_kernel` is asked. Raises Unavailable if there is no such device, or no such kernel.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("the device is cuda, but torch sees no CUDA device; use --device cpu")
         dtype, torch_device = PRECISIONS[precision], torch.device(device)
         stepping = Stepping.on(torch_device, graphs=graphs) if device == "cuda" else None
+        kernel = choose_kernel(torch_device, asked=fused_lora)
         with faults(f"the weights of {folder.name}"):
-            return cls(Models.load(folder, family, dtype), family, torch_device, dtype, max_rows, stepping)
+            return cls(Models.load(folder, family, dtype), family, torch_device, dtype, max_rows, stepping, kernel)
 
     def variant(
         self,
@@ -129,7 +138,9 @@ class TorchExecutor:
             _build(AutoencoderKL, self._config("vae", configs), states["vae"]),
         )
         with faults("a variant's weights"):
-            return type(self)(models, self._family, self._device, self._dtype, self.max_rows, self._stepping)
+            return type(self)(
+                models, self._family, self._device, self._dtype, self.max_rows, self._stepping, self._kernel
+            )
 
     def _config(self, component: str, configs: Path | None) -> Any:
         """Return a component's config: the checkpoint's, whose scaling may differ, or the base's."""
