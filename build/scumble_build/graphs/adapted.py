@@ -83,7 +83,7 @@ class Factors:
 
     def run(self, x: Tensor, base: Layer, target: Target, kernel: LinearKernel | None = None) -> Tensor:
         """Return base(x) plus the factors' part."""
-        read = _pages_of(target, self)
+        read = pages_of(target, self)
         stretched = self.stretch_out is not None or self.stretch_in is not None
         unbiased = base.bias is None
         whole = x.ndim == 3 and len(x) == self.rows and not stretched
@@ -185,7 +185,7 @@ class PagesOfLayer:
         return A, B
 
 
-def _pages_of(target: Target, factors: Factors) -> PagesOfLayer:
+def pages_of(target: Target, factors: Factors) -> PagesOfLayer:
     """Slice one layer out of the pages. A slice copies nothing; a gather before it would copy all layers."""
     pages, in_offset, out_offset = factors.small, target.in_offset, target.out_offset
     in_small, out_small = (tensor.shape[1] // PAGE for tensor in (pages.A, pages.B))

@@ -6,7 +6,6 @@ missing, or the first use fails, batched products do the same.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 
@@ -48,19 +47,25 @@ def choose_kernel(device: torch.device, *, asked: bool | None = None) -> FusedKe
     """
     if asked is False:
         return None
-    missing = None
+    try:
+        return FusedKernel(_load(device))
+    except Unavailable as error:
+        if asked:
+            raise
+        if device.type == "cuda":
+            log.warning("LoRAs are added by batched products: %s", error)
+        return None
+
+
+def _load(device: torch.device) -> Callable[[Tensor, Tensor, PagesOfLayer], None]:
+    """Import the kernel. Raises Unavailable if it cannot run here."""
+    problem = "the fused kernel for LoRAs needs {}; leave --fused-lora out"
     if device.type != "cuda":
-        missing = "needs --device cuda"
-    elif importlib.util.find_spec("triton") is None:
-        missing = "needs the package `triton`, which comes along with torch's CUDA wheels"
-    if missing is None:
-        return FusedKernel(_load())
-    if asked:
-        raise Unavailable(f"the fused kernel for LoRAs {missing}; leave --fused-lora out")
-    return None
-
-
-def _load() -> Callable[[Tensor, Tensor, PagesOfLayer], None]:
-    from scumble_server.executors.torch.paged_lora import add_paged
-
+        raise Unavailable(problem.format("--device cuda"))
+    try:
+        from scumble_server.executors.torch.paged_lora import add_paged
+    except Exception as error:  # a broken installation raises anything
+        raise Unavailable(
+            problem.format(f"the package `triton`, which comes along with torch's CUDA wheels ({error})")
+        ) from error
     return add_paged

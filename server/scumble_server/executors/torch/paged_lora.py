@@ -71,7 +71,7 @@ def paged_lora(
     BN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """x (b, tokens, inputs) and y (b, tokens, outputs), contiguous; a row has `per_row` tokens; scale (rows, R), contiguous.
+    """x (b, tokens, inputs), y (b, tokens, outputs) and scale (rows, R) are contiguous; a row has `per_row` tokens.
 
     RANKS is R rounded up to what a product takes. A program computes `stretch` output channels, a multiple of BN.
     WIDE: products take float32, for the interpreter, which would multiply the bits of bfloat16.
@@ -127,7 +127,12 @@ def constants(rank: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, 
 
 
 def add_paged(x: Tensor, y: Tensor, read: PagesOfLayer) -> None:
-    """Add the factors' part to the first m rows of y `(rows, N, out)`, in place; x `(rows, N, in)`. y is contiguous."""
+    """Add the factors' part to the first m rows of y `(rows, N, out)`, in place; x `(rows, N, in)`.
+
+    Raises ValueError for a y with gaps, of which a copy would be changed.
+    """
+    if not y.is_contiguous():
+        raise ValueError("the fused kernel adds to contiguous memory only")
     rows, rank = read.scale.shape
     batch, per_row = len(read.table), x.shape[1]
     tokens, (inputs, outputs) = rows // batch * per_row, (x.shape[2], y.shape[2])

@@ -9,16 +9,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from scumble.errors import OutOfMemory, Unavailable
-from scumble_build.graphs.adapted import Adapted, FactorInput, PagesOfLayer, layout_of
+from scumble_build.graphs.adapted import Adapted, FactorInput, Factors, PagesOfLayer, layout_of, pages_of
 from scumble_build.graphs.families import FAMILIES
+from scumble_registry import Registry
+from scumble_server.config import ServerConfig
+from scumble_server.executors.choice import load_executor
 from scumble_server.executors.device import faults
-from scumble_server.executors.torch import kernel as module
 from scumble_server.executors.torch.executor import TorchExecutor
 from scumble_server.executors.torch.kernel import FusedKernel, choose_kernel
 from support.paging import some_factors
@@ -84,20 +87,50 @@ def test_memory_that_runs_out_is_no_failure_of_the_kernel() -> None:
     assert kernel.works
 
 
-def test_the_kernel_is_used_on_cuda_where_its_language_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = lambda: lambda _x, _y, _read: None  # noqa: E731
-    monkeypatch.setattr(module, "_load", loaded)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "triton" else None)
+def test_the_kernel_is_used_on_cuda_where_its_language_is_installed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = "scumble_server.executors.torch.paged_lora"
+    stand_in = ModuleType(place)
+    stand_in.__dict__["add_paged"] = lambda _x, _y, _read: None
+    monkeypatch.setitem(sys.modules, place, stand_in)
     assert choose_kernel(CPU) is None
     assert choose_kernel(CUDA, asked=False) is None
     assert isinstance(choose_kernel(CUDA), FusedKernel)
     assert isinstance(choose_kernel(CUDA, asked=True), FusedKernel)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert not caplog.messages
+    monkeypatch.delitem(sys.modules, place)
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises
     assert choose_kernel(CUDA) is None
+    assert "package `triton`" in caplog.text
     with pytest.raises(Unavailable, match="package `triton`"):
         choose_kernel(CUDA, asked=True)
     with pytest.raises(Unavailable, match="--device cuda"):
         choose_kernel(CPU, asked=True)
+
+
+def test_an_output_with_gaps_is_not_added_to() -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from scumble_server.executors.torch.paged_lora import add_paged
+
+    layer, x = adapted()
+    expected = layer(x)
+    kernel = FusedKernel(add_paged)
+    assert isinstance(layer.source.factors, Factors)
+    y = torch.zeros(3, 10, 4).transpose(1, 2)
+    assert not kernel(x, y, pages_of(layer.target, layer.source.factors))
+    assert not y.any()
+    layer.source.kernel = kernel
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_server_that_is_asked_for_the_kernel_says_what_it_lacks(published: tuple[Path, dict[str, Path]]) -> None:
+    config = ServerConfig(home=published[0], base="tiny/base", executor="torch", fused_lora=True)
+    with (
+        Registry.open(published[0]) as registry,
+        pytest.raises(Unavailable, match=r"fused kernel.*--device cuda.*--fused-lora"),
+    ):
+        load_executor(registry, registry.resolve("tiny/base"), FAMILIES["sd1"], config)
 
 
 def test_every_graph_of_an_executor_and_its_variants_uses_the_kernel(

@@ -1,6 +1,6 @@
 """Compiles the fused LoRA kernel for GPUs that need not be there, and prints what a program of it takes.
 
-    python benches/kernels.py [--capabilities 80 89 90 120] [--ranks 16 64 128 256] [--dtypes fp16 bf16 fp32]
+    python benches/lora_kernel.py [--capabilities 80 89 90 120] [--ranks 16 64 128 256] [--dtypes fp16 bf16 fp32]
 
 Needs the package `triton`, which comes along with torch's CUDA wheels. Prints JSON: for each kernel its tiles, the
 registers of a thread, bytes that spill from them to memory, bytes of shared memory, and the tensor cores' instruction.
@@ -26,7 +26,7 @@ from scumble_build.export.manifest import Precision
 from scumble_server.executors.torch.paged_lora import constants, paged_lora
 
 POINTERS = ("x", "y", "A", "B", "scale")
-SIZES = ("tokens", "per_row", "inputs", "outputs", "stretch", "A_page", "B_page", "table_set", "table_page")
+SIZES = ("tokens", "per_row", "inputs", "outputs", "stretch", "A_page", "B_page", "table_set")
 ALIGNED = (
     "x",
     "y",
@@ -62,17 +62,17 @@ def main() -> None:
 
 def compiled(capability: int, rank: int, dtype: Precision) -> dict[str, Any]:
     sizes, options = constants(rank, PRECISIONS[dtype])
-    names = paged_lora.arg_names
+    names, fixed = paged_lora.arg_names, {"table_page": 1, **sizes}
     signature = {
         **dict.fromkeys(POINTERS, f"*{dtype}"),
         "table": "*i64",
         **dict.fromkeys(SIZES, "i32"),
-        **dict.fromkeys(sizes, "constexpr"),
+        **dict.fromkeys(fixed, "constexpr"),
     }
     source = ASTSource(
         paged_lora,
         signature={name: signature[name] for name in names},
-        constexprs={(names.index(name),): size for name, size in sizes.items()},
+        constexprs={(names.index(name),): size for name, size in fixed.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED},
     )
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
