@@ -7,7 +7,7 @@ DEMO_READY := $(VENV)/.demo-ready
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 export SCUMBLE_HOME ?= $(HOME)/.scumble
 
-.PHONY: setup bundled demo test test-compiled coverage check format style lint types layers dead circles links doctests formats-table bench engines-demo engines-sd15 engines-sdxl fuzz serve lock clean
+.PHONY: setup bundled demo test test-compiled coverage check format style lint types layers dead circles links doctests formats-table bench engines-demo kernels engines-sd15 engines-sdxl fuzz serve lock clean
 
 setup: $(READY)
 
@@ -107,6 +107,11 @@ ENGINES := $(BIN)/python benches/engines.py --table
 engines-demo: setup
 	$(BIN)/scumble registry publish demo/base --name scumble/demo
 	$(BIN)/scumble build engine --base scumble/demo --flavour tensorrt_rtx --sm 89 --sm 120
+
+# Registers and shared memory of the fused LoRA kernel, for GPUs that need not be there. Triton takes a gigabyte.
+kernels: setup
+	$(PIP) -e '.[triton]'
+	$(BIN)/python benches/lora_kernel.py
 
 engines-sd15: setup
 	PYTHONPATH=tests nice -n 5 $(ENGINES) --family sd1.5 --profile deploy/profiles/sd15.toml

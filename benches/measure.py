@@ -56,8 +56,11 @@ def against(
 def count_flops() -> Iterator[list[int]]:
     """Count the floating point operations of products and convolutions with torch's counter."""
     counted = [0]
-    # The counter supports only the out-of-place operator.
-    in_place = {torch.ops.aten.baddbmm_: lambda _y, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}
+    # The counter supports only the out-of-place operators.
+    in_place = {
+        torch.ops.aten.addmm_: lambda _y, a, b, **_: 2 * a[0] * a[1] * b[1],
+        torch.ops.aten.baddbmm_: lambda _y, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2],
+    }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         yield counted
     counted[0] = counter.get_total_flops()

@@ -50,6 +50,8 @@ class ServerConfig(BaseModel):
     """Compile the torch executor's denoiser by torch.compile: quicker steps, a minute for each new structure."""
     png_level: int = Field(default=1, ge=0, le=9)
     """zlib's level of PNGs that requests ask for, 0 (none) to 9: higher ones are smaller and take longer."""
+    fused_lora: bool | None = None
+    """Add LoRAs with the fused kernel, which needs CUDA and the package `triton`. None: where both are there."""
     max_batch_images: int = Field(default=8, ge=1, le=64)
     """Images that share one step; a guided image is two rows."""
     max_queue: int = Field(default=256, ge=1)

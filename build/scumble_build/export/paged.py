@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, embedding
 
-from scumble_build.graphs.adapted import Layer, Pages, by_channel
+from scumble_build.graphs.adapted import Layer, LinearKernel, Pages, by_channel
 from scumble_build.graphs.layout import ALIGN, PAGE, Extent, Target
 
 UNIT = PAGE * ALIGN
@@ -88,7 +88,8 @@ class PagedFactors:
     def _part(self, target: Target) -> LayoutPages | None:
         return self.small if target.in_offset < self.small_extent.total_in else self.rest
 
-    def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
+    def run(self, x: Tensor, base: Layer, target: Target, kernel: LinearKernel | None = None) -> Tensor:  # noqa: ARG002 - for eager graphs
+        y: Tensor = base(x)
         part = self._part(target)
         assert part is not None
         A, B = part.columns(target)

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import conv2d
 
 from scumble_build.graphs.layout import PAGE, Layout, Target, TargetShape
 from scumble_build.graphs.tensors import moved
@@ -33,8 +33,15 @@ class Carried(Protocol):
     def reach(self, target: Target) -> bool:
         """Return whether there are factors for this layer."""
 
-    def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
-        """Return y = base(x) plus the factors' part. y may be overwritten."""
+    def run(self, x: Tensor, base: Layer, target: Target, kernel: LinearKernel | None) -> Tensor:
+        """Return base(x) plus the factors' part."""
+
+
+class LinearKernel(Protocol):
+    """Another way to add linear layers' factors: one kernel that reads rank pages where they are."""
+
+    def __call__(self, x: Tensor, y: Tensor, read: PagesOfLayer) -> bool:
+        """Add to the first rows of y `(rows, N, out)`, in place. False: it cannot, and y is as it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +81,23 @@ class Factors:
     def reach(self, target: Target) -> bool:
         return self.rest is not None or PAGE * target.in_end <= self.small.A.shape[1]
 
-    def add_to(self, y: Tensor, x: Tensor, base: Layer, target: Target) -> Tensor:
-        """Add the factors' part to y in place and return y."""
-        if self.stretch_out is not None or self.stretch_in is not None:
+    def run(self, x: Tensor, base: Layer, target: Target, kernel: LinearKernel | None = None) -> Tensor:
+        """Return base(x) plus the factors' part."""
+        read = pages_of(target, self)
+        stretched = self.stretch_out is not None or self.stretch_in is not None
+        unbiased = base.bias is None
+        whole = x.ndim == 3 and len(x) == self.rows and not stretched
+        if whole and unbiased and kernel is None and isinstance(base, nn.Linear):
+            return _accumulate(x, base, read)
+        y: Tensor = base(x)
+        if stretched:
             _stretch(x, y, base, target, self)
         if isinstance(base, nn.Conv2d):
-            _add_convolution(x, y, base, target, self)
-        elif x.ndim == 2:
-            _add_linear(x[:, None], y[:, None], target, self)
-        else:
-            _add_linear(x, y, target, self)
+            _add_convolution(x, y, base, read)
+            return y
+        states, added = (x[:, None], y[:, None]) if x.ndim == 2 else (x, y)
+        if kernel is None or not kernel(states, added, read):
+            _add_linear(states, added, read)
         return y
 
     @property
@@ -104,6 +118,8 @@ class FactorInput:
     factors: Carried | None = None
     changes: tuple[Change, ...] = ()
     """Applied to each layer's input, first of all."""
+    kernel: LinearKernel | None = None
+    """How linear layers' factors are added; None: by batched products of gathered pages."""
 
 
 class Adapted(nn.Module):
@@ -119,11 +135,11 @@ class Adapted(nn.Module):
         """Run the layer on x: `(rows, in)` or `(rows, N, in)` if linear, `(rows, in, H, W)` for a convolution."""
         for change in self.source.changes:
             x = change.change(self.target.name, x)
-        y: Tensor = self.base(x)
         factors = self.source.factors
         if factors is None or not factors.reach(self.target):
+            y: Tensor = self.base(x)
             return y
-        return factors.add_to(y, x, self.base, self.target)
+        return factors.run(x, self.base, self.target, self.source.kernel)
 
 
 def _stretch(x: Tensor, y: Tensor, base: Layer, target: Target, factors: Factors) -> None:
@@ -146,71 +162,104 @@ def by_channel(values: Tensor, like: Tensor, base: Layer) -> Tensor:
     return values[:, :, *rest] if isinstance(base, nn.Conv2d) else values[:, *rest, :]
 
 
-def _add_linear(x: Tensor, y: Tensor, target: Target, factors: Factors) -> None:
-    """Add the factors' part to the first m rows of y `(rows, N, out)`, in place."""
-    rows = factors.rows
-    A, B = _gather(target, factors)
-    # Neighbouring rows that share a set are one product.
-    batch = A.shape[0]
-    hidden = torch.bmm(x[:rows].reshape(batch, -1, x.shape[-1]), A.transpose(1, 2))
-    hidden.view(rows, -1, hidden.shape[-1]).mul_(factors.scale[:, None])
-    y[:rows].view(batch, -1, y.shape[-1]).baddbmm_(hidden, B)
+@dataclass(frozen=True, slots=True)
+class PagesOfLayer:
+    """One layer's columns, where they are in the pages, and who reads them.
 
-
-def _add_convolution(x: Tensor, y: Tensor, base: nn.Conv2d, target: Target, factors: Factors) -> None:
-    """Do the same for x `(rows, in, H, W)` and y `(rows, out, H', W')`."""
-    rows = factors.rows
-    A, B = _gather(target, factors)
-    group = rows // A.shape[0]
-    if group > 1:
-        A, B = A.repeat_interleave(group, 0), B.repeat_interleave(group, 0)
-    x = x[:rows]
-    hidden = torch.bmm(A, x.flatten(2)) if base.kernel_size == (1, 1) else _convolve(x, A, base, y.shape[2:]).flatten(2)
-    hidden = hidden.mul_(factors.scale[:, :, None])
-    y[:rows].view(rows, y.shape[1], -1).baddbmm_(B.transpose(1, 2), hidden)
-
-
-def _convolve(x: Tensor, A: Tensor, base: nn.Conv2d, size: torch.Size) -> Tensor:
-    """Convolve each row with its own kernels: x `(m, in, H, W)`, A `(m, R, k·k·in)` → `(m, R, H', W')`.
-
-    One product to k·k·R channels, then the sum of k·k shifted, strided slices: exact at any stride, and only
-    operators that every executor supports.
+    A (P, PAGE·in) and B (P, PAGE·out) are views of all pages; table (b, n) has the pages of each set, or of each row if
+    rows come in no groups; scale (m, PAGE·n) is as in `Factors`. Each of the b reads for m / b neighbouring rows.
     """
-    (kernel, _), (stride, _), padding = base.kernel_size, base.stride, base.padding[0]
-    assert not isinstance(padding, str)
-    rows, channels, height, width = x.shape
-    rank = A.shape[1]
-    taps = A.view(rows, rank, kernel * kernel, channels).transpose(1, 2).reshape(rows, -1, channels)
-    product = torch.bmm(taps, x.flatten(2)).view(rows, kernel, kernel, rank, height, width)
-    product = pad(product, (padding, padding, padding, padding))
-    reach = [stride * (side - 1) + 1 for side in size]
-    shifted = [
-        product[:, i, j, :, i : i + reach[0] : stride, j : j + reach[1] : stride]
-        for i in range(kernel)
-        for j in range(kernel)
-    ]
-    total = shifted[0].clone()
-    for part in shifted[1:]:
-        total += part
-    return total
+
+    A: Tensor
+    B: Tensor
+    table: Tensor
+    scale: Tensor
+
+    def gather(self) -> tuple[Tensor, Tensor]:
+        """Gather A `(b, R, in)` and B `(b, R, out)`."""
+        batch, read = len(self.table), self.table.flatten()
+        A, B = (
+            pages.index_select(0, read).view(batch, self.scale.shape[1], pages.shape[1] // PAGE)
+            for pages in (self.A, self.B)
+        )
+        return A, B
 
 
-def _gather(target: Target, factors: Factors) -> tuple[Tensor, Tensor]:
-    """Gather one layer's A `(b, R, in)` and B `(b, R, out)`; b counts sets if `rows_per_set`, else rows.
-
-    The slice comes before the gather because a slice copies nothing; gathering first would copy every layer's factors
-    for every row.
-    """
+def pages_of(target: Target, factors: Factors) -> PagesOfLayer:
+    """Slice one layer out of the pages. A slice copies nothing; a gather before it would copy all layers."""
     pages, in_offset, out_offset = factors.small, target.in_offset, target.out_offset
     in_small, out_small = (tensor.shape[1] // PAGE for tensor in (pages.A, pages.B))
     if in_offset >= in_small:
         assert factors.rest is not None
         pages, in_offset, out_offset = factors.rest, in_offset - in_small, out_offset - out_small
-    table = pages.table[:: factors.rows_per_set or 1]
-    batch, read = table.shape[0], table.flatten()
-    A = pages.A[:, PAGE * in_offset : PAGE * (in_offset + target.fan_in)].index_select(0, read)
-    B = pages.B[:, PAGE * out_offset : PAGE * (out_offset + target.fan_out)].index_select(0, read)
-    return A.view(batch, -1, target.fan_in), B.view(batch, -1, target.fan_out)
+    return PagesOfLayer(
+        pages.A[:, PAGE * in_offset : PAGE * (in_offset + target.fan_in)],
+        pages.B[:, PAGE * out_offset : PAGE * (out_offset + target.fan_out)],
+        pages.table[:: factors.rows_per_set or 1],
+        factors.scale,
+    )
+
+
+def _accumulate(x: Tensor, base: nn.Linear, read: PagesOfLayer) -> Tensor:
+    """Write the factors' part of all rows to y `(rows, N, out)` first; the base's product adds itself onto it.
+
+    So no pass over y is made for the factors alone but the one that writes it. A bias would cost another pass.
+    """
+    A, B = read.gather()
+    y = torch.bmm(_hidden(x, A, read.scale), B).view(len(x), -1, B.shape[-1])
+    y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), base.weight.T)
+    return y
+
+
+def _add_linear(x: Tensor, y: Tensor, read: PagesOfLayer) -> None:
+    """Add the factors' part to the first m rows of y `(rows, N, out)`, in place."""
+    A, B = read.gather()
+    rows = len(read.scale)
+    y[:rows].view(len(A), -1, y.shape[-1]).baddbmm_(_hidden(x[:rows], A, read.scale), B)
+
+
+def _hidden(x: Tensor, A: Tensor, scale: Tensor) -> Tensor:
+    """Return scale ⊙ (A x), `(b, N·m/b, R)`, for x `(m, N, in)`: neighbouring rows that share a set are one product."""
+    hidden = torch.bmm(x.reshape(len(A), -1, x.shape[-1]), A.transpose(1, 2))
+    hidden.view(len(x), -1, hidden.shape[-1]).mul_(scale[:, None])
+    return hidden
+
+
+def _add_convolution(x: Tensor, y: Tensor, base: nn.Conv2d, read: PagesOfLayer) -> None:
+    """Do the same for x `(rows, in, H, W)` and y `(rows, out, H', W')`."""
+    rows = len(read.scale)
+    A, B = read.gather()
+    group = rows // len(A)
+    if group > 1:
+        B = B.repeat_interleave(group, 0)
+    convolve = convolve_by_set if x.device.type == "cpu" else convolve_grouped
+    hidden = convolve(x[:rows], A, base).flatten(2).mul_(read.scale[:, :, None])
+    y[:rows].view(rows, y.shape[1], -1).baddbmm_(B.transpose(1, 2), hidden)
+
+
+def convolve_by_set(x: Tensor, A: Tensor, base: nn.Conv2d) -> Tensor:
+    """Convolve each row with its set's kernels: x `(m, in, H, W)`, A `(b, R, k·k·in)` → `(m, R, H', W')`.
+
+    A convolution for each set, which a CPU runs as fast as one for all. A has the taps of an output channel in
+    the order of a channels-last kernel, so nothing is copied here.
+    """
+    kernels = A.view(*A.shape[:2], *base.kernel_size, base.in_channels).permute(0, 1, 4, 2, 3)
+    sets = x.unflatten(0, (len(A), -1))
+    hidden: list[Tensor] = [
+        conv2d(of_set, kernel, None, base.stride, base.padding, base.dilation)
+        for of_set, kernel in zip(sets, kernels, strict=True)
+    ]
+    return torch.cat(hidden)
+
+
+def convolve_grouped(x: Tensor, A: Tensor, base: nn.Conv2d) -> Tensor:
+    """Return the same by one convolution, whose groups are the sets: a GPU runs few large kernels faster."""
+    (batch, rank, _), (rows, channels, *_) = A.shape, x.shape
+    kernels = A.view(-1, *base.kernel_size, channels).permute(0, 3, 1, 2).contiguous()
+    sets = x.unflatten(0, (batch, -1)).transpose(0, 1).flatten(1, 2)
+    hidden: Tensor = conv2d(sets, kernels, None, base.stride, base.padding, base.dilation, groups=batch)
+    of_rows: Tensor = hidden.unflatten(1, (batch, rank)).transpose(0, 1)
+    return of_rows.reshape(rows, rank, *hidden.shape[2:])
 
 
 def find_layers(module: nn.Module, prefix: str) -> dict[str, Layer]:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from scumble.errors import InvalidRequest
 from scumble_registry import default_home
 from scumble_server.config import ExecutorName, ServerConfig, default_executor
 from scumble_server.logs import LogFormat
@@ -57,6 +58,10 @@ def serve(
         bool, typer.Option("--compile", help="Compile the denoiser by torch.compile (executor torch).")
     ] = False,
     png_level: Annotated[int, typer.Option(min=0, max=9, help="Compression of PNGs: higher is smaller, slower.")] = 1,
+    fused_lora: Annotated[
+        bool | None,
+        typer.Option("--fused-lora/--no-fused-lora", help="Add LoRAs with the fused kernel. [on CUDA, with triton]"),
+    ] = None,
     max_batch_images: Annotated[int, typer.Option(min=1, max=64, help="Images that share a step.")] = 8,
     max_queue: Annotated[int, typer.Option(min=1, help="Open requests; more are refused.")] = 256,
     host_cache: Annotated[float, typer.Option(min=0.001, help="GiB of host memory for adapters.")] = 1.0,
@@ -80,6 +85,10 @@ def serve(
 ) -> None:
     """Start the server and keep it running until Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if compile_steps and fused_lora:
+        raise InvalidRequest(
+            "--fused-lora: compiled steps do not use the kernel; leave it or --compile out", field="fused_lora"
+        )
     bases = base or ["scumble/demo"]
     config = ServerConfig(
         home=home.expanduser().resolve() if home else default_home(),
@@ -92,6 +101,7 @@ def serve(
         cuda_graphs=cuda_graphs,
         compile_steps=compile_steps,
         png_level=png_level,
+        fused_lora=fused_lora,
         max_batch_images=max_batch_images,
         max_queue=max_queue,
         host_cache_bytes=int(host_cache * GIB),

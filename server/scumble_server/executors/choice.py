@@ -49,6 +49,7 @@ def _load(registry: Registry, version: Version, family: Family, config: ServerCo
         config.max_rows,
         graphs=config.cuda_graphs,
         compiles=config.compile_steps,
+        fused_lora=config.fused_lora,
     )
 
 

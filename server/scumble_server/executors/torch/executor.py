@@ -33,6 +33,7 @@ from scumble_server.executors.limits import GraphLimits
 from scumble_server.executors.padding import Padding, Step
 from scumble_server.executors.protocol import Changed, NetModel, Nets
 from scumble_server.executors.torch.compiling import check_compiler, compiled
+from scumble_server.executors.torch.kernel import FusedKernel, choose_kernel
 from scumble_server.executors.torch.net import torch_nets
 from scumble_server.executors.torch.vae import TorchVae
 
@@ -56,10 +57,13 @@ class TorchExecutor:
         dtype: torch.dtype,
         max_rows: int,
         stepping: Stepping | None = None,
+        kernel: FusedKernel | None = None,
         *,
         compiles: bool = False,
     ) -> None:
-        """Take models that are in `dtype` already. With `stepping`, steps run in its buffers and graphs."""
+        """Take models that are in `dtype` already. With `stepping`, steps run in its buffers and graphs; with `kernel`,
+        it adds linear layers' factors.
+        """
         self._family, self._device, self._dtype, self.max_rows = family, device, dtype, max_rows
         for model in (models.unet, *models.texts.values(), models.vae):
             self._place(model)
@@ -72,6 +76,9 @@ class TorchExecutor:
         self.kv_layout = graphs.projection.layout
         self.kv_slices = graphs.projection.slices
         self.text_layouts = tuple(text.layout for text in self._texts)
+        self._kernel = kernel
+        for source in (graphs.denoiser.source, graphs.projection.source, *(text.source for text in self._texts)):
+            source.kernel = kernel
         self._stepping, self._compiles = stepping, compiles
         compute = _computing(graphs.denoiser)
         self._compute = compiled(compute) if compiles else compute
@@ -94,11 +101,13 @@ class TorchExecutor:
         *,
         graphs: bool = True,
         compiles: bool = False,
+        fused_lora: bool | None = None,
     ) -> Self:
         """Load a base from a folder in the diffusers layout. `graphs`: capture steps, where the device can. `compiles`:
         compile them, too.
 
-        Raises Unavailable if there is no such device, or nothing to compile with.
+        `fused_lora` is what `choose_kernel` is asked; compiled code has no place for it. Raises Unavailable if there is
+        no such device or kernel, or nothing to compile with.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("the device is cuda, but torch sees no CUDA device; use --device cpu")
@@ -107,9 +116,10 @@ class TorchExecutor:
         if compiles:
             check_compiler(torch_device)
         stepping = Stepping.on(torch_device, graphs=graphs) if torch_device.type != "cpu" else None
+        kernel = choose_kernel(torch_device, asked=fused_lora) if not compiles else None
         with faults(f"the weights of {folder.name}"):
             models = Models.load(folder, family, dtype)
-            return cls(models, family, torch_device, dtype, max_rows, stepping, compiles=compiles)
+            return cls(models, family, torch_device, dtype, max_rows, stepping, kernel, compiles=compiles)
 
     def variant(
         self,
@@ -151,6 +161,7 @@ class TorchExecutor:
                 self._dtype,
                 self.max_rows,
                 self._stepping,
+                self._kernel,
                 compiles=self._compiles,
             )
 
