@@ -9,7 +9,6 @@ import typer
 
 from scumble.errors import InvalidRequest
 
-MAX_HEADER_BYTES = 64 << 10
 IDLE_SECONDS = 15
 MOST_CONNECTIONS = 2000
 
@@ -31,6 +30,7 @@ def gateway(
     import uvicorn
 
     from scumble_gateway.app import create_app
+    from scumble_gateway.protocol import BoundedProtocol
     from scumble_gateway.upstream import Upstream
 
     uvicorn.run(
@@ -42,7 +42,7 @@ def gateway(
         server_header=False,
         timeout_keep_alive=IDLE_SECONDS,
         limit_concurrency=MOST_CONNECTIONS,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http=BoundedProtocol,
     )
 
 

@@ -39,6 +39,7 @@ _TITLES = {
     415: "Not a type that is read here",
     421: "Not a name of this server",
     422: "The request cannot be drawn",
+    431: "The head is too large",
     429: "Too many requests",
     500: "Internal error",
     503: "Not available now",
