@@ -36,7 +36,7 @@ def create_app(upstream: Upstream) -> FastAPI:
         yield
         await upstream.close()
 
-    app = FastAPI(title="Scumble", version=version("scumble"), lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="Scumble", version=version("scumble"), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(generate.routes(upstream))
     app.include_router(openai_images.routes(upstream))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from ipaddress import ip_address
 from typing import Annotated
 
@@ -9,16 +10,14 @@ import typer
 
 from scumble.errors import InvalidRequest
 
-IDLE_SECONDS = 15
-MOST_CONNECTIONS = 2000
-
 
 def gateway(
     grpc: Annotated[
         str, typer.Option(help="gRPC address of the model. [SCUMBLE_URL]", envvar="SCUMBLE_URL")
     ] = "127.0.0.1:8001",
     host: Annotated[str, typer.Option(help="Address to listen on, of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8080,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON once it listens.")] = False,
 ) -> None:
     """Serve HTTP in front of a model that runs already: our own API, and OpenAI's images API."""
     if not _is_loopback(host):
@@ -27,23 +26,15 @@ def gateway(
             "127.0.0.1, behind a proxy that asks",
             field="host",
         )
-    import uvicorn
+    from scumble_gateway.running import claim, server_of, url_of
 
-    from scumble_gateway.app import create_app
-    from scumble_gateway.protocol import BoundedProtocol
-    from scumble_gateway.upstream import Upstream
-
-    uvicorn.run(
-        lambda: create_app(Upstream(grpc)),
-        factory=True,  # within the loop, to which the channel belongs
-        host=host,
-        port=port,
-        log_level="warning",
-        server_header=False,
-        timeout_keep_alive=IDLE_SECONDS,
-        limit_concurrency=MOST_CONNECTIONS,
-        http=BoundedProtocol,
+    bound = claim(host, port)
+    address = url_of(bound)
+    print(
+        json.dumps({"gateway": address}) if as_json else f"The gateway listens at {address}. Ctrl-C stops it.",
+        flush=True,
     )
+    server_of(grpc).run(sockets=[bound])
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,7 +7,6 @@ import base64
 import http.client
 import io
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -27,30 +26,17 @@ SCUMBLE = str(Path(sys.executable).with_name("scumble"))
 SMALL: dict[str, Any] = {"prompt": "a red apple", "seed": 3, "steps": 4, "width": 64, "height": 64}
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def url(server: RunningServer) -> Iterator[str]:
-    port = free_port()
-    command = [SCUMBLE, "gateway", "--grpc", server.grpc_url, "--port", str(port)]
-    with subprocess.Popen(command) as process:
-        address = f"http://127.0.0.1:{port}"
+    command = [SCUMBLE, "gateway", "--grpc", server.grpc_url, "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         try:
-            wait_until(lambda: is_up(address))
+            address = json.loads(process.stdout.readline())["gateway"]
+            wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
             yield address
         finally:
             process.terminate()
-
-
-def is_up(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def wait_until(true: Any, seconds: float = 30.0) -> None:

@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from scumble.errors import InvalidRequest
+from scumble_gateway.running import claim, running_gateway
 from scumble_registry import default_home
 from scumble_server.config import ExecutorName, ServerConfig, default_executor
 from scumble_server.logs import LogFormat
@@ -33,6 +35,10 @@ def serve(
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8002,
     health_port: Annotated[int, typer.Option(min=0, max=65535, help="/healthz and /readyz. 0: any free one.")] = 8081,
+    gateway_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The gateway's, HTTP on this machine. 0: any free one.")
+    ] = 8080,
+    with_gateway: Annotated[bool, typer.Option("--gateway/--no-gateway", help="Start the gateway, too.")] = True,
     triton_http: Annotated[
         bool, typer.Option("--triton-http", help="Turn on Triton's own HTTP, for trusted callers only.")
     ] = False,
@@ -116,15 +122,20 @@ def serve(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
     try:
-        with running_server(
-            config,
-            host=host,
-            ports=ports,
-            triton=triton,
-            start_timeout=start_timeout,
-            expose_vulnerable_triton=expose_vulnerable_triton,
-        ) as server:
-            print(_describe(server, as_json=as_json), flush=True)
+        with ExitStack() as stack:
+            front = claim(LOOPBACK, gateway_port) if with_gateway else None  # before anything is started
+            server = stack.enter_context(
+                running_server(
+                    config,
+                    host=host,
+                    ports=ports,
+                    triton=triton,
+                    start_timeout=start_timeout,
+                    expose_vulnerable_triton=expose_vulnerable_triton,
+                )
+            )
+            address = stack.enter_context(running_gateway(server.grpc_url, front)) if front is not None else None
+            print(_describe(server, address, as_json=as_json), flush=True)
             _wait(server, parent)
     except KeyboardInterrupt:
         pass
@@ -135,8 +146,9 @@ def _wait(server: RunningServer, parent: int | None) -> None:
         server.wait(PARENT_INTERVAL)
 
 
-def _describe(server: RunningServer, *, as_json: bool) -> str:
+def _describe(server: RunningServer, gateway: str | None, *, as_json: bool) -> str:
     places = {
+        **({"gateway": gateway} if gateway else {}),
         "grpc": server.grpc_url,
         **({"http": server.http_url} if server.http_url else {}),
         "metrics": server.metrics_url,

@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
 import pytest
 
 from scumble import Client
@@ -22,7 +23,7 @@ from scumble.errors import Refused, ScumbleError
 from .test_supervision import server_processes, wait_until
 
 COMMAND = [str(Path(sys.executable).parent / "scumble"), "serve", "--json", "--threads", "1"]
-FREE_PORTS = ["--grpc-port", "0", "--metrics-port", "0", "--health-port", "0"]
+FREE_PORTS = ["--grpc-port", "0", "--metrics-port", "0", "--health-port", "0", "--gateway-port", "0"]
 
 
 def serve(home: Path, *options: str, base: str = "tiny/base", **environment: str) -> subprocess.Popen[str]:
@@ -76,6 +77,16 @@ def test_it_serves_several_bases(home: Path) -> None:
     assert [each.images.shape for each in drawn.values()] == [(1, 64, 64, 3)] * 2
 
 
+def test_its_gateway_draws_and_without_one_there_is_none(served: Served, home: Path) -> None:
+    asked = {"prompt": "x", "steps": 2, "width": 64, "height": 64}
+    answer = httpx.post(f"{served.places['gateway']}/v1/generate", json=asked, timeout=60)
+    assert answer.status_code == 200
+    assert httpx.get(f"{served.places['gateway']}/readyz").status_code == 200
+    port = served.places["gateway"].rpartition(":")[2]
+    taken = refused(serve(home, *FREE_PORTS[:-2], "--gateway-port", port), 6)
+    assert f"gateway's port {port}" in taken["message"]
+
+
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_it_stops_cleanly_in_the_middle_of_work(served: Served, ending: signal.Signals) -> None:
     assert served.places["ready"] is True
@@ -123,7 +134,9 @@ def test_a_taken_port_is_named(home: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        error = refused(serve(home, "--metrics-port", "0", "--health-port", "0", "--grpc-port", str(port)), 6)
+        error = refused(
+            serve(home, "--metrics-port", "0", "--health-port", "0", "--no-gateway", "--grpc-port", str(port)), 6
+        )
     assert error["code"] == "unavailable"
     assert error["fields"]["port"] == port
     assert "--grpc-port" in error["message"]
