@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scumble.errors import ScumbleError
-from scumble_gateway import generate, openai_images
+from scumble_gateway import generate, openai_edits, openai_images
 from scumble_gateway.problems import MISDIRECTED, PROBLEM, openai_problem, problem, problem_body
 from scumble_gateway.upstream import Upstream
 
@@ -39,6 +39,7 @@ def create_app(upstream: Upstream) -> FastAPI:
     app = FastAPI(title="Scumble", version=version("scumble"), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(generate.routes(upstream))
     app.include_router(openai_images.routes(upstream))
+    app.include_router(openai_edits.routes(upstream))
 
     @app.get("/healthz", tags=["health"])
     async def healthz() -> dict[str, str]:

@@ -22,10 +22,10 @@ MAX_SECONDS = 60.0
 
 async def read_object(http: HttpRequest) -> dict[str, Any]:
     """Return the body's JSON object. Raises TooLarge, InvalidRequest, Unavailable if it does not come in time."""
-    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    kind = media_type(http)
     if kind != "application/json":
         raise InvalidRequest(f"Content-Type: is {kind!r}, takes application/json", field="Content-Type")
-    body = await _read(http)
+    body = await read_body(http)
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_PARTS:
         raise TooLarge(f"the body has more than {MAX_PARTS} values")
     try:
@@ -37,7 +37,13 @@ async def read_object(http: HttpRequest) -> dict[str, Any]:
     return data
 
 
-async def _read(http: HttpRequest) -> bytes:
+def media_type(http: HttpRequest) -> str:
+    """Of the body, in lower case; JSON if it does not say."""
+    return http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+
+
+async def read_body(http: HttpRequest) -> bytes:
+    """Raises TooLarge, InvalidRequest if it does not come whole, Unavailable if it does not come in time."""
     length = http.headers.get("content-length", "0")
     if length.isdigit() and int(length) > MAX_BODY_BYTES:
         raise TooLarge(f"the body has {length} bytes, at most {MAX_BODY_BYTES} are read")

@@ -66,7 +66,11 @@ def to_request(data: dict[str, Any], form: Format | None = None) -> Request:
     images = data.get("images", {})
     if not isinstance(images, dict):
         raise InvalidRequest("images: takes an object of pictures by name", field="images")
-    given = {**data, "images": {name: decoded(name, text) for name, text in images.items()}}
+    return with_files({**data, "images": {name: decoded(name, text) for name, text in images.items()}}, form)
+
+
+def with_files(given: dict[str, Any], form: Format | None) -> Request:
+    """Make a request that returns files of this format, or of its own. Raises InvalidRequest if they differ."""
     request = Request.parse(given)
     asked = request.options.format
     if form is not None and asked not in (None, form):

@@ -1,4 +1,4 @@
-"""OpenAI's images API: `POST /v1/images/generations` and `GET /v1/models`.
+"""OpenAI's images API: `POST /v1/images/generations`, `GET /v1/models`, and what its other routes share.
 
 `model` is a base, adapters behind it: `sd/v1-5+styles/ink@3:0.8`. Our own fields of a request (`seed`, `steps`,
 `adapters` …) may stand beside OpenAI's. What OpenAI has and we have not is refused by name, not ignored.
@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import MappingProxyType
 from typing import Any, get_args
 
 from fastapi import APIRouter, Response
@@ -20,7 +21,7 @@ from scumble.request import Format, Request
 from scumble.suggestions import unknown
 from scumble_gateway.bodies import read_object
 from scumble_gateway.drawing import as_base64, as_events, draw, pngs, sse
-from scumble_gateway.generate import to_request
+from scumble_gateway.generate import with_files
 from scumble_gateway.problems import openai_body
 from scumble_gateway.upstream import Upstream
 
@@ -48,11 +49,7 @@ def routes(upstream: Upstream) -> APIRouter:
     @router.post("/v1/images/generations", openapi_extra=_described(), response_model=None, tags=["openai"])
     async def generations(http: HttpRequest) -> Response:
         """Draw images, as OpenAI's API has it. Our own fields may stand beside (`extra_body` in their clients)."""
-        data = await read_object(http)
-        request = to_our_request(data)
-        if data.get("stream"):
-            return StreamingResponse(_events(http, upstream, request), media_type="text/event-stream")
-        return JSONResponse(_finished(await draw(http, upstream, request)))
+        return await answer(http, upstream, await read_object(http), "image_generation")
 
     @router.get("/v1/models", tags=["openai"])
     async def models() -> dict[str, Any]:
@@ -69,8 +66,29 @@ def routes(upstream: Upstream) -> APIRouter:
     return router
 
 
-def to_our_request(data: dict[str, Any]) -> Request:
-    """Read OpenAI's fields and ours. Raises InvalidRequest that names what is not offered."""
+async def answer(
+    http: HttpRequest,
+    upstream: Upstream,
+    data: dict[str, Any],
+    kind: str,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    images: Mapping[str, bytes] = MappingProxyType({}),
+) -> Response:
+    """Draw what OpenAI's fields ask for. `kind` begins the names of events; given options go before `options`."""
+    request = to_our_request(data, options, images)
+    if data.get("stream") in (True, "true"):
+        return StreamingResponse(_events(http, upstream, request, kind), media_type="text/event-stream")
+    return JSONResponse(_finished(await draw(http, upstream, request)))
+
+
+def to_our_request(
+    data: dict[str, Any],
+    more_options: Mapping[str, Any] = MappingProxyType({}),
+    images: Mapping[str, bytes] = MappingProxyType({}),
+) -> Request:
+    """Read OpenAI's fields and ours; numbers may be text, as in forms. Raises InvalidRequest that names what is not
+    offered.
+    """
     for name, offered in _ONLY.items():
         if data.get(name) is not None and data[name] not in offered:
             said = f"takes {' or '.join(map(repr, offered))}" if offered else "is not offered; leave it out"
@@ -89,13 +107,20 @@ def to_our_request(data: dict[str, Any]) -> Request:
         raise InvalidRequest("options: takes a JSON object", field="options")
     compression = data.get("output_compression")
     if compression is not None:
-        if form == "png" or isinstance(compression, bool) or not isinstance(compression, int):
+        options = {**options, "quality": _number("output_compression", compression, 1, 100)}
+        if form == "png":
             raise InvalidRequest(
-                "output_compression: a number from 1 to 100, of jpeg and webp", field="output_compression"
+                "output_compression: is of jpeg and webp; png loses nothing", field="output_compression"
             )
-        options = {**options, "quality": compression}
-    ours["options"] = {**options, **_partial_images(data, ours.get("steps"))}
-    return to_request(ours, form)
+    ours["options"] = {**more_options, **options, **_partial_images(data, ours.get("steps"))}
+    return with_files({**ours, "images": dict(images)}, form)
+
+
+def _number(name: str, value: Any, least: int, most: int) -> int:
+    text = str(value)
+    if isinstance(value, bool) or not (text.isdecimal() and len(text) < 10 and least <= int(text) <= most):
+        raise InvalidRequest(f"{name}: takes {least} to {most}", field=name)
+    return int(text)
 
 
 def _model_parts(model: Any) -> tuple[str | None, list[str]]:
@@ -133,12 +158,10 @@ def _format(data: dict[str, Any]) -> Format:
 
 def _partial_images(data: dict[str, Any], steps: Any) -> dict[str, int]:
     """Previews at even distances."""
-    count = data.get("partial_images") or 0
-    if not isinstance(count, int) or not 0 <= count <= MAX_PARTIAL_IMAGES:
-        raise InvalidRequest(f"partial_images: takes 0 to {MAX_PARTIAL_IMAGES}", field="partial_images")
-    if count and not data.get("stream"):
+    count = _number("partial_images", data.get("partial_images") or 0, 0, MAX_PARTIAL_IMAGES)
+    if count and data.get("stream") not in (True, "true"):
         raise InvalidRequest("partial_images: need stream: true", field="partial_images")
-    taken = steps if isinstance(steps, int) and steps > 0 else _STEPS
+    taken = int(steps) if str(steps).isdecimal() and len(str(steps)) < 6 else _STEPS
     return {"preview_every": max(1, taken // (count + 1))} if count else {}
 
 
@@ -161,26 +184,26 @@ def _about(done: Done) -> dict[str, Any]:
     }
 
 
-async def _events(http: HttpRequest, upstream: Upstream, request: Request) -> AsyncIterator[str]:
+async def _events(http: HttpRequest, upstream: Upstream, request: Request, kind: str) -> AsyncIterator[str]:
     try:
-        async for text in as_events(upstream.draw(request, http.state.request_id), _teller()):
+        async for text in as_events(upstream.draw(request, http.state.request_id), _teller(kind)):
             yield text
     except ScumbleError as error:
         yield sse("error", openai_body(error))
 
 
-def _teller() -> Callable[[StreamEvent], list[tuple[str, dict[str, Any]]]]:
+def _teller(kind: str) -> Callable[[StreamEvent], list[tuple[str, dict[str, Any]]]]:
     partial = 0
 
     def told(event: StreamEvent) -> list[tuple[str, dict[str, Any]]]:
         nonlocal partial
         created = {"created_at": int(time.time())}
         if isinstance(event, Preview) and partial < MAX_PARTIAL_IMAGES and event.step < event.steps:
-            name, partial = "image_generation.partial_image", partial + 1
+            name, partial = f"{kind}.partial_image", partial + 1
             shown = {"partial_image_index": partial - 1, "output_format": "png", "background": "opaque"}
             return [(name, {"type": name, "b64_json": each, **created, **shown}) for each in pngs(event.images)]
         if isinstance(event, Done):
-            name, about = "image_generation.completed", _about(event)
+            name, about = f"{kind}.completed", _about(event)
             files = map(as_base64, event.encoded)
             return [(name, {"type": name, "b64_json": each, **created, **about}) for each in files]
         return []

@@ -198,6 +198,76 @@ def test_openais_async_client_draws_several_at_once(url: str) -> None:
     assert len(set(drawn)) == 4
 
 
+def file_of(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+RED = file_of(Image.new("RGB", (64, 64), (200, 40, 40)))
+LEFT = Image.new("L", (64, 64), 0)
+LEFT.paste(255, (0, 0, 32, 64))
+TRANSPARENT_LEFT = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+TRANSPARENT_LEFT.putalpha(Image.eval(LEFT, lambda value: 255 - value))
+
+
+@pytest.mark.parametrize("mask", [None, "transparent", "white"])
+def test_openais_client_edits(their: openai.OpenAI, web: httpx.Client, mask: str | None) -> None:
+    given = {"transparent": TRANSPARENT_LEFT, "white": LEFT}
+    files = {} if mask is None else {"mask": ("mask.png", file_of(given[mask]), "image/png")}
+    edited = their.images.edit(
+        image=("red.png", RED, "image/png"),
+        prompt="a red apple",
+        size="64x64",
+        n=2,
+        extra_body={"seed": 3, "steps": 4, "options": {"strength": 0.5}, "adapters": ["l/a:0.5"]},
+        **files,  # type: ignore[arg-type]
+    )
+    options = {"image": "image", "strength": 0.5} | ({} if mask is None else {"mask": "mask"})
+    images = {"image": RED} | ({} if mask is None else {"mask": file_of(LEFT)})
+    same = web.post(
+        "/v1/generate",
+        json={
+            **SMALL,
+            "num_images": 2,
+            "adapters": ["l/a:0.5"],
+            "options": options,
+            "images": {name: base64.b64encode(content).decode() for name, content in images.items()},
+        },
+    ).json()
+    assert edited.data is not None
+    assert [picture(each.b64_json).tobytes() for each in edited.data] == pixels(same)
+
+
+def test_openais_client_draws_variations(their: openai.OpenAI) -> None:
+    varied = their.images.create_variation(image=RED, n=2, size="64x64", extra_body={"steps": 4})  # type: ignore[arg-type]
+    assert varied.data is not None
+    assert len({each.b64_json for each in varied.data}) == 2
+
+
+def test_openais_client_streams_edits(their: openai.OpenAI) -> None:
+    asked = {"steps": 6, "options": {"strength": 1.0}}
+    events = list(
+        their.images.edit(image=RED, prompt="a", size="64x64", stream=True, partial_images=1, extra_body=asked)
+    )
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+
+
+def test_edits_that_cannot_be_are_refused_by_name(their: openai.OpenAI, web: httpx.Client) -> None:
+    for changes, param in (
+        ({"mask": b"no picture"}, "mask"),
+        ({"image": b"no picture"}, None),
+        ({"extra_body": {"markup": "x"}}, "markup"),
+        ({"extra_body": {"steps": "many"}}, "steps"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            their.images.edit(**{"image": RED, "prompt": "a", "size": "64x64", **changes})  # type: ignore[call-overload]
+        assert param is None or refused.value.param == param
+    form = {"Content-Type": "multipart/form-data"}
+    assert web.post("/v1/images/edits", content=b"x", headers=form).status_code == 400
+    assert web.post("/v1/images/edits", json={"prompt": "a"}).json()["error"]["param"] == "Content-Type"
+
+
 def test_openais_client_raises_its_own_errors(their: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         their.images.generate(prompt="a", background="transparent")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from scumble import errors
 from scumble.errors import ScumbleError
@@ -143,3 +145,32 @@ def test_openais_fields_become_ours() -> None:
     assert [(adapter.ref, adapter.weight) for adapter in request.adapters] == [("styles/ink@3", 0.8), ("sd/more", 1.0)]
     options = request.options
     assert (options.format, options.quality, options.preview_every) == ("webp", 70, 10)
+
+
+def posted(web: TestClient, fields: list[tuple[str, str]], files: list[tuple[str, bytes]]) -> Any:
+    parts = [(name, (None, value)) for name, value in fields] + [(name, ("f", value)) for name, value in files]
+    return web.post("/v1/images/edits", files=parts).json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "says"),
+    [
+        ([("prompt", "a")], [], "image: takes a picture's file"),
+        ([("prompt", "a"), ("prompt", "b")], [("image", b"x")], "prompt: is given twice"),
+        ([("options[a]", "1"), ("options[]", "2")], [("image", b"x")], "as a list and as an object"),
+        ([("adapters", "[")], [("image", b"x")], "adapters: not JSON"),
+        ([("prompt", "a")], [("image", b"x"), ("other", b"x")], "other: takes no file"),
+        ([("prompt", "a")], [("image", b"x"), ("mask", b"x"), ("mask", b"x")], "mask: takes one file"),
+        ([("prompt", "a")], [("image", b"x")] * 17, "Too many files"),
+        ([(f"a{number}", "b") for number in range(101)], [("image", b"x")], "Too many fields"),
+    ],
+)
+def test_a_bad_form(web: TestClient, fields: list[tuple[str, str]], files: list[tuple[str, bytes]], says: str) -> None:
+    assert says in posted(web, fields, files)["message"]
+
+
+def test_a_large_mask_is_refused_before_it_is_decoded(web: TestClient) -> None:
+    buffer = io.BytesIO()
+    Image.new("LA", (5000, 5000)).save(buffer, "PNG")
+    answer = web.post("/v1/images/edits", data={"prompt": "a"}, files={"image": b"x", "mask": buffer.getvalue()})
+    assert answer.status_code == 413
