@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from functools import partial
 
 import uvicorn
 
-from scumble.errors import Unavailable
+from scumble.addresses import bind
 from scumble_gateway.app import create_app
 from scumble_gateway.protocol import BoundedProtocol
 from scumble_gateway.upstream import Upstream
@@ -38,19 +37,10 @@ def server_of(grpc: str) -> uvicorn.Server:
     )
 
 
-def claim(host: str, port: int) -> socket.socket:
-    """Bind a port of this machine; 0: any free one. Raises Unavailable."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-        bound.listen(1024)
-    except OSError as error:
-        bound.close()
-        why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-        raise Unavailable(
-            f"the gateway's port {port} of {host} {why}; choose another (0: any free one)", port=port
-        ) from error
+def listen(host: str, port: int) -> socket.socket:
+    """Bind a port, 0: any free one, and let connections wait there for the server. Raises Unavailable."""
+    bound = bind(host, "gateway", port)
+    bound.listen(MOST_CONNECTIONS)
     return bound
 
 
@@ -61,7 +51,7 @@ def url_of(bound: socket.socket) -> str:
 
 @contextmanager
 def running_gateway(grpc: str, bound: socket.socket) -> Iterator[str]:
-    """Serve on a claimed socket, which it owns from then on; yield the address."""
+    """Serve on a listening socket, which it owns from then on; yield the address."""
     server = server_of(grpc)
     thread = threading.Thread(target=partial(server.run, sockets=[bound]), name="gateway", daemon=True)
     thread.start()

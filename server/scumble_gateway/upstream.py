@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from scumble import kserve
-from scumble.connection import CHANNEL_OPTIONS, explain, parse_url
+from scumble.connection import channel_options, explain, parse_url
 from scumble.errors import ScumbleError, Unavailable
 from scumble.events import Done, Failed, StreamEvent
 from scumble.request import Request
@@ -28,10 +28,11 @@ class Upstream:
     def __init__(self, url: str) -> None:
         self.url = url
         target, secure = parse_url(url)
+        options = channel_options(target)
         if secure:
-            self._channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL_OPTIONS)
+            self._channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=options)
         else:
-            self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(target, options=options)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def draw(self, request: Request, request_id: str) -> AsyncGenerator[StreamEvent]:

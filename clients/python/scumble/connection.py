@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from ipaddress import ip_address
 from typing import Any
 
 import grpc
@@ -11,10 +10,11 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from scumble import kserve
+from scumble.addresses import is_loopback
 from scumble.errors import Cancelled, InvalidRequest, ScumbleError, Unavailable
 from scumble.wire import MAX_MESSAGE_BYTES, Tensors
 
-CHANNEL_OPTIONS = (
+_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),  # reconnects to a restarted server soon
@@ -29,7 +29,7 @@ class Connection:
     def __init__(self, url: str) -> None:
         self.url = url
         target, secure = parse_url(url)
-        options = [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)] if _is_loopback(target) else [*CHANNEL_OPTIONS]
+        options = channel_options(target)
         if secure:
             self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=options)
         else:
@@ -94,6 +94,12 @@ def explain(error: Any, url: str, timeout: float | None) -> ScumbleError:
     return Unavailable(text, url=url)
 
 
+def channel_options(target: str) -> list[tuple[str, int]]:
+    """Return gRPC's options for `host:port`. No proxy leads to this machine's own addresses."""
+    direct = is_loopback(target.rpartition(":")[0])
+    return [*_OPTIONS, *([("grpc.enable_http_proxy", 0)] if direct else [])]
+
+
 def parse_url(url: str) -> tuple[str, bool]:
     """Return target and whether to encrypt, of `host:port`, `grpc://host:port` or `grpcs://host:port`.
 
@@ -104,11 +110,3 @@ def parse_url(url: str) -> tuple[str, bool]:
     if scheme not in ("", "grpc", "grpcs") or (separator and not scheme) or not (host and colon and port.isdigit()):
         raise InvalidRequest(f"url {url!r}: {_ADDRESS_HINT}, as host:port or grpc[s]://host:port", field="url")
     return f"{host}:{port}", scheme == "grpcs"
-
-
-def _is_loopback(target: str) -> bool:
-    host = target.rpartition(":")[0].strip("[]")
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

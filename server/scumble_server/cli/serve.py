@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from scumble.errors import InvalidRequest
-from scumble_gateway.running import claim, running_gateway
+from scumble_gateway.running import listen, running_gateway
 from scumble_registry import default_home
 from scumble_server.config import ExecutorName, ServerConfig, default_executor
 from scumble_server.logs import LogFormat
@@ -123,7 +123,7 @@ def serve(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
     try:
         with ExitStack() as stack:
-            front = claim(LOOPBACK, gateway_port) if with_gateway else None  # before anything is started
+            front = listen(LOOPBACK, gateway_port) if with_gateway else None  # before anything is started
             server = stack.enter_context(
                 running_server(
                     config,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
 import sys
 import sysconfig
 from contextlib import ExitStack
@@ -12,6 +10,7 @@ from dataclasses import dataclass, fields
 from math import ceil
 from pathlib import Path
 
+from scumble.addresses import bind
 from scumble.errors import Unavailable
 from scumble_server.config import ServerConfig
 from scumble_server.triton.binaries import TritonInstall
@@ -47,25 +46,9 @@ def claim_ports(host: str, ports: Ports) -> Ports:
     wanted = {field.name: getattr(ports, field.name) for field in fields(ports)}
     with ExitStack() as sockets:
         bound = {
-            name: sockets.enter_context(_bind(host, name, port)) for name, port in wanted.items() if port is not None
+            name: sockets.enter_context(bind(host, name, port)) for name, port in wanted.items() if port is not None
         }
         return Ports(**{name: each.getsockname()[1] for name, each in bound.items()})
-
-
-def _bind(host: str, purpose: str, port: int) -> socket.socket:
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-        raise Unavailable(
-            f"{purpose} port {port} of {host} {why}; choose another with --{purpose}-port (0: any free one)",
-            port=port,
-            host=host,
-        ) from error
-    return bound
 
 
 def default_model_repository() -> Path:

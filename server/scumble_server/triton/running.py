@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 
+from scumble.addresses import is_loopback
 from scumble.errors import Refused
 from scumble_registry import Registry
 from scumble_server.config import ServerConfig
@@ -102,7 +102,7 @@ def running_server(
 
 def check_exposure(install: TritonInstall, host: str) -> None:
     """Raises Refused where networks would reach a Triton with open holes."""
-    if install.faces_networks or _is_loopback(host):
+    if install.faces_networks or is_loopback(host):
         return
     version = "of unknown version" if install.version is None else ".".join(map(str, install.version))
     raise Refused(
@@ -111,10 +111,3 @@ def check_exposure(install: TritonInstall, host: str) -> None:
         "--expose-vulnerable-triton listens all the same (see SECURITY.md)",
         host=host,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

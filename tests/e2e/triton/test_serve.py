@@ -84,7 +84,7 @@ def test_its_gateway_draws_and_without_one_there_is_none(served: Served, home: P
     assert httpx.get(f"{served.places['gateway']}/readyz").status_code == 200
     port = served.places["gateway"].rpartition(":")[2]
     taken = refused(serve(home, *FREE_PORTS[:-2], "--gateway-port", port), 6)
-    assert f"gateway's port {port}" in taken["message"]
+    assert f"gateway port {port}" in taken["message"]
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scumble.connection import Connection, _is_loopback, parse_url
+from scumble.connection import Connection, channel_options, parse_url
 from scumble.errors import InvalidRequest, Unavailable
 
 
@@ -29,8 +29,11 @@ def test_what_is_no_address_is_refused_with_what_would_be_one(url: str) -> None:
 
 
 def test_this_machines_own_addresses_go_through_no_proxy() -> None:
-    assert all(_is_loopback(target) for target in ("localhost:1", "127.0.0.1:1", "127.8.8.8:1", "[::1]:1"))
-    assert not any(_is_loopback(target) for target in ("10.0.0.1:1", "a.localhost.example:1", "[2001:db8::1]:1"))
+    direct = ("grpc.enable_http_proxy", 0)
+    assert all(direct in channel_options(target) for target in ("localhost:1", "127.0.0.1:1", "127.8.8.8:1", "[::1]:1"))
+    assert not any(
+        direct in channel_options(target) for target in ("10.0.0.1:1", "a.localhost.example:1", "[2001:db8::1]:1")
+    )
 
 
 def test_where_nobody_answers_the_way_to_start_one_is_said() -> None:
