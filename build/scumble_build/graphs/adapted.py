@@ -230,10 +230,13 @@ def _add_convolution(x: Tensor, y: Tensor, base: nn.Conv2d, read: PagesOfLayer) 
     rows = len(read.scale)
     A, B = read.gather()
     group = rows // len(A)
-    if group > 1:
-        B = B.repeat_interleave(group, 0)
-    convolve = convolve_by_set if x.device.type == "cpu" else convolve_grouped
-    hidden = convolve(x[:rows], A, base).flatten(2).mul_(read.scale[:, :, None])
+    B = B.repeat_interleave(group, 0) if group > 1 else B
+    if base.kernel_size == base.stride == (1, 1) and base.padding == (0, 0):
+        hidden = torch.bmm(A.repeat_interleave(group, 0) if group > 1 else A, x[:rows].flatten(2))
+    else:
+        convolve = convolve_by_set if x.device.type == "cpu" else convolve_grouped
+        hidden = convolve(x[:rows], A, base).flatten(2)
+    hidden = hidden.mul_(read.scale[:, :, None])
     y[:rows].view(rows, y.shape[1], -1).baddbmm_(B.transpose(1, 2), hidden)
 
 
