@@ -1,4 +1,4 @@
-"""The denoiser compiled by torch.compile (TorchInductor), an option: a minute for each structure, then quicker steps.
+"""The denoiser compiled by torch.compile (TorchInductor), an option: minutes for each structure, then quicker steps.
 
 Compiled code is for one structure of a step's record, so steps are padded to few (`executors/padding.py`). The loop
 waits while a new structure is compiled.
