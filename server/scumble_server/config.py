@@ -47,7 +47,7 @@ class ServerConfig(BaseModel):
     cuda_graphs: bool = True
     """Capture steps as CUDA graphs. A step that cannot be captured runs without, in any case."""
     compile_steps: bool = False
-    """Compile the torch executor's denoiser by torch.compile: quicker steps, one to two minutes for each new structure."""
+    """Compile the torch executor's denoiser by torch.compile: quicker steps, minutes for each new structure."""
     png_level: int = Field(default=1, ge=0, le=9)
     """zlib's level of PNGs that requests ask for, 0 (none) to 9: higher ones are smaller and take longer."""
     fused_lora: bool | None = None
