@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from engines import random_models
 from memory import FAMILIES, FamilyConfigs
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from scumble_build.graphs.families import FAMILIES as OURS
 from scumble_build.graphs.models import Models
+from support.tiny_sd import make_tiny_base
 
 UNET_PARAMETERS = {"sd1.5": 859_520_964, "sdxl": 2_567_463_684}
 
@@ -42,29 +44,7 @@ def real_plan(name: str, aim: float) -> Plan:
 
 def tiny_plan() -> Plan:
     def models() -> Models:
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            cross_attention_dim=32,
-            attention_head_dim=4,
-            norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8, 16, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-            )
-        )
-        return Models(unet, {"text_encoder": text}, vae)
+        with tempfile.TemporaryDirectory(prefix="scumble-tiny-") as folder:
+            return Models.load(make_tiny_base(Path(folder) / "base"), OURS["sd1"], torch.float32)
 
     return Plan("tiny", models, "sd1", 8, 32, 2, 2, 1.0)

@@ -7,6 +7,7 @@ import base64
 import json
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
@@ -25,7 +26,10 @@ async def read_object(http: HttpRequest) -> dict[str, Any]:
     kind = media_type(http)
     if kind != "application/json":
         raise InvalidRequest(f"Content-Type: is {kind!r}, takes application/json", field="Content-Type")
-    body = await read_body(http)
+    return await run_in_threadpool(_parsed, await read_body(http))
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_PARTS:
         raise TooLarge(f"the body has more than {MAX_PARTS} values")
     try:

@@ -1,4 +1,7 @@
-"""What the routes share: a request drawn while its caller stays, and pictures as JSON holds them."""
+"""What the routes share: a request drawn while its caller stays, and pictures as JSON holds them.
+
+What takes long for large pictures is done in threads: the event loop has other callers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 
 from scumble.errors import Cancelled, Unavailable
 from scumble.events import Done, Pixels, StreamEvent
@@ -66,14 +71,23 @@ async def as_events(
                 if not done:
                     yield ": waiting\n\n"
                     continue
-                for name, data in told(following.result()):
-                    yield sse(name, data)
+                for text in await run_in_threadpool(_all_sse, told, following.result()):
+                    yield text
                 following = asyncio.ensure_future(anext(events))
         except StopAsyncIteration:
             return
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
+
+
+def _all_sse(told: Callable[[StreamEvent], list[tuple[str, dict[str, Any]]]], event: StreamEvent) -> list[str]:
+    return [sse(name, data) for name, data in told(event)]
+
+
+async def as_json(make: Callable[[], dict[str, Any]]) -> Response:
+    """Answer with what `make` returns. Pictures take long to be written as JSON, so a thread does it."""
+    return Response(await run_in_threadpool(lambda: json.dumps(make()).encode()), media_type="application/json")
 
 
 def sse(name: str, data: dict[str, Any]) -> str:

@@ -6,14 +6,15 @@ from collections.abc import AsyncIterator
 from typing import Any, get_args
 
 from fastapi import APIRouter, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import StreamingResponse
 
 from scumble.errors import InvalidRequest, ScumbleError
 from scumble.events import Done, Preview, Queued, Step, StreamEvent
 from scumble.request import Format, Options, Request
 from scumble_gateway.bodies import decoded, read_object
-from scumble_gateway.drawing import as_base64, as_events, draw, pngs, sse
+from scumble_gateway.drawing import as_base64, as_events, as_json, draw, pngs, sse
 from scumble_gateway.problems import problem_body, status_of
 from scumble_gateway.upstream import Upstream
 
@@ -41,7 +42,7 @@ def routes(upstream: Upstream) -> APIRouter:
         progress, previews (`options.preview_every`) and then the same JSON. Closing the connection cancels.
         """
         accept = _accepted(http.headers.get("accept", "*/*"))
-        request = to_request(await read_object(http), FORMATS.get(accept))
+        request = await run_in_threadpool(to_request, await read_object(http), FORMATS.get(accept))
         if accept == EVENTS:
             return StreamingResponse(_events(http, upstream, request), media_type=EVENTS)
         if accept in FORMATS and request.num_images != 1:
@@ -51,7 +52,7 @@ def routes(upstream: Upstream) -> APIRouter:
         done = await draw(http, upstream, request)
         if accept in FORMATS:
             return Response(done.encoded[0], media_type=accept)
-        return JSONResponse(finished(done))
+        return await as_json(lambda: finished(done))
 
     return router
 
@@ -74,7 +75,7 @@ def with_files(given: dict[str, Any], form: Format | None) -> Request:
     request = Request.parse(given)
     asked = request.options.format
     if form is not None and asked not in (None, form):
-        raise InvalidRequest(f"options.format: is {asked}, but image/{form} is accepted", field="options.format")
+        raise InvalidRequest(f"options.format: is {asked}, but {form} is asked for as well", field="options.format")
     options = request.options.model_copy(update={"format": form or asked or "png"})
     return request.model_copy(update={"options": options})
 

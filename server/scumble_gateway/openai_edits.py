@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from PIL import Image, UnidentifiedImageError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 
 from scumble.errors import InvalidRequest
@@ -40,7 +41,7 @@ def routes(upstream: Upstream) -> APIRouter:
     async def edits(http: HttpRequest) -> Response:
         """Change a picture as the prompt says; with a mask, a part of it. `options[strength]` says how much."""
         fields, files = await read_form(http)
-        options, images = _pictures(files)
+        options, images = await run_in_threadpool(_pictures, files)
         return await answer(http, upstream, fields, "image_edit", options, images)
 
     @router.post("/v1/images/variations", openapi_extra=_DESCRIBED, response_model=None, tags=["openai"])
@@ -49,7 +50,7 @@ def routes(upstream: Upstream) -> APIRouter:
         fields, files = await read_form(http)
         if "mask" in files or "prompt" in fields:
             raise InvalidRequest("a variation has no prompt and no mask; ask for an edit", field="prompt")
-        options, images = _pictures(files)
+        options, images = await run_in_threadpool(_pictures, files)
         options["strength"] = STRENGTH_OF_VARIATIONS
         return await answer(http, upstream, {**fields, "prompt": ""}, "image_edit", options, images)
 

@@ -12,15 +12,16 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from fastapi import APIRouter, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import StreamingResponse
 
 from scumble.errors import InvalidRequest, NotFound, ScumbleError
 from scumble.events import Done, Preview, StreamEvent
 from scumble.request import Format, Request
 from scumble.suggestions import unknown
 from scumble_gateway.bodies import read_object
-from scumble_gateway.drawing import as_base64, as_events, draw, pngs, sse
+from scumble_gateway.drawing import as_base64, as_events, as_json, draw, pngs, sse
 from scumble_gateway.generate import with_files
 from scumble_gateway.problems import openai_body
 from scumble_gateway.upstream import Upstream
@@ -75,10 +76,11 @@ async def answer(
     images: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Response:
     """Draw what OpenAI's fields ask for. `kind` begins the names of events; given options go before `options`."""
-    request = to_our_request(data, options, images)
+    request = await run_in_threadpool(to_our_request, data, options, images)
     if data.get("stream") in (True, "true"):
         return StreamingResponse(_events(http, upstream, request, kind), media_type="text/event-stream")
-    return JSONResponse(_finished(await draw(http, upstream, request)))
+    done = await draw(http, upstream, request)
+    return await as_json(lambda: _finished(done))
 
 
 def to_our_request(
@@ -101,14 +103,14 @@ def to_our_request(
     ours |= {"base": base} if base is not None else {}
     ours |= {"num_images": data["n"]} if data.get("n") is not None else {}
     ours |= _size(data.get("size"))
-    form = _format(data)
     options = ours.get("options", {})
     if not isinstance(options, dict):
         raise InvalidRequest("options: takes a JSON object", field="options")
+    form = _format(data)
     compression = data.get("output_compression")
     if compression is not None:
         options = {**options, "quality": _number("output_compression", compression, 1, 100)}
-        if form == "png":
+        if (form or options.get("format", "png")) == "png":
             raise InvalidRequest(
                 "output_compression: is of jpeg and webp; png loses nothing", field="output_compression"
             )
@@ -149,11 +151,11 @@ def _size(size: Any) -> dict[str, int]:
     return {"width": int(width), "height": int(height)}
 
 
-def _format(data: dict[str, Any]) -> Format:
-    form = data.get("output_format", "png")
-    if form not in get_args(Format):
+def _format(data: dict[str, Any]) -> Format | None:
+    form = data.get("output_format")
+    if form is not None and form not in get_args(Format):
         raise InvalidRequest(f"output_format: takes {', '.join(get_args(Format))}", field="output_format")
-    return form  # type: ignore[no-any-return]
+    return form
 
 
 def _partial_images(data: dict[str, Any], steps: Any) -> dict[str, int]:

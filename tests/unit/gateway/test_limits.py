@@ -113,6 +113,8 @@ def test_the_wait_that_a_server_asks_for_is_rounded_up() -> None:
         ({"partial_images": 2}, "partial_images"),
         ({"partial_images": 9, "stream": True}, "partial_images"),
         ({"output_compression": 50}, "output_compression"),
+        ({"output_compression": 50, "options": {"format": "png"}}, "output_compression"),
+        ({"output_format": "png", "options": {"format": "webp"}}, "options.format"),
         ({"output_format": "gif"}, "output_format"),
         ({"model": 7}, "model"),
         ({"adapters": "l/a"}, "adapters"),
@@ -174,3 +176,9 @@ def test_a_large_mask_is_refused_before_it_is_decoded(web: TestClient) -> None:
     Image.new("LA", (5000, 5000)).save(buffer, "PNG")
     answer = web.post("/v1/images/edits", data={"prompt": "a"}, files={"image": b"x", "mask": buffer.getvalue()})
     assert answer.status_code == 413
+
+
+def test_our_own_format_stands_where_openais_is_not_given() -> None:
+    for asked in ({"options": {"format": "webp"}}, {"output_format": None, "options": {"format": "webp"}}):
+        request = to_our_request({"prompt": "a", "output_compression": 70, **asked})
+        assert (request.options.format, request.options.quality) == ("webp", 70)
